@@ -1,0 +1,121 @@
+"""Model configurations: what fixes the shapes and the arithmetic of a decoder with a row memory.
+
+This module needs neither PyTorch nor ONNX, so that the command lines can name models cheaply.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that no model can have."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Qwen3-style decoder (tied embeddings, no biases) with an optional MeKi memory.
+
+    `memory_dim == 0` is the dense backbone. Equations: "MeKi: Memory-based Expert Knowledge Injection for Efficient
+    LLM Scaling" (arXiv 2602.03359), equations 1-17.
+    """
+
+    vocab_size: int
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    memory_dim: int = 0
+    """m, the width of one layer's memory row; 0 switches the memory off."""
+    context: int = 4096
+    """Longest sequence the model was trained for, in tokens."""
+    rope_theta: float = 500_000.0
+    norm_eps: float = 1e-6
+    qk_norm: bool = True
+    """RMSNorm over the head dimension of queries and keys, before RoPE (Qwen3 has it)."""
+    projector_norm: bool = False
+    """RMSNorm on the word embedding before the projector G (the published training code's checkpoints have it)."""
+
+    def __post_init__(self) -> None:
+        for field in ("vocab_size", "layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "context"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{field} must be a positive integer, got {value!r}")
+        if not isinstance(self.memory_dim, int) or self.memory_dim < 0:
+            raise ConfigError(f"memory_dim must be an integer >= 0, got {self.memory_dim!r}")
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim must be even for RoPE, got {self.head_dim}")
+        if self.memory_dim and self.hidden % 2:
+            raise ConfigError(f"hidden must be even for the memory projector (hidden / 2), got {self.hidden}")
+        if not self.norm_eps > 0 or not self.rope_theta > 0:
+            raise ConfigError(f"norm_eps and rope_theta must be positive, got {self.norm_eps} and {self.rope_theta}")
+
+    @property
+    def rom_weights(self) -> int:
+        """Elements of the folded table: layers * vocab_size * memory_dim."""
+        return self.layers * self.vocab_size * self.memory_dim
+
+    @property
+    def ram_parameters(self) -> int:
+        """Parameters that stay in memory at inference; the tied embedding counts once."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        norms = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
+        memory = 2 * self.hidden * self.memory_dim + self.hidden if self.memory_dim else 0
+        layer = attention + norms + 3 * self.hidden * self.ffn + memory
+        return self.vocab_size * self.hidden + self.layers * layer + self.hidden
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"unknown configuration keys {unknown}; known: {sorted(known)}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(f"incomplete configuration: {error}") from error
+
+
+def _paper_size(layers: int, hidden: int, ffn: int, heads: int, memory_dim: int) -> ModelConfig:
+    # Qwen3's 151,669 tokens padded to 151,680; trained at sequence length 4096, used up to 40,960 as Qwen3 is.
+    return ModelConfig(
+        vocab_size=151_680,
+        layers=layers,
+        hidden=hidden,
+        ffn=ffn,
+        heads=heads,
+        kv_heads=8,
+        head_dim=128,
+        memory_dim=memory_dim,
+        context=40_960,
+    )
+
+
+CONFIGS: dict[str, ModelConfig] = {
+    "meki-tiny": ModelConfig(
+        vocab_size=4096,
+        layers=8,
+        hidden=256,
+        ffn=512,
+        heads=8,
+        kv_heads=2,
+        head_dim=32,
+        memory_dim=128,
+        context=512,
+        rope_theta=10_000.0,
+    ),
+    "meki-0.6b": _paper_size(28, 1024, 3072, 16, 128),
+    "meki-1.7b": _paper_size(28, 2048, 6144, 16, 256),
+    "meki-4b": _paper_size(36, 2560, 9728, 32, 512),
+}
+"""Known configurations by name. Only meki-tiny comes with weights."""

@@ -1,0 +1,157 @@
+"""The C++ engine. Private: use `meki.Engine`. Every blocking call releases the GIL."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+class PackageError(OSError):
+    """A package, or a file of one, that cannot be used: missing, damaged, inconsistent, or changed while in use."""
+
+class EngineOptions:
+    """How to open a package. Keyword arguments set the fields."""
+
+    onnxruntime: str
+    """Path of the ONNX Runtime shared library."""
+    threads: int
+    """Compute threads; 0: one per available core."""
+    rom_access: str
+    """"mmap" (default), "pread" or "direct" (O_DIRECT)."""
+    def __init__(self, *, onnxruntime: str, threads: int = 0, rom_access: str = "mmap") -> None: ...
+
+class SessionOptions:
+    """What one session needs."""
+
+    context: int
+    """Capacity of the KV cache in tokens; 0: the model's context, at most 4096."""
+    prefetch: bool
+    """Read rows on the I/O thread ahead of their use; False reads them on the compute thread."""
+    chunk: int
+    """Prompt tokens of one prefill step."""
+    def __init__(self, *, context: int = 0, prefetch: bool = True, chunk: int = 256) -> None: ...
+
+class SamplingOptions:
+    """How the next token is chosen. Applied in this order: repetition penalty, temperature, top-k, top-p, min-p."""
+
+    temperature: float
+    """0: the most probable token."""
+    top_k: int
+    """Keep the k most probable tokens; 0: all."""
+    top_p: float
+    """Keep the fewest most probable tokens whose probabilities sum to at least this; 1: all."""
+    min_p: float
+    """Drop tokens less probable than this times the most probable one's; 0: none."""
+    repetition_penalty: float
+    """Divide positive and multiply negative logits of tokens already in the sequence; 1: off."""
+    seed: int
+    """Seed of the random generator, 0 .. 2**64 - 1."""
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 0.95,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+    ) -> None: ...
+
+class Sampler:
+    """Chooses token ids. Not thread-safe."""
+
+    def __init__(self, options: SamplingOptions, vocab_size: int) -> None:
+        """ValueError if an option is outside its range."""
+    def sample(self, logits: NDArray[np.float32], sequence: Sequence[int]) -> int:
+        """One token id. logits: float32 [vocab_size]; sequence: the tokens so far, for the repetition penalty."""
+
+class Stats:
+    """Counters of one session since it was made or last reset. A copy: it does not change."""
+
+    prefill_tokens: int
+    prefill_ns: int
+    decode_tokens: int
+    decode_ns: int
+    rom_requests: int
+    """Bundles read."""
+    rom_bytes: int
+    """Bytes read: bundles without their padding (with O_DIRECT, the blocks around them)."""
+    stall_ns: list[int]
+    """Nanoseconds that each decode step waited for its rows."""
+    prefill_stall_ns: int
+    rom_access: str
+    """The access mode in use: "mmap", "pread" or "direct"; differs from the requested one after a fallback."""
+
+class Engine:
+    """An opened package. Immutable and thread-safe."""
+
+    @staticmethod
+    def open(path: str, options: EngineOptions) -> Engine:
+        """PackageError if the package is unusable; ValueError for bad options; RuntimeError if ONNX Runtime fails."""
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def context(self) -> int:
+        """Longest sequence that the model supports, in tokens."""
+    @property
+    def eos_token_ids(self) -> list[int]: ...
+    @property
+    def rom_access(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+
+class Session:
+    """One sequence: its tokens, KV cache and prefetcher. Use from one thread at a time."""
+
+    def __init__(self, engine: Engine, options: SessionOptions) -> None: ...
+    @property
+    def context(self) -> int:
+        """Capacity in tokens."""
+    @property
+    def tokens(self) -> list[int]:
+        """The sequence so far: prompts and generated tokens."""
+    def prompt(self, token_ids: Sequence[int]) -> None:
+        """Appends tokens, to be computed by the next call. ValueError if empty in all, out of the vocabulary, or if the
+        sequence would exceed the context (the message has both numbers)."""
+    def start(self, sampling: SamplingOptions, max_new_tokens: int) -> None:
+        """Begins a generation after the current sequence. 0 tokens: until the context is full."""
+    def next(self) -> int | None:
+        """The next token, or None when the generation is over (see finish_reason). The rows of a returned token are
+        already being fetched. KeyboardInterrupt is raised between two prefill chunks."""
+    @property
+    def finish_reason(self) -> str | None:
+        """"eos", "length" (max_new_tokens reached), "context" (cache full), or None while running."""
+    def logits(self) -> NDArray[np.float32]:
+        """Computes all pending tokens and returns float32 [pending, vocab_size], one row a pending token."""
+    def rewind(self, length: int) -> None:
+        """Keeps the first `length` tokens of the sequence."""
+    @property
+    def stats(self) -> Stats: ...
+    def reset_stats(self) -> None: ...
+
+class RomInfo:
+    """What a ROM's header says."""
+
+    vocab_size: int
+    layers: int
+    row_dim: int
+    row_type: str
+    """"float16", "int8" or "int4"."""
+    bundle_bytes: int
+    bundle_stride: int
+    file_bytes: int
+    content_id: str
+
+class Rom:
+    """A ROM file. Immutable and thread-safe."""
+
+    def __init__(self, path: str, access: str = "mmap") -> None:
+        """PackageError if the file is not a valid ROM."""
+    @property
+    def info(self) -> RomInfo: ...
+    def rows(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """float32 [layers, len(token_ids), row_dim], each bundle checked. ValueError for an id out of the vocabulary."""
+    def verify(self, first: int, count: int) -> None:
+        """Checks the checksums of `count` bundles from `first`. PackageError names the first bad token."""
+
+def read_manifest(path: str) -> str:
+    """Checks the package at `path` as Engine.open does, without loading its graph, and returns its manifest's JSON text."""
