@@ -1,0 +1,60 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <string>
+
+namespace meki {
+
+// An open file descriptor. Move-only; closes it.
+class File {
+ public:
+  File() = default;
+  // Opens read-only with extra `flags` (such as O_DIRECT). Throws PackageError with the system's reason.
+  explicit File(const std::filesystem::path& path, int flags = 0);
+  File(File&& other) noexcept;
+  File& operator=(File&& other) noexcept;
+  ~File();
+
+  int descriptor() const { return descriptor_; }
+  // Size in bytes, now. Throws PackageError unless it is a regular file.
+  uint64_t size(const std::filesystem::path& path) const;
+
+ private:
+  int descriptor_ = -1;
+};
+
+// A private anonymous or read-only file mapping. Move-only; unmaps it.
+class Mapping {
+ public:
+  Mapping() = default;
+  // Maps `bytes` of `file` read-only. Empty (data() == nullptr) if the file system cannot map.
+  static Mapping of_file(const File& file, size_t bytes);
+  // Zeroed memory, page-aligned; pages take memory when they are first written. Throws std::bad_alloc.
+  static Mapping zeroed(size_t bytes);
+  Mapping(Mapping&& other) noexcept;
+  Mapping& operator=(Mapping&& other) noexcept;
+  ~Mapping();
+
+  std::byte* data() const { return data_; }
+  size_t size() const { return size_; }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data_);
+  }
+
+ private:
+  Mapping(std::byte* data, size_t size) : data_(data), size_(size) {}
+  std::byte* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// The whole of a small text file. Throws PackageError if it cannot be read or is larger than `limit` bytes.
+std::string read_text(const std::filesystem::path& path, size_t limit);
+
+// "why (errno text)" for messages.
+std::string system_reason(int error);
+
+}  // namespace meki

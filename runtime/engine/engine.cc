@@ -1,0 +1,63 @@
+#include "engine/engine.h"
+
+#include <sched.h>
+
+#include <stdexcept>
+
+#include "base/error.h"
+#include "engine/stage_io.h"
+
+namespace meki {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+
+int resolve_threads(int threads) {
+  if (threads < 0 || threads > kMaxThreads) {
+    throw std::invalid_argument("threads is " + std::to_string(threads) + ", expected 0 to " + std::to_string(kMaxThreads));
+  }
+  if (threads > 0) return threads;
+  cpu_set_t available;
+  CPU_ZERO(&available);
+  return ::sched_getaffinity(0, sizeof(available), &available) == 0 ? CPU_COUNT(&available) : 1;
+}
+
+}  // namespace
+
+std::shared_ptr<const Rom> open_rom(const Manifest& manifest, RomAccess access) {
+  if (!manifest.memory) return nullptr;
+  const std::filesystem::path path = manifest.directory / manifest.memory->file;
+  auto rom = std::make_shared<const Rom>(path, access);
+  const RomHeader& header = rom->header();
+  const auto require = [&path](const char* name, const std::string& got, const std::string& expected) {
+    if (got != expected) {
+      throw PackageError(path.string() + ": its " + name + " is " + got + ", the manifest says " + expected +
+                         "; the file belongs to another package");
+    }
+  };
+  const Architecture& architecture = manifest.architecture;
+  require("vocabulary size", std::to_string(header.vocab_size), std::to_string(architecture.vocab_size));
+  require("number of layers", std::to_string(header.layers), std::to_string(architecture.layers));
+  require("row dimension", std::to_string(header.row_dim), std::to_string(architecture.memory_dim));
+  require("row type", std::string(name_of(header.row_type)), manifest.memory->row_type);
+  require("content id", header.content_id, manifest.memory->content_id);
+  return rom;
+}
+
+std::shared_ptr<const Engine> Engine::open(const std::filesystem::path& directory, const EngineOptions& options) {
+  const int threads = resolve_threads(options.threads);
+  Manifest manifest = Manifest::open(directory);
+  auto rom = open_rom(manifest, options.rom_access);
+  return std::make_shared<const Engine>(std::move(manifest), std::move(rom),
+                                        onnxruntime_loader(options.onnxruntime, threads), threads);
+}
+
+Engine::Engine(Manifest manifest, std::shared_ptr<const Rom> rom, const GraphLoader& load, int threads)
+    : manifest_(std::move(manifest)), rom_(std::move(rom)), threads_(threads) {
+  for (const StageInfo& info : manifest_.stages) {
+    stages_.push_back({load(manifest_.directory / info.file), info.rows});
+  }
+  hidden_names_ = check_stages(manifest_, stages_);
+}
+
+}  // namespace meki

@@ -1,0 +1,48 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <random>
+#include <span>
+#include <vector>
+
+namespace meki {
+
+// How the next token is chosen. Applied in this order, as in Hugging Face transformers: repetition penalty, temperature,
+// top-k, top-p, min-p.
+struct SamplingOptions {
+  double temperature = 0.8;         // 0: the most probable token
+  uint32_t top_k = 0;               // keep the k most probable tokens; 0: all
+  double top_p = 0.95;              // keep the fewest most probable tokens that sum to at least this; 1: all
+  double min_p = 0.0;               // drop tokens less probable than this times the most probable one's; 0: none
+  double repetition_penalty = 1.0;  // divides positive, multiplies negative logits of tokens in the sequence; 1: off
+  uint64_t seed = 0;
+};
+
+// Chooses token ids; the same seed and logits give the same ids on every platform with IEEE 754 arithmetic and the same
+// exp(). Equal logits are ordered by token id. Not thread-safe.
+class Sampler {
+ public:
+  // Throws std::invalid_argument for an option outside its range.
+  Sampler(const SamplingOptions& options, size_t vocab_size);
+
+  // One token id. logits: float32 [vocab_size], left as they are; sequence: the ids so far, for the repetition penalty.
+  // Throws std::runtime_error if a logit is NaN or all are -infinity. Does not allocate.
+  int32_t sample(std::span<const float> logits, std::span<const int32_t> sequence);
+
+ private:
+  struct Candidate {
+    double weight;  // logit, then probability relative to the most probable token's
+    int32_t id;
+  };
+
+  void load(std::span<const float> logits, std::span<const int32_t> sequence);
+  int32_t draw(std::span<const Candidate> kept, double sum);
+
+  SamplingOptions options_;
+  std::mt19937_64 random_;
+  std::vector<Candidate> candidates_;  // [vocab_size]
+  std::vector<bool> penalised_;        // [vocab_size]
+};
+
+}  // namespace meki

@@ -1,0 +1,211 @@
+#include "engine/session.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace meki {
+namespace {
+
+// Adds the time of its life to `total`, in nanoseconds.
+class Timer {
+ public:
+  explicit Timer(uint64_t& total) : total_(total), start_(std::chrono::steady_clock::now()) {}
+  ~Timer() {
+    const auto elapsed = std::chrono::steady_clock::now() - start_;
+    total_ += static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(elapsed).count());
+  }
+  Timer(const Timer&) = delete;
+  Timer& operator=(const Timer&) = delete;
+
+ private:
+  uint64_t& total_;
+  std::chrono::steady_clock::time_point start_;
+};
+
+size_t resolve_context(const Engine& engine, size_t context) {
+  const size_t limit = engine.manifest().architecture.context;
+  if (context > limit) {
+    throw std::invalid_argument("context is " + std::to_string(context) + " tokens, the model supports at most " +
+                                std::to_string(limit));
+  }
+  return context > 0 ? context : std::min(limit, SessionOptions::kDefaultContext);
+}
+
+size_t resolve_chunk(size_t chunk, size_t context) {
+  if (chunk == 0) throw std::invalid_argument("chunk is 0 tokens, expected at least 1");
+  return std::min(chunk, context);
+}
+
+}  // namespace
+
+Session::Session(std::shared_ptr<const Engine> engine, const SessionOptions& options)
+    : engine_(std::move(engine)),
+      context_(resolve_context(*engine_, options.context)),
+      prefetch_(options.prefetch),
+      chunk_(resolve_chunk(options.chunk, context_)),
+      buffers_(*engine_, context_, chunk_),
+      logits_(engine_->manifest().architecture.vocab_size) {
+  if (engine_->rom() != nullptr) prefetcher_ = std::make_unique<Prefetcher>(engine_->rom(), chunk_, prefetch_);
+  decode_bindings_ = buffers_.bind({.tokens = 1, .rows = rows(0), .logit_rows = 1, .logits = logits_.data()});
+  tokens_.reserve(context_);
+  stats_.stall_ns.reserve(context_);
+}
+
+const float* Session::rows(int slot) const { return prefetcher_ != nullptr ? prefetcher_->rows(slot) : nullptr; }
+
+void Session::prompt(std::span<const int32_t> ids) {
+  const auto vocab_size = static_cast<int64_t>(engine_->manifest().architecture.vocab_size);
+  for (const int32_t id : ids) {
+    if (id < 0 || id >= vocab_size) {
+      throw std::invalid_argument("token id " + std::to_string(id) + " is outside the vocabulary, expected 0 to " +
+                                  std::to_string(vocab_size - 1));
+    }
+  }
+  if (ids.size() > context_ - tokens_.size()) {
+    throw std::invalid_argument("the sequence would have " + std::to_string(tokens_.size() + ids.size()) +
+                                " tokens, the context holds " + std::to_string(context_) +
+                                "; shorten the prompt or choose a larger context (this model supports up to " +
+                                std::to_string(engine_->manifest().architecture.context) + ")");
+  }
+  tokens_.insert(tokens_.end(), ids.begin(), ids.end());
+  if (!ids.empty()) rows_begun_ = generating_ = false;
+}
+
+void Session::start(const SamplingOptions& sampling, size_t max_new_tokens) {
+  if (tokens_.empty()) throw std::invalid_argument("the sequence is empty; give a prompt of at least one token");
+  sampler_.emplace(sampling, logits_.size());
+  const size_t room = context_ - tokens_.size();
+  remaining_ = max_new_tokens > 0 ? std::min(max_new_tokens, room) : room;
+  finish_reason_ = FinishReason::running;
+  if (room == 0) {
+    finish_reason_ = FinishReason::context;
+  } else if (pending() == 0 && !logits_valid_) {
+    --computed_;  // after a rewind: the last token is computed again for its logits
+  }
+}
+
+std::optional<int32_t> Session::next(const Poll& poll) {
+  if (!sampler_) throw std::invalid_argument("no generation was started; call start first");
+  if (finish_reason_ != FinishReason::running) return std::nullopt;
+  const bool decoding = generating_ && pending() == 1;
+  if (!decoding && pending() > 0) prefill(nullptr, poll);
+
+  uint64_t unused = 0;
+  const Timer timer(decoding ? stats_.decode_ns : unused);
+  if (decoding) decode();
+  const int32_t token = sampler_->sample(logits_, tokens_);
+  const auto& eos = engine_->manifest().eos_token_ids;
+  if (std::find(eos.begin(), eos.end(), token) != eos.end()) {
+    finish_reason_ = FinishReason::eos;
+    return std::nullopt;
+  }
+  tokens_.push_back(token);
+  generating_ = true;
+  if (--remaining_ == 0) {
+    finish_reason_ = tokens_.size() == context_ ? FinishReason::context : FinishReason::length;
+  } else {
+    request_rows(0, computed_, 1);
+    rows_begun_ = true;
+  }
+  return token;
+}
+
+void Session::logits(float* out, const Poll& poll) { prefill(out, poll); }
+
+void Session::rewind(size_t length) {
+  if (length > tokens_.size()) {
+    throw std::invalid_argument("cannot rewind to " + std::to_string(length) + " tokens, the sequence has " +
+                                std::to_string(tokens_.size()));
+  }
+  if (length == tokens_.size()) return;
+  tokens_.resize(length);
+  logits_valid_ = logits_valid_ && computed_ <= length;
+  computed_ = std::min(computed_, length);
+  rows_begun_ = generating_ = false;
+  sampler_.reset();
+}
+
+void Session::request_rows(int slot, size_t first, size_t count) {
+  if (prefetcher_ != nullptr) prefetcher_->begin(slot, std::span(tokens_).subspan(first, count));
+}
+
+// One step of one token with the bindings that were made once.
+void Session::decode() {
+  if (!rows_begun_) request_rows(0, computed_, 1);
+  rows_begun_ = false;
+  const uint64_t stall = run(decode_bindings_, 1, 1, 0);
+  ++stats_.decode_tokens;
+  if (stats_.stall_ns.size() < stats_.stall_ns.capacity()) stats_.stall_ns.push_back(stall);
+}
+
+// Computes all pending tokens in chunks; the rows of the next chunk are read while one is computed.
+void Session::prefill(float* all_logits, const Poll& poll) {
+  const Timer timer(stats_.prefill_ns);
+  rows_begun_ = generating_ = false;
+  const size_t vocab_size = logits_.size();
+  const size_t end = tokens_.size();
+  const auto count_at = [this, end](size_t first) { return std::min(chunk_, end - first); };
+  int slot = 0;
+  if (computed_ < end) request_rows(slot, computed_, count_at(computed_));
+  while (computed_ < end) {
+    const size_t count = count_at(computed_);
+    if (computed_ + count < end) request_rows(1 - slot, computed_ + count, count_at(computed_ + count));
+    const size_t logit_rows = all_logits != nullptr ? count : 1;
+    float* target = all_logits != nullptr ? all_logits : logits_.data();
+    const auto bindings =
+        buffers_.bind({.tokens = count, .rows = rows(slot), .logit_rows = logit_rows, .logits = target});
+    stats_.prefill_stall_ns += run(bindings, count, logit_rows, slot);
+    stats_.prefill_tokens += count;
+    if (all_logits != nullptr) {
+      all_logits += count * vocab_size;
+      std::memcpy(logits_.data(), all_logits - vocab_size, vocab_size * sizeof(float));
+    }
+    slot = 1 - slot;
+    if (poll) poll();
+  }
+}
+
+// Runs the next `tokens` tokens through all stages; the rows come from `slot`, into which they were requested. Logits are
+// those of the last `logit_rows` tokens. Returns the nanoseconds spent waiting for rows.
+uint64_t Session::run(const Bindings& bindings, size_t tokens, size_t logit_rows, int slot) {
+  std::copy_n(tokens_.begin() + static_cast<std::ptrdiff_t>(computed_), tokens, buffers_.token_ids());
+  for (size_t row = 0; row < logit_rows; ++row) {
+    buffers_.logit_index()[row] = static_cast<int64_t>(tokens - logit_rows + row);
+  }
+  *buffers_.total_sequence_length() = static_cast<int32_t>(computed_ + tokens);
+  *buffers_.seqlens_k() = static_cast<int32_t>(computed_ + tokens - 1);
+  logits_valid_ = false;
+  uint64_t stall = 0;
+  bool waiting = prefetcher_ != nullptr;
+  for (size_t index = 0; index < bindings.size(); ++index) {
+    if (waiting && engine_->stages()[index].rows) {
+      stall = prefetcher_->wait(slot);
+      waiting = false;
+    }
+    bindings[index]->run();
+  }
+  if (waiting) prefetcher_->wait(slot);  // no stage took rows: end the request all the same
+  computed_ += tokens;
+  logits_valid_ = true;
+  return stall;
+}
+
+Stats Session::stats() const {
+  Stats stats = stats_;
+  if (prefetcher_ != nullptr) {
+    const RomCounters now = prefetcher_->counters();
+    stats.rom = {now.requests - rom_base_.requests, now.bytes - rom_base_.bytes};
+  }
+  return stats;
+}
+
+void Session::reset_stats() {
+  stats_ = Stats();
+  stats_.stall_ns.reserve(context_);
+  if (prefetcher_ != nullptr) rom_base_ = prefetcher_->counters();
+}
+
+}  // namespace meki

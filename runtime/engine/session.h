@@ -1,0 +1,102 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "engine/buffers.h"
+#include "engine/engine.h"
+#include "engine/sampler.h"
+#include "engine/stats.h"
+#include "rom/prefetcher.h"
+
+namespace meki {
+
+struct SessionOptions {
+  size_t context = 0;    // capacity of the KV cache in tokens; 0: the model's context, at most kDefaultContext
+  bool prefetch = true;  // read rows on the I/O thread ahead of their use; false: on the compute thread when needed
+  size_t chunk = 256;    // prompt tokens of one prefill step
+
+  static constexpr size_t kDefaultContext = 4096;
+};
+
+enum class FinishReason {
+  running,  // not finished
+  eos,      // the model ended the text; the end token is not part of the sequence
+  length,   // max_new_tokens reached
+  context,  // the KV cache is full
+};
+
+// One sequence: its tokens, KV cache and prefetcher. Mutable; use from one thread at a time. Sessions of one engine are
+// independent of each other.
+class Session {
+ public:
+  // Called between two prefill steps; may throw to interrupt. The session stays usable.
+  using Poll = std::function<void()>;
+
+  // Throws std::invalid_argument for options outside their limits, std::runtime_error without memory for the cache.
+  Session(std::shared_ptr<const Engine> engine, const SessionOptions& options);
+
+  size_t context() const { return context_; }
+  // Prompts and generated tokens so far.
+  std::span<const int32_t> tokens() const { return tokens_; }
+
+  // Appends tokens; the next call that needs them computes them. Throws std::invalid_argument for an id outside the
+  // vocabulary or a sequence longer than the context; then nothing is appended.
+  void prompt(std::span<const int32_t> ids);
+
+  // Begins a generation after the sequence. max_new_tokens 0: until the context is full. Throws std::invalid_argument for
+  // bad options or an empty sequence.
+  void start(const SamplingOptions& sampling, size_t max_new_tokens);
+  // The decode loop's body: the next token, or nothing when the generation is over. When it returns, the rows of the
+  // returned token are already being read. Throws PackageError if the ROM fails, std::runtime_error if the graph fails.
+  std::optional<int32_t> next(const Poll& poll = {});
+  FinishReason finish_reason() const { return finish_reason_; }
+
+  // Number of tokens that are not computed yet.
+  size_t pending() const { return tokens_.size() - computed_; }
+  // Computes the pending tokens and writes their logits, float32 [pending(), vocab_size].
+  void logits(float* out, const Poll& poll = {});
+
+  // Keeps the first `length` tokens. Throws std::invalid_argument if there are fewer.
+  void rewind(size_t length);
+
+  Stats stats() const;
+  void reset_stats();
+
+ private:
+  using Bindings = std::vector<std::unique_ptr<Binding>>;
+
+  void request_rows(int slot, size_t first, size_t count);
+  const float* rows(int slot) const;
+  void decode();
+  void prefill(float* all_logits, const Poll& poll);
+  uint64_t run(const Bindings& bindings, size_t tokens, size_t logit_rows, int slot);
+
+  const std::shared_ptr<const Engine> engine_;
+  const size_t context_;
+  const bool prefetch_;
+  const size_t chunk_;
+  Buffers buffers_;
+  std::vector<float> logits_;               // of the last computed token, [vocab_size]
+  std::unique_ptr<Prefetcher> prefetcher_;  // null in a dense model
+  Bindings decode_bindings_;
+
+  std::vector<int32_t> tokens_;
+  size_t computed_ = 0;        // tokens whose keys and values are in the cache
+  bool rows_begun_ = false;    // the rows of the one pending token are being read into slot 0
+  bool logits_valid_ = false;  // logits_ are those of token computed_ - 1
+
+  std::optional<Sampler> sampler_;
+  size_t remaining_ = 0;     // tokens that the generation may still make
+  bool generating_ = false;  // the pending token was generated: its step is decode, not prefill
+  FinishReason finish_reason_ = FinishReason::running;
+  Stats stats_;
+  RomCounters rom_base_;  // the prefetcher's counters at the last reset
+};
+
+}  // namespace meki

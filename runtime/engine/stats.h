@@ -1,0 +1,21 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "rom/prefetcher.h"
+
+namespace meki {
+
+// What one session has done since it was made or its statistics were last reset. Passive data.
+struct Stats {
+  uint64_t prefill_tokens = 0;
+  uint64_t prefill_ns = 0;
+  uint64_t prefill_stall_ns = 0;  // of prefill_ns: waiting for rows
+  uint64_t decode_tokens = 0;
+  uint64_t decode_ns = 0;
+  std::vector<uint64_t> stall_ns;  // of each decode step: waiting for its rows
+  RomCounters rom;
+};
+
+}  // namespace meki

@@ -1,0 +1,50 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace meki {
+
+enum class ElementType { float32, int32, int64 };
+
+// A named view of memory that a graph reads or writes. The memory outlives the binding it is given to.
+struct Tensor {
+  std::string name;
+  ElementType type = ElementType::float32;
+  std::vector<int64_t> shape;
+  void* data = nullptr;
+};
+
+// A graph together with the memory of its inputs and outputs. Use from one thread at a time.
+class Binding {
+ public:
+  virtual ~Binding() = default;
+  // Runs the graph once. Throws std::runtime_error with the reason.
+  virtual void run() = 0;
+};
+
+// A loaded stage of a model. Immutable and thread-safe.
+class Graph {
+ public:
+  virtual ~Graph() = default;
+  virtual const std::vector<std::string>& inputs() const = 0;
+  virtual const std::vector<std::string>& outputs() const = 0;
+  // Binds all inputs and outputs (views of memory with the shapes of one step). Throws std::runtime_error.
+  // The graph must outlive the binding.
+  virtual std::unique_ptr<Binding> bind(const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) const = 0;
+};
+
+// How a stage is loaded: the seam between the engine and what executes graphs.
+using GraphLoader = std::function<std::unique_ptr<Graph>(const std::filesystem::path&)>;
+
+// Loads stages with the ONNX Runtime library at `library` on its CPU provider with `threads` threads a stage. The library
+// stays loaded until the process ends. Throws std::runtime_error if it cannot be loaded or is too old; the loader throws
+// PackageError for a file that ONNX Runtime refuses.
+GraphLoader onnxruntime_loader(const std::filesystem::path& library, int threads);
+
+}  // namespace meki

@@ -1,0 +1,198 @@
+#include "rom/rom.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include <bit>
+#include <cerrno>
+#include <cstring>
+#include <stdexcept>
+
+#include "base/crc32c.h"
+#include "base/error.h"
+
+namespace meki {
+namespace {
+
+constexpr size_t kChecksumBytes = 4;
+
+// binary16 -> binary32 without branches, so that the compiler vectorises the loop around it.
+inline float half_to_float(uint16_t half) {
+  const uint32_t magnitude = static_cast<uint32_t>(half & 0x7FFF) << 13;
+  // 2^112 moves the exponent bias from 15 to 127 and makes subnormals right as well.
+  uint32_t bits = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112F);
+  bits |= magnitude >= 0x0F800000U ? 0x7F800000U : 0U;  // infinity and NaN
+  return std::bit_cast<float>(bits | static_cast<uint32_t>(half & 0x8000) << 16);
+}
+
+inline uint16_t load_u16(const std::byte* at) {
+  uint16_t value = 0;
+  std::memcpy(&value, at, sizeof(value));
+  return value;
+}
+
+uint64_t round_down(uint64_t value, uint64_t unit) { return value / unit * unit; }
+uint64_t round_up(uint64_t value, uint64_t unit) { return round_down(value + unit - 1, unit); }
+
+}  // namespace
+
+std::string_view name_of(RomAccess access) {
+  switch (access) {
+    case RomAccess::mmap: return "mmap";
+    case RomAccess::pread: return "pread";
+    case RomAccess::direct: return "direct";
+  }
+  return "unknown";
+}
+
+RomAccess parse_rom_access(std::string_view name) {
+  for (const RomAccess access : {RomAccess::mmap, RomAccess::pread, RomAccess::direct}) {
+    if (name == name_of(access)) return access;
+  }
+  throw std::invalid_argument("ROM access is \"" + std::string(name) + "\", expected mmap, pread or direct");
+}
+
+Rom::Rom(const std::filesystem::path& path, RomAccess access)
+    : path_(path), access_(access), file_(path, O_NONBLOCK) {  // O_NONBLOCK: a FIFO is refused, not waited for
+  const uint64_t size = file_.size(path);
+  if (size < RomHeader::kBytes) {
+    throw PackageError(path.string() + ": " + std::to_string(size) + " bytes, expected at least " +
+                       std::to_string(RomHeader::kBytes) + "; the file is truncated: restore it");
+  }
+  alignas(8) std::byte bytes[RomHeader::kBytes];
+  if (copy_file({0, sizeof(bytes), 0}, bytes) != sizeof(bytes)) {
+    throw PackageError(path.string() + ": the file shrank while it was opened");
+  }
+  header_ = RomHeader::parse(bytes, path);
+  if (size != header_.file_bytes) {
+    throw PackageError(path.string() + ": " + std::to_string(size) + " bytes, its header says " +
+                       std::to_string(header_.file_bytes) + "; the file is truncated or damaged: restore it");
+  }
+  scratch_bytes_ = round_up(header_.bundle_bytes, kAlignment) + kAlignment;
+  ::posix_fadvise(file_.descriptor(), 0, 0, POSIX_FADV_RANDOM);
+
+  // Each special mode proves itself on the first bundle; where the system refuses it, pread serves.
+  const Mapping probe = Mapping::zeroed(scratch_bytes_);
+  if (access == RomAccess::mmap) {
+    mapping_ = Mapping::of_file(file_, header_.file_bytes);
+    const Window first = window(0);
+    if (mapping_.data() == nullptr || copy_mapped(first, probe.data()) != first.bytes) {
+      mapping_ = Mapping();
+      access_ = RomAccess::pread;
+    } else {
+      ::madvise(mapping_.data(), mapping_.size(), MADV_RANDOM);  // default readahead costs milliseconds a bundle
+    }
+  } else if (access == RomAccess::direct) {
+    try {
+      File direct(path, O_DIRECT);
+      std::swap(file_, direct);
+      const Window first = window(0);
+      if (copy_file(first, probe.data()) != first.bytes) throw PackageError("short read");
+    } catch (const PackageError&) {
+      access_ = RomAccess::pread;
+      file_ = File(path);
+      ::posix_fadvise(file_.descriptor(), 0, 0, POSIX_FADV_RANDOM);
+    }
+  }
+}
+
+Rom::Window Rom::window(uint32_t token) const noexcept {
+  const uint64_t offset = header_.data_offset + token * header_.bundle_stride;
+  if (access_ != RomAccess::direct) return {offset, header_.bundle_bytes, 0};
+  const uint64_t begin = round_down(offset, kAlignment);
+  const uint64_t end = round_up(offset + header_.bundle_bytes, kAlignment);  // the file ends on such a boundary
+  return {begin, end - begin, offset - begin};
+}
+
+size_t Rom::request_bytes(uint32_t token) const { return window(token).bytes; }
+
+size_t Rom::copy_mapped(const Window& window, std::byte* out) const noexcept {
+  std::byte* source = mapping_.data() + window.offset;
+  std::byte* page = mapping_.data() + round_down(window.offset, kAlignment);
+  ::madvise(page, window.bytes + static_cast<size_t>(source - page), MADV_WILLNEED);  // one request for all its pages
+  // The kernel copies: a page that lost its file ends the copy here, where a memcpy would die of SIGBUS.
+  const iovec to{out, window.bytes};
+  const iovec from{source, window.bytes};
+  const ssize_t got = ::process_vm_readv(::getpid(), &to, 1, &from, 1, 0);
+  return got < 0 ? 0 : static_cast<size_t>(got);
+}
+
+size_t Rom::copy_file(const Window& window, std::byte* out) const {
+  size_t done = 0;
+  while (done < window.bytes) {
+    const ssize_t got =
+        ::pread(file_.descriptor(), out + done, window.bytes - done, static_cast<off_t>(window.offset + done));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) throw PackageError(path_.string() + ": cannot read: " + system_reason(errno));
+    if (got == 0) break;
+    done += static_cast<size_t>(got);
+  }
+  return done;
+}
+
+void Rom::advise(uint32_t token) const noexcept {
+  const Window wanted = window(token);
+  if (access_ == RomAccess::mmap) {
+    const uint64_t page = round_down(wanted.offset, kAlignment);
+    ::madvise(mapping_.data() + page, wanted.bytes + (wanted.offset - page), MADV_WILLNEED);
+  } else if (access_ == RomAccess::pread) {
+    ::posix_fadvise(file_.descriptor(), static_cast<off_t>(wanted.offset), static_cast<off_t>(wanted.bytes),
+                    POSIX_FADV_WILLNEED);
+  }
+}
+
+std::span<const std::byte> Rom::read(uint32_t token, std::span<std::byte> scratch) const {
+  const Window wanted = window(token);
+  const size_t got =
+      access_ == RomAccess::mmap ? copy_mapped(wanted, scratch.data()) : copy_file(wanted, scratch.data());
+  if (got != wanted.bytes) {
+    throw PackageError(path_.string() + ": the bundle of token " + std::to_string(token) + " gave " +
+                       std::to_string(got) + " of " + std::to_string(wanted.bytes) +
+                       " bytes; the file shrank or its storage failed: restore it and open the model again");
+  }
+  const auto bundle = scratch.subspan(wanted.skip, header_.bundle_bytes);
+  const auto payload = bundle.first(bundle.size() - kChecksumBytes);
+  uint32_t expected = 0;
+  std::memcpy(&expected, bundle.data() + payload.size(), kChecksumBytes);
+  const uint32_t found = crc32c(payload);
+  if (found != expected) {
+    throw PackageError(path_.string() + ": the bundle of token " + std::to_string(token) + " has checksum " +
+                       std::to_string(found) + ", expected " + std::to_string(expected) +
+                       "; the file is damaged: restore it");
+  }
+  return payload;
+}
+
+void Rom::widen(std::span<const std::byte> bundle, float* out, size_t layer_stride) const noexcept {
+  const size_t dim = header_.row_dim;
+  const size_t layers = header_.layers;
+  if (header_.row_type == RowType::float16) {
+    for (size_t layer = 0; layer < layers; ++layer) {
+      const std::byte* row = bundle.data() + layer * 2 * dim;
+      for (size_t i = 0; i < dim; ++i) out[layer * layer_stride + i] = half_to_float(load_u16(row + 2 * i));
+    }
+    return;
+  }
+  const size_t group = header_.group;
+  const size_t groups = (dim + group - 1) / group;
+  const bool nibbles = header_.row_type == RowType::int4;
+  const size_t row_bytes = nibbles ? (dim + 1) / 2 : dim;
+  const std::byte* rows = bundle.data() + 2 * layers * groups;
+  for (size_t layer = 0; layer < layers; ++layer) {
+    const std::byte* row = rows + layer * row_bytes;
+    float* target = out + layer * layer_stride;
+    for (size_t g = 0; g < groups; ++g) {
+      const float scale = half_to_float(load_u16(bundle.data() + 2 * (layer * groups + g)));
+      const size_t end = std::min(dim, (g + 1) * group);
+      for (size_t i = g * group; i < end; ++i) {
+        const auto byte = static_cast<uint8_t>(row[nibbles ? i / 2 : i]);
+        const int quant = nibbles ? ((byte >> (4 * (i % 2))) & 15) - 8 : static_cast<int8_t>(byte);
+        target[i] = scale * static_cast<float>(quant);
+      }
+    }
+  }
+}
+
+}  // namespace meki
