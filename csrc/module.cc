@@ -117,7 +117,8 @@ void bind_options(py::module_& m) {
 
   const SessionOptions session;
   py::class_<SessionOptions>(m, "SessionOptions")
-      .def(py::init([](size_t context, bool prefetch, size_t chunk) { return SessionOptions{context, prefetch, chunk}; }),
+      .def(py::init(
+               [](size_t context, bool prefetch, size_t chunk) { return SessionOptions{context, prefetch, chunk}; }),
            py::kw_only(), "context"_a = session.context, "prefetch"_a = session.prefetch, "chunk"_a = session.chunk)
       .def_readonly("context", &SessionOptions::context)
       .def_readonly("prefetch", &SessionOptions::prefetch)
@@ -129,8 +130,9 @@ void bind_options(py::module_& m) {
                        uint64_t seed) {
              return SamplingOptions{temperature, top_k, top_p, min_p, repetition_penalty, seed};
            }),
-           py::kw_only(), "temperature"_a = sampling.temperature, "top_k"_a = sampling.top_k, "top_p"_a = sampling.top_p,
-           "min_p"_a = sampling.min_p, "repetition_penalty"_a = sampling.repetition_penalty, "seed"_a = sampling.seed)
+           py::kw_only(), "temperature"_a = sampling.temperature, "top_k"_a = sampling.top_k,
+           "top_p"_a = sampling.top_p, "min_p"_a = sampling.min_p, "repetition_penalty"_a = sampling.repetition_penalty,
+           "seed"_a = sampling.seed)
       .def_readonly("temperature", &SamplingOptions::temperature)
       .def_readonly("top_k", &SamplingOptions::top_k)
       .def_readonly("top_p", &SamplingOptions::top_p)
@@ -205,12 +207,11 @@ void bind_engine(py::module_& m) {
            "engine"_a, "options"_a)
       .def_property_readonly("context",
                              [](GuardedSession& s) { return s.call([](Session& x) { return x.context(); }); })
-      .def_property_readonly("tokens",
-                             [](GuardedSession& s) {
-                               return s.call([](Session& x) {
-                                 return std::vector<int32_t>(x.tokens().begin(), x.tokens().end());
-                               });
-                             })
+      .def_property_readonly(
+          "tokens",
+          [](GuardedSession& s) {
+            return s.call([](Session& x) { return std::vector<int32_t>(x.tokens().begin(), x.tokens().end()); });
+          })
       .def(
           "prompt",
           [](GuardedSession& s, const std::vector<int32_t>& ids) { s.call([&ids](Session& x) { x.prompt(ids); }); },
@@ -227,8 +228,8 @@ void bind_engine(py::module_& m) {
           [](GuardedSession& s) { return finish_name(s.call([](Session& x) { return x.finish_reason(); })); })
       .def("logits", &GuardedSession::logits)
       .def(
-          "rewind",
-          [](GuardedSession& s, size_t length) { s.call([length](Session& x) { x.rewind(length); }); }, "length"_a)
+          "rewind", [](GuardedSession& s, size_t length) { s.call([length](Session& x) { x.rewind(length); }); },
+          "length"_a)
       .def_property_readonly("stats", [](GuardedSession& s) { return s.call([](Session& x) { return x.stats(); }); })
       .def("reset_stats", [](GuardedSession& s) { s.call([](Session& x) { x.reset_stats(); }); });
 }

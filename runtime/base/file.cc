@@ -16,7 +16,8 @@ namespace meki {
 
 std::string system_reason(int error) { return std::generic_category().message(error); }
 
-File::File(const std::filesystem::path& path, int flags) : descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | flags)) {
+File::File(const std::filesystem::path& path, int flags)
+    : descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | flags)) {
   if (descriptor_ < 0) throw PackageError(path.string() + ": cannot open: " + system_reason(errno));
 }
 
@@ -32,7 +33,7 @@ File::~File() {
 }
 
 uint64_t File::size(const std::filesystem::path& path) const {
-  struct stat status {};
+  struct stat status{};
   if (::fstat(descriptor_, &status) != 0) throw PackageError(path.string() + ": cannot stat: " + system_reason(errno));
   if (!S_ISREG(status.st_mode)) throw PackageError(path.string() + ": not a regular file");
   return static_cast<uint64_t>(status.st_size);
@@ -68,7 +69,8 @@ std::string read_text(const std::filesystem::path& path, size_t limit) {
   const File file(path, O_NONBLOCK);
   const uint64_t size = file.size(path);
   if (size > limit) {
-    throw PackageError(path.string() + ": " + std::to_string(size) + " bytes, expected at most " + std::to_string(limit));
+    throw PackageError(path.string() + ": " + std::to_string(size) + " bytes, expected at most " +
+                       std::to_string(limit));
   }
   std::string text(size, '\0');
   size_t done = 0;

@@ -55,8 +55,7 @@ Tensor Buffers::input(const std::string& name, const Stage& stage, const Step& s
     case IoKind::token_ids: return {name, ElementType::int64, {1, tokens}, token_ids()};
     case IoKind::seqlens_k: return {name, ElementType::int32, {1}, seqlens_k()};
     case IoKind::total_sequence_length: return {name, ElementType::int32, {}, total_sequence_length()};
-    case IoKind::logit_index:
-      return {name, ElementType::int64, {static_cast<int64_t>(step.logit_rows)}, logit_index()};
+    case IoKind::logit_index: return {name, ElementType::int64, {static_cast<int64_t>(step.logit_rows)}, logit_index()};
     case IoKind::rows: {
       const size_t skipped = stage.rows->first * step.tokens * a.memory_dim;
       return {name,

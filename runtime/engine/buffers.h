@@ -12,12 +12,12 @@
 
 namespace meki {
 
-// The memory that one session's stages read and write: step inputs, tensors between stages and the KV cache. Allocated once;
-// the cache takes memory as it fills.
+// The memory that one session's stages read and write: step inputs, tensors between stages and the KV cache. Allocated
+// once; the cache takes memory as it fills.
 class Buffers {
  public:
-  // For `context` tokens of KV cache and steps of up to `max_tokens` tokens. Throws std::runtime_error if the system does
-  // not give the memory.
+  // For `context` tokens of KV cache and steps of up to `max_tokens` tokens. Throws std::runtime_error if the system
+  // does not give the memory.
   Buffers(const Engine& engine, size_t context, size_t max_tokens);
 
   int64_t* token_ids() const { return token_ids_.as<int64_t>(); }      // [max_tokens]

@@ -14,7 +14,8 @@ constexpr int kMaxThreads = 1024;
 
 int resolve_threads(int threads) {
   if (threads < 0 || threads > kMaxThreads) {
-    throw std::invalid_argument("threads is " + std::to_string(threads) + ", expected 0 to " + std::to_string(kMaxThreads));
+    throw std::invalid_argument("threads is " + std::to_string(threads) + ", expected 0 to " +
+                                std::to_string(kMaxThreads));
   }
   if (threads > 0) return threads;
   cpu_set_t available;

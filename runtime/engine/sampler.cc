@@ -61,7 +61,8 @@ int32_t Sampler::sample(std::span<const float> logits, std::span<const int32_t> 
     at->weight = std::exp((at->weight - best.weight) / options_.temperature);
     sum += at->weight;
   }
-  // The most probable come first, one by one, until top-p or min-p ends the row: cheaper than sorting a whole vocabulary.
+  // The most probable come first, one by one, until top-p or min-p ends the row: cheaper than sorting a whole
+  // vocabulary.
   const auto after = [&before](const Candidate& a, const Candidate& b) { return before(b, a); };
   const bool truncate = options_.top_p < 1 || options_.min_p > 0;
   if (!truncate) return draw({candidates_.begin(), end}, sum);
@@ -87,9 +88,9 @@ int32_t Sampler::draw(std::span<const Candidate> kept, double sum) {
     left -= candidate.weight;
     if (left < 0) return candidate.id;
   }
-  return std::max_element(kept.begin(), kept.end(), [](const Candidate& a, const Candidate& b) {
-           return a.weight < b.weight;
-         })->id;  // rounding left a little over
+  return std::max_element(kept.begin(), kept.end(),
+                          [](const Candidate& a, const Candidate& b) { return a.weight < b.weight; })
+      ->id;  // rounding left a little over
 }
 
 }  // namespace meki

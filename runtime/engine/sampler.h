@@ -8,8 +8,8 @@
 
 namespace meki {
 
-// How the next token is chosen. Applied in this order, as in Hugging Face transformers: repetition penalty, temperature,
-// top-k, top-p, min-p.
+// How the next token is chosen. Applied in this order, as in Hugging Face transformers: repetition penalty,
+// temperature, top-k, top-p, min-p.
 struct SamplingOptions {
   double temperature = 0.8;         // 0: the most probable token
   uint32_t top_k = 0;               // keep the k most probable tokens; 0: all

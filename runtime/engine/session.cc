@@ -168,8 +168,8 @@ void Session::prefill(float* all_logits, const Poll& poll) {
   }
 }
 
-// Runs the next `tokens` tokens through all stages; the rows come from `slot`, into which they were requested. Logits are
-// those of the last `logit_rows` tokens. Returns the nanoseconds spent waiting for rows.
+// Runs the next `tokens` tokens through all stages; the rows come from `slot`, into which they were requested. Logits
+// are those of the last `logit_rows` tokens. Returns the nanoseconds spent waiting for rows.
 uint64_t Session::run(const Bindings& bindings, size_t tokens, size_t logit_rows, int slot) {
   std::copy_n(tokens_.begin() + static_cast<std::ptrdiff_t>(computed_), tokens, buffers_.token_ids());
   for (size_t row = 0; row < logit_rows; ++row) {

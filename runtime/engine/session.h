@@ -49,8 +49,8 @@ class Session {
   // vocabulary or a sequence longer than the context; then nothing is appended.
   void prompt(std::span<const int32_t> ids);
 
-  // Begins a generation after the sequence. max_new_tokens 0: until the context is full. Throws std::invalid_argument for
-  // bad options or an empty sequence.
+  // Begins a generation after the sequence. max_new_tokens 0: until the context is full. Throws std::invalid_argument
+  // for bad options or an empty sequence.
   void start(const SamplingOptions& sampling, size_t max_new_tokens);
   // The decode loop's body: the next token, or nothing when the generation is over. When it returns, the rows of the
   // returned token are already being read. Throws PackageError if the ROM fails, std::runtime_error if the graph fails.

@@ -32,11 +32,12 @@ class StageChecker {
       : where_((manifest.directory / manifest.stages[index].file).string()), layers_(manifest.architecture.layers) {}
 
   void require(bool valid, const std::string& what) const {
-    if (!valid) throw PackageError(where_ + ": " + what + "; the stage and the manifest disagree: convert the model again");
+    if (!valid)
+      throw PackageError(where_ + ": " + what + "; the stage and the manifest disagree: convert the model again");
   }
   void cache_layer(const IoName& io, const std::string& name) const {
-    require(io.layer < layers_, "\"" + name + "\" names layer " + std::to_string(io.layer) + " of " +
-                                    std::to_string(layers_) + " layers");
+    require(io.layer < layers_,
+            "\"" + name + "\" names layer " + std::to_string(io.layer) + " of " + std::to_string(layers_) + " layers");
   }
 
  private:
@@ -85,7 +86,8 @@ std::vector<std::string> check_stages(const Manifest& manifest, const std::vecto
       }
     }
     check.require(takes_rows == stages[index].rows.has_value(),
-                  takes_rows ? "it takes memory rows, the manifest says none" : "it takes no memory rows, the manifest says some");
+                  takes_rows ? "it takes memory rows, the manifest says none"
+                             : "it takes no memory rows, the manifest says some");
     for (const std::string& name : stages[index].graph->outputs()) {
       const IoName io = parse_output(name);
       if (io.kind == IoKind::logits) ++logits;
@@ -97,9 +99,9 @@ std::vector<std::string> check_stages(const Manifest& manifest, const std::vecto
     }
   }
   const StageChecker check(manifest, stages.size() - 1);
-  check.require(past.size() == caches && present.size() == caches, "the stages have " + std::to_string(past.size()) +
-                                                                       " caches in and " + std::to_string(present.size()) +
-                                                                       " out, expected " + std::to_string(caches));
+  check.require(past.size() == caches && present.size() == caches,
+                "the stages have " + std::to_string(past.size()) + " caches in and " + std::to_string(present.size()) +
+                    " out, expected " + std::to_string(caches));
   check.require(logits == 1, "the stages make logits " + std::to_string(logits) + " times, expected once");
   return hidden;
 }

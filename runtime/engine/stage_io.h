@@ -21,9 +21,9 @@ struct IoName {
 IoName parse_input(const std::string& name);
 IoName parse_output(const std::string& name);
 
-// Checks that the stages fit the manifest and each other: every layer's cache in exactly one stage, every hidden input made
-// by an earlier stage, rows where the manifest says, logits from one stage. Returns the hidden tensors' names. Throws
-// PackageError.
+// Checks that the stages fit the manifest and each other: every layer's cache in exactly one stage, every hidden input
+// made by an earlier stage, rows where the manifest says, logits from one stage. Returns the hidden tensors' names.
+// Throws PackageError.
 std::vector<std::string> check_stages(const Manifest& manifest, const std::vector<Stage>& stages);
 
 }  // namespace meki

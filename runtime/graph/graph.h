@@ -36,15 +36,16 @@ class Graph {
   virtual const std::vector<std::string>& outputs() const = 0;
   // Binds all inputs and outputs (views of memory with the shapes of one step). Throws std::runtime_error.
   // The graph must outlive the binding.
-  virtual std::unique_ptr<Binding> bind(const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) const = 0;
+  virtual std::unique_ptr<Binding> bind(const std::vector<Tensor>& inputs,
+                                        const std::vector<Tensor>& outputs) const = 0;
 };
 
 // How a stage is loaded: the seam between the engine and what executes graphs.
 using GraphLoader = std::function<std::unique_ptr<Graph>(const std::filesystem::path&)>;
 
-// Loads stages with the ONNX Runtime library at `library` on its CPU provider with `threads` threads a stage. The library
-// stays loaded until the process ends. Throws std::runtime_error if it cannot be loaded or is too old; the loader throws
-// PackageError for a file that ONNX Runtime refuses.
+// Loads stages with the ONNX Runtime library at `library` on its CPU provider with `threads` threads a stage. The
+// library stays loaded until the process ends. Throws std::runtime_error if it cannot be loaded or is too old; the
+// loader throws PackageError for a file that ONNX Runtime refuses.
 GraphLoader onnxruntime_loader(const std::filesystem::path& library, int threads);
 
 }  // namespace meki

@@ -7,21 +7,27 @@
 
 #include "graph/ort_api.h"
 
-namespace {
+namespace official {
 
-// Our opaque types and enumerations stand for the official ones: parameter for parameter they have the same representation.
-template <class T>
-constexpr size_t kParameters = 0;
-template <class R, class... P>
-constexpr size_t kParameters<R (*)(P...)> = sizeof...(P);
-#if __cpp_noexcept_function_type
-template <class R, class... P>
-constexpr size_t kParameters<R (*)(P...) noexcept> = sizeof...(P);
-#endif
+// The names of ort_api.h with the official types behind them, so that its table can be read with either.
+using Env = OrtEnv;
+using Session = OrtSession;
+using SessionOptions = OrtSessionOptions;
+using Status = OrtStatus;
+using MemoryInfo = OrtMemoryInfo;
+using Value = OrtValue;
+using RunOptions = OrtRunOptions;
+using Allocator = OrtAllocator;
+using IoBinding = OrtIoBinding;
+using LoggingLevel = OrtLoggingLevel;
+using GraphOptimization = GraphOptimizationLevel;
+using AllocatorType = OrtAllocatorType;
+using MemoryType = OrtMemType;
+using ElementCode = ONNXTensorElementDataType;
 
-#define MEKI_ORT_CHECK(position, name, result, parameters)                                                        \
-  static_assert(offsetof(OrtApi, name) == (position) * sizeof(void*), #name " is at another position");           \
-  static_assert(kParameters<decltype(OrtApi::name)> == kParameters<result(*) parameters>, #name " takes other parameters");
+#define MEKI_ORT_CHECK(position, name, result, parameters)                                              \
+  static_assert(offsetof(OrtApi, name) == (position) * sizeof(void*), #name " is at another position"); \
+  static_assert(std::is_convertible_v<decltype(OrtApi::name), result(*) parameters>, #name " has another signature");
 MEKI_ORT_FUNCTIONS(MEKI_ORT_CHECK)
 #undef MEKI_ORT_CHECK
 
@@ -33,4 +39,4 @@ static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT == static_cast<int>(meki::ort:
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 == static_cast<int>(meki::ort::kInt32));
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 == static_cast<int>(meki::ort::kInt64));
 
-}  // namespace
+}  // namespace official

@@ -35,7 +35,8 @@ const void* load_api(const std::filesystem::path& path) {
   const char* reason = handle == nullptr ? ::dlerror() : nullptr;
   if (handle == nullptr) {
     throw std::runtime_error("cannot load ONNX Runtime from " + path.string() + ": " +
-                             (reason != nullptr ? reason : "unknown reason") + "; install the package onnxruntime >= 1.24");
+                             (reason != nullptr ? reason : "unknown reason") +
+                             "; install the package onnxruntime >= 1.24");
   }
   using GetApiBase = const ort::ApiBase* (*)();
   const auto get_base = reinterpret_cast<GetApiBase>(::dlsym(handle, "OrtGetApiBase"));
@@ -62,8 +63,8 @@ const Library& library_at(const std::filesystem::path& path) {
     library = made.release();
     loaded = path;
   } else if (path != loaded) {
-    throw std::runtime_error("ONNX Runtime is already loaded from " + loaded.string() + ", cannot load " + path.string() +
-                             " as well; use one library a process");
+    throw std::runtime_error("ONNX Runtime is already loaded from " + loaded.string() + ", cannot load " +
+                             path.string() + " as well; use one library a process");
   }
   return *library;
 }
@@ -124,7 +125,8 @@ class OrtGraph final : public Graph {
     const ort::Api& api = library_.api;
     ort::SessionOptions* options = nullptr;
     library_.check(api.CreateSessionOptions(&options));
-    const std::unique_ptr<ort::SessionOptions, void (*)(ort::SessionOptions*)> owner(options, api.ReleaseSessionOptions);
+    const std::unique_ptr<ort::SessionOptions, void (*)(ort::SessionOptions*)> owner(options,
+                                                                                     api.ReleaseSessionOptions);
     library_.check(api.SetIntraOpNumThreads(options, threads));
     library_.check(api.SetSessionGraphOptimizationLevel(options, ort::kOptimizeAll));
     // Each stage has its own threads: those of an idle stage must not spin on the cores that the next one needs.

@@ -46,8 +46,8 @@ struct Manifest {
   std::vector<int32_t> eos_token_ids;
   std::string json;  // the text of the file
 
-  // Reads and checks `directory`/manifest.json: format, limits, file names, and that every file is there with its stated
-  // size. Throws PackageError.
+  // Reads and checks `directory`/manifest.json: format, limits, file names, and that every file is there with its
+  // stated size. Throws PackageError.
   static Manifest open(const std::filesystem::path& directory);
 };
 

@@ -23,11 +23,12 @@ struct RomCounters {
   uint64_t bytes = 0;     // asked of the system
 };
 
-// Brings the memory rows of tokens from a ROM into float32 buffers on one I/O thread of its own, so that neither storage
-// nor checksums nor widening cost the compute thread anything.
+// Brings the memory rows of tokens from a ROM into float32 buffers on one I/O thread of its own, so that neither
+// storage nor checksums nor widening cost the compute thread anything.
 //
 // There are two slots: one is filled while the other is in use. Each begin(slot) is followed by one wait(slot), or by
-// another begin(slot), which drops the first result. All calls come from one thread.
+// another begin(slot), which drops the first result. All calls come from one thread. If the I/O thread has not even
+// been scheduled when the rows are needed, wait() reads them itself: on busy cores that is sooner than a wake-up.
 class Prefetcher {
  public:
   static constexpr int kSlots = 2;
@@ -39,8 +40,8 @@ class Prefetcher {
   Prefetcher(const Prefetcher&) = delete;
   Prefetcher& operator=(const Prefetcher&) = delete;
 
-  // Requests the rows of `ids` (1 to max_tokens of them, each < vocab_size) into `slot`. Returns at once unless the slot's
-  // previous request is still running. Each distinct id is read once, in file order.
+  // Requests the rows of `ids` (1 to max_tokens of them, each < vocab_size) into `slot`. Returns at once unless the
+  // slot's previous request is still running. Each distinct id is read once, in file order.
   void begin(int slot, std::span<const int32_t> ids);
   // Blocks until the slot's request is done; returns the nanoseconds spent here. Rethrows what the reading threw
   // (PackageError).
@@ -54,27 +55,26 @@ class Prefetcher {
   enum class State { idle, queued, running, done };
   struct Slot {
     Mapping rows;
+    Mapping scratch;  // for one bundle
     std::vector<int32_t> ids;
+    std::vector<std::pair<int32_t, size_t>> order;  // (id, position), sorted
     State state = State::idle;
     std::exception_ptr error;
   };
 
   void serve();
-  void finish(Slot& slot, std::unique_lock<std::mutex>& lock);
+  void perform(Slot& slot, std::unique_lock<std::mutex>& lock);
   void fill(Slot& slot, RomCounters& read);
 
   const std::shared_ptr<const Rom> rom_;
-  const bool asynchronous_;
+  // A slot's memory belongs to whoever set its state to running, until it is done; everything else below is guarded by
+  // mutex_.
   std::array<Slot, kSlots> slots_;
-  Mapping scratch_;                              // of the thread that reads
-  std::vector<std::pair<int32_t, size_t>> order_;  // (id, position), sorted; of the thread that reads
-
-  mutable std::mutex mutex_;  // guards the slots' states and errors, counters_, next_ and stop_
+  mutable std::mutex mutex_;
   std::condition_variable work_;
   std::condition_variable ready_;
   RomCounters counters_;
-  std::array<int, kSlots> queue_{};  // slots in the order of their requests
-  size_t queued_ = 0;
+  int next_ = 0;  // the slot to serve first when both are queued
   bool stop_ = false;
   std::thread thread_;
 };

@@ -59,8 +59,8 @@ class Rom {
 
   // Asks the kernel to bring the bundle into the page cache; does not wait. token < vocab_size.
   void advise(uint32_t token) const noexcept;
-  // Reads the bundle of `token` (< vocab_size) into `scratch`, checks it, and returns its scales and rows, which live in
-  // `scratch`. Blocks on storage. Throws PackageError if the file shrank, cannot be read, or the checksum is wrong.
+  // Reads the bundle of `token` (< vocab_size) into `scratch`, checks it, and returns its scales and rows, which live
+  // in `scratch`. Blocks on storage. Throws PackageError if the file shrank, cannot be read, or the checksum is wrong.
   std::span<const std::byte> read(uint32_t token, std::span<std::byte> scratch) const;
   // Widens a bundle that read() returned: row l goes to out[l * layer_stride .. + row_dim), float32.
   void widen(std::span<const std::byte> bundle, float* out, size_t layer_stride) const noexcept;
