@@ -58,13 +58,15 @@ uint64_t row_bytes(RowType type, uint64_t row_dim) {
     case RowType::float16: return 2 * row_dim;
     case RowType::int8: return row_dim;
     case RowType::int4: return (row_dim + 1) / 2;
+    case RowType::float32: return 4 * row_dim;
   }
   return 0;
 }
 
 uint32_t group_of(RowType type, uint32_t row_dim) {
   switch (type) {
-    case RowType::float16: return 0;
+    case RowType::float16:
+    case RowType::float32: return 0;
     case RowType::int8: return row_dim;
     case RowType::int4: return kInt4Group;
   }
@@ -88,6 +90,7 @@ std::string_view name_of(RowType type) {
     case RowType::float16: return "float16";
     case RowType::int8: return "int8";
     case RowType::int4: return "int4";
+    case RowType::float32: return "float32";
   }
   return "unknown";
 }
@@ -107,7 +110,7 @@ RomHeader RomHeader::parse(std::span<const std::byte, kBytes> bytes, const std::
   check.between("layers", header.layers, 1, 65'535);
   check.between("row_dim", header.row_dim, 1, 1'048'576);
   const auto row_type = field<uint32_t>(bytes, 32);
-  check.between("row_type", row_type, 1, 3);
+  check.between("row_type", row_type, 1, 4);
   header.row_type = static_cast<RowType>(row_type);
   header.group = field<uint32_t>(bytes, 36);
   check.equal("group", header.group, group_of(header.row_type, header.row_dim));

@@ -168,6 +168,12 @@ std::span<const std::byte> Rom::read(uint32_t token, std::span<std::byte> scratc
 void Rom::widen(std::span<const std::byte> bundle, float* out, size_t layer_stride) const noexcept {
   const size_t dim = header_.row_dim;
   const size_t layers = header_.layers;
+  if (header_.row_type == RowType::float32) {
+    for (size_t layer = 0; layer < layers; ++layer) {
+      std::memcpy(out + layer * layer_stride, bundle.data() + layer * dim * sizeof(float), dim * sizeof(float));
+    }
+    return;
+  }
   if (header_.row_type == RowType::float16) {
     for (size_t layer = 0; layer < layers; ++layer) {
       const std::byte* row = bundle.data() + layer * 2 * dim;

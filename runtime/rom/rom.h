@@ -10,7 +10,7 @@
 
 namespace meki {
 
-enum class RowType : uint32_t { float16 = 1, int8 = 2, int4 = 3 };
+enum class RowType : uint32_t { float16 = 1, int8 = 2, int4 = 3, float32 = 4 };
 std::string_view name_of(RowType type);
 
 // How bundles are read. All three give the same bytes.
