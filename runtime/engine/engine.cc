@@ -2,9 +2,12 @@
 
 #include <sched.h>
 
+#include <algorithm>
 #include <stdexcept>
+#include <vector>
 
 #include "base/error.h"
+#include "engine/session.h"
 #include "engine/stage_io.h"
 
 namespace meki {
@@ -21,6 +24,24 @@ int resolve_threads(int threads) {
   cpu_set_t available;
   CPU_ZERO(&available);
   return ::sched_getaffinity(0, sizeof(available), &available) == 0 ? CPU_COUNT(&available) : 1;
+}
+
+// One token through all stages: ONNX Runtime checks every type and shape that the manifest promised, and the weights that
+// the first real step needs are brought into memory.
+void run_once(const std::shared_ptr<const Engine>& engine) {
+  const Architecture& architecture = engine->manifest().architecture;
+  try {
+    Session session(engine, {.context = std::min<size_t>(architecture.context, 8), .chunk = 1});
+    const int32_t token = 0;
+    session.prompt({&token, 1});
+    std::vector<float> logits(architecture.vocab_size);
+    session.logits(logits.data());
+  } catch (const PackageError&) {
+    throw;
+  } catch (const std::runtime_error& error) {
+    throw PackageError(engine->manifest().directory.string() + ": its stages do not run: " + error.what() +
+                       "; the manifest and the stages disagree: convert the model again");
+  }
 }
 
 }  // namespace
@@ -49,8 +70,10 @@ std::shared_ptr<const Engine> Engine::open(const std::filesystem::path& director
   const int threads = resolve_threads(options.threads);
   Manifest manifest = Manifest::open(directory);
   auto rom = open_rom(manifest, options.rom_access);
-  return std::make_shared<const Engine>(std::move(manifest), std::move(rom),
-                                        onnxruntime_loader(options.onnxruntime, threads), threads);
+  auto engine = std::make_shared<const Engine>(std::move(manifest), std::move(rom),
+                                               onnxruntime_loader(options.onnxruntime, threads), threads);
+  run_once(engine);
+  return engine;
 }
 
 Engine::Engine(Manifest manifest, std::shared_ptr<const Rom> rom, const GraphLoader& load, int threads)

@@ -1,0 +1,234 @@
+"""Packages that are damaged, inconsistent or malicious: one PackageError, never a crash, a hang or a wrong answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from meki import Engine, PackageError, _core
+
+
+@pytest.fixture
+def package(make_package: Callable[..., Path], tmp_path: Path) -> Path:
+    """A package of the test's own, to be damaged."""
+    return Path(shutil.copytree(make_package(weights="int8"), tmp_path / "package"))
+
+
+def edit_manifest(package: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = package / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def test_every_byte_of_the_rom_header_counts(package: Path) -> None:
+    rom = package / "memory.rom"
+    good = rom.read_bytes()
+    _core.Rom(str(rom))
+    with rom.open("r+b") as file:
+        for offset in range(4096):
+            for flip in (0x01, 0x80, 0xFF):
+                os.pwrite(file.fileno(), bytes([good[offset] ^ flip]), offset)
+                with pytest.raises(PackageError, match=r"memory\.rom"):
+                    _core.Rom(str(rom))
+            os.pwrite(file.fileno(), good[offset : offset + 1], offset)
+    _core.Rom(str(rom))
+
+
+@pytest.mark.parametrize("access", ["mmap", "pread", "direct"])
+def test_a_damaged_bundle_names_its_token(package: Path, access: str) -> None:
+    rom = package / "memory.rom"
+    info = _core.Rom(str(rom)).info
+    with rom.open("r+b") as file:
+        file.seek(4096 + 77 * info.bundle_stride + 11)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 4]))
+    engine = Engine(package, rom_access=access)
+    engine.logits([76, 78])
+    with pytest.raises(PackageError, match="token 77 has checksum"):
+        engine.logits([76, 77, 78])
+
+
+@pytest.mark.parametrize("name", ["memory.rom", "weights.bin", "stage0.onnx", "stage1.onnx", "tokenizer.json"])
+@pytest.mark.parametrize("keep", [0, 1, 100, -1], ids=["empty", "one-byte", "100-bytes", "one-byte-short"])
+def test_truncated_files(package: Path, name: str, keep: int) -> None:
+    path = package / name
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(PackageError, match=name):
+        Engine(package)
+    # An attacker states the size that is there.
+    edit_manifest(package, lambda manifest: manifest["files"][name].update(bytes=path.stat().st_size))
+    with pytest.raises(PackageError):
+        Engine(package)
+
+
+@pytest.mark.parametrize("name", ["memory.rom", "weights.bin", "stage0.onnx", "tokenizer.json", "manifest.json"])
+def test_missing_files(package: Path, name: str) -> None:
+    (package / name).unlink()
+    with pytest.raises(PackageError, match=name):
+        Engine(package)
+
+
+@pytest.mark.parametrize("name", ["stage0.onnx", "stage1.onnx", "tokenizer.json"])
+def test_a_changed_graph_or_tokenizer_is_noticed(package: Path, name: str) -> None:
+    path = package / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(PackageError, match=f"{name}.*SHA-256"):
+        Engine(package)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("vocab_size", 299),
+        ("vocab_size", 2**31 - 1),
+        ("vocab_size", 2**63),
+        ("layers", 4),
+        ("layers", 65_535),
+        ("hidden", 63),
+        ("hidden", 2**20),
+        ("kv_heads", 4),
+        ("kv_heads", 2**20),
+        ("head_dim", 32),
+        ("memory_dim", 0),
+        ("memory_dim", 31),
+        ("context", 0),
+        ("context", -5),
+        ("context", 1e9),
+        ("layers", "3"),
+        ("layers", None),
+    ],
+)
+def test_architectures_that_the_files_contradict(package: Path, field: str, value: object) -> None:
+    edit_manifest(package, lambda manifest: manifest["architecture"].update({field: value}))
+    with pytest.raises(PackageError):
+        Engine(package)
+
+
+def test_a_context_beyond_the_rotary_tables(package: Path) -> None:
+    """The manifest promises more positions than the graph has: an error when they are used, not a read out of bounds."""
+    edit_manifest(package, lambda manifest: manifest["architecture"].update(context=2**31 - 1))
+    with pytest.raises((PackageError, RuntimeError), match=r"cos_cache|KV cache"):
+        Engine(package).session(context=1000).logits([1] * 1000)
+
+
+@pytest.mark.parametrize("name", ["../stage0.onnx", "/etc/hostname", "a/b", "..", ".", "", "x\x00y", "a\\b"])
+@pytest.mark.parametrize("where", ["stage", "memory", "tokenizer", "files"])
+def test_names_that_leave_the_directory(package: Path, where: str, name: str) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        if where == "stage":
+            manifest["stages"][0]["file"] = name
+        elif where == "files":
+            manifest["files"][name] = {"bytes": 1, "sha256": "0" * 64}
+        else:
+            manifest[where]["file"] = name
+
+    edit_manifest(package, change)
+    with pytest.raises(PackageError, match="plain file name"):
+        Engine(package)
+
+
+def test_weights_outside_the_directory(package: Path) -> None:
+    """A graph whose external data points elsewhere; its checksum in the manifest is right."""
+    shutil.copy(package / "weights.bin", package.parent / "weights.bin")
+    path = package / "stage0.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../weights.bin"
+    onnx.save(model, path)
+    restate(package, "stage0.onnx")
+    with pytest.raises(PackageError, match=r"stage0\.onnx"):
+        Engine(package)
+
+
+def restate(package: Path, name: str) -> None:
+    """Makes the manifest's size and checksum of a file those that it has."""
+    import hashlib
+
+    data = (package / name).read_bytes()
+    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit_manifest(package, lambda manifest: manifest["files"].update({name: entry}))
+
+
+def test_the_rom_of_another_model(package: Path, make_package: Callable[..., Path]) -> None:
+    """Same shape, other content: only the content id tells."""
+    other = make_package(weights="int8", projector_norm=True)
+    shutil.copy(other / "memory.rom", package / "memory.rom")
+    restate(package, "memory.rom")
+    with pytest.raises(PackageError, match="content id"):
+        Engine(package)
+
+
+@pytest.mark.parametrize("special", ["fifo", "directory", "missing-link"])
+@pytest.mark.parametrize("name", ["manifest.json", "memory.rom", "weights.bin"])
+def test_files_that_are_none(package: Path, name: str, special: str) -> None:
+    path = package / name
+    path.unlink()
+    if special == "fifo":
+        os.mkfifo(path)
+    elif special == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to("nowhere")
+    with pytest.raises(PackageError, match=name):
+        Engine(package)
+
+
+SHRINK = """
+import os, sys
+from meki import Engine, PackageError
+package, access, prefetch = sys.argv[1], sys.argv[2], sys.argv[3] == "True"
+engine = Engine(package, rom_access=access)
+stream = engine.stream("The old lighthouse", max_new_tokens=100, prefetch=prefetch, seed=1)
+next(stream)
+os.truncate(os.path.join(package, "memory.rom"), 8192)
+try:
+    for piece in stream:
+        pass
+    print("finished")
+except PackageError as error:
+    print("PackageError", error)
+"""
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("access", ["mmap", "pread", "direct"])
+def test_a_rom_that_shrinks_while_it_is_open(package: Path, access: str, prefetch: bool) -> None:
+    # In a process of its own: what is guarded against is death by SIGBUS.
+    command = [sys.executable, "-c", SHRINK, str(package), access, str(prefetch)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("PackageError")
+    assert "shrank" in run.stdout
+
+
+@pytest.mark.slow
+def test_mutated_manifests_open_or_fail_cleanly(package: Path) -> None:
+    import random
+
+    path = package / "manifest.json"
+    text = path.read_bytes()
+    generator = random.Random(5)
+    for _ in range(300):
+        data = bytearray(text)
+        for _ in range(generator.randint(1, 4)):
+            data[generator.randrange(len(data))] = generator.randrange(256)
+        path.write_bytes(data)
+        try:
+            Engine(package).logits([1, 2, 3])
+        except PackageError:
+            pass

@@ -1,0 +1,127 @@
+"""The engine against the PyTorch training form, and against itself on every path that must not matter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from meki.models.decoder import Decoder
+from numpy.typing import NDArray
+
+from meki import Engine, _core
+
+IDS = np.random.default_rng(11).integers(0, 300, 100).tolist()
+
+
+def torch_logits(model: Decoder, ids: list[int]) -> NDArray[np.float32]:
+    with torch.no_grad():
+        logits: NDArray[np.float32] = model(torch.tensor([ids]))[0].numpy()
+    return logits
+
+
+def core_session(engine: Engine, **options: object) -> _core.Session:
+    return _core.Session(engine._core, _core.SessionOptions(**options))
+
+
+def core_logits(engine: Engine, ids: list[int], **options: object) -> NDArray[np.float32]:
+    session = core_session(engine, **options)
+    session.prompt(ids)
+    return session.logits()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"qk_norm": False}, {"projector_norm": True}, {"memory_dim": 0}, {"memory_dim": 12, "kv_heads": 4}],
+    ids=["default", "no-qk-norm", "projector-norm", "dense", "odd-memory"],
+)
+def test_float32_package_equals_the_training_form(
+    make_package: Callable[..., Path], make_model: Callable[..., Decoder], overrides: dict[str, object]
+) -> None:
+    # Float32 on both sides: what differs is the order of sums of up to 100 terms, about 1e-6 of logits that reach 10.
+    engine = Engine(make_package(weights="float32", rows="float32", **overrides))
+    np.testing.assert_allclose(engine.logits(IDS), torch_logits(make_model(**overrides), IDS), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "bound"), [("float16", 1e-3), ("int8", 0.02), ("int4", 0.15)])
+def test_row_types_cost_what_their_precision_says(
+    make_package: Callable[..., Path], make_model: Callable[..., Decoder], rows: str, bound: float
+) -> None:
+    # Relative RMS error of the logits. A row's relative error is at most 2^-11, about 1/127 of its largest value / 2, and
+    # 1/15 likewise; the injection is one of three terms of the residual stream, three layers deep.
+    expected = torch_logits(make_model(), IDS)
+    error = Engine(make_package(rows=rows)).logits(IDS) - expected
+    assert 0 < np.sqrt(np.mean(error**2)) / expected.std() < bound
+
+
+@pytest.mark.parametrize("memory_dim", [32, 0], ids=["memory", "dense"])
+def test_chunking_does_not_matter(make_package: Callable[..., Path], memory_dim: int) -> None:
+    engine = Engine(make_package(rows="float32", memory_dim=memory_dim))
+    whole = core_logits(engine, IDS, chunk=128)
+    for chunk in (1, 7, 64):
+        np.testing.assert_allclose(core_logits(engine, IDS, chunk=chunk), whole, rtol=0, atol=1e-4)
+    session = core_session(engine)
+    one_by_one = []
+    for token in IDS:
+        session.prompt([token])
+        one_by_one.append(session.logits()[0])
+    np.testing.assert_allclose(one_by_one, whole, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8", "int4"])
+def test_access_and_prefetch_change_no_bit(make_package: Callable[..., Path], weights: str) -> None:
+    package = make_package(weights=weights)
+    results = []
+    for access in ("mmap", "pread", "direct"):
+        engine = Engine(package, rom_access=access)
+        for prefetch in (True, False):
+            results.append(core_logits(engine, IDS, chunk=16, prefetch=prefetch))
+            generated = engine.generate("The old", max_new_tokens=20, seed=3, prefetch=prefetch)
+            results.append(np.array(generated.token_ids))
+    for result in results[2:]:
+        np.testing.assert_array_equal(result, results[len(result) == len(results[1])])
+
+
+def drop_page_cache(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@pytest.mark.parametrize("access", ["mmap", "pread", "direct"])
+def test_a_cold_rom_changes_nothing(make_package: Callable[..., Path], access: str) -> None:
+    package = make_package(weights="int8")
+    engine = Engine(package, rom_access=access)
+    warm = engine.generate("A small ship", max_new_tokens=30, seed=5)
+    drop_page_cache(package / "memory.rom")
+    cold = engine.generate("A small ship", max_new_tokens=30, seed=5)
+    assert cold.token_ids == warm.token_ids
+
+
+def test_one_request_a_token_and_distinct_ids_in_prefill(make_package: Callable[..., Path]) -> None:
+    engine = Engine(make_package())
+    session = core_session(engine)
+    session.prompt([5, 9, 5, 5, 9, 280])
+    session.start(_core.SamplingOptions(seed=1), 10)
+    while session.next() is not None:
+        pass
+    stats = session.stats
+    decoded = stats.decode_tokens
+    assert stats.rom_requests == 3 + decoded
+    assert len(stats.stall_ns) == decoded
+    layers, memory_dim, checksum = 3, 32, 4
+    assert stats.rom_bytes == (3 + decoded) * (layers * memory_dim * 2 + checksum)
+
+
+def test_continuing_after_a_rewind_equals_a_fresh_session(make_package: Callable[..., Path]) -> None:
+    engine = Engine(make_package())
+    session = core_session(engine)
+    session.prompt(IDS[:40])
+    session.logits()
+    session.rewind(25)
+    session.prompt(IDS[60:80])
+    again = session.logits()
+    np.testing.assert_allclose(again, core_logits(engine, IDS[:25] + IDS[60:80])[25:], rtol=0, atol=1e-4)
