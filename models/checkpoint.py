@@ -47,6 +47,6 @@ def load_checkpoint(path: Path) -> tuple[Decoder, dict[str, str]]:
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            raise ConfigError(f"{path}: tensor {name}: shape {found.get(name)}, configuration wants {expected.get(name)}")
+            raise ConfigError(f"{path}: tensor {name}: shape {found.get(name)}, expected {expected.get(name)}")
     model.load_state_dict(tensors)
     return model, metadata

@@ -1,0 +1,111 @@
+"""Exports a checkpoint to a package: folds the memory, quantises, and writes the graph, the ROM and the manifest."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from .checkpoint import load_checkpoint
+from .package import check_target, export_package
+from .quantize import ROW_TYPES
+from .weights import WEIGHT_TYPES
+
+
+class ProgressBars:
+    """One bar on stderr for each phase of the export."""
+
+    def __init__(self) -> None:
+        self.phase: str | None = None
+        self.bar: tqdm | None = None
+
+    def update(self, phase: str, done: int, total: int) -> None:
+        if self.bar is None or phase != self.phase:
+            self.close()
+            self.phase = phase
+            self.bar = tqdm(
+                desc=phase, total=total, unit_scale=True, file=sys.stderr, disable=None
+            )  # None: no terminal
+        self.bar.update(done - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def convert(args: argparse.Namespace) -> dict[str, Any]:
+    """Exports as the command line says and returns the manifest."""
+    check_target(args.output, args.overwrite)
+    if not args.source.is_file():
+        raise FileNotFoundError(f"{args.source}: no such file; expected a checkpoint (.safetensors)")
+    model, provenance = load_checkpoint(args.source)
+    tokenizer = args.tokenizer or args.source.with_name("tokenizer.json")
+    if not tokenizer.is_file():
+        raise FileNotFoundError(f"{tokenizer}: no such tokenizer; name one with --tokenizer")
+    bars = ProgressBars()
+    try:
+        return export_package(
+            model,
+            tokenizer.read_bytes(),
+            args.output,
+            name=args.name or args.output.name,
+            weights=args.weights,
+            rows=args.rows,
+            provenance=provenance,
+            card=args.card.read_text(encoding="utf-8") if args.card else None,
+            overwrite=args.overwrite,
+            progress=bars.update,
+        )
+    finally:
+        bars.close()
+
+
+def summary(path: Path, manifest: dict[str, Any]) -> str:
+    """The sizes and quantisation errors of a package, for people."""
+    lines = [f"{path}: {manifest['name']}, weights {manifest['weights']['type']}"]
+    lines += [f"  {name:<16} {entry['bytes'] / 1e6:12,.3f} MB" for name, entry in manifest["files"].items()]
+    errors = manifest["quantization_error"]
+    if manifest["weights"]["block"]:
+        weights = errors["weights"]
+        worst = f"worst {weights['worst']:.5f} in {weights['worst_tensor']}"
+        lines.append(f"  relative error of the weights: {weights['overall']:.5f} overall, {worst}")
+    if manifest["memory"]:
+        lines.append(f"  relative error of the {manifest['memory']['row_type']} memory rows: {errors['rows']:.6f}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command `meki-convert`. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="meki-convert", description=__doc__)
+    parser.add_argument("source", type=Path, help="training-form checkpoint (.safetensors)")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="package directory to write")
+    parser.add_argument("--name", help="the model's name (default: the name of the directory)")
+    parser.add_argument("--weights", choices=WEIGHT_TYPES, default="int8", help="dense weights (default: %(default)s)")
+    parser.add_argument(
+        "--rows", choices=tuple(ROW_TYPES), default="float16", help="memory rows (default: %(default)s)"
+    )
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: the one beside the checkpoint)")
+    parser.add_argument("--card", type=Path, help="model card, becomes the package's README.md")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing package")
+    args = parser.parse_args(argv)
+    try:
+        manifest = convert(args)
+    except KeyboardInterrupt:
+        print("meki-convert: interrupted, nothing written", file=sys.stderr)
+        return 130
+    except SafetensorError as error:
+        print(f"meki-convert: {args.source}: not a safetensors file: {error}", file=sys.stderr)
+        return 1
+    except (OSError, ValueError) as error:
+        print(f"meki-convert: {error}", file=sys.stderr)
+        return 1
+    print(summary(args.output, manifest))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

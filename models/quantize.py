@@ -1,0 +1,139 @@
+"""Symmetric quantisation of dense weights and of memory rows. Pure NumPy; every function returns codes and scales.
+
+A block of values that share one scale becomes integers q with value = scale * q, scale >= 0. The scale of 8 bits maps
+the largest magnitude to 127. 4 bits have too few levels for that: the scale is the one, out of a few, that leaves the
+least squared error, because clipping the largest value a little can buy precision for all the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Codes = NDArray[np.uint8]
+
+WEIGHT_BITS = {"int8": 8, "int4": 4}
+WEIGHT_BLOCK = 32
+"""Weights that share one scale: consecutive ones along the input dimension."""
+ROW_TYPES = {"float16": 1, "int8": 2, "int4": 3, "float32": 4}
+"""Row types and their codes in a ROM's header."""
+ROW_GROUP = 32
+"""Values of an int4 row that share one scale."""
+
+# The divisors of the largest magnitude that int4 tries as scale: 7 clips nothing, 8 uses the level -8.
+_INT4_DIVISORS = (7.0, 6.0, 6.4, 6.8, 7.2, 7.6, 8.0, 8.5, 9.0)
+
+
+def require_finite(values: Floats, what: str) -> None:
+    """ValueError if a value is infinite or not a number."""
+    if not np.isfinite(values).all():
+        raise ValueError(f"{what}: has values that are infinite or not a number; expected finite weights")
+
+
+def _float16_up(scales: Floats) -> Floats:
+    """The least float16 values not below `scales`, so that no value divided by its scale leaves the range."""
+    with np.errstate(over="ignore"):
+        rounded = scales.astype(np.float16)
+    return np.where(rounded < scales, np.nextafter(rounded, np.float16(np.inf)), rounded).astype(np.float32)
+
+
+def _quantize(
+    blocks: Floats, bits: int, round_scale: Callable[[Floats], Floats], what: str
+) -> tuple[NDArray[np.int8], Floats]:
+    """blocks: [.., n] -> q int8 [.., n], scale [..]; `round_scale` makes a scale storable."""
+    require_finite(blocks, what)
+    largest = np.abs(blocks).max(axis=-1)
+    low, high = (-127, 127) if bits == 8 else (-8, 7)
+    best_q = np.zeros(blocks.shape, np.int8)
+    best_scale = np.zeros(largest.shape, np.float32)
+    best_error = np.full(largest.shape, np.inf)
+    for divisor in (127.0,) if bits == 8 else _INT4_DIVISORS:
+        scale = round_scale(largest / np.float32(divisor))
+        if np.isinf(scale).any():
+            raise ValueError(f"{what}: largest magnitude {largest.max():g} needs a scale beyond float16's 65504")
+        units = blocks / np.where(scale > 0, scale, 1)[..., None]
+        q = np.clip(np.rint(units), low, high)
+        error = np.square(units - q).sum(axis=-1) * np.square(scale, dtype=np.float64)
+        better = error < best_error
+        best_q[better], best_scale[better], best_error[better] = q[better], scale[better], error[better]
+    return best_q, best_scale
+
+
+def _pack_nibbles(q: NDArray[np.int8]) -> Codes:
+    """q in -8 .. 7, int8 [.., n] -> nibbles q + 8, uint8 [.., ceil(n / 2)], even elements low; a missing one is 8."""
+    nibbles = (q + 8).astype(np.uint8)
+    if nibbles.shape[-1] % 2:
+        nibbles = np.concatenate((nibbles, np.full((*nibbles.shape[:-1], 1), 8, np.uint8)), axis=-1)
+    packed: Codes = np.bitwise_or(nibbles[..., ::2], nibbles[..., 1::2] << 4)
+    return packed
+
+
+def _unpack_nibbles(packed: Codes, count: int) -> NDArray[np.int8]:
+    """The inverse of `_pack_nibbles`: int8 [.., count]."""
+    nibbles = np.stack((packed & 15, packed >> 4), axis=-1).reshape(*packed.shape[:-1], -1)
+    return nibbles[..., :count].astype(np.int8) - np.int8(8)
+
+
+def quantize_weight(weight: Floats, bits: int, what: str) -> tuple[Codes, Floats]:
+    """A matrix for com.microsoft MatMulNBits, block 32, zero points at their defaults (128 for 8 bits, 8 for 4).
+
+    weight: float32 [n, k], k inputs -> codes uint8 [n, k * bits / 8] and scales float32 [n, k / 32].
+    ValueError if k is not a multiple of 32 or a weight is not finite; `what` names the tensor in it.
+    """
+    rows, inputs = weight.shape
+    if inputs % WEIGHT_BLOCK:
+        raise ValueError(f"{what}: input dimension {inputs} is not a multiple of the quantisation block {WEIGHT_BLOCK}")
+    q, scales = _quantize(weight.reshape(rows, -1, WEIGHT_BLOCK), bits, lambda scale: scale, what)
+    codes = (q.astype(np.int16) + 128).astype(np.uint8) if bits == 8 else _pack_nibbles(q)
+    return codes.reshape(rows, -1), scales
+
+
+def dequantize_weight(codes: Codes, scales: Floats, bits: int) -> Floats:
+    """The inverse of `quantize_weight`: float32 [n, k]."""
+    blocks = codes.reshape(*scales.shape, -1)
+    q = blocks.astype(np.float32) - 128 if bits == 8 else _unpack_nibbles(blocks, WEIGHT_BLOCK).astype(np.float32)
+    return (q * scales[..., None]).reshape(len(codes), -1)
+
+
+def row_group(row_type: str, row_dim: int) -> int:
+    """Values of a row that share one scale; 0: there are no scales."""
+    return {"float16": 0, "float32": 0, "int8": row_dim, "int4": ROW_GROUP}[row_type]
+
+
+def row_bytes(row_type: str, row_dim: int) -> int:
+    """Bytes of one layer's row, without scales."""
+    return {"float16": 2 * row_dim, "float32": 4 * row_dim, "int8": row_dim, "int4": -(-row_dim // 2)}[row_type]
+
+
+def quantize_rows(rows: Floats, row_type: str, what: str) -> tuple[Codes, NDArray[np.float16], Floats]:
+    """Memory rows as docs/rom-format.md stores them.
+
+    rows: float32 [.., row_dim] -> codes uint8 [.., row_bytes], scales float16 [.., groups] (0 groups for float rows),
+    and the float32 values [.., row_dim] that a reader gets back. Quantised against the scale as float16 has it.
+    ValueError if a value is not finite, or if it or its scale is beyond float16; `what` names the rows in it.
+    """
+    lead, row_dim = rows.shape[:-1], rows.shape[-1]
+    no_scales = np.empty((*lead, 0), np.float16)
+    if row_type == "float32":
+        require_finite(rows, what)
+        return np.ascontiguousarray(rows, "<f4").view(np.uint8), no_scales, rows
+    if row_type == "float16":
+        require_finite(rows, what)
+        with np.errstate(over="ignore"):
+            halves = rows.astype("<f2")
+        if np.isinf(halves).any():
+            raise ValueError(f"{what}: largest magnitude {np.abs(rows).max():g} is beyond float16's 65504")
+        return halves.view(np.uint8), no_scales, halves.astype(np.float32)
+    group = row_group(row_type, row_dim)
+    groups = -(-row_dim // group)
+    padded = np.zeros((*lead, groups * group), np.float32)
+    padded[..., :row_dim] = rows
+    blocks = padded.reshape(*lead, groups, group)
+    q, scales = _quantize(blocks, 8 if row_type == "int8" else 4, _float16_up, what)
+    values = (q * scales[..., None]).reshape(*lead, -1)[..., :row_dim]
+    q = q.reshape(*lead, -1)[..., :row_dim]
+    codes = q.view(np.uint8) if row_type == "int8" else _pack_nibbles(q)
+    return np.ascontiguousarray(codes), scales.astype(np.float16), values

@@ -1,0 +1,151 @@
+"""Writes memory.rom (docs/rom-format.md): the folded rows of every token, token by token, in bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from crc32c import crc32c
+
+from .checkpoint import replace_file
+from .decoder import Decoder
+from .memory import MeKi
+from .quantize import ROW_TYPES, Codes, Floats, quantize_rows, row_bytes, row_group
+
+MAGIC = b"MEKIROM\n"
+VERSION = 1
+BYTE_ORDER_MARK = 0x01020304
+DATA_OFFSET = 4096
+ALIGNMENT = 4096
+BUNDLE_ALIGNMENT = 64
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class RomLayout:
+    """What a ROM's header says. ValueError for a shape that the format cannot hold."""
+
+    vocab_size: int
+    layers: int
+    row_dim: int
+    row_type: str
+
+    def __post_init__(self) -> None:
+        if self.row_type not in ROW_TYPES:
+            raise ValueError(f"row type: got {self.row_type!r}, expected one of {', '.join(ROW_TYPES)}")
+        for field, limit in (("vocab_size", 2**31 - 1), ("layers", 65_535), ("row_dim", 1_048_576)):
+            if not 1 <= getattr(self, field) <= limit:
+                raise ValueError(f"ROM {field}: got {getattr(self, field)}, expected 1 to {limit}")
+
+    @property
+    def group(self) -> int:
+        return row_group(self.row_type, self.row_dim)
+
+    @property
+    def bundle_bytes(self) -> int:
+        groups = -(-self.row_dim // self.group) if self.group else 0
+        return self.layers * (2 * groups + row_bytes(self.row_type, self.row_dim)) + 4
+
+    @property
+    def bundle_stride(self) -> int:
+        return _round_up(self.bundle_bytes, BUNDLE_ALIGNMENT)
+
+    @property
+    def file_bytes(self) -> int:
+        return _round_up(DATA_OFFSET + self.vocab_size * self.bundle_stride, ALIGNMENT)
+
+    def header(self, content_id: bytes) -> bytes:
+        """The first 4096 bytes."""
+        fields = struct.pack(
+            "<8sIIQIIIIQQQQ16s",
+            *(MAGIC, VERSION, BYTE_ORDER_MARK),
+            *(self.vocab_size, self.layers, self.row_dim, ROW_TYPES[self.row_type], self.group),
+            *(self.bundle_bytes, self.bundle_stride, DATA_OFFSET, self.file_bytes, content_id),
+        )
+        padded = fields.ljust(DATA_OFFSET - 4, b"\0")
+        return padded + struct.pack("<I", crc32c(padded))
+
+    def bundles(self, codes: Codes, scales: np.ndarray) -> Codes:
+        """Bundles as they stand in the file, uint8 [tokens, bundle_stride].
+
+        codes: uint8 [tokens, layers, row_bytes]; scales: float16 [tokens, layers, groups].
+        """
+        tokens = len(codes)
+        payload = np.concatenate(
+            (scales.astype("<f2").reshape(tokens, -1).view(np.uint8), codes.reshape(tokens, -1)), axis=1
+        )
+        sums = np.array([crc32c(bundle) for bundle in payload], dtype="<u4")
+        bundles = np.zeros((tokens, self.bundle_stride), np.uint8)
+        bundles[:, : self.bundle_bytes - 4] = payload
+        bundles[:, self.bundle_bytes - 4 : self.bundle_bytes] = sums[:, None].view(np.uint8)
+        return bundles
+
+
+@dataclass(frozen=True)
+class RomSummary:
+    content_id: str
+    """32 hexadecimal digits."""
+    relative_error: float
+    """Root of the mean squared error of the stored values, divided by the root mean square of the exact ones."""
+
+
+def write_rom(
+    path: Path, layout: RomLayout, blocks: Iterable[Floats], progress: Callable[[int, int], object] | None = None
+) -> RomSummary:
+    """Writes a ROM under a temporary name and renames it when it is complete.
+
+    blocks: float32 [layers, n, row_dim] each, the rows of the next n tokens; together all tokens in order. Only one
+    block is in memory. progress: called with (tokens written, tokens in all). ValueError if the blocks do not fit the
+    layout, or if a value is not finite or beyond the row type's range.
+    """
+    digest = hashlib.sha256()
+    token, squared_error, squared_sum = 0, 0.0, 0.0
+    with replace_file(path) as partial, partial.open("wb") as file:
+        file.write(bytes(DATA_OFFSET))
+        for block in blocks:
+            last = token + block.shape[1]
+            if block.shape[0] != layout.layers or block.shape[2] != layout.row_dim or last > layout.vocab_size:
+                raise ValueError(f"{path}: rows {block.shape} of tokens {token} to {last - 1} do not fit {layout}")
+            rows = np.ascontiguousarray(block.transpose(1, 0, 2), dtype=np.float32)
+            codes, scales, values = quantize_rows(rows, layout.row_type, f"memory rows of tokens {token} to {last - 1}")
+            squared_error += float(np.square(rows - values, dtype=np.float64).sum())
+            squared_sum += float(np.square(rows, dtype=np.float64).sum())
+            bundles = layout.bundles(codes, scales)
+            digest.update(bundles.data)
+            file.write(bundles.data)
+            token = last
+            if progress:
+                progress(token, layout.vocab_size)
+        if token != layout.vocab_size:
+            raise ValueError(f"{path}: got rows of {token} tokens, expected {layout.vocab_size}")
+        tail = bytes(layout.file_bytes - file.tell())
+        digest.update(tail)
+        file.write(tail)
+        content_id = digest.digest()[:16]
+        file.seek(0)
+        file.write(layout.header(content_id))
+    return RomSummary(content_id.hex(), (squared_error / squared_sum) ** 0.5 if squared_sum else 0.0)
+
+
+def folded_blocks(model: Decoder, block_bytes: int = 32 << 20) -> Iterator[Floats]:
+    """The folded rows of all layers, float32 [layers, n, memory_dim], for consecutive n tokens: input of `write_rom`.
+
+    model: float32. n is chosen so that a block takes about `block_bytes`.
+    """
+    config = model.config
+    memories = [cast(MeKi, layer.meki) for layer in model.layers]
+    tokens = max(1, block_bytes // (4 * config.layers * config.memory_dim))
+    for start in range(0, config.vocab_size, tokens):
+        ids = torch.arange(start, min(start + tokens, config.vocab_size))
+        with torch.no_grad():
+            embedding = model.embed_tokens(ids)
+            yield torch.stack([memory.experts(ids, embedding) for memory in memories]).numpy()

@@ -1,0 +1,55 @@
+"""MeKi against the published module's own outputs (tests/data/*.npz), in training form and folded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from meki.models.memory import MeKi
+
+DATA = Path(__file__).parents[1] / "data"
+
+# Sums of up to 48 float32 products in another order: a few times 48 * 2^-24 = 3e-6 on values of about 1.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(params=["meki_module", "meki_module_fc1norm"])
+def golden(request: pytest.FixtureRequest) -> tuple[MeKi, dict[str, torch.Tensor]]:
+    with np.load(DATA / f"{request.param}.npz") as file:
+        tensors = {name: torch.from_numpy(np.asarray(file[name])) for name in file.files}
+    vocab_size, memory_dim = tensors["meki.embeddings.weight"].shape
+    module = MeKi(
+        vocab_size,
+        tensors["word_emb"].shape[1],
+        memory_dim,
+        float(tensors["eps"]),
+        projector_norm=request.param.endswith("fc1norm"),
+    )
+    weights = {name.removeprefix("meki."): tensor for name, tensor in tensors.items() if name.startswith("meki.")}
+    module.load_state_dict(weights)
+    return module, tensors
+
+
+@torch.no_grad()
+def test_training_form(golden: tuple[MeKi, dict[str, torch.Tensor]]) -> None:
+    module, tensors = golden
+    ids = tensors["input_ids"]
+    y = module(ids, tensors["word_emb"][ids], tensors["hidden"])
+    torch.testing.assert_close(y, tensors["y_train"], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("block", [1, 10, 4096])
+def test_folded_table(golden: tuple[MeKi, dict[str, torch.Tensor]], block: int) -> None:
+    module, tensors = golden
+    table = module.fold(tensors["word_emb"], block)
+    torch.testing.assert_close(table, tensors["folded_table"], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_folded_form(golden: tuple[MeKi, dict[str, torch.Tensor]]) -> None:
+    module, tensors = golden
+    rows = module.fold(tensors["word_emb"])[tensors["input_ids"]]
+    y = module.inject(rows, tensors["hidden"])
+    torch.testing.assert_close(y, tensors["y_folded"], rtol=TOLERANCE, atol=TOLERANCE)

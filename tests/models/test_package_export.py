@@ -1,0 +1,160 @@
+"""The package as a directory: manifest, replacing, interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from meki.models.config import ConfigError
+from meki.models.decoder import Decoder
+from meki.models.package import export_package
+from meki.models.tokenizer import END_OF_STORY
+from tokenizers import Tokenizer
+
+
+@pytest.fixture
+def export(make_model: Callable[..., Decoder], tokenizer_json: bytes, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """export(**arguments of export_package): a small model as tmp_path / "p"."""
+
+    def run(model: Decoder | None = None, tokenizer: bytes = tokenizer_json, **arguments: Any) -> dict[str, Any]:
+        arguments = {"name": "p", "weights": "float32", "provenance": {"weights": "random"}, **arguments}
+        return export_package(model or make_model(), tokenizer, tmp_path / "p", **arguments)
+
+    return run
+
+
+def test_manifest(export: Callable[..., dict[str, Any]], make_model: Callable[..., Decoder], tmp_path: Path) -> None:
+    manifest = export(card="# Ünicode\n", rows="int8", weights="int8")
+    path = tmp_path / "p"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["p"]
+    assert json.loads((path / "manifest.json").read_text(encoding="utf-8")) == manifest
+    assert (path / "README.md").read_text(encoding="utf-8") == "# Ünicode\n"
+    present = {file.name: file.read_bytes() for file in path.iterdir() if file.name != "manifest.json"}
+    assert manifest.pop("files") == {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in present.items()
+    }
+    content_id = hashlib.sha256(present["memory.rom"][4096:]).hexdigest()[:32]
+    errors = manifest.pop("quantization_error")
+    assert 0 < errors["weights"]["overall"] <= errors["weights"]["worst"] < 0.01 and 0 < errors["rows"] < 0.01
+    assert manifest == {
+        "format": "meki-package",
+        "version": 1,
+        "name": "p",
+        "architecture": dataclasses.asdict(make_model().config),
+        "memory": {"kind": "meki", "file": "memory.rom", "row_type": "int8", "content_id": content_id},
+        "stages": [{"file": "stage0.onnx", "rows": None}, {"file": "stage1.onnx", "rows": [0, 3]}],
+        "kv_cache": {"type": "float32"},
+        "weights": {"type": "int8", "block": 32},
+        "tokenizer": {"file": "tokenizer.json", "bos_token_id": None, "eos_token_ids": [0]},
+        "provenance": {"weights": "random"},
+    }
+
+
+def test_dense_package(export: Callable[..., dict[str, Any]], make_model: Callable[..., Decoder]) -> None:
+    manifest = export(make_model(memory_dim=0))
+    assert manifest["memory"] is None
+    assert manifest["weights"] == {"type": "float32", "block": None}
+    assert manifest["stages"] == [{"file": "stage0.onnx", "rows": None}]
+    assert set(manifest["files"]) == {"stage0.onnx", "weights.bin", "tokenizer.json"}
+
+
+def test_end_tokens(export: Callable[..., dict[str, Any]], tokenizer_json: bytes) -> None:
+    assert export(eos_token_ids=[3, 5])["tokenizer"]["eos_token_ids"] == [3, 5]
+    other = tokenizer_json.replace(END_OF_STORY.encode(), b"<|other|>")
+    assert export(tokenizer=other, overwrite=True)["tokenizer"]["eos_token_ids"] == []
+    with pytest.raises(ValueError, match=r"eos_token_ids: got \[300\], expected ids of 0 to 299"):
+        export(eos_token_ids=[300], overwrite=True)
+
+
+def test_progress_reaches_the_total(export: Callable[..., dict[str, Any]], make_model: Callable[..., Decoder]) -> None:
+    last: dict[str, tuple[int, int]] = {}
+    manifest = export(progress=lambda phase, done, total: last.update({phase: (done, total)}))
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    parameters = make_model().config.ram_parameters
+    assert last == {"dense weights": (parameters,) * 2, "memory rows": (300, 300), "checksums": (size, size)}
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("interrupted", ["dense weights", "memory rows", "checksums"])
+def test_interrupted(export: Callable[..., dict[str, Any]], tmp_path: Path, interrupted: str, existing: bool) -> None:
+    """Nothing is left, or what was there before."""
+    before = export(name="old") if existing else None
+
+    def stop(phase: str, done: int, total: int) -> None:
+        if phase == interrupted:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(progress=stop, overwrite=True)
+    assert [entry.name for entry in tmp_path.iterdir()] == (["p"] if existing else [])
+    if existing:
+        assert json.loads((tmp_path / "p" / "manifest.json").read_text()) == before
+
+
+def test_what_a_killed_export_left_does_no_harm(export: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    leftover = tmp_path / ".p.partial"
+    leftover.mkdir()
+    (leftover / "junk").write_text("half a file")
+    assert "junk" not in export()["files"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["p"]
+
+
+def test_existing_target(export: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    export(name="old")
+    with pytest.raises(FileExistsError, match=r"p: exists already; .*--overwrite"):
+        export()
+    export(name="new", overwrite=True)
+    assert json.loads((tmp_path / "p" / "manifest.json").read_text())["name"] == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["p"]
+
+
+def test_never_overwrites_what_is_not_a_package(export: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "thesis.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="not a package"):
+        export(overwrite=True)
+    assert (tmp_path / "p" / "thesis.txt").read_text() == "precious"
+
+
+def test_tokenizer_too_large(export: Callable[..., dict[str, Any]], tokenizer_json: bytes, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_buffer(tokenizer_json)
+    size = tokenizer.get_vocab_size()
+    tokenizer.add_tokens([f"extra{i}" for i in range(301 - size)])
+    with pytest.raises(ValueError, match="largest token id is 300, but the model's vocabulary has 300 tokens"):
+        export(tokenizer=tokenizer.to_str().encode())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_not_a_tokenizer(export: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tokenizer: not in the tokenizers library's JSON format"):
+        export(tokenizer=b"{}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.1.mlp.up_proj.weight", "layers.2.meki.embeddings.weight", "layers.0.input_layernorm.weight"]
+)
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_weights_that_are_not_finite(
+    export: Callable[..., dict[str, Any]], make_model: Callable[..., Decoder], tmp_path: Path, name: str, weights: str
+) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match="memory rows of tokens" if "embeddings" in name else name):
+        export(model, weights=weights)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shapes_that_blocks_do_not_divide(
+    export: Callable[..., dict[str, Any]], make_model: Callable[..., Decoder], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="ffn is 100"):
+        export(make_model(ffn=100), weights="int8")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,148 @@
+"""memory.rom as written, through a naive reader of docs/rom-format.md (conftest.read_rom)."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from meki.models.decoder import Decoder
+from meki.models.quantize import quantize_rows
+from meki.models.rom import RomLayout, folded_blocks, write_rom
+
+NaiveRom = Callable[[bytes], tuple[dict[str, Any], np.ndarray]]
+
+
+def blocks_of(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, rows.shape[1], size):
+        yield rows[:, start : start + size]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    vocab_size=st.integers(1, 40),
+    layers=st.integers(1, 4),
+    row_dim=st.integers(1, 67),
+    row_type=st.sampled_from(["float16", "int8", "int4", "float32"]),
+    block=st.integers(1, 50),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_every_byte(
+    tmp_path_factory: pytest.TempPathFactory,
+    naive_rom: NaiveRom,
+    naive_crc32c: Callable[[bytes], int],
+    vocab_size: int,
+    layers: int,
+    row_dim: int,
+    row_type: str,
+    block: int,
+    seed: int,
+) -> None:
+    rows = np.random.default_rng(seed).standard_normal((layers, vocab_size, row_dim), dtype=np.float32)
+    path = tmp_path_factory.mktemp("rom") / "memory.rom"
+    summary = write_rom(path, RomLayout(vocab_size, layers, row_dim, row_type), blocks_of(rows, block))
+    data = path.read_bytes()
+    header, stored = naive_rom(data)
+
+    code, group, row_bytes = {
+        "float16": (1, 0, 2 * row_dim),
+        "int8": (2, row_dim, row_dim),
+        "int4": (3, 32, (row_dim + 1) // 2),
+        "float32": (4, 0, 4 * row_dim),
+    }[row_type]
+    payload = layers * (row_bytes + (2 * -(-row_dim // group) if group else 0))
+    stride = -(-(payload + 4) // 64) * 64
+    content_id = hashlib.sha256(data[4096:]).digest()[:16]
+    expected = {
+        **{"magic": b"MEKIROM\n", "version": 1, "mark": 0x01020304},
+        **{"vocab_size": vocab_size, "layers": layers, "row_dim": row_dim, "row_type": code, "group": group},
+        **{"bundle_bytes": payload + 4, "bundle_stride": stride, "data_offset": 4096},
+        **{"file_bytes": -(-(4096 + vocab_size * stride) // 4096) * 4096, "content_id": content_id},
+        **{"reserved": bytes(4004), "checksum": struct.pack("<I", naive_crc32c(data[:4092]))},
+    }
+    assert header == expected
+    assert len(data) == header["file_bytes"]
+    assert summary.content_id == content_id.hex()
+
+    for token in range(vocab_size):
+        bundle = data[4096 + token * stride : 4096 + (token + 1) * stride]
+        assert bundle[payload : payload + 4] == struct.pack("<I", naive_crc32c(bundle[:payload]))
+        assert bundle[payload + 4 :] == bytes(stride - payload - 4)
+        if row_type == "int4" and row_dim % 2:
+            for layer in range(layers):
+                assert bundle[payload - (layers - layer - 1) * row_bytes - 1] >> 4 == 8
+    assert data[4096 + vocab_size * stride :] == bytes(len(data) - 4096 - vocab_size * stride)
+
+    np.testing.assert_array_equal(stored, quantize_rows(rows, row_type, "rows")[2])
+    error = np.linalg.norm(stored.astype(np.float64) - rows) / np.linalg.norm(rows)
+    # The same sum in another order.
+    assert summary.relative_error == pytest.approx(error, rel=1e-6, abs=1e-12)
+
+
+def test_crc32c_known_answer(naive_crc32c: Callable[[bytes], int]) -> None:
+    """The reference of these tests against RFC 3720, B.4: 32 bytes of zeros, and 0, 1, .., 31."""
+    assert naive_crc32c(bytes(32)) == 0x8A9136AA
+    assert naive_crc32c(bytes(range(32))) == 0x46DD794E
+
+
+@pytest.mark.parametrize("overrides", [{}, {"projector_norm": True}])
+@pytest.mark.parametrize("block_bytes", [1, 10_000, 1 << 20])
+def test_folded_blocks(make_model: Callable[..., Decoder], overrides: dict[str, Any], block_bytes: int) -> None:
+    """Blocks of tokens over all layers are the published folding, one layer over the whole vocabulary."""
+    model = make_model(**overrides)
+    config = model.config
+    blocks = list(folded_blocks(model, block_bytes))
+    assert all(block.nbytes <= max(block_bytes, 4 * config.layers * config.memory_dim) for block in blocks)
+    table = np.concatenate(blocks, axis=1)
+    words = model.embed_tokens.weight.detach()
+    expected = torch.stack([layer.meki.fold(words) for layer in model.layers]).numpy()
+    # Matrix products of other heights may sum in another order: some 64 * 2^-24 on values of about 1.
+    np.testing.assert_allclose(table, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_progress_ends_at_the_vocabulary(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    rows = np.ones((2, 10, 3), np.float32)
+    write_rom(tmp_path / "r", RomLayout(10, 2, 3, "int8"), blocks_of(rows, 4), lambda *call: calls.append(call))
+    assert calls == [(4, 10), (8, 10), (10, 10)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 9, 3), "got rows of 9 tokens, expected 10"),
+        ((2, 11, 3), "tokens 0 to 10 do not fit"),
+        ((1, 10, 3), "do not fit"),
+        ((2, 10, 4), "do not fit"),
+    ],
+)
+def test_rows_that_do_not_fit(tmp_path: Path, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_rom(tmp_path / "r", RomLayout(10, 2, 3, "int8"), [np.ones(shape, np.float32)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_value_names_the_tokens_and_leaves_nothing(tmp_path: Path) -> None:
+    rows = np.ones((2, 10, 3), np.float32)
+    rows[1, 6, 0] = np.nan
+    with pytest.raises(ValueError, match="memory rows of tokens 4 to 7"):
+        write_rom(tmp_path / "r", RomLayout(10, 2, 3, "int8"), blocks_of(rows, 4))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("vocab_size", 0), ("vocab_size", 2**31), ("layers", 65_536), ("row_dim", 0), ("row_dim", 1_048_577)],
+)
+def test_layouts_beyond_the_format(field: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"ROM {field}: got {value}"):
+        RomLayout(**{"vocab_size": 10, "layers": 2, "row_dim": 3, "row_type": "int8", field: value})
+    with pytest.raises(ValueError, match="row type: got 'int2'"):
+        RomLayout(10, 2, 3, "int2")
