@@ -3,7 +3,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
 
+#include <filesystem>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -105,9 +107,26 @@ void rom_verify(const Rom& rom, uint64_t first, uint64_t count) {
   }
 }
 
+void bind_errors(py::module_& m) {
+  static PyObject* package_error = nullptr;
+  package_error = py::exception<PackageError>(m, "PackageError", PyExc_OSError).release().ptr();
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const PackageError& error) {
+      // A damaged file may put bytes into the message that are not UTF-8.
+      const std::string text = error.what();
+      const auto size = static_cast<Py_ssize_t>(text.size());
+      PyErr_SetObject(
+          package_error,
+          py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(text.data(), size, "backslashreplace")).ptr());
+    }
+  });
+}
+
 void bind_options(py::module_& m) {
   py::class_<EngineOptions>(m, "EngineOptions")
-      .def(py::init([](std::string onnxruntime, int threads, const std::string& rom_access) {
+      .def(py::init([](std::filesystem::path onnxruntime, int threads, const std::string& rom_access) {
              return EngineOptions{std::move(onnxruntime), threads, parse_rom_access(rom_access)};
            }),
            py::kw_only(), "onnxruntime"_a, "threads"_a = 0, "rom_access"_a = "mmap")
@@ -153,7 +172,7 @@ void bind_rom(py::module_& m) {
       .def_readonly("content_id", &RomHeader::content_id);
 
   py::class_<Rom>(m, "Rom")
-      .def(py::init([](const std::string& path, const std::string& access) {
+      .def(py::init([](const std::filesystem::path& path, const std::string& access) {
              return std::make_unique<Rom>(path, parse_rom_access(access));
            }),
            "path"_a, "access"_a = "mmap")
@@ -177,7 +196,7 @@ void bind_engine(py::module_& m) {
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
       .def_static(
           "open",
-          [](const std::string& path, const EngineOptions& options) {
+          [](const std::filesystem::path& path, const EngineOptions& options) {
             return std::const_pointer_cast<Engine>(Engine::open(path, options));
           },
           "path"_a, "options"_a, py::call_guard<py::gil_scoped_release>())
@@ -238,13 +257,13 @@ void bind_engine(py::module_& m) {
 }  // namespace meki
 
 PYBIND11_MODULE(_core, m) {
-  py::register_exception<meki::PackageError>(m, "PackageError", PyExc_OSError);
+  meki::bind_errors(m);
   meki::bind_options(m);
   meki::bind_rom(m);
   meki::bind_engine(m);
   m.def(
       "read_manifest",
-      [](const std::string& path) {
+      [](const std::filesystem::path& path) {
         const meki::Manifest manifest = meki::Manifest::open(path);
         meki::open_rom(manifest, meki::RomAccess::pread);
         return manifest.json;

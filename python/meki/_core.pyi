@@ -1,6 +1,7 @@
 """The C++ engine. Private: use `meki.Engine`. Every blocking call releases the GIL."""
 
 from collections.abc import Sequence
+from os import PathLike
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ class EngineOptions:
     """Compute threads; 0: one per available core."""
     rom_access: str
     """"mmap" (default), "pread" or "direct" (O_DIRECT)."""
-    def __init__(self, *, onnxruntime: str, threads: int = 0, rom_access: str = "mmap") -> None: ...
+    def __init__(self, *, onnxruntime: str | PathLike[str], threads: int = 0, rom_access: str = "mmap") -> None: ...
 
 class SessionOptions:
     """What one session needs."""
@@ -78,14 +79,12 @@ class Stats:
     stall_ns: list[int]
     """Nanoseconds that each decode step waited for its rows."""
     prefill_stall_ns: int
-    rom_access: str
-    """The access mode in use: "mmap", "pread" or "direct"; differs from the requested one after a fallback."""
 
 class Engine:
     """An opened package. Immutable and thread-safe."""
 
     @staticmethod
-    def open(path: str, options: EngineOptions) -> Engine:
+    def open(path: str | PathLike[str], options: EngineOptions) -> Engine:
         """PackageError if the package is unusable; ValueError for bad options; RuntimeError if ONNX Runtime fails."""
     @property
     def vocab_size(self) -> int: ...
@@ -95,7 +94,8 @@ class Engine:
     @property
     def eos_token_ids(self) -> list[int]: ...
     @property
-    def rom_access(self) -> str: ...
+    def rom_access(self) -> str | None:
+        """The access mode in use, which differs from the requested one after a fallback; None for a dense model."""
     @property
     def threads(self) -> int: ...
 
@@ -135,7 +135,7 @@ class RomInfo:
     layers: int
     row_dim: int
     row_type: str
-    """"float16", "int8" or "int4"."""
+    """"float32", "float16", "int8" or "int4"."""
     bundle_bytes: int
     bundle_stride: int
     file_bytes: int
@@ -144,14 +144,17 @@ class RomInfo:
 class Rom:
     """A ROM file. Immutable and thread-safe."""
 
-    def __init__(self, path: str, access: str = "mmap") -> None:
+    def __init__(self, path: str | PathLike[str], access: str = "mmap") -> None:
         """PackageError if the file is not a valid ROM."""
     @property
     def info(self) -> RomInfo: ...
+    @property
+    def access(self) -> str:
+        """The access mode in use."""
     def rows(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """float32 [layers, len(token_ids), row_dim], each bundle checked. ValueError for an id out of the vocabulary."""
     def verify(self, first: int, count: int) -> None:
         """Checks the checksums of `count` bundles from `first`. PackageError names the first bad token."""
 
-def read_manifest(path: str) -> str:
+def read_manifest(path: str | PathLike[str]) -> str:
     """Checks the package at `path` as Engine.open does, without loading its graph, and returns its manifest's JSON text."""
