@@ -60,7 +60,7 @@ class HeldOut:
 
 
 def load_held_out(path: Path, tokenizer: Tokenizer, context: int, stories: int | None) -> HeldOut:
-    end = tokenizer.token_to_id(END_OF_STORY)
+    end: int = tokenizer.get_vocab()[END_OF_STORY]
     windows, size = [], 0
     for story in read_stories(path)[:stories]:
         ids = [*tokenizer.encode(story).ids, end]
@@ -117,7 +117,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             out = Path(directory) / "package"
             tokenizer_json = args.tokenizer.read_bytes()
-            export_package(model, tokenizer_json, out, name="measured", weights=weights, rows=rows, provenance=provenance)
+            export_package(
+                model, tokenizer_json, out, name="measured", weights=weights, rows=rows, provenance=provenance
+            )
             engine = Engine(out)
             loss, bits = measure(engine.logits, held_out, f"{weights} / {rows}")
             pairs = zip(probes, expected, strict=True)

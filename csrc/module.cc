@@ -233,7 +233,7 @@ void bind_engine(py::module_& m) {
           })
       .def(
           "prompt",
-          [](GuardedSession& s, const std::vector<int32_t>& ids) { s.call([&ids](Session& x) { x.prompt(ids); }); },
+          [](GuardedSession& s, const std::vector<int64_t>& ids) { s.call([&ids](Session& x) { x.prompt(ids); }); },
           "token_ids"_a)
       .def(
           "start",

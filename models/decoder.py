@@ -6,6 +6,8 @@ such state dicts load as they are, and `layers.N.meki.*` follows the published m
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -91,7 +93,8 @@ class Decoder(nn.Module):
         cos, sin = rope_tables(self.config, ids.shape[1])
         # A row depends on the token id alone: each distinct id is computed once.
         unique, inverse = ids.unique(return_inverse=True) if self.config.memory_dim else (None, None)
-        for layer in self.layers:
+        for module in self.layers:
+            layer = cast(Layer, module)  # a ModuleList does not know what it holds
             rows = None if unique is None else layer.meki.experts(unique, self.embed_tokens(unique))[inverse]
             x = layer(x, cos, sin, rows)
         return F.linear(self.norm(x), self.embed_tokens.weight)

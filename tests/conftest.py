@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from meki.models.config import ModelConfig
 from meki.models.decoder import Decoder
 from meki.models.package import export_package

@@ -17,7 +17,7 @@ class EngineOptions:
     threads: int
     """Compute threads; 0: one per available core."""
     rom_access: str
-    """"mmap" (default), "pread" or "direct" (O_DIRECT)."""
+    """One of "mmap" (default), "pread" and "direct" (O_DIRECT)."""
     def __init__(self, *, onnxruntime: str | PathLike[str], threads: int = 0, rom_access: str = "mmap") -> None: ...
 
 class SessionOptions:
@@ -119,7 +119,7 @@ class Session:
         already being fetched. KeyboardInterrupt is raised between two prefill chunks."""
     @property
     def finish_reason(self) -> str | None:
-        """"eos", "length" (max_new_tokens reached), "context" (cache full), or None while running."""
+        """None while running, "eos", "length" (max_new_tokens reached) or "context" (cache full)."""
     def logits(self) -> NDArray[np.float32]:
         """Computes all pending tokens and returns float32 [pending, vocab_size], one row a pending token."""
     def rewind(self, length: int) -> None:
@@ -135,7 +135,7 @@ class RomInfo:
     layers: int
     row_dim: int
     row_type: str
-    """"float32", "float16", "int8" or "int4"."""
+    """One of "float32", "float16", "int8" and "int4"."""
     bundle_bytes: int
     bundle_stride: int
     file_bytes: int
@@ -152,9 +152,9 @@ class Rom:
     def access(self) -> str:
         """The access mode in use."""
     def rows(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """float32 [layers, len(token_ids), row_dim], each bundle checked. ValueError for an id out of the vocabulary."""
+        """float32 [layers, len(token_ids), row_dim], each bundle checked. ValueError for an unknown id."""
     def verify(self, first: int, count: int) -> None:
         """Checks the checksums of `count` bundles from `first`. PackageError names the first bad token."""
 
 def read_manifest(path: str | PathLike[str]) -> str:
-    """Checks the package at `path` as Engine.open does, without loading its graph, and returns its manifest's JSON text."""
+    """Checks the package at `path` as Engine.open does, without loading its graph; returns the manifest's JSON text."""

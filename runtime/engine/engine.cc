@@ -26,13 +26,13 @@ int resolve_threads(int threads) {
   return ::sched_getaffinity(0, sizeof(available), &available) == 0 ? CPU_COUNT(&available) : 1;
 }
 
-// One token through all stages: ONNX Runtime checks every type and shape that the manifest promised, and the weights that
-// the first real step needs are brought into memory.
+// One token through all stages: ONNX Runtime checks every type and shape that the manifest promised, and the weights
+// that the first real step needs are brought into memory.
 void run_once(const std::shared_ptr<const Engine>& engine) {
   const Architecture& architecture = engine->manifest().architecture;
   try {
     Session session(engine, {.context = std::min<size_t>(architecture.context, 8), .chunk = 1});
-    const int32_t token = 0;
+    const int64_t token = 0;
     session.prompt({&token, 1});
     std::vector<float> logits(architecture.vocab_size);
     session.logits(logits.data());

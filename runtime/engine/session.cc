@@ -56,9 +56,9 @@ Session::Session(std::shared_ptr<const Engine> engine, const SessionOptions& opt
 
 const float* Session::rows(int slot) const { return prefetcher_ != nullptr ? prefetcher_->rows(slot) : nullptr; }
 
-void Session::prompt(std::span<const int32_t> ids) {
+void Session::prompt(std::span<const int64_t> ids) {
   const auto vocab_size = static_cast<int64_t>(engine_->manifest().architecture.vocab_size);
-  for (const int32_t id : ids) {
+  for (const int64_t id : ids) {
     if (id < 0 || id >= vocab_size) {
       throw std::invalid_argument("token id " + std::to_string(id) + " is outside the vocabulary, expected 0 to " +
                                   std::to_string(vocab_size - 1));
@@ -70,7 +70,7 @@ void Session::prompt(std::span<const int32_t> ids) {
                                 "; shorten the prompt or choose a larger context (this model supports up to " +
                                 std::to_string(engine_->manifest().architecture.context) + ")");
   }
-  tokens_.insert(tokens_.end(), ids.begin(), ids.end());
+  for (const int64_t id : ids) tokens_.push_back(static_cast<int32_t>(id));
   if (!ids.empty()) rows_begun_ = generating_ = false;
 }
 

@@ -47,7 +47,7 @@ class Session {
 
   // Appends tokens; the next call that needs them computes them. Throws std::invalid_argument for an id outside the
   // vocabulary or a sequence longer than the context; then nothing is appended.
-  void prompt(std::span<const int32_t> ids);
+  void prompt(std::span<const int64_t> ids);
 
   // Begins a generation after the sequence. max_new_tokens 0: until the context is full. Throws std::invalid_argument
   // for bad options or an empty sequence.

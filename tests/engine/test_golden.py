@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onnx import TensorProto, numpy_helper
+from tokenizers import Tokenizer, models
+
+from meki import Engine
 from meki.models.config import ModelConfig
 from meki.models.graph import Stage
 from meki.models.memory import MeKi
 from meki.models.rom import RomLayout, write_rom
 from meki.models.weights import WEIGHTS_FILE, WeightStore
-from onnx import TensorProto, numpy_helper
-from tokenizers import Tokenizer, models
-
-from meki import Engine
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -94,8 +94,8 @@ def golden_package(directory: Path, golden: dict[str, np.ndarray], hidden: np.nd
     (directory / "manifest.json").write_text(json.dumps(manifest))
 
 
-# Float32 rows are exact. Float16 rounds a row to 2^-11 of its value; the sum with the gate, W_out and the norm that follow
-# keep the error of y (whose RMS is about its gain, 1) of that order.
+# Float32 rows are exact. Float16 rounds a row to 2^-11 of its value; the sum with the gate, W_out and the norm that
+# follow keep the error of y (whose RMS is about its gain, 1) of that order.
 @pytest.mark.parametrize(("row_type", "tolerance"), [("float32", 1e-5), ("float16", 2e-3)])
 @pytest.mark.parametrize("name", ["meki_module", "meki_module_fc1norm"])
 def test_golden_outputs_through_the_engine(tmp_path: Path, name: str, row_type: str, tolerance: float) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
 from meki.models import convert
 from meki.models.checkpoint import save_checkpoint
 from meki.models.decoder import Decoder
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+
 from meki.models.config import ConfigError, ModelConfig
 from meki.models.decoder import Decoder
 from meki.models.graph import check_exportable

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from meki.models.memory import MeKi
 
 DATA = Path(__file__).parents[1] / "data"

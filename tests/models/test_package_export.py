@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+
 from meki.models.config import ConfigError
 from meki.models.decoder import Decoder
 from meki.models.package import export_package
 from meki.models.tokenizer import END_OF_STORY
-from tokenizers import Tokenizer
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from meki.models.quantize import dequantize_weight, quantize_rows, quantize_weight, row_bytes
 
 FLOATS = st.floats(-1e4, 1e4, width=32)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from meki.models.decoder import Decoder
 from meki.models.quantize import quantize_rows
 from meki.models.rom import RomLayout, folded_blocks, write_rom

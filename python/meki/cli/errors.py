@@ -1,0 +1,36 @@
+"""What every command line does alike: exit codes, and one line for an error."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from ..registry import ModelNotFoundError
+
+USAGE, FAILURE, INTERRUPTED, PIPE_CLOSED = 2, 1, 130, 141
+
+
+def report(program: str, kind: str, message: object) -> None:
+    """One line on stderr, whatever line breaks the message has."""
+    print(f"{program}: {kind}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+
+def run_command(program: str, command: Callable[[], None]) -> int:
+    """Runs `command` and returns the exit code of the process; reports expected errors on stderr."""
+    try:
+        command()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has left (`| head`). What is still buffered must not fail again when the interpreter exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except (ModelNotFoundError, ValueError) as error:
+        report(program, "error", error)
+        return USAGE
+    except (OSError, RuntimeError, ImportError, MemoryError) as error:
+        report(program, "error", str(error) or type(error).__name__)
+        return FAILURE
+    return 0

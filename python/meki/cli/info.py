@@ -1,0 +1,113 @@
+"""meki-info: what a package holds, and whether it is intact."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import _core
+from ..models.config import ConfigError, ModelConfig
+from ..package import read_manifest
+from ..registry import find_model
+from .errors import run_command
+from .verify import verify_package
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 1 broken package, 2 usage, 130 interrupted, 141 output closed."""
+    parser = argparse.ArgumentParser(
+        prog="meki-info", description="Show what a package holds. Reference: docs/cli.md", allow_abbrev=False
+    )
+    parser.add_argument("model", metavar="MODEL", help="name or package directory")
+    parser.add_argument("--verify", action="store_true", help="read every file and check all checksums")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args(argv)
+    return run_command(parser.prog, lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    path = find_model(arguments.model)
+    manifest = read_manifest(path)
+    info = _describe(path, manifest)
+    if arguments.verify:
+        verify_package(path, manifest)
+    info["verified"] = arguments.verify
+    print(json.dumps(info, indent=2) if arguments.json else "\n".join(_lines(info)))
+
+
+def _describe(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest, with what follows from it and from the ROM's header."""
+    try:
+        config = ModelConfig.from_dict(manifest["architecture"])
+    except ConfigError as error:
+        raise _core.PackageError(f"{path / 'manifest.json'}: architecture: {error}; convert the model again") from error
+    rom = None
+    if manifest["memory"] is not None:
+        header = _core.Rom(str(path / manifest["memory"]["file"])).info
+        rom = {"weights": config.rom_weights, "file_bytes": header.file_bytes, "bundle_bytes": header.bundle_bytes}
+    return {"path": str(path), **manifest, "ram_parameters": config.ram_parameters, "rom": rom}
+
+
+def _lines(info: dict[str, Any]) -> Iterator[str]:
+    shape, rom, weights, tokenizer = info["architecture"], info["rom"], info["weights"], info["tokenizer"]
+    rows = [
+        ("name", info["name"]),
+        ("path", info["path"]),
+        (
+            "decoder",
+            f"{shape['layers']} layers, hidden {shape['hidden']}, FFN {shape['ffn']}, {shape['heads']} heads of "
+            f"{shape['head_dim']}, {shape['kv_heads']} KV heads, vocabulary {shape['vocab_size']:,}, "
+            f"context {shape['context']:,}",
+        ),
+        ("RAM parameters", f"{info['ram_parameters']:,}"),
+        ("weight type", weights["type"] + (f", blocks of {weights['block']}" if weights.get("block") else "")),
+        ("KV cache", info["kv_cache"]["type"]),
+    ]
+    if rom is None:
+        rows.append(("memory", "none: a dense model"))
+    else:
+        rows += [
+            ("memory", f"{info['memory']['kind']}, rows of {shape['memory_dim']}, {info['memory']['row_type']}"),
+            ("ROM weights", f"{rom['weights']:,} in {rom['file_bytes']:,} bytes"),
+            ("one token", f"{rom['bundle_bytes']:,} bytes in one read"),
+        ]
+    rows.append(
+        ("tokenizer", f"{tokenizer['file']}, begin {tokenizer['bos_token_id']}, end {tokenizer['eos_token_ids']}")
+    )
+    yield from _section(rows)
+    stages = ((stage["file"], _rows_of(stage["rows"])) for stage in info["stages"])
+    yield from _section(stages, "stages")
+    files = info["files"].items()
+    yield from _section(
+        ((name, f"{file['bytes']:>15,} bytes  sha256 {file['sha256'][:12]}") for name, file in files), "files"
+    )
+    for title in ("quantization_error", "provenance"):
+        yield from _section(((key, _text(value)) for key, value in info[title].items()), title.replace("_", " "))
+    if info["verified"]:
+        yield "\nverified: all SHA-256 sums" + ("" if rom is None else " and all bundle checksums") + " are right"
+
+
+def _section(rows: Any, title: str | None = None) -> Iterator[str]:
+    if title:
+        yield f"\n{title}"
+    indent = "  " if title else ""
+    yield from (f"{indent}{label:<18}{value}" for label, value in rows)
+
+
+def _text(value: Any) -> str:
+    """What the manifest holds for people: values of any kind."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {_text(part)}" for key, part in value.items())
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
+
+
+def _rows_of(layers: list[int] | None) -> str:
+    return "no memory rows" if layers is None else f"memory rows of layers {layers[0]} to {layers[1] - 1}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""What the command lines print of a generation."""
+
+from __future__ import annotations
+
+import sys
+
+from ..engine import Engine
+from ..generation import GenerationStats, TextStream
+
+RANDOM_WEIGHTS = "random weights: the text means nothing"
+
+
+def print_stream(stream: TextStream) -> None:
+    """Writes the pieces to stdout as they come; on a terminal each is shown at once. Ends the line."""
+    shown_at_once = sys.stdout.isatty()
+    try:
+        for piece in stream:
+            sys.stdout.write(piece)
+            if shown_at_once:
+                sys.stdout.flush()
+    finally:
+        stream.close()
+        sys.stdout.write("\n")
+
+
+def print_stats(engine: Engine, stats: GenerationStats) -> None:
+    """A table on stderr; what was not measured is left out."""
+    rows = [
+        ("model", f"{engine.name} ({RANDOM_WEIGHTS})" if engine.random_weights else engine.name),
+        ("seed", str(stats.seed)),
+        ("prompt", f"{stats.prompt_tokens:,} tokens" + _rate(stats.prefill_tokens_per_s)),
+        ("generated", f"{stats.new_tokens:,} tokens" + _rate(stats.decode_tokens_per_s)),
+    ]
+    if stats.time_to_first_token_s is not None:
+        rows.append(("first token", f"{stats.time_to_first_token_s * 1000:,.1f} ms"))
+    if stats.rom_access is not None:
+        rows.append(("memory rows", f"{stats.rom_requests:,} reads, {stats.rom_bytes:,} bytes, {stats.rom_access}"))
+    if stats.stall_us_p50 is not None:
+        rows.append(
+            ("wait for rows", f"{stats.stall_us_p50:,.1f} us median, {stats.stall_us_p99:,.1f} us 99th percentile")
+        )
+    if stats.resident_bytes is not None:
+        rows.append(("resident", f"{stats.resident_bytes / 1e6:,.1f} MB"))
+    print("\n".join(f"{label:<14}{value}" for label, value in rows), file=sys.stderr)
+
+
+def _rate(tokens_per_s: float | None) -> str:
+    return "" if tokens_per_s is None else f", {tokens_per_s:,.1f} tokens/s"

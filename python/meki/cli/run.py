@@ -1,0 +1,160 @@
+"""meki-run: continues a text."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import _core
+from ..engine import Engine
+from ..generation import DEFAULT_MAX_NEW_TOKENS, GenerationOptions, GenerationResult
+from .errors import run_command
+from .interactive import converse
+from .output import RANDOM_WEIGHTS, print_stats, print_stream
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 1 failure, 2 usage, 130 interrupted, 141 output closed."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    return run_command(parser.prog, lambda: _run(arguments, parser.prog))
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = _core.SamplingOptions()
+    parser = argparse.ArgumentParser(
+        prog="meki-run",
+        description="Continue a text with a MeKi model.",
+        epilog="Without a prompt, standard input is read if it is not a terminal. Reference: docs/cli.md",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", default="meki-tiny", help="name or package directory (default: %(default)s)")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("text", nargs="?", metavar="PROMPT", help="the text to continue; - reads standard input")
+    prompt.add_argument("--prompt", help="the same, for texts that begin with a dash")
+    prompt.add_argument("--file", metavar="FILE", help="read the prompt from a file; - reads standard input")
+    add = parser.add_argument_group("generation").add_argument
+    add(
+        "--max-tokens",
+        type=int,
+        default=DEFAULT_MAX_NEW_TOKENS,
+        metavar="N",
+        help="new tokens (default: %(default)s; 0: fill the context)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=defaults.temperature,
+        metavar="T",
+        help="default: %(default)s; 0: always the most probable token",
+    )
+    add(
+        "--top-k",
+        type=int,
+        default=defaults.top_k,
+        metavar="K",
+        help="keep the K most probable tokens (default: 0, all)",
+    )
+    add(
+        "--top-p",
+        type=float,
+        default=defaults.top_p,
+        metavar="P",
+        help="keep the most probable tokens that sum to P (default: %(default)s)",
+    )
+    add(
+        "--min-p",
+        type=float,
+        default=defaults.min_p,
+        metavar="P",
+        help="drop tokens below P times the most probable one (default: 0, none)",
+    )
+    add("--repetition-penalty", type=float, default=defaults.repetition_penalty, metavar="R", help="default: 1, off")
+    add("--seed", type=int, metavar="N", help="same seed, same text (default: a fresh one, shown by --stats)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    add = parser.add_argument_group("engine").add_argument
+    add("--context", type=int, default=0, metavar="N", help="capacity in tokens (default: the model's, at most 4096)")
+    add("--threads", type=int, default=0, metavar="N", help="compute threads (default: one per available core)")
+    add(
+        "--rom-access",
+        choices=("mmap", "pread", "direct"),
+        default="mmap",
+        help="how memory rows are read (default: %(default)s)",
+    )
+    add("--no-prefetch", action="store_true", help="read memory rows on the compute thread, for measurements")
+    output = parser.add_argument_group("output")
+    mode = output.add_mutually_exclusive_group()
+    mode.add_argument("--interactive", action="store_true", help="several turns in one session; a line is a turn")
+    mode.add_argument("--json", action="store_true", help="print one JSON object")
+    output.add_argument("--stats", action="store_true", help="speed and memory on standard error")
+    return parser
+
+
+def _run(arguments: argparse.Namespace, program: str) -> None:
+    prompt = _read_prompt(arguments)
+    engine = Engine(arguments.model, threads=arguments.threads, rom_access=arguments.rom_access)
+    if engine.random_weights:
+        print(RANDOM_WEIGHTS, file=sys.stderr, flush=True)
+    options = GenerationOptions(
+        max_new_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+        seed=arguments.seed,
+        stop=arguments.stop,
+    )
+    context, prefetch = arguments.context, not arguments.no_prefetch
+    if prompt is None:
+        converse(engine, options, context=context, prefetch=prefetch, show_stats=arguments.stats, program=program)
+        return
+    stream = engine.stream(prompt, context=context, prefetch=prefetch, **options)
+    if arguments.json:
+        for _ in stream:
+            pass
+        _print_json(engine, stream.result)
+    else:
+        if sys.stdout.isatty():
+            sys.stdout.write(prompt)
+        print_stream(stream)
+    if arguments.stats:
+        print_stats(engine, stream.result.stats)
+
+
+def _read_prompt(arguments: argparse.Namespace) -> str | None:
+    """The prompt, wherever it is given; None in interactive mode."""
+    source = "-" if arguments.text == "-" else arguments.file
+    text = arguments.prompt if arguments.text is None else arguments.text
+    if arguments.interactive:
+        if source is not None or text is not None:
+            raise ValueError("--interactive takes its turns line by line; leave the prompt and --file away")
+        return None
+    if source is None and text is not None:
+        return str(text)
+    if source is None and sys.stdin.isatty():
+        raise ValueError("no prompt: give it as an argument, with --file or on standard input, or use --interactive")
+    name = "standard input" if source in (None, "-") else f"prompt file {source}"
+    try:
+        data = sys.stdin.buffer.read() if source in (None, "-") else Path(source).read_bytes()
+        # An editor or echo ends the last line; that is no part of the text to continue.
+        return data.decode().removesuffix("\n")
+    except OSError as error:
+        raise ValueError(f"{name}: {error.strerror}; --file takes a readable text file") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: not UTF-8 at byte {error.start}; convert it to UTF-8") from error
+
+
+def _print_json(engine: Engine, result: GenerationResult) -> None:
+    fields = {"model": engine.name, **dataclasses.asdict(result)}
+    if engine.random_weights:
+        fields["random_weights"] = True
+    print(json.dumps(fields, indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

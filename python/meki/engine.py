@@ -1,0 +1,207 @@
+"""The engine: an opened package, and the sessions that run on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from . import _core
+from .generation import GenerationOptions, GenerationResult, TextStream, check_integer, check_options
+from .package import check_parsed_files, has_random_weights, read_manifest
+from .registry import find_model
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Engine:
+    """A model, opened once. Immutable: any number of threads may use it, each generation has its own session.
+
+    The options of `generate` and `stream` are those of `meki.generation.GenerationOptions`.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], *, threads: int = 0, rom_access: str = "mmap") -> None:
+        """Opens a package by name or path.
+
+        threads: compute threads of one step, 0 for one per available core. rom_access: "mmap", "pread", or "direct"
+        (past the page cache). Raises ModelNotFoundError, PackageError for a package that cannot be used, ValueError for
+        an option out of range, ImportError or RuntimeError if ONNX Runtime is missing or fails.
+        """
+        self.path = find_model(model)
+        options = _core.EngineOptions(
+            onnxruntime=str(_find_onnxruntime()),
+            threads=check_integer("threads", threads, 1024),
+            rom_access=rom_access,
+        )
+        self.manifest = read_manifest(self.path)
+        check_parsed_files(self.path, self.manifest)
+        self._core = _core.Engine.open(str(self.path), options)
+        self.tokenizer = _load_tokenizer(self.path / self.manifest["tokenizer"]["file"], self.vocab_size)
+
+    @property
+    def name(self) -> str:
+        """The model's name in its manifest."""
+        return str(self.manifest["name"])
+
+    @property
+    def vocab_size(self) -> int:
+        return self._core.vocab_size
+
+    @property
+    def context(self) -> int:
+        """The longest sequence that the model supports, in tokens."""
+        return self._core.context
+
+    @property
+    def threads(self) -> int:
+        """Compute threads of one step."""
+        return self._core.threads
+
+    @property
+    def rom_access(self) -> str | None:
+        """The access mode in use, "mmap", "pread" or "direct"; None: the package has no memory."""
+        return self._core.rom_access
+
+    @property
+    def random_weights(self) -> bool:
+        """True if nobody trained this model: its speed can be measured, its text means nothing."""
+        return has_random_weights(self.manifest)
+
+    def session(self, *, context: int = 0, prefetch: bool = True) -> Session:
+        """A new sequence. context: capacity in tokens, 0 for the model's own, at most 4096. prefetch: read rows ahead
+        on the I/O thread; False reads them on the compute thread, which is for measurements."""
+        return Session(self, context=context, prefetch=prefetch)
+
+    def generate(
+        self, prompt: str, *, context: int = 0, prefetch: bool = True, **options: Unpack[GenerationOptions]
+    ) -> GenerationResult:
+        """Continues `prompt` in a session of its own. ValueError if the prompt does not fit the context."""
+        return self.session(context=context, prefetch=prefetch).generate(prompt, **options)
+
+    def stream(
+        self, prompt: str, *, context: int = 0, prefetch: bool = True, **options: Unpack[GenerationOptions]
+    ) -> TextStream:
+        """As `generate`, piece by piece: an iterator of str, with the `result` so far."""
+        return self.session(context=context, prefetch=prefetch).stream(prompt, **options)
+
+    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """float32 [len(token_ids), vocab_size]: row i predicts the token after token_ids[: i + 1]. Nothing is added to
+        the tokens. ValueError if there are none, too many for the model, or one is out of the vocabulary."""
+        if len(token_ids) > self.context:
+            raise ValueError(f"{len(token_ids)} tokens do not fit the model's context of {self.context}; pass fewer")
+        return self.session(context=len(token_ids)).logits(token_ids)
+
+
+class Session:
+    """One sequence of tokens with its KV cache: each call goes on where the last one ended. For one thread at a time.
+
+    Made by `Engine.session`. What a stop string or an abandoned stream has generated stays in the sequence.
+    """
+
+    def __init__(self, engine: Engine, *, context: int = 0, prefetch: bool = True) -> None:
+        capacity = check_integer("context", context, 2**31 - 1)
+        self._engine = engine
+        self._core = _core.Session(engine._core, _core.SessionOptions(context=capacity, prefetch=prefetch))
+        self._stream: TextStream | None = None
+
+    @property
+    def context(self) -> int:
+        """Capacity in tokens."""
+        return self._core.context
+
+    @property
+    def tokens(self) -> list[int]:
+        """The sequence so far: prompts and generated tokens."""
+        return self._core.tokens
+
+    def generate(self, prompt: str, **options: Unpack[GenerationOptions]) -> GenerationResult:
+        """Appends `prompt` and generates. Options and errors as in `stream`."""
+        stream = self.stream(prompt, **options)
+        for _ in stream:
+            pass
+        return stream.result
+
+    def stream(self, prompt: str, **options: Unpack[GenerationOptions]) -> TextStream:
+        """Appends `prompt` and generates while the result is iterated over; ends an earlier stream of this session.
+
+        An empty prompt goes on with the sequence; at its start it stands for the token that begins a text: the
+        manifest's bos_token_id, or else its first end token, after which a new text begins. ValueError for an option
+        out of range, a prompt that does not fit the context, and an empty one where there is no such token; the
+        sequence is then as before.
+        """
+        checked = check_options(options)
+        length = len(self._core.tokens)
+        token_ids = self._encode(prompt, first=length == 0)
+        self._begin()
+        try:
+            if token_ids:
+                self._core.prompt(token_ids)
+            self._core.start(checked.sampling, checked.max_new_tokens)
+        except ValueError:
+            self._core.rewind(length)
+            raise
+        engine = self._engine
+        self._stream = TextStream(self._core, engine.tokenizer, engine.rom_access, len(token_ids), checked)
+        return self._stream
+
+    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Appends tokens as they are; float32 [len(token_ids), vocab_size], row i predicting the token after the i-th
+        of them. ValueError as for `Engine.logits`."""
+        if not len(token_ids):
+            raise ValueError("no tokens to compute logits of; pass at least one")
+        self._begin()
+        self._core.prompt(token_ids)
+        # A token generated last is computed here too, but was not asked for.
+        return self._core.logits()[-len(token_ids) :]
+
+    def _begin(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        self._core.reset_stats()
+
+    def _encode(self, prompt: str, *, first: bool) -> list[int]:
+        ids: list[int] = self._engine.tokenizer.encode(prompt, add_special_tokens=first).ids
+        if not first:
+            return ids
+        settings = self._engine.manifest["tokenizer"]
+        bos, eos = settings["bos_token_id"], settings["eos_token_ids"]
+        if bos is not None and ids[:1] != [bos]:
+            return [bos, *ids]
+        if not ids and not eos:
+            raise ValueError("the prompt is empty and the model has no token that begins a text; give a prompt")
+        return ids or eos[:1]
+
+
+def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more specific
+        raise _core.PackageError(f"{path}: not a tokenizer ({error}); convert the model again") from error
+    if tokenizer.get_vocab_size() > vocab_size:
+        size = tokenizer.get_vocab_size()
+        raise _core.PackageError(
+            f"{path}: {size} tokens, the model has {vocab_size}; convert with the model's tokenizer"
+        )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _find_onnxruntime() -> Path:
+    """The shared library inside the `onnxruntime` distribution; the Python package itself is never imported."""
+    spec = find_spec("onnxruntime")
+    roots = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
+    libraries = sorted(library for root in roots for library in Path(root, "capi").glob("libonnxruntime.so*"))
+    if not libraries:
+        where = roots[0] if roots else "no such package is installed"
+        raise ImportError(
+            f"ONNX Runtime's libonnxruntime.so not found ({where}); run `pip install --force-reinstall onnxruntime`"
+        )
+    return libraries[0]

@@ -1,0 +1,212 @@
+"""One generation: its options, the loop over its tokens, its result."""
+
+from __future__ import annotations
+
+import operator
+import os
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from . import _core
+from .text import Detokenizer, StopStrings
+
+DEFAULT_MAX_NEW_TOKENS = 256
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+class GenerationOptions(TypedDict, total=False):
+    """Keyword arguments of `generate` and `stream`. ValueError for a value out of its range."""
+
+    max_new_tokens: int
+    """Default 256; 0: until the context is full."""
+    temperature: float
+    """Default 0.8; 0: always the most probable token."""
+    top_k: int
+    """Keep the k most probable tokens. Default 0: all."""
+    top_p: float
+    """Keep the fewest most probable tokens whose probabilities sum to at least this. Default 0.95; 1: all."""
+    min_p: float
+    """Drop tokens less probable than this times the most probable one's. Default 0: none."""
+    repetition_penalty: float
+    """Divide positive and multiply negative logits of tokens already in the sequence. Default 1: off."""
+    seed: int | None
+    """0 .. 2**64 - 1. Default None: a fresh random one, to be found in the stats."""
+    stop: str | Sequence[str]
+    """Strings that end the text; they are not part of it. Default none."""
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """What one generation did and how long it took. None: there was nothing to measure."""
+
+    prompt_tokens: int
+    """Tokens of this prompt, with those that start a sequence."""
+    new_tokens: int
+    seed: int
+    time_to_first_token_s: float | None
+    """From asking for the first token to having it."""
+    prefill_tokens_per_s: float | None
+    decode_tokens_per_s: float | None
+    rom_requests: int
+    """Bundles read."""
+    rom_bytes: int
+    rom_access: str | None
+    """The access mode in use: "mmap", "pread" or "direct"; None: the package has no memory."""
+    stall_us_p50: float | None
+    """Median over the decode steps of the microseconds that a step waited for its rows."""
+    stall_us_p99: float | None
+    """99th percentile of the same."""
+    resident_bytes: int | None
+    """Resident memory of the whole process, now; None: the system does not tell."""
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What one generation gave."""
+
+    text: str
+    token_ids: list[int]
+    """The generated tokens. After a stop string, up to and including the token with which it was complete."""
+    finish_reason: str | None
+    """"eos", "length" (max_new_tokens), "context" (the KV cache is full), "stop" (a stop string), or None: not over."""
+    stats: GenerationStats
+
+
+@dataclass(frozen=True)
+class CheckedOptions:
+    """`GenerationOptions` with defaults filled in."""
+
+    sampling: _core.SamplingOptions
+    max_new_tokens: int
+    stop: tuple[str, ...]
+
+
+def check_integer(name: str, value: int, maximum: int) -> int:
+    """`value` if it is an integer from 0 to `maximum`; TypeError or ValueError naming it otherwise."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if not 0 <= number <= maximum:
+        raise ValueError(f"{name} must be from 0 to {maximum}, got {number}")
+    return number
+
+
+def check_options(options: GenerationOptions) -> CheckedOptions:
+    """TypeError for an unknown option; ValueError for a value out of range (the probabilities: when it starts)."""
+    known = GenerationOptions.__annotations__.keys()
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(f"unknown generation option {unknown[0]!r}; known: {', '.join(known)}")
+    values: dict[str, Any] = {name: value for name, value in options.items() if name in _SAMPLING}
+    if "top_k" in values:
+        check_integer("top_k", values["top_k"], 2**31 - 1)
+    seed = options.get("seed")
+    # 32 bits are fresh enough, and exact in every JSON reader.
+    seed = secrets.randbits(32) if seed is None else check_integer("seed", seed, 2**64 - 1)
+    sampling = _core.SamplingOptions(seed=seed, **values)
+    stop = options.get("stop", ())
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stop:
+        raise ValueError("a stop string must not be empty")
+    max_new_tokens = check_integer("max_new_tokens", options.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS), 2**31 - 1)
+    return CheckedOptions(sampling, max_new_tokens, stop)
+
+
+class TextStream(Iterator[str]):
+    """The text of one generation, piece by piece as it is computed; no piece is empty.
+
+    Made by `Engine.stream` and `Session.stream`. Stop iterating at any time: nothing runs between two pieces.
+    """
+
+    def __init__(
+        self,
+        core: _core.Session,
+        tokenizer: Tokenizer,
+        rom_access: str | None,
+        prompt_tokens: int,
+        options: CheckedOptions,
+    ) -> None:
+        self._core = core
+        self._rom_access = rom_access
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stop = StopStrings(options.stop)
+        self._seed = options.sampling.seed
+        self._prompt_tokens = prompt_tokens
+        self._pieces: list[str] = []
+        self._token_ids: list[int] = []
+        self._first_token_s: float | None = None
+        self._result: GenerationResult | None = None
+
+    def __next__(self) -> str:
+        while self._result is None:
+            if piece := self._step():
+                return piece
+        raise StopIteration
+
+    @property
+    def result(self) -> GenerationResult:
+        """What there is so far; once the stream is over or closed, the final result."""
+        return self._result or self._collect(None)
+
+    def close(self) -> None:
+        """Ends the generation where it stands. The session, if it is the caller's, keeps the tokens."""
+        self._result = self.result
+
+    def _step(self) -> str:
+        start = time.perf_counter()
+        token = self._core.next()
+        if token is None:
+            piece, stopped = self._stop.push(self._detokenizer.flush())
+            piece += self._stop.flush()
+            reason = "stop" if stopped else self._core.finish_reason
+        else:
+            if self._first_token_s is None:
+                self._first_token_s = time.perf_counter() - start
+            self._token_ids.append(token)
+            piece, stopped = self._stop.push(self._detokenizer.push(token))
+            reason = "stop" if stopped else None
+        if piece:
+            self._pieces.append(piece)
+        if reason:
+            self._result = self._collect(reason)
+        return piece
+
+    def _collect(self, finish_reason: str | None) -> GenerationResult:
+        core = self._core.stats
+        stall_us = np.array(core.stall_ns, dtype=np.float64) / 1000
+        p50, p99 = np.percentile(stall_us, (50, 99)).tolist() if stall_us.size else (None, None)
+        stats = GenerationStats(
+            prompt_tokens=self._prompt_tokens,
+            new_tokens=len(self._token_ids),
+            seed=self._seed,
+            time_to_first_token_s=self._first_token_s,
+            prefill_tokens_per_s=_per_second(core.prefill_tokens, core.prefill_ns),
+            decode_tokens_per_s=_per_second(core.decode_tokens, core.decode_ns),
+            rom_requests=core.rom_requests,
+            rom_bytes=core.rom_bytes,
+            rom_access=self._rom_access,
+            stall_us_p50=p50,
+            stall_us_p99=p99,
+            resident_bytes=_resident_bytes(),
+        )
+        return GenerationResult("".join(self._pieces), list(self._token_ids), finish_reason, stats)
+
+
+def _per_second(count: int, nanoseconds: int) -> float | None:
+    return count * 1e9 / nanoseconds if count and nanoseconds else None
+
+
+def _resident_bytes() -> int | None:
+    """VmRSS of this process (proc_pid_statm(5): the second field, in pages)."""
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return None
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,62 @@
+"""The manifest of a package (docs/package-format.md) as Python reads it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import _core
+
+_BLOCK = 1 << 20
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The checked manifest: the engine checks what it runs by, this function what only Python reads. PackageError."""
+    manifest: dict[str, Any] = json.loads(_core.read_manifest(str(directory)))
+
+    def check(good: bool, field: str, got: object, expected: str) -> None:
+        if not good:
+            path = directory / "manifest.json"
+            raise _core.PackageError(f"{path}: {field} is {got!r}, expected {expected}; convert the model again")
+
+    for field in ("weights", "quantization_error", "provenance"):
+        got = manifest.get(field)
+        check(isinstance(got, dict), field, got, "an object")
+    bos, vocab_size = manifest["tokenizer"].get("bos_token_id"), manifest["architecture"]["vocab_size"]
+    check(
+        bos is None or (type(bos) is int and 0 <= bos < vocab_size), "tokenizer.bos_token_id", bos, "null or a token id"
+    )
+    for name, entry in manifest["files"].items():
+        got = entry.get("sha256")
+        good = isinstance(got, str) and re.fullmatch("[0-9a-f]{64}", got) is not None
+        check(good, f'files["{name}"].sha256', got, "64 hexadecimal digits")
+    return manifest
+
+
+def check_parsed_files(directory: Path, manifest: dict[str, Any]) -> None:
+    """The SHA-256 sums of the files that go through a parser: graphs and tokenizer, which are small. PackageError."""
+    for name in (*(stage["file"] for stage in manifest["stages"]), manifest["tokenizer"]["file"]):
+        check_sha256(directory / name, manifest["files"][name]["sha256"], lambda size: None)
+
+
+def check_sha256(path: Path, expected: str, advance: Callable[[int], object]) -> None:
+    """PackageError if the file's SHA-256 sum is not `expected`. `advance` is called with each block's size."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            advance(len(block))
+    if digest.hexdigest() != expected:
+        raise _core.PackageError(
+            f"{path}: SHA-256 is {digest.hexdigest()}, the manifest says {expected}; the file is damaged or was "
+            "replaced: install or convert the model again"
+        )
+
+
+def has_random_weights(manifest: dict[str, Any]) -> bool:
+    """Whether nobody trained these weights, so that what the model says means nothing."""
+    return bool(manifest["provenance"].get("weights") == "random")

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from meki import _core
+from meki.cli.info import main
+from meki.models.config import ModelConfig
+
+
+def test_text(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(package)]) == 0
+    out = capsys.readouterr().out
+    manifest = json.loads((package / "manifest.json").read_text())
+    rom = _core.Rom(str(package / "memory.rom")).info
+    config = ModelConfig.from_dict(manifest["architecture"])
+    for part in (
+        manifest["name"],
+        f"{config.ram_parameters:,}",
+        f"{config.rom_weights:,} in {rom.file_bytes:,} bytes",
+        f"{rom.bundle_bytes:,} bytes in one read",
+        "float16",
+        "stage1.onnx",
+        "provenance",
+        "random",
+    ):
+        assert part in out
+    for name, entry in manifest["files"].items():
+        line = next(line for line in out.splitlines() if line.startswith(f"  {name} ") and "sha256" in line)
+        assert f"{entry['bytes']:,} bytes" in line and entry["sha256"][:12] in line
+    assert "verified" not in out
+
+
+def test_json(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(package), "--json", "--verify"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    manifest = json.loads((package / "manifest.json").read_text())
+    for field, value in manifest.items():
+        assert info[field] == value
+    config = ModelConfig.from_dict(manifest["architecture"])
+    assert info["ram_parameters"] == config.ram_parameters
+    assert info["rom"]["weights"] == config.rom_weights
+    assert info["rom"]["file_bytes"] == (package / "memory.rom").stat().st_size
+    assert info["verified"] is True
+
+
+def test_a_dense_package(make_package, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(make_package(memory_dim=0)), "--verify"]) == 0
+    out = capsys.readouterr().out
+    assert "none: a dense model" in out
+    assert "verified: all SHA-256 sums are right" in out
+
+
+def test_verify_finds_one_changed_byte(change_package: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    path = change_package(lambda manifest: None)
+    data = bytearray((path / "weights.bin").read_bytes())
+    expected = hashlib.sha256(data).hexdigest()
+    data[len(data) // 2] ^= 1
+    (path / "weights.bin").write_bytes(data)
+    assert main([str(path)]) == 0  # sizes are right: only --verify reads it all
+    capsys.readouterr()
+    assert main([str(path), "--verify"]) == 1
+    captured = capsys.readouterr()
+    for part in ("meki-info: error: ", "weights.bin", expected, hashlib.sha256(data).hexdigest()):
+        assert part in captured.err
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+
+
+def test_verify_checks_every_bundle(package: Path, change_package: Callable[..., Path], capsys) -> None:
+    """A ROM whose SHA-256 is right, but the last bundle's checksum is not: only the bundles can tell."""
+    rom = bytearray((package / "memory.rom").read_bytes())
+    info = _core.Rom(str(package / "memory.rom")).info
+    last = 4096 + (info.vocab_size - 1) * info.bundle_stride  # docs/rom-format.md: data_offset is 4096
+    rom[last] ^= 1
+    path = change_package(lambda manifest: manifest["contents"].update({"memory.rom": bytes(rom)}))
+    assert main([str(path), "--verify"]) == 1
+    err = capsys.readouterr().err
+    assert "memory.rom" in err and str(info.vocab_size - 1) in err
+
+
+def test_what_is_for_people_may_be_anything(change_package: Callable[..., Path], capsys) -> None:
+    error = {"weights": {"overall": 0.00538, "worst_tensor": "head"}, "rows": 0}
+    path = change_package(lambda manifest: manifest.update(quantization_error=error, provenance={"corpus": ["a", "b"]}))
+    assert main([str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "overall 0.0054, worst tensor head\n" in out
+    assert "['a', 'b']" in out
+
+
+def test_errors(tmp_path: Path, change_package: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["no-such-model"]) == 2
+    assert main([str(tmp_path)]) == 1  # a directory, but no package
+    assert "manifest.json" in capsys.readouterr().err
+    path = change_package(lambda manifest: manifest["architecture"].update(heads=3))
+    assert main([str(path)]) == 1
+    assert "heads (3) must be a multiple of kv_heads" in capsys.readouterr().err

@@ -1,0 +1,222 @@
+"""meki-run: most through main(), what concerns the process itself through a process."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from meki import Engine
+from meki.cli.run import main
+
+PROMPT = "Once upon a time"
+RANDOM = "random weights: the text means nothing\n"
+FIXED = ["--seed", "7", "--max-tokens", "12"]
+
+
+@pytest.fixture(scope="module")
+def text(engine: Engine) -> str:
+    return engine.generate(PROMPT, seed=7, max_new_tokens=12).text
+
+
+@pytest.fixture
+def stdin(monkeypatch: pytest.MonkeyPatch):
+    def set_stdin(data: bytes, *, terminal: bool = False) -> None:
+        stream = io.TextIOWrapper(io.BytesIO(data))
+        monkeypatch.setattr(stream, "isatty", lambda: terminal)
+        monkeypatch.setattr(sys, "stdin", stream)
+
+    return set_stdin
+
+
+def run(package: Path, *arguments: str) -> int:
+    return main(["--model", str(package), "--threads", "1", *arguments])
+
+
+@pytest.mark.parametrize("arguments", [[PROMPT], ["--prompt", PROMPT]])
+def test_a_prompt_on_the_command_line(
+    package: Path, text: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(package, *FIXED, *arguments) == 0
+    assert capsys.readouterr() == (text + "\n", RANDOM)
+
+
+@pytest.mark.parametrize("arguments", [[], ["-"], ["--file", "-"]])
+def test_a_prompt_on_standard_input(package: Path, text: str, arguments: list[str], stdin, capsys) -> None:
+    stdin(PROMPT.encode() + b"\n")
+    assert run(package, *FIXED, *arguments) == 0
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_a_prompt_in_a_file(package: Path, text: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "prompt.txt").write_text(PROMPT + "\n")
+    assert run(package, *FIXED, "--file", str(tmp_path / "prompt.txt")) == 0
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_a_terminal_shows_the_prompt_first(package: Path, text: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run(package, *FIXED, PROMPT) == 0
+    assert capsys.readouterr().out == PROMPT + text + "\n"
+
+
+def test_json(package: Path, engine: Engine, text: str, capsys) -> None:
+    assert run(package, *FIXED, "--json", PROMPT) == 0
+    out = json.loads(capsys.readouterr().out)
+    expected = engine.generate(PROMPT, seed=7, max_new_tokens=12)
+    assert set(out) == {"model", "text", "token_ids", "finish_reason", "stats", "random_weights"}
+    assert (out["model"], out["text"], out["token_ids"]) == (engine.name, text, expected.token_ids)
+    assert (out["finish_reason"], out["random_weights"]) == (expected.finish_reason, True)
+    assert out["stats"]["seed"] == 7
+    assert out["stats"]["rom_bytes"] == expected.stats.rom_bytes
+
+
+def test_trained_weights_are_not_called_random(change_package: Callable[..., Path], capsys) -> None:
+    path = change_package(lambda manifest: manifest["provenance"].update(weights="trained on stories"))
+    assert run(path, *FIXED, "--json", PROMPT) == 0
+    captured = capsys.readouterr()
+    assert "random_weights" not in json.loads(captured.out)
+    assert captured.err == ""
+
+
+def test_every_option_reaches_the_engine(package: Path, engine: Engine, capsys) -> None:
+    options = "--temperature 1.2 --top-k 50 --top-p 0.9 --min-p 0.01 --repetition-penalty 1.1 --seed 3 --max-tokens 30"
+    settings = "--context 64 --rom-access pread --no-prefetch"
+    assert run(package, *options.split(), *settings.split(), "--stop", "e", "--stop", "o", "--json", PROMPT) == 0
+    out = json.loads(capsys.readouterr().out)
+    expected = engine.generate(
+        PROMPT,
+        temperature=1.2,
+        top_k=50,
+        top_p=0.9,
+        min_p=0.01,
+        repetition_penalty=1.1,
+        seed=3,
+        max_new_tokens=30,
+        stop=["e", "o"],
+    )
+    assert out["token_ids"] == expected.token_ids
+    assert out["finish_reason"] == expected.finish_reason
+    assert out["stats"]["rom_access"] == "pread"
+
+
+def test_stats(package: Path, capsys) -> None:
+    assert run(package, *FIXED, "--stats", PROMPT) == 0
+    err = capsys.readouterr().err
+    for part in (RANDOM.strip(), "seed          7\n", "tokens/s", "memory rows", "mmap", "wait for rows", "MB"):
+        assert part in err
+
+
+def test_seed_repeats_the_text(package: Path, text: str, capsys) -> None:
+    for _ in range(2):
+        assert run(package, *FIXED, PROMPT) == 0
+    assert capsys.readouterr().out == (text + "\n") * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--temperature", "-1", PROMPT], "temperature"),
+        (["--top-p", "2", PROMPT], "top_p"),
+        (["--seed", "-3", PROMPT], "seed"),
+        (["--max-tokens", "-1", PROMPT], "max_new_tokens"),
+        (["--threads", "-1", PROMPT], "threads"),
+        (["--context", "1000000", PROMPT], "context is 1000000"),
+        (["--context", "3", "a b c d e f"], "context holds 3"),
+        (["--stop", "", PROMPT], "stop string"),
+        (["--file", "/no/such/file"], "/no/such/file: No such file"),
+        (["--interactive", PROMPT], "--interactive"),
+        (["--model", "meki-4b", PROMPT], "nobody has published"),
+        (["--model", "no-such-model", PROMPT], "no-such-model"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_2(package: Path, arguments: list[str], named: str, capsys) -> None:
+    assert run(package, *arguments) == 2
+    captured = capsys.readouterr()
+    *_, last = captured.err.splitlines()
+    assert last.startswith("meki-run: error: ") and named in last
+    assert captured.err.replace(RANDOM, "").count("\n") == 1
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--json", "--interactive"],
+        ["--rom-access", "tape", PROMPT],
+        ["--no-such-option"],
+        [PROMPT, "--file", "x"],
+        ["--max-tokens", "many", PROMPT],
+    ],
+)
+def test_errors_of_the_parser_exit_2(package: Path, arguments: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(package, *arguments)
+    assert caught.value.code == 2
+    assert "meki-run: error: " in capsys.readouterr().err
+
+
+def test_no_prompt_on_a_terminal(package: Path, stdin, capsys) -> None:
+    stdin(b"", terminal=True)
+    assert run(package) == 2
+    assert "no prompt" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_not_utf8(package: Path, stdin, capsys) -> None:
+    stdin(b"abc\xff")
+    assert run(package) == 2
+    assert "standard input: not UTF-8 at byte 3" in capsys.readouterr().err
+
+
+def test_an_empty_prompt_without_a_first_token(change_package: Callable[..., Path], capsys) -> None:
+    path = change_package(lambda manifest: manifest["tokenizer"].update(eos_token_ids=[]))
+    assert run(path, "") == 2
+    assert "prompt is empty" in capsys.readouterr().err
+
+
+def test_an_empty_prompt_begins_a_text(package: Path, engine: Engine, capsys) -> None:
+    assert run(package, *FIXED, "") == 0
+    assert capsys.readouterr().out == engine.generate("", seed=7, max_new_tokens=12).text + "\n"
+
+
+def test_a_broken_package_exits_1(change_package: Callable[..., Path], capsys) -> None:
+    path = change_package(lambda manifest: None)
+    with (path / "memory.rom").open("r+b") as file:
+        file.truncate(100)
+    assert run(path, PROMPT) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("meki-run: error: ") and "memory.rom" in err and err.count("\n") == 1
+
+
+def command(package: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "meki.cli.run", "--model", str(package), "--threads", "1", *arguments]
+
+
+def test_a_process_reads_a_pipe(package: Path, text: str) -> None:
+    done = subprocess.run(command(package, *FIXED), input=PROMPT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, text + "\n", RANDOM)
+
+
+def test_a_closed_pipe_ends_quietly(package: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        command(package, *FIXED, PROMPT), stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, RANDOM)
+
+
+def test_lines_of_a_pipe_are_turns(package: Path, engine: Engine) -> None:
+    """Interactive mode without a terminal: no prompt sign, one line of output a turn unless the text has its own."""
+    session = engine.session()
+    turns = [session.generate(turn, seed=7, max_new_tokens=12).text for turn in (PROMPT, " The fox")]
+    arguments = command(package, *FIXED, "--interactive")
+    done = subprocess.run(arguments, input=f"{PROMPT}\n The fox\n", capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "".join(turn + "\n" for turn in turns))

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import meki.models
+from meki import ModelNotFoundError, PackageError
+from meki.registry import find_model
+
+
+@pytest.fixture
+def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installation that bundles one package, "meki-tiny", beside a directory that is none."""
+    (tmp_path / "meki-tiny").mkdir()
+    (tmp_path / "meki-tiny" / "manifest.json").touch()
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(meki.models, "__path__", [str(tmp_path)])
+    return tmp_path
+
+
+def test_a_directory_is_a_path(package: Path) -> None:
+    assert find_model(package) == package
+    assert find_model(str(package)) == package
+
+
+def test_a_bundled_name(
+    bundled: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert find_model("meki-tiny") == bundled / "meki-tiny"
+
+
+@pytest.mark.parametrize("name", ["meki-0.6b", "meki-1.7b", "meki-4b"])
+def test_a_configuration_without_weights_says_how_to_get_them(bundled: Path, name: str) -> None:
+    with pytest.raises(ModelNotFoundError) as caught:
+        find_model(name)
+    for part in (name, "nobody has published", "pip install 'meki[models]'", "meki-convert", "meki-run --model"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "no-such-model", "no/such/directory", "data", "nul\0name"])
+def test_any_other_name_lists_the_known_ones(bundled: Path, name: str) -> None:
+    with pytest.raises(PackageError) as caught:
+        find_model(name)
+    assert isinstance(caught.value, ModelNotFoundError)
+    for part in (repr(name), "meki-tiny (bundled)", "meki-4b (configuration only)", "path of a package directory"):
+        assert part in str(caught.value)
