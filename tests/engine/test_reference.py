@@ -50,8 +50,8 @@ def test_float32_package_equals_the_training_form(
 def test_row_types_cost_what_their_precision_says(
     make_package: Callable[..., Path], make_model: Callable[..., Decoder], rows: str, bound: float
 ) -> None:
-    # Relative RMS error of the logits. A row's relative error is at most 2^-11, half of 1/127 of its largest value, and half
-    # of 1/7 likewise; the injection is one of three terms of the residual stream, three layers deep.
+    # Relative RMS error of the logits. A row's relative error is at most 2^-11, half of 1/127 of its largest value, and
+    # half of 1/7 likewise; the injection is one of three terms of the residual stream, three layers deep.
     expected = torch_logits(make_model(), IDS)
     error = Engine(make_package(rows=rows)).logits(IDS) - expected
     assert 0 < np.sqrt(np.mean(error**2)) / expected.std() < bound
