@@ -93,7 +93,8 @@ def make_optimizer(model: Decoder, rate: float) -> torch.optim.AdamW:
 
 
 class Run:
-    """A training run in one directory: tokenizer.json, the token streams, state.pt, log.jsonl and checkpoints."""
+    """A training run in one directory: tokenizer.json, streams.npz (token ids), state.pt (to resume), log.jsonl
+    (losses) and model.safetensors (the training form)."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -154,7 +155,8 @@ class Run:
         with replace_file(self.out / "state.pt") as partial:
             torch.save(state, partial)
         provenance = {"tokens": str(self.step * self.args.batch * self.config.context), "seed": str(self.args.seed)}
-        save_checkpoint(self.out / "model.safetensors", self.model, provenance)
+        # Float16 halves the file; its rounding is far below that of any quantised package.
+        save_checkpoint(self.out / "model.safetensors", self.model, provenance, torch.float16)
 
 
 def main(argv: list[str] | None = None) -> None:
