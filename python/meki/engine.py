@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,6 @@ from . import _core
 from .generation import GenerationOptions, GenerationResult, TextStream, check_integer, check_options
 from .package import check_parsed_files, has_random_weights, read_manifest
 from .registry import find_model
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class Engine:
