@@ -75,14 +75,16 @@ std::optional<std::string> finish_name(FinishReason reason) {
   return std::nullopt;
 }
 
+void check_id(int64_t id, uint64_t vocab_size) {
+  if (id < 0 || static_cast<uint64_t>(id) >= vocab_size) {
+    throw std::invalid_argument("token id " + std::to_string(id) + " is outside the vocabulary, expected 0 to " +
+                                std::to_string(vocab_size - 1));
+  }
+}
+
 FloatArray rom_rows(const Rom& rom, const std::vector<int64_t>& ids) {
   const RomHeader& header = rom.header();
-  for (const int64_t id : ids) {
-    if (id < 0 || static_cast<uint64_t>(id) >= header.vocab_size) {
-      throw std::invalid_argument("token id " + std::to_string(id) + " is outside the vocabulary, expected 0 to " +
-                                  std::to_string(header.vocab_size - 1));
-    }
-  }
+  for (const int64_t id : ids) check_id(id, header.vocab_size);
   FloatArray out({size_t{header.layers}, ids.size(), size_t{header.row_dim}});
   float* data = out.mutable_data();
   const py::gil_scoped_release release;
@@ -173,6 +175,7 @@ void bind_rom(py::module_& m) {
 
   py::class_<Rom>(m, "Rom")
       .def(py::init([](const std::filesystem::path& path, const std::string& access) {
+             const py::gil_scoped_release release;
              return std::make_unique<Rom>(path, parse_rom_access(access));
            }),
            "path"_a, "access"_a = "mmap")
@@ -188,6 +191,7 @@ void bind_engine(py::module_& m) {
       .def(
           "sample",
           [](Sampler& sampler, const FloatArray& logits, const std::vector<int32_t>& sequence) {
+            for (const int32_t id : sequence) check_id(id, static_cast<uint64_t>(logits.size()));
             return sampler.sample({logits.data(), static_cast<size_t>(logits.size())}, sequence);
           },
           "logits"_a, "sequence"_a);

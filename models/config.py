@@ -48,6 +48,12 @@ class ModelConfig:
                 raise ConfigError(f"{field} must be a positive integer, got {value!r}")
         if not isinstance(self.memory_dim, int) or self.memory_dim < 0:
             raise ConfigError(f"memory_dim must be an integer >= 0, got {self.memory_dim!r}")
+        for field in ("rope_theta", "norm_eps"):
+            if not isinstance(getattr(self, field), int | float):
+                raise ConfigError(f"{field} must be a number, got {getattr(self, field)!r}")
+        for field in ("qk_norm", "projector_norm"):
+            if not isinstance(getattr(self, field), bool):
+                raise ConfigError(f"{field} must be true or false, got {getattr(self, field)!r}")
         if self.heads % self.kv_heads:
             raise ConfigError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.head_dim % 2:

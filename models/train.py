@@ -38,10 +38,11 @@ def read_stories(path: Path) -> list[str]:
 
 
 def tokenize(tokenizer: Tokenizer, stories: list[str]) -> np.ndarray:
-    """One stream of token ids, uint16 [n]; every story ends with the end-of-story token."""
+    """One stream of token ids, uint16 or uint32 [n]; every story ends with the end-of-story token."""
     end = tokenizer.token_to_id(END_OF_STORY)
     encoded = tokenizer.encode_batch_fast(stories)
-    return np.concatenate([np.array([*story.ids, end], dtype=np.uint16) for story in encoded])
+    dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    return np.concatenate([np.array([*story.ids, end], dtype=dtype) for story in encoded])
 
 
 def batch_at(stream: np.ndarray, step: int, batch: int, length: int, seed: int) -> torch.Tensor:

@@ -85,7 +85,8 @@ class Engine:
 
     @staticmethod
     def open(path: str | PathLike[str], options: EngineOptions) -> Engine:
-        """PackageError if the package is unusable; ValueError for bad options; RuntimeError if ONNX Runtime fails."""
+        """PackageError if the package is unusable; ValueError for bad options; RuntimeError if ONNX Runtime cannot be
+        loaded."""
     @property
     def vocab_size(self) -> int: ...
     @property
@@ -110,10 +111,11 @@ class Session:
     def tokens(self) -> list[int]:
         """The sequence so far: prompts and generated tokens."""
     def prompt(self, token_ids: Sequence[int]) -> None:
-        """Appends tokens, to be computed by the next call. ValueError if empty in all, out of the vocabulary, or if the
-        sequence would exceed the context (the message has both numbers)."""
+        """Appends tokens, to be computed by the next call, and ends a running generation. ValueError for an id out of
+        the vocabulary or a sequence that would exceed the context (the message has both numbers)."""
     def start(self, sampling: SamplingOptions, max_new_tokens: int) -> None:
-        """Begins a generation after the current sequence. 0 tokens: until the context is full."""
+        """Begins a generation after the current sequence. 0 tokens: until the context is full. ValueError if the
+        sequence is empty."""
     def next(self) -> int | None:
         """The next token, or None when the generation is over (see finish_reason). The rows of a returned token are
         already being fetched. KeyboardInterrupt is raised between two prefill chunks."""

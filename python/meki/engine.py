@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Unpack
+from typing import TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from . import _core
 from .generation import GenerationOptions, GenerationResult, TextStream, check_integer, check_options
 from .package import check_parsed_files, has_random_weights, read_manifest
 from .registry import find_model
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -134,16 +136,10 @@ class Session:
         sequence is then as before.
         """
         checked = check_options(options)
-        length = len(self._core.tokens)
-        token_ids = self._encode(prompt, first=length == 0)
+        token_ids = self._encode(prompt, first=not self._core.tokens)
+        self._core.prompt(token_ids)  # the last that can refuse: from here on the earlier stream is over
         self._begin()
-        try:
-            if token_ids:
-                self._core.prompt(token_ids)
-            self._core.start(checked.sampling, checked.max_new_tokens)
-        except ValueError:
-            self._core.rewind(length)
-            raise
+        self._core.start(checked.sampling, checked.max_new_tokens)
         engine = self._engine
         self._stream = TextStream(self._core, engine.tokenizer, engine.rom_access, len(token_ids), checked)
         return self._stream
@@ -153,8 +149,8 @@ class Session:
         of them. ValueError as for `Engine.logits`."""
         if not len(token_ids):
             raise ValueError("no tokens to compute logits of; pass at least one")
-        self._begin()
         self._core.prompt(token_ids)
+        self._begin()
         # A token generated last is computed here too, but was not asked for.
         return self._core.logits()[-len(token_ids) :]
 
@@ -164,7 +160,14 @@ class Session:
         self._core.reset_stats()
 
     def _encode(self, prompt: str, *, first: bool) -> list[int]:
-        ids: list[int] = self._engine.tokenizer.encode(prompt, add_special_tokens=first).ids
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt is not valid Unicode: {error}; give text that UTF-8 can hold") from error
+        engine = self._engine
+        ids: list[int] = _guard_tokenizer(
+            engine.path, lambda: engine.tokenizer.encode(prompt, add_special_tokens=first).ids
+        )
         if not first:
             return ids
         settings = self._engine.manifest["tokenizer"]
@@ -176,18 +179,27 @@ class Session:
         return ids or eos[:1]
 
 
-def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+def _guard_tokenizer(path: Path, work: Callable[[], T]) -> T:
+    """What `work` returns; PackageError for whatever the tokenizers library raises, be it a panic."""
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more specific
-        raise _core.PackageError(f"{path}: not a tokenizer ({error}); convert the model again") from error
-    if tokenizer.get_vocab_size() > vocab_size:
-        size = tokenizer.get_vocab_size()
+        return work()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic is no Exception
+        raise _core.PackageError(f"{path}: the tokenizer fails: {error}; convert the model again") from error
+
+
+def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    tokenizer: Tokenizer = _guard_tokenizer(path, lambda: Tokenizer.from_file(str(path)))
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= vocab_size:
         raise _core.PackageError(
-            f"{path}: {size} tokens, the model has {vocab_size}; convert with the model's tokenizer"
+            f"{path}: its largest token id is {largest}, the model has {vocab_size} tokens; "
+            "convert with the model's tokenizer"
         )
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    _guard_tokenizer(path, lambda: tokenizer.encode("A word, 1 number.\n"))  # what fails on any text fails here
     return tokenizer
 
 

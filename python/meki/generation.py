@@ -100,7 +100,7 @@ def check_integer(name: str, value: int, maximum: int) -> int:
 
 
 def check_options(options: GenerationOptions) -> CheckedOptions:
-    """TypeError for an unknown option; ValueError for a value out of range (the probabilities: when it starts)."""
+    """TypeError for an unknown option or a value of a wrong type; ValueError for a value out of range."""
     known = GenerationOptions.__annotations__.keys()
     if unknown := sorted(options.keys() - known):
         raise TypeError(f"unknown generation option {unknown[0]!r}; known: {', '.join(known)}")
@@ -111,10 +111,11 @@ def check_options(options: GenerationOptions) -> CheckedOptions:
     # 32 bits are fresh enough, and exact in every JSON reader.
     seed = secrets.randbits(32) if seed is None else check_integer("seed", seed, 2**64 - 1)
     sampling = _core.SamplingOptions(seed=seed, **values)
+    _core.Sampler(sampling, 1)  # raises what a generation would raise later
     stop = options.get("stop", ())
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in stop:
-        raise ValueError("a stop string must not be empty")
+    if not all(isinstance(text, str) and text for text in stop):
+        raise ValueError(f"every stop string must be a str that is not empty, got {stop!r}")
     max_new_tokens = check_integer("max_new_tokens", options.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS), 2**31 - 1)
     return CheckedOptions(sampling, max_new_tokens, stop)
 

@@ -16,7 +16,10 @@ _BLOCK = 1 << 20
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The checked manifest: the engine checks what it runs by, this function what only Python reads. PackageError."""
-    manifest: dict[str, Any] = json.loads(_core.read_manifest(str(directory)))
+    try:
+        manifest: dict[str, Any] = json.loads(_core.read_manifest(str(directory)))
+    except ValueError as error:  # what Python's parser does not take: a byte-order mark
+        raise _core.PackageError(f"{directory / 'manifest.json'}: not valid JSON: {error}") from error
 
     def check(good: bool, field: str, got: object, expected: str) -> None:
         if not good:
@@ -26,6 +29,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     for field in ("weights", "quantization_error", "provenance"):
         got = manifest.get(field)
         check(isinstance(got, dict), field, got, "an object")
+    weights = manifest["weights"]
+    check(isinstance(weights.get("type"), str), "weights.type", weights.get("type"), "a string")
+    check(isinstance(weights.get("block", 0), int | None), "weights.block", weights.get("block"), "an integer or null")
     bos, vocab_size = manifest["tokenizer"].get("bos_token_id"), manifest["architecture"]["vocab_size"]
     check(
         bos is None or (type(bos) is int and 0 <= bos < vocab_size), "tokenizer.bos_token_id", bos, "null or a token id"

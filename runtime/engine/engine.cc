@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <stdexcept>
-#include <vector>
 
 #include "base/error.h"
 #include "engine/session.h"
@@ -30,18 +29,11 @@ int resolve_threads(int threads) {
 // that the first real step needs are brought into memory.
 void run_once(const std::shared_ptr<const Engine>& engine) {
   const Architecture& architecture = engine->manifest().architecture;
-  try {
-    Session session(engine, {.context = std::min<size_t>(architecture.context, 8), .chunk = 1});
-    const int64_t token = 0;
-    session.prompt({&token, 1});
-    std::vector<float> logits(architecture.vocab_size);
-    session.logits(logits.data());
-  } catch (const PackageError&) {
-    throw;
-  } catch (const std::runtime_error& error) {
-    throw PackageError(engine->manifest().directory.string() + ": its stages do not run: " + error.what() +
-                       "; the manifest and the stages disagree: convert the model again");
-  }
+  Session session(engine, {.context = std::min<size_t>(architecture.context, 8), .chunk = 1});
+  const int64_t token = 0;
+  session.prompt({&token, 1});
+  const Mapping logits = Mapping::zeroed(architecture.vocab_size * sizeof(float));
+  session.logits(logits.as<float>());
 }
 
 }  // namespace

@@ -64,8 +64,9 @@ int32_t Sampler::sample(std::span<const float> logits, std::span<const int32_t> 
   // The most probable come first, one by one, until top-p or min-p ends the row: cheaper than sorting a whole
   // vocabulary.
   const auto after = [&before](const Candidate& a, const Candidate& b) { return before(b, a); };
-  const bool truncate = options_.top_p < 1 || options_.min_p > 0;
-  if (!truncate) return draw({candidates_.begin(), end}, sum);
+  // (After top-k they have no order of their own: the same here puts them into one.)
+  const bool all = end == candidates_.end() && options_.top_p == 1 && options_.min_p == 0;
+  if (all) return draw(candidates_, sum);
   std::make_heap(candidates_.begin(), end, after);
   auto heap_end = end;
   double kept_sum = 0;

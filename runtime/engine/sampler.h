@@ -26,7 +26,8 @@ class Sampler {
   // Throws std::invalid_argument for an option outside its range.
   Sampler(const SamplingOptions& options, size_t vocab_size);
 
-  // One token id. logits: float32 [vocab_size], left as they are; sequence: the ids so far, for the repetition penalty.
+  // One token id. logits: float32 [vocab_size], left as they are; sequence: the ids so far (each below
+  // vocab_size), for the repetition penalty.
   // Throws std::runtime_error if a logit is NaN or all are -infinity. Does not allocate.
   int32_t sample(std::span<const float> logits, std::span<const int32_t> sequence);
 

@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+
+#include "base/error.h"
 
 namespace meki {
 namespace {
@@ -47,9 +50,10 @@ Session::Session(std::shared_ptr<const Engine> engine, const SessionOptions& opt
       prefetch_(options.prefetch),
       chunk_(resolve_chunk(options.chunk, context_)),
       buffers_(*engine_, context_, chunk_),
-      logits_(engine_->manifest().architecture.vocab_size) {
+      // Pages that nobody writes take no memory: a vocabulary that no stage confirms costs nothing.
+      logits_(Mapping::zeroed(vocab_size() * sizeof(float))) {
   if (engine_->rom() != nullptr) prefetcher_ = std::make_unique<Prefetcher>(engine_->rom(), chunk_, prefetch_);
-  decode_bindings_ = buffers_.bind({.tokens = 1, .rows = rows(0), .logit_rows = 1, .logits = logits_.data()});
+  decode_bindings_ = buffers_.bind({.tokens = 1, .rows = rows(0), .logit_rows = 1, .logits = logits_.as<float>()});
   tokens_.reserve(context_);
   stats_.stall_ns.reserve(context_);
 }
@@ -57,11 +61,11 @@ Session::Session(std::shared_ptr<const Engine> engine, const SessionOptions& opt
 const float* Session::rows(int slot) const { return prefetcher_ != nullptr ? prefetcher_->rows(slot) : nullptr; }
 
 void Session::prompt(std::span<const int64_t> ids) {
-  const auto vocab_size = static_cast<int64_t>(engine_->manifest().architecture.vocab_size);
+  const auto limit = static_cast<int64_t>(vocab_size());
   for (const int64_t id : ids) {
-    if (id < 0 || id >= vocab_size) {
+    if (id < 0 || id >= limit) {
       throw std::invalid_argument("token id " + std::to_string(id) + " is outside the vocabulary, expected 0 to " +
-                                  std::to_string(vocab_size - 1));
+                                  std::to_string(limit - 1));
     }
   }
   if (ids.size() > context_ - tokens_.size()) {
@@ -71,12 +75,14 @@ void Session::prompt(std::span<const int64_t> ids) {
                                 std::to_string(engine_->manifest().architecture.context) + ")");
   }
   for (const int64_t id : ids) tokens_.push_back(static_cast<int32_t>(id));
-  if (!ids.empty()) rows_begun_ = generating_ = false;
+  if (ids.empty()) return;
+  rows_begun_ = generating_ = false;
+  sampler_.reset();  // its count of remaining tokens no longer holds
 }
 
 void Session::start(const SamplingOptions& sampling, size_t max_new_tokens) {
   if (tokens_.empty()) throw std::invalid_argument("the sequence is empty; give a prompt of at least one token");
-  sampler_.emplace(sampling, logits_.size());
+  sampler_.emplace(sampling, vocab_size());
   const size_t room = context_ - tokens_.size();
   remaining_ = max_new_tokens > 0 ? std::min(max_new_tokens, room) : room;
   finish_reason_ = FinishReason::running;
@@ -96,7 +102,7 @@ std::optional<int32_t> Session::next(const Poll& poll) {
   uint64_t unused = 0;
   const Timer timer(decoding ? stats_.decode_ns : unused);
   if (decoding) decode();
-  const int32_t token = sampler_->sample(logits_, tokens_);
+  const int32_t token = sampler_->sample({logits_.as<float>(), vocab_size()}, tokens_);
   const auto& eos = engine_->manifest().eos_token_ids;
   if (std::find(eos.begin(), eos.end(), token) != eos.end()) {
     finish_reason_ = FinishReason::eos;
@@ -136,16 +142,16 @@ void Session::request_rows(int slot, size_t first, size_t count) {
 void Session::decode() {
   if (!rows_begun_) request_rows(0, computed_, 1);
   rows_begun_ = false;
-  const uint64_t stall = run(decode_bindings_, 1, 1, 0);
+  const uint64_t stall = run(decode_bindings_, 1, {logits_.as<float>(), vocab_size()}, 0);
   ++stats_.decode_tokens;
-  if (stats_.stall_ns.size() < stats_.stall_ns.capacity()) stats_.stall_ns.push_back(stall);
+  const bool has_room = stats_.stall_ns.size() < stats_.stall_ns.capacity();
+  if (prefetcher_ != nullptr && has_room) stats_.stall_ns.push_back(stall);
 }
 
 // Computes all pending tokens in chunks; the rows of the next chunk are read while one is computed.
 void Session::prefill(float* all_logits, const Poll& poll) {
   const Timer timer(stats_.prefill_ns);
   rows_begun_ = generating_ = false;
-  const size_t vocab_size = logits_.size();
   const size_t end = tokens_.size();
   const auto count_at = [this, end](size_t first) { return std::min(chunk_, end - first); };
   int slot = 0;
@@ -154,23 +160,25 @@ void Session::prefill(float* all_logits, const Poll& poll) {
     const size_t count = count_at(computed_);
     if (computed_ + count < end) request_rows(1 - slot, computed_ + count, count_at(computed_ + count));
     const size_t logit_rows = all_logits != nullptr ? count : 1;
-    float* target = all_logits != nullptr ? all_logits : logits_.data();
+    float* target = all_logits != nullptr ? all_logits : logits_.as<float>();
     const auto bindings =
         buffers_.bind({.tokens = count, .rows = rows(slot), .logit_rows = logit_rows, .logits = target});
-    stats_.prefill_stall_ns += run(bindings, count, logit_rows, slot);
+    stats_.prefill_stall_ns += run(bindings, count, {target, logit_rows * vocab_size()}, slot);
     stats_.prefill_tokens += count;
     if (all_logits != nullptr) {
-      all_logits += count * vocab_size;
-      std::memcpy(logits_.data(), all_logits - vocab_size, vocab_size * sizeof(float));
+      all_logits += count * vocab_size();
+      std::memcpy(logits_.data(), all_logits - vocab_size(), vocab_size() * sizeof(float));
     }
     slot = 1 - slot;
     if (poll) poll();
   }
 }
 
-// Runs the next `tokens` tokens through all stages; the rows come from `slot`, into which they were requested. Logits
-// are those of the last `logit_rows` tokens. Returns the nanoseconds spent waiting for rows.
-uint64_t Session::run(const Bindings& bindings, size_t tokens, size_t logit_rows, int slot) {
+// Runs the next `tokens` tokens through all stages; the rows come from `slot`, into which they were requested. `logits`
+// is what the bindings write: those of the last tokens, [any number, vocab_size]. Returns the nanoseconds spent waiting
+// for rows.
+uint64_t Session::run(const Bindings& bindings, size_t tokens, std::span<const float> logits, int slot) {
+  const size_t logit_rows = logits.size() / vocab_size();
   std::copy_n(tokens_.begin() + static_cast<std::ptrdiff_t>(computed_), tokens, buffers_.token_ids());
   for (size_t row = 0; row < logit_rows; ++row) {
     buffers_.logit_index()[row] = static_cast<int64_t>(tokens - logit_rows + row);
@@ -188,6 +196,10 @@ uint64_t Session::run(const Bindings& bindings, size_t tokens, size_t logit_rows
     bindings[index]->run();
   }
   if (waiting) prefetcher_->wait(slot);  // no stage took rows: end the request all the same
+  if (std::any_of(logits.begin(), logits.end(), [](float logit) { return std::isnan(logit); })) {
+    throw PackageError(engine_->manifest().directory.string() +
+                       ": the model computed NaN; its weights or memory rows are damaged: convert the model again");
+  }
   computed_ += tokens;
   logits_valid_ = true;
   return stall;

@@ -45,15 +45,16 @@ class Session {
   // Prompts and generated tokens so far.
   std::span<const int32_t> tokens() const { return tokens_; }
 
-  // Appends tokens; the next call that needs them computes them. Throws std::invalid_argument for an id outside the
-  // vocabulary or a sequence longer than the context; then nothing is appended.
+  // Appends tokens and ends a running generation; the next call that needs the tokens computes them. Throws
+  // std::invalid_argument for an id outside the vocabulary or a sequence longer than the context; then nothing is
+  // appended.
   void prompt(std::span<const int64_t> ids);
 
   // Begins a generation after the sequence. max_new_tokens 0: until the context is full. Throws std::invalid_argument
   // for bad options or an empty sequence.
   void start(const SamplingOptions& sampling, size_t max_new_tokens);
   // The decode loop's body: the next token, or nothing when the generation is over. When it returns, the rows of the
-  // returned token are already being read. Throws PackageError if the ROM fails, std::runtime_error if the graph fails.
+  // returned token are already being read. Throws PackageError if the ROM or a stage fails.
   std::optional<int32_t> next(const Poll& poll = {});
   FinishReason finish_reason() const { return finish_reason_; }
 
@@ -73,16 +74,17 @@ class Session {
 
   void request_rows(int slot, size_t first, size_t count);
   const float* rows(int slot) const;
+  size_t vocab_size() const { return engine_->manifest().architecture.vocab_size; }
   void decode();
   void prefill(float* all_logits, const Poll& poll);
-  uint64_t run(const Bindings& bindings, size_t tokens, size_t logit_rows, int slot);
+  uint64_t run(const Bindings& bindings, size_t tokens, std::span<const float> logits, int slot);
 
   const std::shared_ptr<const Engine> engine_;
   const size_t context_;
   const bool prefetch_;
   const size_t chunk_;
   Buffers buffers_;
-  std::vector<float> logits_;               // of the last computed token, [vocab_size]
+  const Mapping logits_;                    // of the last computed token, float32 [vocab_size]
   std::unique_ptr<Prefetcher> prefetcher_;  // null in a dense model
   Bindings decode_bindings_;
 

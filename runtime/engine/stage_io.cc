@@ -6,6 +6,7 @@
 #include <optional>
 #include <set>
 #include <string_view>
+#include <utility>
 
 #include "base/error.h"
 #include "engine/engine.h"
@@ -66,8 +67,8 @@ IoName parse_output(const std::string& name) {
 
 std::vector<std::string> check_stages(const Manifest& manifest, const std::vector<Stage>& stages) {
   const size_t caches = size_t{2} * manifest.architecture.layers;
-  std::set<std::string> past;
-  std::set<std::string> present;
+  std::set<std::pair<IoKind, uint32_t>> past;
+  std::set<std::pair<IoKind, uint32_t>> present;
   std::vector<std::string> hidden;
   size_t logits = 0;
   for (size_t index = 0; index < stages.size(); ++index) {
@@ -78,7 +79,7 @@ std::vector<std::string> check_stages(const Manifest& manifest, const std::vecto
       if (io.kind == IoKind::rows) takes_rows = true;
       if (io.kind == IoKind::key || io.kind == IoKind::value) {
         check.cache_layer(io, name);
-        check.require(past.insert(name).second, "\"" + name + "\" is an input of two stages");
+        check.require(past.insert({io.kind, io.layer}).second, "the cache of \"" + name + "\" is an input twice");
       }
       if (io.kind == IoKind::hidden) {
         const bool made = std::find(hidden.begin(), hidden.end(), name) != hidden.end();
@@ -93,10 +94,11 @@ std::vector<std::string> check_stages(const Manifest& manifest, const std::vecto
       if (io.kind == IoKind::logits) ++logits;
       if (io.kind == IoKind::key || io.kind == IoKind::value) {
         check.cache_layer(io, name);
-        check.require(present.insert(name).second, "\"" + name + "\" is an output of two stages");
+        check.require(present.insert({io.kind, io.layer}).second, "the cache of \"" + name + "\" is an output twice");
       }
       if (io.kind == IoKind::hidden) hidden.push_back(name);
     }
+    check.require(past == present, "it does not give back the caches that it takes");
   }
   const StageChecker check(manifest, stages.size() - 1);
   check.require(past.size() == caches && present.size() == caches,

@@ -24,7 +24,7 @@ struct Tensor {
 class Binding {
  public:
   virtual ~Binding() = default;
-  // Runs the graph once. Throws std::runtime_error with the reason.
+  // Runs the graph once. Throws PackageError with the reason.
   virtual void run() = 0;
 };
 
@@ -34,7 +34,7 @@ class Graph {
   virtual ~Graph() = default;
   virtual const std::vector<std::string>& inputs() const = 0;
   virtual const std::vector<std::string>& outputs() const = 0;
-  // Binds all inputs and outputs (views of memory with the shapes of one step). Throws std::runtime_error.
+  // Binds all inputs and outputs (views of memory with the shapes of one step). Throws PackageError.
   // The graph must outlive the binding.
   virtual std::unique_ptr<Binding> bind(const std::vector<Tensor>& inputs,
                                         const std::vector<Tensor>& outputs) const = 0;

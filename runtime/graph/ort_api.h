@@ -23,7 +23,7 @@ struct IoBinding;
 // The API version asked for: that of ONNX Runtime 1.24, the oldest that the stages run on.
 inline constexpr uint32_t kApiVersion = 24;
 
-enum LoggingLevel : int { kLogError = 3 };
+enum LoggingLevel : int { kLogFatal = 4 };
 enum GraphOptimization : int { kOptimizeAll = 99 };
 enum AllocatorType : int { kDeviceAllocator = 0 };
 enum MemoryType : int { kMemoryDefault = 0 };

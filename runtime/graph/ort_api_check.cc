@@ -31,7 +31,7 @@ using ElementCode = ONNXTensorElementDataType;
 MEKI_ORT_FUNCTIONS(MEKI_ORT_CHECK)
 #undef MEKI_ORT_CHECK
 
-static_assert(ORT_LOGGING_LEVEL_ERROR == static_cast<int>(meki::ort::kLogError));
+static_assert(ORT_LOGGING_LEVEL_FATAL == static_cast<int>(meki::ort::kLogFatal));
 static_assert(ORT_ENABLE_ALL == static_cast<int>(meki::ort::kOptimizeAll));
 static_assert(OrtDeviceAllocator == static_cast<int>(meki::ort::kDeviceAllocator));
 static_assert(OrtMemTypeDefault == static_cast<int>(meki::ort::kMemoryDefault));

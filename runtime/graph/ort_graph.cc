@@ -57,8 +57,9 @@ const Library& library_at(const std::filesystem::path& path) {
   static const Library* library = nullptr;
   const std::lock_guard lock(mutex);
   if (library == nullptr) {
+    // Only fatal errors are logged: all others are exceptions with the same text.
     auto made = std::make_unique<Library>(Library{ort::Api(load_api(path))});
-    made->check(made->api.CreateEnv(ort::kLogError, "meki", &made->env));
+    made->check(made->api.CreateEnv(ort::kLogFatal, "meki", &made->env));
     made->check(made->api.CreateCpuMemoryInfo(ort::kDeviceAllocator, ort::kMemoryDefault, &made->cpu));
     library = made.release();
     loaded = path;
@@ -83,23 +84,40 @@ TypeTraits traits_of(ElementType type) {
   throw std::logic_error("unknown element type");
 }
 
+// Runs `work`; what ONNX Runtime refuses becomes a PackageError that names the stage.
+template <class Work>
+void for_stage(const std::filesystem::path& path, Work work) {
+  try {
+    work();
+  } catch (const std::runtime_error& error) {
+    throw PackageError(
+        path.string() + ": " + error.what() +
+        "; the stage, its weights or the manifest are damaged, or memory is short: convert the model again");
+  }
+}
+
 class OrtBinding final : public Binding {
  public:
-  OrtBinding(const Library& library, ort::Session* session, const std::vector<Tensor>& inputs,
-             const std::vector<Tensor>& outputs)
-      : library_(library), session_(session), binding_(nullptr, library.api.ReleaseIoBinding) {
-    ort::IoBinding* binding = nullptr;
-    library_.check(library_.api.CreateIoBinding(session_, &binding));
-    binding_.reset(binding);
-    for (const Tensor& tensor : inputs) {
-      library_.check(library_.api.BindInput(binding, tensor.name.c_str(), value_of(tensor).get()));
-    }
-    for (const Tensor& tensor : outputs) {
-      library_.check(library_.api.BindOutput(binding, tensor.name.c_str(), value_of(tensor).get()));
-    }
+  // `path` names the stage in messages and outlives the binding, as `library` and `session` do.
+  OrtBinding(const Library& library, const std::filesystem::path& path, ort::Session* session,
+             const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs)
+      : library_(library), path_(path), session_(session), binding_(nullptr, library.api.ReleaseIoBinding) {
+    for_stage(path_, [&] {
+      ort::IoBinding* binding = nullptr;
+      library_.check(library_.api.CreateIoBinding(session_, &binding));
+      binding_.reset(binding);
+      for (const Tensor& tensor : inputs) {
+        library_.check(library_.api.BindInput(binding, tensor.name.c_str(), value_of(tensor).get()));
+      }
+      for (const Tensor& tensor : outputs) {
+        library_.check(library_.api.BindOutput(binding, tensor.name.c_str(), value_of(tensor).get()));
+      }
+    });
   }
 
-  void run() override { library_.check(library_.api.RunWithBinding(session_, nullptr, binding_.get())); }
+  void run() override {
+    for_stage(path_, [this] { library_.check(library_.api.RunWithBinding(session_, nullptr, binding_.get())); });
+  }
 
  private:
   // The binding keeps its own reference to the value, so this one may go.
@@ -114,6 +132,7 @@ class OrtBinding final : public Binding {
   }
 
   const Library& library_;
+  const std::filesystem::path& path_;
   ort::Session* session_;
   std::unique_ptr<ort::IoBinding, void (*)(ort::IoBinding*)> binding_;
 };
@@ -121,7 +140,7 @@ class OrtBinding final : public Binding {
 class OrtGraph final : public Graph {
  public:
   OrtGraph(const Library& library, const std::filesystem::path& path, int threads)
-      : library_(library), session_(nullptr, library.api.ReleaseSession) {
+      : library_(library), path_(path), session_(nullptr, library.api.ReleaseSession) {
     const ort::Api& api = library_.api;
     ort::SessionOptions* options = nullptr;
     library_.check(api.CreateSessionOptions(&options));
@@ -132,11 +151,7 @@ class OrtGraph final : public Graph {
     // Each stage has its own threads: those of an idle stage must not spin on the cores that the next one needs.
     library_.check(api.AddSessionConfigEntry(options, "session.force_spinning_stop", "1"));
     ort::Session* session = nullptr;
-    try {
-      library_.check(api.CreateSession(library_.env, path.c_str(), options, &session));
-    } catch (const std::runtime_error& error) {
-      throw PackageError(path.string() + ": " + error.what() + "; the stage or its weights are damaged: convert again");
-    }
+    for_stage(path_, [&] { library_.check(api.CreateSession(library_.env, path_.c_str(), options, &session)); });
     session_.reset(session);
     inputs_ = names(api.SessionGetInputCount, api.SessionGetInputName);
     outputs_ = names(api.SessionGetOutputCount, api.SessionGetOutputName);
@@ -146,7 +161,7 @@ class OrtGraph final : public Graph {
   const std::vector<std::string>& outputs() const override { return outputs_; }
 
   std::unique_ptr<Binding> bind(const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) const override {
-    return std::make_unique<OrtBinding>(library_, session_.get(), inputs, outputs);
+    return std::make_unique<OrtBinding>(library_, path_, session_.get(), inputs, outputs);
   }
 
  private:
@@ -167,6 +182,7 @@ class OrtGraph final : public Graph {
   }
 
   const Library& library_;
+  const std::filesystem::path path_;
   std::unique_ptr<ort::Session, void (*)(ort::Session*)> session_;
   std::vector<std::string> inputs_;
   std::vector<std::string> outputs_;

@@ -16,6 +16,7 @@ using Json = nlohmann::json;
 
 constexpr size_t kMaxManifestBytes = 16 << 20;
 constexpr uint64_t kVersion = 1;
+constexpr int kMaxDepth = 64;  // of nested JSON values; the format needs 4
 
 // A JSON value together with where it stands, for messages.
 class Node {
@@ -82,6 +83,8 @@ Architecture parse_architecture(const Node& node) {
   architecture.vocab_size = number("vocab_size", 1, INT32_MAX);
   architecture.layers = number("layers", 1, 65'535);
   architecture.hidden = number("hidden", 1, kMaxWidth);
+  number("ffn", 1, kMaxWidth);  // of no use here, but a manifest without it is not one
+  number("heads", 1, kMaxWidth);
   architecture.kv_heads = number("kv_heads", 1, kMaxWidth);
   architecture.head_dim = number("head_dim", 1, kMaxWidth);
   architecture.memory_dim = number("memory_dim", 0, kMaxWidth);
@@ -147,7 +150,10 @@ Manifest Manifest::open(const std::filesystem::path& directory) {
   manifest.json = read_text(path, kMaxManifestBytes);
   Json json;
   try {
-    json = Json::parse(manifest.json);
+    json = Json::parse(manifest.json, [&path](int depth, Json::parse_event_t, Json&) {
+      if (depth > kMaxDepth) throw PackageError(path.string() + ": nested deeper than any manifest");
+      return true;
+    });
   } catch (const Json::exception& error) {
     throw PackageError(path.string() + ": not valid JSON: " + error.what());
   }

@@ -1,5 +1,7 @@
 #include "rom/prefetcher.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -14,7 +16,8 @@ uint64_t nanoseconds_since(std::chrono::steady_clock::time_point start) {
 
 }  // namespace
 
-Prefetcher::Prefetcher(std::shared_ptr<const Rom> rom, size_t max_tokens, bool asynchronous) : rom_(std::move(rom)) {
+Prefetcher::Prefetcher(std::shared_ptr<const Rom> rom, size_t max_tokens, bool asynchronous)
+    : rom_(std::move(rom)), process_(::getpid()) {
   const RomHeader& header = rom_->header();
   for (Slot& slot : slots_) {
     slot.rows = Mapping::zeroed(sizeof(float) * header.layers * max_tokens * header.row_dim);
@@ -27,6 +30,10 @@ Prefetcher::Prefetcher(std::shared_ptr<const Rom> rom, size_t max_tokens, bool a
 
 Prefetcher::~Prefetcher() {
   if (!thread_.joinable()) return;
+  if (::getpid() != process_) {  // after a fork: the thread stayed with the parent
+    thread_.detach();
+    return;
+  }
   {
     const std::lock_guard lock(mutex_);
     stop_ = true;

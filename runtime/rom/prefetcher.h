@@ -1,5 +1,7 @@
 #pragma once
 
+#include <sys/types.h>
+
 #include <array>
 #include <condition_variable>
 #include <cstddef>
@@ -67,6 +69,7 @@ class Prefetcher {
   void fill(Slot& slot, RomCounters& read);
 
   const std::shared_ptr<const Rom> rom_;
+  const pid_t process_;
   // A slot's memory belongs to whoever set its state to running, until it is done; everything else below is guarded by
   // mutex_.
   std::array<Slot, kSlots> slots_;

@@ -84,18 +84,23 @@ Rom::Rom(const std::filesystem::path& path, RomAccess access)
     } else {
       ::madvise(mapping_.data(), mapping_.size(), MADV_RANDOM);  // default readahead costs milliseconds a bundle
     }
-  } else if (access == RomAccess::direct) {
-    try {
-      File direct(path, O_DIRECT);
-      std::swap(file_, direct);
-      const Window first = window(0);
-      if (copy_file(first, probe.data()) != first.bytes) throw PackageError("short read");
-    } catch (const PackageError&) {
-      access_ = RomAccess::pread;
-      file_ = File(path);
-      ::posix_fadvise(file_.descriptor(), 0, 0, POSIX_FADV_RANDOM);
-    }
+  } else if (access == RomAccess::direct && !use_direct(probe.data())) {
+    access_ = RomAccess::pread;
   }
+}
+
+// Switches the open file to O_DIRECT if its file system can do that.
+bool Rom::use_direct(std::byte* probe) const {
+  const int descriptor = file_.descriptor();
+  const int flags = ::fcntl(descriptor, F_GETFL);
+  if (flags < 0 || ::fcntl(descriptor, F_SETFL, flags | O_DIRECT) != 0) return false;
+  const Window first = window(0);
+  try {
+    if (copy_file(first, probe) == first.bytes) return true;
+  } catch (const PackageError&) {  // EINVAL: the file system accepts the flag but not the read
+  }
+  ::fcntl(descriptor, F_SETFL, flags);
+  return false;
 }
 
 Rom::Window Rom::window(uint32_t token) const noexcept {
@@ -108,10 +113,15 @@ Rom::Window Rom::window(uint32_t token) const noexcept {
 
 size_t Rom::request_bytes(uint32_t token) const { return window(token).bytes; }
 
+void Rom::will_need(const Window& window) const noexcept {
+  static const auto page_bytes = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
+  const uint64_t page = round_down(window.offset, page_bytes);
+  ::madvise(mapping_.data() + page, window.bytes + (window.offset - page), MADV_WILLNEED);
+}
+
 size_t Rom::copy_mapped(const Window& window, std::byte* out) const noexcept {
   std::byte* source = mapping_.data() + window.offset;
-  std::byte* page = mapping_.data() + round_down(window.offset, kAlignment);
-  ::madvise(page, window.bytes + static_cast<size_t>(source - page), MADV_WILLNEED);  // one request for all its pages
+  will_need(window);  // one request for all its pages
   // The kernel copies: a page that lost its file ends the copy here, where a memcpy would die of SIGBUS.
   const iovec to{out, window.bytes};
   const iovec from{source, window.bytes};
@@ -135,8 +145,7 @@ size_t Rom::copy_file(const Window& window, std::byte* out) const {
 void Rom::advise(uint32_t token) const noexcept {
   const Window wanted = window(token);
   if (access_ == RomAccess::mmap) {
-    const uint64_t page = round_down(wanted.offset, kAlignment);
-    ::madvise(mapping_.data() + page, wanted.bytes + (wanted.offset - page), MADV_WILLNEED);
+    will_need(wanted);
   } else if (access_ == RomAccess::pread) {
     ::posix_fadvise(file_.descriptor(), static_cast<off_t>(wanted.offset), static_cast<off_t>(wanted.bytes),
                     POSIX_FADV_WILLNEED);

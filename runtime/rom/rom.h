@@ -72,6 +72,8 @@ class Rom {
     size_t skip;  // from its begin to the bundle
   };
   Window window(uint32_t token) const noexcept;
+  bool use_direct(std::byte* probe) const;
+  void will_need(const Window& window) const noexcept;
   size_t copy_mapped(const Window& window, std::byte* out) const noexcept;
   size_t copy_file(const Window& window, std::byte* out) const;
 

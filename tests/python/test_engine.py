@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import meki.engine
-from meki import Engine, PackageError, Session
+from meki import Engine, PackageError, Session, _core
 from meki.models.tokenizer import END_OF_STORY
 
 PROMPT = "Once upon a time"
@@ -325,7 +325,7 @@ def test_a_prompt_is_never_truncated(package: Path, change_package: Callable[...
 
 def test_a_broken_tokenizer(change_package: Callable[..., Path]) -> None:
     path = change_package(lambda manifest: manifest["contents"].update({"tokenizer.json": b"{}"}))
-    with pytest.raises(PackageError, match=r"tokenizer\.json: not a tokenizer"):
+    with pytest.raises(PackageError, match=r"tokenizer\.json: the tokenizer fails"):
         Engine(path)
 
 
@@ -333,7 +333,7 @@ def test_a_tokenizer_of_a_larger_model(package: Path, change_package: Callable[.
     tokenizer = Tokenizer.from_file(str(package / "tokenizer.json"))
     tokenizer.add_tokens([f"<extra {number}>" for number in range(100)])
     path = change_package(lambda manifest: manifest["contents"].update({"tokenizer.json": tokenizer.to_str().encode()}))
-    with pytest.raises(PackageError, match=f"{tokenizer.get_vocab_size()} tokens, the model has"):
+    with pytest.raises(PackageError, match="largest token id is 399, the model has 300 tokens"):
         Engine(path)
 
 
@@ -371,3 +371,49 @@ def test_running_a_model_imports_neither_torch_nor_onnx(package: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program, package], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_rejected_call_leaves_the_stream_running(engine: Engine) -> None:
+    session = engine.session()
+    stream = session.stream("The old", max_new_tokens=12, temperature=0)
+    next(stream)
+    with pytest.raises(ValueError, match="temperature"):
+        session.stream("and", temperature=-1)
+    with pytest.raises(ValueError, match="vocabulary"):
+        session.logits([2**40])
+    with pytest.raises(ValueError, match="context"):
+        session.stream("and " * 500)
+    for _ in stream:
+        pass
+    assert stream.result.text == engine.generate("The old", max_new_tokens=12, temperature=0).text
+
+
+@pytest.mark.parametrize("stop", [[5], [None], b"x", [""]])
+def test_stop_strings_of_a_wrong_type(engine: Engine, stop: object) -> None:
+    session = engine.session()
+    with pytest.raises(ValueError, match="stop string"):
+        session.stream("The old", stop=stop)
+    assert session.tokens == []
+
+
+def test_a_prompt_that_is_not_unicode(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        engine.generate("a \udcff")
+
+
+def test_prompting_ends_a_running_generation(engine: Engine) -> None:
+    core = _core.Session(engine._core, _core.SessionOptions(context=8))
+    core.prompt([1, 2, 3])
+    core.start(_core.SamplingOptions(seed=1), 0)
+    assert core.next() is not None
+    core.prompt([4] * 4)  # the context is full
+    with pytest.raises(ValueError, match="no generation"):
+        core.next()
+    with pytest.raises(ValueError, match="context holds 8"):
+        core.prompt([5])
+
+
+def test_a_dense_model_waits_for_no_rows(make_package: Callable[..., Path]) -> None:
+    stats = Engine(make_package(memory_dim=0)).generate("The old", max_new_tokens=5, temperature=0).stats
+    assert stats.stall_us_p50 is None and stats.rom_access is None
+    assert stats.decode_tokens_per_s is not None

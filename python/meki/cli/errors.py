@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -18,6 +19,11 @@ def report(program: str, kind: str, message: object) -> None:
 
 def run_command(program: str, command: Callable[[], None]) -> int:
     """Runs `command` and returns the exit code of the process; reports expected errors on stderr."""
+    if sys.stdout is None:  # `>&-`
+        report(program, "error", "standard output is closed; open or redirect it")
+        return FAILURE
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     try:
         command()
         sys.stdout.flush()

@@ -50,7 +50,7 @@ def _take_turn(
         if not session.tokens:
             raise  # not for want of room: an option out of range, or a turn that no session can take
         report(program, "error", error)
-        return True
+        return len(session.tokens) >= session.context
     print_stream(stream)
     if show_stats:
         print_stats(engine, stream.result.stats)

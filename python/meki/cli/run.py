@@ -136,13 +136,15 @@ def _read_prompt(arguments: argparse.Namespace) -> str | None:
         return None
     if source is None and text is not None:
         return str(text)
+    if sys.stdin is None and source in (None, "-"):
+        raise ValueError("no prompt: standard input is closed; give it as an argument or with --file")
     if source is None and sys.stdin.isatty():
         raise ValueError("no prompt: give it as an argument, with --file or on standard input, or use --interactive")
     name = "standard input" if source in (None, "-") else f"prompt file {source}"
     try:
         data = sys.stdin.buffer.read() if source in (None, "-") else Path(source).read_bytes()
         # An editor or echo ends the last line; that is no part of the text to continue.
-        return data.decode().removesuffix("\n")
+        return data.decode().removesuffix("\n").removesuffix("\r")
     except OSError as error:
         raise ValueError(f"{name}: {error.strerror}; --file takes a readable text file") from error
     except UnicodeDecodeError as error:
