@@ -155,7 +155,12 @@ class Run:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
         with replace_file(self.out / "state.pt") as partial:
             torch.save(state, partial)
-        provenance = {"tokens": str(self.step * self.args.batch * self.config.context), "seed": str(self.args.seed)}
+        provenance = {
+            "weights": "trained from scratch with meki.models.train",
+            "data": self.args.train.name,
+            "tokens": str(self.step * self.args.batch * self.config.context),
+            "seed": str(self.args.seed),
+        }
         # Float16 halves the file; its rounding is far below that of any quantised package.
         save_checkpoint(self.out / "model.safetensors", self.model, provenance, torch.float16)
 

@@ -55,7 +55,6 @@ Session::Session(std::shared_ptr<const Engine> engine, const SessionOptions& opt
   if (engine_->rom() != nullptr) prefetcher_ = std::make_unique<Prefetcher>(engine_->rom(), chunk_, prefetch_);
   decode_bindings_ = buffers_.bind({.tokens = 1, .rows = rows(0), .logit_rows = 1, .logits = logits_.as<float>()});
   tokens_.reserve(context_);
-  stats_.stall_ns.reserve(context_);
 }
 
 const float* Session::rows(int slot) const { return prefetcher_ != nullptr ? prefetcher_->rows(slot) : nullptr; }
@@ -85,6 +84,7 @@ void Session::start(const SamplingOptions& sampling, size_t max_new_tokens) {
   sampler_.emplace(sampling, vocab_size());
   const size_t room = context_ - tokens_.size();
   remaining_ = max_new_tokens > 0 ? std::min(max_new_tokens, room) : room;
+  stats_.stall_ns.reserve(stats_.stall_ns.size() + remaining_);
   finish_reason_ = FinishReason::running;
   if (room == 0) {
     finish_reason_ = FinishReason::context;
@@ -144,8 +144,7 @@ void Session::decode() {
   rows_begun_ = false;
   const uint64_t stall = run(decode_bindings_, 1, {logits_.as<float>(), vocab_size()}, 0);
   ++stats_.decode_tokens;
-  const bool has_room = stats_.stall_ns.size() < stats_.stall_ns.capacity();
-  if (prefetcher_ != nullptr && has_room) stats_.stall_ns.push_back(stall);
+  if (prefetcher_ != nullptr) stats_.stall_ns.push_back(stall);  // start() made room
 }
 
 // Computes all pending tokens in chunks; the rows of the next chunk are read while one is computed.
@@ -216,7 +215,7 @@ Stats Session::stats() const {
 
 void Session::reset_stats() {
   stats_ = Stats();
-  stats_.stall_ns.reserve(context_);
+  stats_.stall_ns.reserve(remaining_);
   if (prefetcher_ != nullptr) rom_base_ = prefetcher_->counters();
 }
 

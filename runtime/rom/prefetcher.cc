@@ -30,56 +30,57 @@ Prefetcher::Prefetcher(std::shared_ptr<const Rom> rom, size_t max_tokens, bool a
 
 Prefetcher::~Prefetcher() {
   if (!thread_.joinable()) return;
-  if (::getpid() != process_) {  // after a fork: the thread stayed with the parent
+  if (::getpid() != process_) {  // after a fork: the thread stayed with the parent, asleep on what it waits for
     thread_.detach();
+    static_cast<void>(sync_.release());
     return;
   }
   {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(sync_->mutex);
     stop_ = true;
   }
-  work_.notify_one();
+  sync_->work.notify_one();
   thread_.join();
 }
 
 void Prefetcher::begin(int slot_index, std::span<const int32_t> ids) {
   Slot& slot = slots_[static_cast<size_t>(slot_index)];
   {
-    std::unique_lock lock(mutex_);
-    ready_.wait(lock, [&slot] { return slot.state != State::running; });
+    std::unique_lock lock(sync_->mutex);
+    sync_->ready.wait(lock, [&slot] { return slot.state != State::running; });
     slot.error = nullptr;
     slot.ids.assign(ids.begin(), ids.end());
     slot.state = State::queued;
     if (slots_[static_cast<size_t>(1 - slot_index)].state != State::queued) next_ = slot_index;
   }
-  if (thread_.joinable()) work_.notify_one();
+  if (thread_.joinable()) sync_->work.notify_one();
 }
 
 uint64_t Prefetcher::wait(int slot_index) {
   const auto start = std::chrono::steady_clock::now();
   Slot& slot = slots_[static_cast<size_t>(slot_index)];
-  std::unique_lock lock(mutex_);
+  std::unique_lock lock(sync_->mutex);
   if (slot.state == State::queued) perform(slot, lock);
-  ready_.wait(lock, [&slot] { return slot.state == State::done; });
+  sync_->ready.wait(lock, [&slot] { return slot.state == State::done; });
   slot.state = State::idle;
   if (slot.error) std::rethrow_exception(std::exchange(slot.error, nullptr));
   return nanoseconds_since(start);
 }
 
 RomCounters Prefetcher::counters() const {
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(sync_->mutex);
   return counters_;
 }
 
 void Prefetcher::serve() {
-  std::unique_lock lock(mutex_);
+  std::unique_lock lock(sync_->mutex);
   const auto is_queued = [this](int slot) { return slots_[static_cast<size_t>(slot)].state == State::queued; };
   for (;;) {
-    work_.wait(lock, [&] { return stop_ || is_queued(0) || is_queued(1); });
+    sync_->work.wait(lock, [&] { return stop_ || is_queued(0) || is_queued(1); });
     if (stop_) return;
     if (!is_queued(next_)) next_ = 1 - next_;
     perform(slots_[static_cast<size_t>(next_)], lock);
-    ready_.notify_one();
+    sync_->ready.notify_one();
   }
 }
 

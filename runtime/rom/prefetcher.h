@@ -37,7 +37,7 @@ class Prefetcher {
 
   // Slots hold up to `max_tokens` tokens. Without `asynchronous` there is no thread and wait() reads.
   Prefetcher(std::shared_ptr<const Rom> rom, size_t max_tokens, bool asynchronous);
-  // Waits for the read in flight.
+  // Waits for the read in flight. (In a forked child there is none: it returns at once.)
   ~Prefetcher();
   Prefetcher(const Prefetcher&) = delete;
   Prefetcher& operator=(const Prefetcher&) = delete;
@@ -70,12 +70,16 @@ class Prefetcher {
 
   const std::shared_ptr<const Rom> rom_;
   const pid_t process_;
+  struct Sync {
+    std::mutex mutex;
+    std::condition_variable work;
+    std::condition_variable ready;
+  };
+
   // A slot's memory belongs to whoever set its state to running, until it is done; everything else below is guarded by
-  // mutex_.
+  // the mutex.
   std::array<Slot, kSlots> slots_;
-  mutable std::mutex mutex_;
-  std::condition_variable work_;
-  std::condition_variable ready_;
+  std::unique_ptr<Sync> sync_ = std::make_unique<Sync>();
   RomCounters counters_;
   int next_ = 0;  // the slot to serve first when both are queued
   bool stop_ = false;
