@@ -1,0 +1,100 @@
+"""The bundled model: the package that a new user runs, against the checkpoint that it was exported from."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from meki import Engine, _core
+from meki.models.checkpoint import load_checkpoint
+from meki.models.decoder import Decoder
+from meki.models.package import export_package
+from meki.registry import bundled_models
+
+CHECKPOINT = Path(__file__).parents[2] / "models" / "meki-tiny.safetensors"
+
+STORY = """Once upon a time there was an old woman who lived alone in a little house at the edge of the forest. \
+She had a grey cat, and every evening the cat sat by the fire and looked at her as if it wished to speak.
+
+"If you could talk," said the old woman, "what would you tell me?"
+
+"I would tell you," said the cat, "that the king's daughter is lost, and that nobody looks for her where she is."
+
+The old woman was so astonished that she let her spoon fall into the soup. But she was not afraid, for she had \
+known the cat a long time. So she took her cloak and her stick, and the two of them went out together into the snow."""
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine("meki-tiny")
+
+
+@pytest.fixture(scope="module")
+def reference() -> Decoder:
+    return load_checkpoint(CHECKPOINT)[0]
+
+
+@pytest.fixture(scope="module")
+def ids(engine: Engine) -> list[int]:
+    token_ids: list[int] = engine.tokenizer.encode(STORY).ids
+    return token_ids
+
+
+def bits_per_byte(logits: np.ndarray, ids: list[int]) -> float:
+    scores = logits[:-1].astype(np.float64)
+    log_sums = np.logaddexp.reduce(scores, axis=1)
+    nats = (log_sums - scores[np.arange(len(ids) - 1), ids[1:]]).sum()
+    return float(nats / math.log(2) / len(STORY.encode()))
+
+
+def torch_logits(model: Decoder, ids: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        logits: np.ndarray = model(torch.tensor([ids]))[0].numpy()
+    return logits
+
+
+@pytest.mark.parametrize("rows", ["float32", "float16"])
+def test_a_float32_package_of_the_checkpoint_equals_pytorch(
+    tmp_path: Path, reference: Decoder, ids: list[int], rows: str
+) -> None:
+    tokenizer_json = (bundled_models()["meki-tiny"] / "tokenizer.json").read_bytes()
+    package = tmp_path / "package"
+    export_package(reference, tokenizer_json, package, name="exact", weights="float32", rows=rows, provenance={})
+    # Sums in another order give some 1e-5 on logits that reach 20; float16 rows are rounded to 2^-11 of their value.
+    tolerance = {"float32": 1e-4, "float16": 2e-3}[rows]
+    np.testing.assert_allclose(Engine(package).logits(ids), torch_logits(reference, ids), rtol=0, atol=tolerance)
+
+
+def test_the_rom_holds_the_folded_checkpoint(engine: Engine, reference: Decoder) -> None:
+    rows = _core.Rom(engine.path / "memory.rom").rows(range(engine.vocab_size))
+    words = reference.embed_tokens.weight.detach()
+    expected = torch.stack([layer.meki.fold(words) for layer in reference.layers]).numpy()
+    np.testing.assert_allclose(rows, expected, rtol=2**-10, atol=1e-6)
+
+
+def test_it_has_learnt_the_language_of_stories(engine: Engine, reference: Decoder, ids: list[int]) -> None:
+    exact = bits_per_byte(torch_logits(reference, ids), ids)
+    # A uniform guess over 4,096 tokens costs over 3 bits a byte, letter frequencies alone about 4.1.
+    assert exact < 2
+    # What int8 weights (and activations, in blocks of 32) may cost.
+    assert bits_per_byte(engine.logits(ids), ids) == pytest.approx(exact, rel=0.01)
+
+
+def test_it_tells_a_story(engine: Engine) -> None:
+    first = engine.generate("Once upon a time", max_new_tokens=120, seed=7)
+    again = engine.generate("Once upon a time", max_new_tokens=120, seed=7)
+    assert first.text == again.text
+    words = first.text.split()
+    assert len(words) > 30 or first.finish_reason == "eos"
+    assert first.text.isprintable() or "\n" in first.text
+
+
+def test_its_card_and_licence_of_data_are_there(engine: Engine) -> None:
+    card = (engine.path / "README.md").read_text(encoding="utf-8")
+    for promised in ("Project Gutenberg", "bits per byte", "Samples", "tokens"):
+        assert promised in card
+    assert sum(file.stat().st_size for file in engine.path.iterdir()) < 30e6
