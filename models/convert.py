@@ -97,11 +97,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("meki-convert: interrupted, nothing written", file=sys.stderr)
         return 130
+    except (FileNotFoundError, FileExistsError) as error:  # of the arguments
+        print(f"meki-convert: error: {error}", file=sys.stderr)
+        return 2
     except SafetensorError as error:
-        print(f"meki-convert: {args.source}: not a safetensors file: {error}", file=sys.stderr)
+        print(f"meki-convert: error: {args.source}: not a safetensors file: {error}", file=sys.stderr)
         return 1
     except (OSError, ValueError) as error:
-        print(f"meki-convert: {error}", file=sys.stderr)
+        print(f"meki-convert: error: {error}", file=sys.stderr)
         return 1
     print(summary(args.output, manifest))
     return 0

@@ -77,7 +77,7 @@ class Stats:
     rom_bytes: int
     """Bytes read: bundles without their padding (with O_DIRECT, the blocks around them)."""
     stall_ns: list[int]
-    """Nanoseconds that each decode step waited for its rows."""
+    """Nanoseconds that each decode step waited for its rows; empty in a dense model."""
     prefill_stall_ns: int
 
 class Engine:

@@ -31,8 +31,8 @@ class Engine {
   // Runtime cannot be loaded.
   static std::shared_ptr<const Engine> open(const std::filesystem::path& directory, const EngineOptions& options);
 
-  // From parts; `open` and tests use it. `rom` is null exactly for a dense model. Throws PackageError if the parts do
-  // not fit together.
+  // From parts; `open` and tests use it. `rom` is what open_rom(manifest) gave: null exactly for a dense model. Throws
+  // PackageError if the stages do not fit the manifest.
   Engine(Manifest manifest, std::shared_ptr<const Rom> rom, const GraphLoader& load, int threads);
 
   const Manifest& manifest() const { return manifest_; }

@@ -38,7 +38,8 @@ class Session {
   // Called between two prefill steps; may throw to interrupt. The session stays usable.
   using Poll = std::function<void()>;
 
-  // Throws std::invalid_argument for options outside their limits, std::runtime_error without memory for the cache.
+  // Throws std::invalid_argument for options outside their limits, std::runtime_error without memory for the cache (the
+  // message says how much), std::bad_alloc without memory for anything else.
   Session(std::shared_ptr<const Engine> engine, const SessionOptions& options);
 
   size_t context() const { return context_; }

@@ -147,6 +147,10 @@ Manifest Manifest::open(const std::filesystem::path& directory) {
   const std::filesystem::path path = directory / "manifest.json";
   Manifest manifest;
   manifest.directory = directory;
+  if (std::error_code error; !std::filesystem::exists(path, error)) {
+    throw PackageError(path.string() + ": no such file, so " + directory.string() +
+                       " is not a package; give the path of a directory that meki-convert wrote");
+  }
   manifest.json = read_text(path, kMaxManifestBytes);
   Json json;
   try {

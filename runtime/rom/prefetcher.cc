@@ -5,6 +5,9 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <new>
+
+#include "base/checked.h"
 
 namespace meki {
 namespace {
@@ -19,8 +22,11 @@ uint64_t nanoseconds_since(std::chrono::steady_clock::time_point start) {
 Prefetcher::Prefetcher(std::shared_ptr<const Rom> rom, size_t max_tokens, bool asynchronous)
     : rom_(std::move(rom)), process_(::getpid()) {
   const RomHeader& header = rom_->header();
+  // The header's limits keep the first product below 2^39.
+  const auto slot_bytes = checked_mul(sizeof(float) * header.layers * header.row_dim, max_tokens);
+  if (!slot_bytes) throw std::bad_alloc();
   for (Slot& slot : slots_) {
-    slot.rows = Mapping::zeroed(sizeof(float) * header.layers * max_tokens * header.row_dim);
+    slot.rows = Mapping::zeroed(*slot_bytes);
     slot.scratch = Mapping::zeroed(rom_->scratch_bytes());
     slot.ids.reserve(max_tokens);
     slot.order.reserve(max_tokens);

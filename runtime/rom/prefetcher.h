@@ -35,7 +35,8 @@ class Prefetcher {
  public:
   static constexpr int kSlots = 2;
 
-  // Slots hold up to `max_tokens` tokens. Without `asynchronous` there is no thread and wait() reads.
+  // Slots hold up to `max_tokens` tokens. Throws std::bad_alloc. Without `asynchronous` there is no thread and wait()
+  // reads.
   Prefetcher(std::shared_ptr<const Rom> rom, size_t max_tokens, bool asynchronous);
   // Waits for the read in flight. (In a forked child there is none: it returns at once.)
   ~Prefetcher();

@@ -25,15 +25,15 @@ def checkpoint(make_model: Callable[..., Decoder], tokenizer_json: bytes, tmp_pa
     return path
 
 
-def fails(capsys: pytest.CaptureFixture[str], output: Path, *argv: object) -> str:
-    """The one line on stderr of a command that fails with status 1 and leaves nothing beside `output`."""
+def fails(capsys: pytest.CaptureFixture[str], output: Path, *argv: object, code: int = 1) -> str:
+    """The one line on stderr of a command that fails with status `code` and leaves nothing beside `output`."""
     before = sorted(output.parent.rglob("*"))
-    assert convert.main([*map(str, argv), "-o", str(output)]) == 1
+    assert convert.main([*map(str, argv), "-o", str(output)]) == code
     assert sorted(output.parent.rglob("*")) == before
     captured = capsys.readouterr()
     assert captured.out == ""
     lines = captured.err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("meki-convert: ")
+    assert len(lines) == 1 and lines[0].startswith("meki-convert: error: ")
     return lines[0]
 
 
@@ -71,19 +71,19 @@ def test_existing_target(checkpoint: Path, tmp_path: Path, capsys: pytest.Captur
     output = tmp_path / "out"
     assert convert.main([str(checkpoint), "-o", str(output), "--weights", "float32"]) == 0
     capsys.readouterr()
-    assert "--overwrite" in fails(capsys, output, checkpoint)
+    assert "--overwrite" in fails(capsys, output, checkpoint, code=2)
     assert convert.main([str(checkpoint), "-o", str(output), "--overwrite"]) == 0
     assert json.loads((output / "manifest.json").read_text())["weights"]["type"] == "int8"
 
 
 def test_missing_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "gone.safetensors: no such file" in fails(capsys, tmp_path / "out", tmp_path / "gone.safetensors")
+    assert "gone.safetensors: no such file" in fails(capsys, tmp_path / "out", tmp_path / "gone.safetensors", code=2)
 
 
 def test_directory_as_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "directory"
     source.mkdir()
-    assert f"{source}: no such file" in fails(capsys, tmp_path / "out", source)
+    assert f"{source}: no such file" in fails(capsys, tmp_path / "out", source, code=2)
 
 
 def test_not_safetensors(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,7 +98,7 @@ def test_safetensors_of_something_else(checkpoint: Path, tmp_path: Path, capsys:
 
 def test_no_tokenizer(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint.with_name("tokenizer.json").unlink()
-    error = fails(capsys, tmp_path / "out", checkpoint)
+    error = fails(capsys, tmp_path / "out", checkpoint, code=2)
     assert "run/tokenizer.json" in error and "--tokenizer" in error
 
 
@@ -111,7 +111,7 @@ def test_tokenizer_too_large(checkpoint: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_missing_card(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "card.md" in fails(capsys, tmp_path / "out", checkpoint, "--card", tmp_path / "card.md")
+    assert "card.md" in fails(capsys, tmp_path / "out", checkpoint, "--card", tmp_path / "card.md", code=2)
 
 
 @pytest.mark.parametrize(
