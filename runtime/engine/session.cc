@@ -47,12 +47,13 @@ size_t resolve_chunk(size_t chunk, size_t context) {
 Session::Session(std::shared_ptr<const Engine> engine, const SessionOptions& options)
     : engine_(std::move(engine)),
       context_(resolve_context(*engine_, options.context)),
-      prefetch_(options.prefetch),
       chunk_(resolve_chunk(options.chunk, context_)),
       buffers_(*engine_, context_, chunk_),
       // Pages that nobody writes take no memory: a vocabulary that no stage confirms costs nothing.
       logits_(Mapping::zeroed(vocab_size() * sizeof(float))) {
-  if (engine_->rom() != nullptr) prefetcher_ = std::make_unique<Prefetcher>(engine_->rom(), chunk_, prefetch_);
+  if (engine_->rom() != nullptr) {
+    prefetcher_ = std::make_unique<Prefetcher>(engine_->rom(), chunk_, options.prefetch);
+  }
   decode_bindings_ = buffers_.bind({.tokens = 1, .rows = rows(0), .logit_rows = 1, .logits = logits_.as<float>()});
   tokens_.reserve(context_);
 }

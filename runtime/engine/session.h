@@ -82,7 +82,6 @@ class Session {
 
   const std::shared_ptr<const Engine> engine_;
   const size_t context_;
-  const bool prefetch_;
   const size_t chunk_;
   Buffers buffers_;
   const Mapping logits_;                    // of the last computed token, float32 [vocab_size]
