@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+
+from meki.package import file_sha256
 
 from .decoder import Decoder
 from .graph import check_exportable, write_stages
@@ -77,16 +78,6 @@ def check_tokenizer(tokenizer_json: bytes, vocab_size: int) -> Tokenizer:
             "use the tokenizer that the model was trained with"
         )
     return tokenizer
-
-
-def file_sha256(path: Path, advance: Callable[[int], object]) -> str:
-    """SHA-256 of a file in hexadecimal; `advance` is called with the size of each piece read."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-            advance(len(piece))
-    return digest.hexdigest()
 
 
 def _list_files(directory: Path, progress: Callable[[int, int], object]) -> dict[str, dict[str, Any]]:

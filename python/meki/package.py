@@ -51,16 +51,22 @@ def check_parsed_files(directory: Path, manifest: dict[str, Any]) -> None:
 
 def check_sha256(path: Path, expected: str, advance: Callable[[int], object]) -> None:
     """PackageError if the file's SHA-256 sum is not `expected`. `advance` is called with each block's size."""
+    digest = file_sha256(path, advance)
+    if digest != expected:
+        raise _core.PackageError(
+            f"{path}: SHA-256 is {digest}, the manifest says {expected}; the file is damaged or was "
+            "replaced: install or convert the model again"
+        )
+
+
+def file_sha256(path: Path, advance: Callable[[int], object]) -> str:
+    """SHA-256 of a file in hexadecimal; `advance` is called with each block's size."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
             advance(len(block))
-    if digest.hexdigest() != expected:
-        raise _core.PackageError(
-            f"{path}: SHA-256 is {digest.hexdigest()}, the manifest says {expected}; the file is damaged or was "
-            "replaced: install or convert the model again"
-        )
+    return digest.hexdigest()
 
 
 def has_random_weights(manifest: dict[str, Any]) -> bool:
