@@ -17,6 +17,8 @@
 #include "engine/engine.h"
 #include "engine/sampler.h"
 #include "engine/session.h"
+#include "kernels/bandwidth.h"
+#include "kernels/simd.h"
 #include "package/manifest.h"
 #include "rom/rom.h"
 
@@ -128,13 +130,18 @@ void bind_errors(py::module_& m) {
 
 void bind_options(py::module_& m) {
   py::class_<EngineOptions>(m, "EngineOptions")
-      .def(py::init([](std::filesystem::path onnxruntime, int threads, const std::string& rom_access) {
-             return EngineOptions{std::move(onnxruntime), threads, parse_rom_access(rom_access)};
+      .def(py::init([](std::filesystem::path onnxruntime, int threads, const std::string& rom_access,
+                       const std::string& kv_type, bool memory, int64_t rom_delay_us, std::filesystem::path profile) {
+             return EngineOptions{std::move(onnxruntime), threads, parse_rom_access(rom_access),
+                                  parse_kv_type(kv_type), memory,  std::chrono::microseconds(rom_delay_us),
+                                  std::move(profile)};
            }),
-           py::kw_only(), "onnxruntime"_a, "threads"_a = 0, "rom_access"_a = "mmap")
+           py::kw_only(), "onnxruntime"_a, "threads"_a = 0, "rom_access"_a = "mmap", "kv_type"_a = "int8",
+           "memory"_a = true, "rom_delay_us"_a = 0, "profile"_a = "")
       .def_property_readonly("onnxruntime", [](const EngineOptions& o) { return o.onnxruntime.string(); })
       .def_readonly("threads", &EngineOptions::threads)
-      .def_property_readonly("rom_access", [](const EngineOptions& o) { return name_of(o.rom_access); });
+      .def_property_readonly("rom_access", [](const EngineOptions& o) { return name_of(o.rom_access); })
+      .def_property_readonly("kv_type", [](const EngineOptions& o) { return name_of(o.kv_type); });
 
   const SessionOptions session;
   py::class_<SessionOptions>(m, "SessionOptions")
@@ -210,7 +217,11 @@ void bind_engine(py::module_& m) {
       .def_property_readonly(
           "rom_access",
           [](const Engine& e) { return e.rom() ? std::optional(name_of(e.rom()->access())) : std::nullopt; })
-      .def_property_readonly("threads", &Engine::threads);
+      .def_property_readonly("threads", &Engine::threads)
+      .def_property_readonly("kv_type", [](const Engine& e) { return name_of(e.kv_type()); })
+      .def("drop_rom_cache", [](const Engine& e) {
+        if (e.rom()) e.rom()->drop_cache();
+      });
 
   py::class_<Stats>(m, "Stats")
       .def_readonly("prefill_tokens", &Stats::prefill_tokens)
@@ -218,6 +229,7 @@ void bind_engine(py::module_& m) {
       .def_readonly("prefill_stall_ns", &Stats::prefill_stall_ns)
       .def_readonly("decode_tokens", &Stats::decode_tokens)
       .def_readonly("decode_ns", &Stats::decode_ns)
+      .def_readonly("sample_ns", &Stats::sample_ns)
       .def_readonly("stall_ns", &Stats::stall_ns)
       .def_property_readonly("rom_requests", [](const Stats& stats) { return stats.rom.requests; })
       .def_property_readonly("rom_bytes", [](const Stats& stats) { return stats.rom.bytes; });
@@ -253,6 +265,13 @@ void bind_engine(py::module_& m) {
       .def(
           "rewind", [](GuardedSession& s, size_t length) { s.call([length](Session& x) { x.rewind(length); }); },
           "length"_a)
+      .def(
+          "fill_synthetic",
+          [](GuardedSession& s, size_t count) { s.call([count](Session& x) { x.fill_synthetic(count); }); }, "count"_a)
+      .def(
+          "kv_bytes",
+          [](GuardedSession& s, size_t tokens) { return s.call([tokens](Session& x) { return x.kv_bytes(tokens); }); },
+          "tokens"_a)
       .def_property_readonly("stats", [](GuardedSession& s) { return s.call([](Session& x) { return x.stats(); }); })
       .def("reset_stats", [](GuardedSession& s) { s.call([](Session& x) { x.reset_stats(); }); });
 }
@@ -265,6 +284,8 @@ PYBIND11_MODULE(_core, m) {
   meki::bind_options(m);
   meki::bind_rom(m);
   meki::bind_engine(m);
+  m.def("cpu_kernels", [] { return meki::simd().name; });
+  m.def("read_bandwidth", &meki::read_bandwidth, "threads"_a, "bytes"_a, py::call_guard<py::gil_scoped_release>());
   m.def(
       "read_manifest",
       [](const std::filesystem::path& path) {

@@ -18,7 +18,22 @@ class EngineOptions:
     """Compute threads; 0: one per available core."""
     rom_access: str
     """One of "mmap" (default), "pread" and "direct" (O_DIRECT)."""
-    def __init__(self, *, onnxruntime: str | PathLike[str], threads: int = 0, rom_access: str = "mmap") -> None: ...
+    kv_type: str
+    """How keys and values are stored: "float32", "float16", "int8" (default) or "int4"."""
+    def __init__(
+        self,
+        *,
+        onnxruntime: str | PathLike[str],
+        threads: int = 0,
+        rom_access: str = "mmap",
+        kv_type: str = "int8",
+        memory: bool = True,
+        rom_delay_us: int = 0,
+        profile: str | PathLike[str] = "",
+    ) -> None:
+        """memory: False runs the package's backbone without its memory. rom_delay_us: microseconds that every bundle
+        read takes longer, to imitate slow storage. profile: ONNX Runtime writes a trace of each stage, in Chrome's
+        format, into a file whose name begins so; complete when the engine and its sessions are gone."""
 
 class SessionOptions:
     """What one session needs."""
@@ -72,6 +87,8 @@ class Stats:
     prefill_ns: int
     decode_tokens: int
     decode_ns: int
+    sample_ns: int
+    """Of decode_ns: choosing tokens."""
     rom_requests: int
     """Bundles read."""
     rom_bytes: int
@@ -99,6 +116,10 @@ class Engine:
         """The access mode in use, which differs from the requested one after a fallback; None for a dense model."""
     @property
     def threads(self) -> int: ...
+    @property
+    def kv_type(self) -> str: ...
+    def drop_rom_cache(self) -> None:
+        """Asks the system to forget what it has cached of the ROM, so that the next reads go to storage. Best effort."""
 
 class Session:
     """One sequence: its tokens, KV cache and prefetcher. Use from one thread at a time."""
@@ -126,6 +147,11 @@ class Session:
         """Computes all pending tokens and returns float32 [pending, vocab_size], one row a pending token."""
     def rewind(self, length: int) -> None:
         """Keeps the first `length` tokens of the sequence."""
+    def fill_synthetic(self, count: int) -> None:
+        """Appends `count` arbitrary tokens with pseudo-random keys and values, as if computed: for measurements at a
+        depth. ValueError if they exceed the context or tokens are pending."""
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of the KV cache, all layers together, that a step reads after `tokens` tokens."""
     @property
     def stats(self) -> Stats: ...
     def reset_stats(self) -> None: ...
@@ -157,6 +183,13 @@ class Rom:
         """float32 [layers, len(token_ids), row_dim], each bundle checked. ValueError for an unknown id."""
     def verify(self, first: int, count: int) -> None:
         """Checks the checksums of `count` bundles from `first`. PackageError names the first bad token."""
+
+def cpu_kernels() -> str:
+    """The instruction set that attention and linear layers use: "avx512vnni", "avx2", "neon-i8mm", "neon-dotprod" or
+    "portable"."""
+
+def read_bandwidth(threads: int, bytes: int) -> float:
+    """Bytes per second that `threads` threads read together, once through a buffer of `bytes` bytes in memory."""
 
 def read_manifest(path: str | PathLike[str]) -> str:
     """Checks the package at `path` as Engine.open does, without loading its graph; returns the manifest's JSON text."""

@@ -26,11 +26,18 @@ class Engine:
     The options of `generate` and `stream` are those of `meki.generation.GenerationOptions`.
     """
 
-    def __init__(self, model: str | os.PathLike[str], *, threads: int = 0, rom_access: str = "mmap") -> None:
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        threads: int = 0,
+        rom_access: str = "mmap",
+        kv_type: str = "int8",
+    ) -> None:
         """Opens a package by name or path.
 
         threads: compute threads of one step, 0 for one per available core. rom_access: "mmap", "pread", or "direct"
-        (past the page cache). Raises ModelNotFoundError, PackageError for a package that cannot be used, ValueError for
+        (past the page cache). kv_type: how keys and values are stored, "int8", "int4", "float16" or "float32". Raises ModelNotFoundError, PackageError for a package that cannot be used, ValueError for
         an option out of range, ImportError or RuntimeError if ONNX Runtime is missing or fails.
         """
         self.path = find_model(model)
@@ -38,6 +45,7 @@ class Engine:
             onnxruntime=str(_find_onnxruntime()),
             threads=check_integer("threads", threads, 1024),
             rom_access=rom_access,
+            kv_type=kv_type,
         )
         self.manifest = read_manifest(self.path)
         check_parsed_files(self.path, self.manifest)
@@ -62,6 +70,11 @@ class Engine:
     def threads(self) -> int:
         """Compute threads of one step."""
         return self._core.threads
+
+    @property
+    def kv_type(self) -> str:
+        """How keys and values are stored."""
+        return self._core.kv_type
 
     @property
     def rom_access(self) -> str | None:

@@ -51,6 +51,12 @@ Mapping Mapping::zeroed(size_t bytes) {
   return {static_cast<std::byte*>(data), bytes};
 }
 
+void Mapping::prefer_huge_pages() const {
+#ifdef MADV_HUGEPAGE
+  if (data_ != nullptr) ::madvise(data_, size_, MADV_HUGEPAGE);
+#endif
+}
+
 Mapping::Mapping(Mapping&& other) noexcept
     : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
 

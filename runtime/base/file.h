@@ -34,6 +34,8 @@ class Mapping {
   static Mapping of_file(const File& file, size_t bytes);
   // Zeroed memory, page-aligned; pages take memory when they are first written. Throws std::bad_alloc.
   static Mapping zeroed(size_t bytes);
+  // Asks the system to use pages of 2 MiB, which it may do or not: for what is streamed from end to end.
+  void prefer_huge_pages() const;
   Mapping(Mapping&& other) noexcept;
   Mapping& operator=(Mapping&& other) noexcept;
   ~Mapping();

@@ -1,6 +1,7 @@
 #include "engine/buffers.h"
 
 #include <new>
+#include <random>
 #include <stdexcept>
 
 #include "base/checked.h"
@@ -20,16 +21,20 @@ Mapping allocate(std::optional<uint64_t> bytes, const std::string& what) {
 
 }  // namespace
 
-Buffers::Buffers(const Engine& engine, size_t context, size_t max_tokens) : engine_(engine), context_(context) {
+Buffers::Buffers(const Engine& engine, size_t context, size_t max_tokens)
+    : engine_(engine),
+      layout_(engine.kv_type(), engine.manifest().architecture.kv_heads, engine.manifest().architecture.head_dim),
+      // kv_heads, context and head_dim are below 2^21, 2^31 and 2^10: this does not overflow, the product below may.
+      layer_bytes_(layout_.bytes(context)) {
   const Architecture& a = engine.manifest().architecture;
-  // kv_heads and head_dim are below 2^21 and context below 2^31, so two products can overflow: both are checked.
-  const auto one = checked_mul(uint64_t{a.kv_heads} * a.head_dim, context);
-  const auto all = one ? checked_mul(*one, uint64_t{a.layers} * 2 * sizeof(float)) : std::nullopt;
-  cache_ = allocate(all, "the KV cache of " + std::to_string(context) + " tokens");
-  cache_elements_ = *one;
+  constexpr size_t kHugePage = size_t{2} << 20;
+  const bool huge = layer_bytes_ >= 4 * kHugePage;  // else the part-filled pages would outweigh the rest
+  if (huge) layer_bytes_ = (layer_bytes_ + kHugePage - 1) / kHugePage * kHugePage;
+  cache_ = allocate(checked_mul(layer_bytes_, a.layers), "the KV cache of " + std::to_string(context) + " tokens");
+  if (huge) cache_.prefer_huge_pages();
   token_ids_ = Mapping::zeroed(max_tokens * sizeof(int64_t));
   logit_index_ = Mapping::zeroed(max_tokens * sizeof(int64_t));
-  lengths_ = Mapping::zeroed(2 * sizeof(int32_t));
+  length_ = Mapping::zeroed(sizeof(int32_t));
   for (const std::string& name : engine.hidden_names()) {
     hidden_[name] = allocate(checked_mul(max_tokens * sizeof(float), a.hidden), "a step of the model");
   }
@@ -53,7 +58,6 @@ Tensor Buffers::input(const std::string& name, const Stage& stage, const Step& s
   const IoName io = parse_input(name);
   switch (io.kind) {
     case IoKind::token_ids: return {name, ElementType::int64, {1, tokens}, token_ids()};
-    case IoKind::seqlens_k: return {name, ElementType::int32, {1}, seqlens_k()};
     case IoKind::total_sequence_length: return {name, ElementType::int32, {}, total_sequence_length()};
     case IoKind::logit_index: return {name, ElementType::int64, {static_cast<int64_t>(step.logit_rows)}, logit_index()};
     case IoKind::rows: {
@@ -63,8 +67,7 @@ Tensor Buffers::input(const std::string& name, const Stage& stage, const Step& s
               {int64_t{stage.rows->last} - stage.rows->first, tokens, a.memory_dim},
               const_cast<float*>(step.rows) + skipped};  // inputs are only read
     }
-    case IoKind::key: return cache(name, size_t{2} * io.layer);
-    case IoKind::value: return cache(name, size_t{2} * io.layer + 1);
+    case IoKind::cache: return cache(name, io.layer);
     default: return hidden(name, step.tokens);
   }
 }
@@ -72,8 +75,7 @@ Tensor Buffers::input(const std::string& name, const Stage& stage, const Step& s
 Tensor Buffers::output(const std::string& name, const Step& step) const {
   const IoName io = parse_output(name);
   switch (io.kind) {
-    case IoKind::key: return cache(name, size_t{2} * io.layer);
-    case IoKind::value: return cache(name, size_t{2} * io.layer + 1);
+    case IoKind::cache: return cache(name, io.layer);
     case IoKind::logits:
       return {name,
               ElementType::float32,
@@ -83,12 +85,8 @@ Tensor Buffers::output(const std::string& name, const Step& step) const {
   }
 }
 
-Tensor Buffers::cache(const std::string& name, size_t index) const {
-  const Architecture& a = engine_.manifest().architecture;
-  return {name,
-          ElementType::float32,
-          {1, a.kv_heads, static_cast<int64_t>(context_), a.head_dim},
-          cache_.as<float>() + index * cache_elements_};
+Tensor Buffers::cache(const std::string& name, size_t layer) const {
+  return {name, ElementType::uint8, {static_cast<int64_t>(layer_bytes_)}, cache_.data() + layer * layer_bytes_};
 }
 
 Tensor Buffers::hidden(const std::string& name, size_t tokens) const {
@@ -96,6 +94,22 @@ Tensor Buffers::hidden(const std::string& name, size_t tokens) const {
           ElementType::float32,
           {1, static_cast<int64_t>(tokens), engine_.manifest().architecture.hidden},
           hidden_.at(name).data()};
+}
+
+void Buffers::fill_cache(size_t first, size_t last) const {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  std::vector<float> pool(8191 + layout_.head_dim);
+  for (float& value : pool) value = normal(random);
+  const auto row = [&] { return pool.data() + random() % 8191; };
+  for (size_t layer = 0; layer < engine_.manifest().architecture.layers; ++layer) {
+    std::byte* const cache = cache_.data() + layer * layer_bytes_;
+    for (size_t position = first; position < last; ++position) {
+      for (size_t head = 0; head < layout_.kv_heads; ++head) {
+        append(layout_, cache + layout_.block_offset(head, position), position % KvLayout::kBlock, row(), row());
+      }
+    }
+  }
 }
 
 }  // namespace meki

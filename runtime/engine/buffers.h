@@ -9,6 +9,7 @@
 
 #include "base/file.h"
 #include "engine/engine.h"
+#include "kernels/kv_cache.h"
 
 namespace meki {
 
@@ -22,8 +23,7 @@ class Buffers {
 
   int64_t* token_ids() const { return token_ids_.as<int64_t>(); }      // [max_tokens]
   int64_t* logit_index() const { return logit_index_.as<int64_t>(); }  // [max_tokens]
-  int32_t* seqlens_k() const { return lengths_.as<int32_t>(); }        // [1]
-  int32_t* total_sequence_length() const { return lengths_.as<int32_t>() + 1; }
+  int32_t* total_sequence_length() const { return length_.as<int32_t>(); }
 
   // The shape of one step, and the memory of it that is not here.
   struct Step {
@@ -35,19 +35,24 @@ class Buffers {
   // All stages bound to this memory for steps of one shape; run them in order.
   std::vector<std::unique_ptr<Binding>> bind(const Step& step) const;
 
+  // Bytes of the cache, all layers together, that attention reads after `tokens` tokens.
+  size_t cache_bytes(size_t tokens) const { return engine_.manifest().architecture.layers * layout_.bytes(tokens); }
+  // Fills positions first .. last - 1 of all layers with pseudo-random keys and values.
+  void fill_cache(size_t first, size_t last) const;
+
  private:
   Tensor input(const std::string& name, const Stage& stage, const Step& step) const;
   Tensor output(const std::string& name, const Step& step) const;
-  Tensor cache(const std::string& name, size_t index) const;
+  Tensor cache(const std::string& name, size_t layer) const;
   Tensor hidden(const std::string& name, size_t tokens) const;
 
   const Engine& engine_;
-  size_t context_;
-  size_t cache_elements_;  // of one layer's keys or values
-  Mapping cache_;          // [layers, 2, kv_heads, context, head_dim]
+  const KvLayout layout_;
+  size_t layer_bytes_;
+  Mapping cache_;  // [layers, layer_bytes_]
   Mapping token_ids_;
   Mapping logit_index_;
-  Mapping lengths_;
+  Mapping length_;
   std::map<std::string, Mapping> hidden_;
 };
 

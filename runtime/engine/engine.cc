@@ -25,6 +25,15 @@ int resolve_threads(int threads) {
   return ::sched_getaffinity(0, sizeof(available), &available) == 0 ? CPU_COUNT(&available) : 1;
 }
 
+// The same model as a dense one.
+Manifest without_memory(Manifest manifest) {
+  if (!manifest.memory) return manifest;
+  manifest.stages = std::move(manifest.dense_stages);
+  manifest.memory.reset();
+  manifest.architecture.memory_dim = 0;
+  return manifest;
+}
+
 // One token through all stages: ONNX Runtime checks every type and shape that the manifest promised, and the weights
 // that the first real step needs are brought into memory.
 void run_once(const std::shared_ptr<const Engine>& engine) {
@@ -38,10 +47,10 @@ void run_once(const std::shared_ptr<const Engine>& engine) {
 
 }  // namespace
 
-std::shared_ptr<const Rom> open_rom(const Manifest& manifest, RomAccess access) {
+std::shared_ptr<const Rom> open_rom(const Manifest& manifest, RomAccess access, std::chrono::microseconds delay) {
   if (!manifest.memory) return nullptr;
   const std::filesystem::path path = manifest.directory / manifest.memory->file;
-  auto rom = std::make_shared<const Rom>(path, access);
+  auto rom = std::make_shared<const Rom>(path, access, delay);
   const RomHeader& header = rom->header();
   const auto require = [&path](const char* name, const std::string& got, const std::string& expected) {
     if (got != expected) {
@@ -61,15 +70,16 @@ std::shared_ptr<const Rom> open_rom(const Manifest& manifest, RomAccess access) 
 std::shared_ptr<const Engine> Engine::open(const std::filesystem::path& directory, const EngineOptions& options) {
   const int threads = resolve_threads(options.threads);
   Manifest manifest = Manifest::open(directory);
-  auto rom = open_rom(manifest, options.rom_access);
-  auto engine = std::make_shared<const Engine>(std::move(manifest), std::move(rom),
-                                               onnxruntime_loader(options.onnxruntime, threads), threads);
+  if (!options.memory) manifest = without_memory(std::move(manifest));
+  auto rom = open_rom(manifest, options.rom_access, options.rom_delay);
+  const GraphLoader load = onnxruntime_loader(options.onnxruntime, {threads, options.kv_type, options.profile});
+  auto engine = std::make_shared<const Engine>(std::move(manifest), std::move(rom), load, threads, options.kv_type);
   run_once(engine);
   return engine;
 }
 
-Engine::Engine(Manifest manifest, std::shared_ptr<const Rom> rom, const GraphLoader& load, int threads)
-    : manifest_(std::move(manifest)), rom_(std::move(rom)), threads_(threads) {
+Engine::Engine(Manifest manifest, std::shared_ptr<const Rom> rom, const GraphLoader& load, int threads, KvType kv_type)
+    : manifest_(std::move(manifest)), rom_(std::move(rom)), threads_(threads), kv_type_(kv_type) {
   for (const StageInfo& info : manifest_.stages) {
     stages_.push_back({load(manifest_.directory / info.file), info.rows});
   }

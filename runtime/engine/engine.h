@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <filesystem>
 #include <memory>
@@ -7,6 +8,7 @@
 #include <vector>
 
 #include "graph/graph.h"
+#include "kernels/kv_cache.h"
 #include "package/manifest.h"
 #include "rom/rom.h"
 
@@ -16,6 +18,10 @@ struct EngineOptions {
   std::filesystem::path onnxruntime;  // the ONNX Runtime shared library
   int threads = 0;                    // compute threads; 0: one per available core
   RomAccess rom_access = RomAccess::mmap;
+  KvType kv_type = KvType::int8;
+  bool memory = true;                      // false: the package's backbone without its memory
+  std::chrono::microseconds rom_delay{0};  // added to every bundle read, to imitate slow storage
+  std::filesystem::path profile;           // as in GraphOptions
 };
 
 // A stage of the model, ready to be bound.
@@ -33,7 +39,7 @@ class Engine {
 
   // From parts; `open` and tests use it. `rom` is what open_rom(manifest) gave: null exactly for a dense model. Throws
   // PackageError if the stages do not fit the manifest.
-  Engine(Manifest manifest, std::shared_ptr<const Rom> rom, const GraphLoader& load, int threads);
+  Engine(Manifest manifest, std::shared_ptr<const Rom> rom, const GraphLoader& load, int threads, KvType kv_type);
 
   const Manifest& manifest() const { return manifest_; }
   const std::shared_ptr<const Rom>& rom() const { return rom_; }
@@ -41,6 +47,7 @@ class Engine {
   // Names of the float32 [1, T, hidden] tensors that pass from stage to stage.
   const std::vector<std::string>& hidden_names() const { return hidden_names_; }
   int threads() const { return threads_; }
+  KvType kv_type() const { return kv_type_; }
 
  private:
   Manifest manifest_;
@@ -48,9 +55,10 @@ class Engine {
   std::vector<Stage> stages_;
   std::vector<std::string> hidden_names_;
   int threads_;
+  KvType kv_type_;
 };
 
 // Opens a package's ROM and checks it against the manifest; null for a dense model. Throws PackageError.
-std::shared_ptr<const Rom> open_rom(const Manifest& manifest, RomAccess access);
+std::shared_ptr<const Rom> open_rom(const Manifest& manifest, RomAccess access, std::chrono::microseconds delay = {});
 
 }  // namespace meki

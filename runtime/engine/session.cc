@@ -60,6 +60,14 @@ Session::Session(std::shared_ptr<const Engine> engine, const SessionOptions& opt
 
 const float* Session::rows(int slot) const { return prefetcher_ != nullptr ? prefetcher_->rows(slot) : nullptr; }
 
+void Session::check_room(size_t count) const {
+  if (count <= context_ - tokens_.size()) return;
+  throw std::invalid_argument("the sequence would have " + std::to_string(tokens_.size() + count) +
+                              " tokens, the context holds " + std::to_string(context_) +
+                              "; shorten the prompt or choose a larger context (this model supports up to " +
+                              std::to_string(engine_->manifest().architecture.context) + ")");
+}
+
 void Session::prompt(std::span<const int64_t> ids) {
   const auto limit = static_cast<int64_t>(vocab_size());
   for (const int64_t id : ids) {
@@ -68,12 +76,7 @@ void Session::prompt(std::span<const int64_t> ids) {
                                   std::to_string(limit - 1));
     }
   }
-  if (ids.size() > context_ - tokens_.size()) {
-    throw std::invalid_argument("the sequence would have " + std::to_string(tokens_.size() + ids.size()) +
-                                " tokens, the context holds " + std::to_string(context_) +
-                                "; shorten the prompt or choose a larger context (this model supports up to " +
-                                std::to_string(engine_->manifest().architecture.context) + ")");
-  }
+  check_room(ids.size());
   for (const int64_t id : ids) tokens_.push_back(static_cast<int32_t>(id));
   if (ids.empty()) return;
   rows_begun_ = generating_ = false;
@@ -103,7 +106,7 @@ std::optional<int32_t> Session::next(const Poll& poll) {
   uint64_t unused = 0;
   const Timer timer(decoding ? stats_.decode_ns : unused);
   if (decoding) decode();
-  const int32_t token = sampler_->sample({logits_.as<float>(), vocab_size()}, tokens_);
+  const int32_t token = sample(decoding);
   const auto& eos = engine_->manifest().eos_token_ids;
   if (std::find(eos.begin(), eos.end(), token) != eos.end()) {
     finish_reason_ = FinishReason::eos;
@@ -118,6 +121,24 @@ std::optional<int32_t> Session::next(const Poll& poll) {
     rows_begun_ = true;
   }
   return token;
+}
+
+int32_t Session::sample(bool decoding) {
+  uint64_t unused = 0;
+  const Timer timer(decoding ? stats_.sample_ns : unused);
+  return sampler_->sample({logits_.as<float>(), vocab_size()}, tokens_);
+}
+
+void Session::fill_synthetic(size_t count) {
+  if (pending() > 0) throw std::invalid_argument("tokens are pending; compute them before filling the cache");
+  check_room(count);
+  buffers_.fill_cache(tokens_.size(), tokens_.size() + count);
+  for (size_t i = 0; i < count; ++i) {  // a stride that visits the vocabulary far apart, as text does
+    tokens_.push_back(static_cast<int32_t>((tokens_.size() * 7919) % vocab_size()));
+  }
+  computed_ = tokens_.size();
+  logits_valid_ = rows_begun_ = generating_ = false;
+  sampler_.reset();
 }
 
 void Session::logits(float* out, const Poll& poll) { prefill(out, poll); }
@@ -184,7 +205,6 @@ uint64_t Session::run(const Bindings& bindings, size_t tokens, std::span<const f
     buffers_.logit_index()[row] = static_cast<int64_t>(tokens - logit_rows + row);
   }
   *buffers_.total_sequence_length() = static_cast<int32_t>(computed_ + tokens);
-  *buffers_.seqlens_k() = static_cast<int32_t>(computed_ + tokens - 1);
   logits_valid_ = false;
   uint64_t stall = 0;
   bool waiting = prefetcher_ != nullptr;

@@ -67,6 +67,13 @@ class Session {
   // Keeps the first `length` tokens. Throws std::invalid_argument if there are fewer.
   void rewind(size_t length);
 
+  // Appends `count` arbitrary tokens as if they had been computed: their keys and values are pseudo-random. For
+  // measurements at a depth, whose text means nothing. Throws std::invalid_argument if they exceed the context or if
+  // tokens are pending.
+  void fill_synthetic(size_t count);
+  // Bytes of the KV cache, all layers together, that a step reads after `tokens` tokens.
+  size_t kv_bytes(size_t tokens) const { return buffers_.cache_bytes(tokens); }
+
   Stats stats() const;
   void reset_stats();
 
@@ -75,8 +82,10 @@ class Session {
 
   void request_rows(int slot, size_t first, size_t count);
   const float* rows(int slot) const;
+  void check_room(size_t count) const;
   size_t vocab_size() const { return engine_->manifest().architecture.vocab_size; }
   void decode();
+  int32_t sample(bool decoding);
   void prefill(float* all_logits, const Poll& poll);
   uint64_t run(const Bindings& bindings, size_t tokens, std::span<const float> logits, int slot);
 

@@ -6,7 +6,6 @@
 #include <optional>
 #include <set>
 #include <string_view>
-#include <utility>
 
 #include "base/error.h"
 #include "engine/engine.h"
@@ -14,17 +13,14 @@
 namespace meki {
 namespace {
 
-// "<prefix>.N.key" or "<prefix>.N.value".
+// "<prefix>N".
 std::optional<IoName> parse_cache(std::string_view name, std::string_view prefix) {
   if (!name.starts_with(prefix)) return std::nullopt;
   name.remove_prefix(prefix.size());
   uint32_t layer = 0;
   const auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), layer);
-  if (error != std::errc()) return std::nullopt;
-  const std::string_view rest(end, static_cast<size_t>(name.data() + name.size() - end));
-  if (rest == ".key") return IoName{IoKind::key, layer};
-  if (rest == ".value") return IoName{IoKind::value, layer};
-  return std::nullopt;
+  if (error != std::errc() || end != name.data() + name.size()) return std::nullopt;
+  return IoName{IoKind::cache, layer};
 }
 
 class StageChecker {
@@ -51,7 +47,6 @@ class StageChecker {
 IoName parse_input(const std::string& name) {
   static const std::map<std::string_view, IoKind> known = {
       {"token_ids", IoKind::token_ids},
-      {"seqlens_k", IoKind::seqlens_k},
       {"total_sequence_length", IoKind::total_sequence_length},
       {"rows", IoKind::rows},
       {"logit_index", IoKind::logit_index},
@@ -66,9 +61,9 @@ IoName parse_output(const std::string& name) {
 }
 
 std::vector<std::string> check_stages(const Manifest& manifest, const std::vector<Stage>& stages) {
-  const size_t caches = size_t{2} * manifest.architecture.layers;
-  std::set<std::pair<IoKind, uint32_t>> past;
-  std::set<std::pair<IoKind, uint32_t>> present;
+  const size_t caches = manifest.architecture.layers;
+  std::set<uint32_t> past;
+  std::set<uint32_t> present;
   std::vector<std::string> hidden;
   size_t logits = 0;
   for (size_t index = 0; index < stages.size(); ++index) {
@@ -77,9 +72,9 @@ std::vector<std::string> check_stages(const Manifest& manifest, const std::vecto
     for (const std::string& name : stages[index].graph->inputs()) {
       const IoName io = parse_input(name);
       if (io.kind == IoKind::rows) takes_rows = true;
-      if (io.kind == IoKind::key || io.kind == IoKind::value) {
+      if (io.kind == IoKind::cache) {
         check.cache_layer(io, name);
-        check.require(past.insert({io.kind, io.layer}).second, "the cache of \"" + name + "\" is an input twice");
+        check.require(past.insert(io.layer).second, "the cache of \"" + name + "\" is an input twice");
       }
       if (io.kind == IoKind::hidden) {
         const bool made = std::find(hidden.begin(), hidden.end(), name) != hidden.end();
@@ -92,9 +87,9 @@ std::vector<std::string> check_stages(const Manifest& manifest, const std::vecto
     for (const std::string& name : stages[index].graph->outputs()) {
       const IoName io = parse_output(name);
       if (io.kind == IoKind::logits) ++logits;
-      if (io.kind == IoKind::key || io.kind == IoKind::value) {
+      if (io.kind == IoKind::cache) {
         check.cache_layer(io, name);
-        check.require(present.insert({io.kind, io.layer}).second, "the cache of \"" + name + "\" is an output twice");
+        check.require(present.insert(io.layer).second, "the cache of \"" + name + "\" is an output twice");
       }
       if (io.kind == IoKind::hidden) hidden.push_back(name);
     }

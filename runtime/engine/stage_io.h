@@ -11,11 +11,11 @@ namespace meki {
 struct Stage;
 
 // What an input or output of a stage is, told by its name (docs/package-format.md, "Stages").
-enum class IoKind { token_ids, seqlens_k, total_sequence_length, rows, logit_index, key, value, logits, hidden };
+enum class IoKind { token_ids, total_sequence_length, rows, logit_index, cache, logits, hidden };
 
 struct IoName {
   IoKind kind = IoKind::hidden;
-  uint32_t layer = 0;  // of key and value
+  uint32_t layer = 0;  // of a cache
 };
 
 IoName parse_input(const std::string& name);

@@ -8,9 +8,11 @@
 #include <string>
 #include <vector>
 
+#include "kernels/kv_cache.h"
+
 namespace meki {
 
-enum class ElementType { float32, int32, int64 };
+enum class ElementType { float32, uint8, int32, int64 };
 
 // A named view of memory that a graph reads or writes. The memory outlives the binding it is given to.
 struct Tensor {
@@ -43,9 +45,15 @@ class Graph {
 // How a stage is loaded: the seam between the engine and what executes graphs.
 using GraphLoader = std::function<std::unique_ptr<Graph>(const std::filesystem::path&)>;
 
-// Loads stages with the ONNX Runtime library at `library` on its CPU provider with `threads` threads a stage. The
-// library stays loaded until the process ends. Throws std::runtime_error if it cannot be loaded or is too old; the
-// loader throws PackageError for a file that ONNX Runtime refuses.
-GraphLoader onnxruntime_loader(const std::filesystem::path& library, int threads);
+struct GraphOptions {
+  int threads = 1;                // compute threads of a stage
+  KvType kv_type = KvType::int8;  // how attention stores keys and values
+  std::filesystem::path profile;  // not empty: when a stage goes, it leaves a trace in a file that begins so
+};
+
+// Loads stages with the ONNX Runtime library at `library` on its CPU provider. The library stays loaded until the
+// process ends. Throws std::runtime_error if it cannot be loaded or is too old; the loader throws PackageError for a
+// file that ONNX Runtime refuses.
+GraphLoader onnxruntime_loader(const std::filesystem::path& library, const GraphOptions& options);
 
 }  // namespace meki

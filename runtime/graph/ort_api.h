@@ -7,6 +7,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 namespace meki::ort {
 
@@ -19,6 +21,12 @@ struct Value;
 struct RunOptions;
 struct Allocator;
 struct IoBinding;
+struct CustomOpDomain;
+struct KernelInfo;
+struct KernelContext;
+struct TensorShape;
+struct ShapeInference;
+struct CustomOp;
 
 // The API version asked for: that of ONNX Runtime 1.24, the oldest that the stages run on.
 inline constexpr uint32_t kApiVersion = 24;
@@ -27,35 +35,57 @@ enum LoggingLevel : int { kLogFatal = 4 };
 enum GraphOptimization : int { kOptimizeAll = 99 };
 enum AllocatorType : int { kDeviceAllocator = 0 };
 enum MemoryType : int { kMemoryDefault = 0 };
-enum ElementCode : int { kFloat = 1, kInt32 = 6, kInt64 = 7 };
+enum ElementCode : int { kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7 };
+enum ErrorCode : int { kFail = 1 };
+enum Characteristic : int { kRequired = 0, kOptional = 1 };
 
 // position, name, result, parameters
-#define MEKI_ORT_FUNCTIONS(F)                                                                               \
-  F(2, GetErrorMessage, const char*, (const Status*))                                                       \
-  F(3, CreateEnv, Status*, (LoggingLevel, const char* log_id, Env**))                                       \
-  F(7, CreateSession, Status*, (const Env*, const char* path, const SessionOptions*, Session**))            \
-  F(10, CreateSessionOptions, Status*, (SessionOptions**))                                                  \
-  F(23, SetSessionGraphOptimizationLevel, Status*, (SessionOptions*, GraphOptimization))                    \
-  F(24, SetIntraOpNumThreads, Status*, (SessionOptions*, int))                                              \
-  F(30, SessionGetInputCount, Status*, (const Session*, size_t*))                                           \
-  F(31, SessionGetOutputCount, Status*, (const Session*, size_t*))                                          \
-  F(36, SessionGetInputName, Status*, (const Session*, size_t, Allocator*, char**))                         \
-  F(37, SessionGetOutputName, Status*, (const Session*, size_t, Allocator*, char**))                        \
-  F(49, CreateTensorWithDataAsOrtValue, Status*,                                                            \
-    (const MemoryInfo*, void* data, size_t bytes, const int64_t* shape, size_t rank, ElementCode, Value**)) \
-  F(69, CreateCpuMemoryInfo, Status*, (AllocatorType, MemoryType, MemoryInfo**))                            \
-  F(76, AllocatorFree, Status*, (Allocator*, void*))                                                        \
-  F(78, GetAllocatorWithDefaultOptions, Status*, (Allocator**))                                             \
-  F(93, ReleaseStatus, void, (Status*))                                                                     \
-  F(95, ReleaseSession, void, (Session*))                                                                   \
-  F(96, ReleaseValue, void, (Value*))                                                                       \
-  F(100, ReleaseSessionOptions, void, (SessionOptions*))                                                    \
-  F(130, AddSessionConfigEntry, Status*, (SessionOptions*, const char* key, const char* value))             \
-  F(133, RunWithBinding, Status*, (Session*, const RunOptions*, const IoBinding*))                          \
-  F(134, CreateIoBinding, Status*, (Session*, IoBinding**))                                                 \
-  F(135, ReleaseIoBinding, void, (IoBinding*))                                                              \
-  F(136, BindInput, Status*, (IoBinding*, const char* name, const Value*))                                  \
-  F(137, BindOutput, Status*, (IoBinding*, const char* name, const Value*))
+#define MEKI_ORT_FUNCTIONS(F)                                                                                         \
+  F(0, CreateStatus, Status*, (ErrorCode, const char* message))                                                       \
+  F(2, GetErrorMessage, const char*, (const Status*))                                                                 \
+  F(3, CreateEnv, Status*, (LoggingLevel, const char* log_id, Env**))                                                 \
+  F(7, CreateSession, Status*, (const Env*, const char* path, const SessionOptions*, Session**))                      \
+  F(10, CreateSessionOptions, Status*, (SessionOptions**))                                                            \
+  F(14, EnableProfiling, Status*, (SessionOptions*, const char* prefix))                                              \
+  F(23, SetSessionGraphOptimizationLevel, Status*, (SessionOptions*, GraphOptimization))                              \
+  F(24, SetIntraOpNumThreads, Status*, (SessionOptions*, int))                                                        \
+  F(26, CreateCustomOpDomain, Status*, (const char* domain, CustomOpDomain**))                                        \
+  F(27, CustomOpDomain_Add, Status*, (CustomOpDomain*, const CustomOp*))                                              \
+  F(28, AddCustomOpDomain, Status*, (SessionOptions*, CustomOpDomain*))                                               \
+  F(30, SessionGetInputCount, Status*, (const Session*, size_t*))                                                     \
+  F(31, SessionGetOutputCount, Status*, (const Session*, size_t*))                                                    \
+  F(36, SessionGetInputName, Status*, (const Session*, size_t, Allocator*, char**))                                   \
+  F(37, SessionGetOutputName, Status*, (const Session*, size_t, Allocator*, char**))                                  \
+  F(49, CreateTensorWithDataAsOrtValue, Status*,                                                                      \
+    (const MemoryInfo*, void* data, size_t bytes, const int64_t* shape, size_t rank, ElementCode, Value**))           \
+  F(51, GetTensorMutableData, Status*, (Value*, void**))                                                              \
+  F(61, GetDimensionsCount, Status*, (const TensorShape*, size_t*))                                                   \
+  F(62, GetDimensions, Status*, (const TensorShape*, int64_t* dimensions, size_t count))                              \
+  F(65, GetTensorTypeAndShape, Status*, (const Value*, TensorShape**))                                                \
+  F(69, CreateCpuMemoryInfo, Status*, (AllocatorType, MemoryType, MemoryInfo**))                                      \
+  F(76, AllocatorFree, Status*, (Allocator*, void*))                                                                  \
+  F(78, GetAllocatorWithDefaultOptions, Status*, (Allocator**))                                                       \
+  F(85, KernelInfoGetAttribute_float, Status*, (const KernelInfo*, const char* name, float*))                         \
+  F(86, KernelInfoGetAttribute_int64, Status*, (const KernelInfo*, const char* name, int64_t*))                       \
+  F(88, KernelContext_GetInputCount, Status*, (const KernelContext*, size_t*))                                        \
+  F(90, KernelContext_GetInput, Status*, (const KernelContext*, size_t index, const Value**))                         \
+  F(91, KernelContext_GetOutput, Status*, (KernelContext*, size_t index, const int64_t* shape, size_t rank, Value**)) \
+  F(93, ReleaseStatus, void, (Status*))                                                                               \
+  F(95, ReleaseSession, void, (Session*))                                                                             \
+  F(96, ReleaseValue, void, (Value*))                                                                                 \
+  F(99, ReleaseTensorTypeAndShapeInfo, void, (TensorShape*))                                                          \
+  F(100, ReleaseSessionOptions, void, (SessionOptions*))                                                              \
+  F(101, ReleaseCustomOpDomain, void, (CustomOpDomain*))                                                              \
+  F(110, SessionEndProfiling, Status*, (Session*, Allocator*, char** file))                                           \
+  F(130, AddSessionConfigEntry, Status*, (SessionOptions*, const char* key, const char* value))                       \
+  F(133, RunWithBinding, Status*, (Session*, const RunOptions*, const IoBinding*))                                    \
+  F(134, CreateIoBinding, Status*, (Session*, IoBinding**))                                                           \
+  F(135, ReleaseIoBinding, void, (IoBinding*))                                                                        \
+  F(136, BindInput, Status*, (IoBinding*, const char* name, const Value*))                                            \
+  F(137, BindOutput, Status*, (IoBinding*, const char* name, const Value*))                                           \
+  F(274, KernelContext_ParallelFor, Status*,                                                                          \
+    (const KernelContext*, void (*piece)(void* data, size_t index), size_t pieces, size_t batches, void* data))       \
+  F(318, GetTensorSizeInBytes, Status*, (const Value*, size_t*))
 
 struct Api {
 #define MEKI_ORT_MEMBER(position, name, result, parameters) result(*name) parameters;
@@ -70,6 +100,44 @@ struct Api {
     MEKI_ORT_FUNCTIONS(MEKI_ORT_LOAD)
 #undef MEKI_ORT_LOAD
   }
+
+  // Throws std::runtime_error with ONNX Runtime's message if `status` is one of failure.
+  void check(Status* status) const {
+    if (status == nullptr) return;
+    const std::string message = GetErrorMessage(status);
+    ReleaseStatus(status);
+    throw std::runtime_error("ONNX Runtime: " + message);
+  }
+};
+
+// An operator of our own, as ONNX Runtime sees it: a table of callbacks. `version` says which of them exist.
+struct CustomOp {
+  uint32_t version = kApiVersion;
+  void* (*CreateKernel)(const CustomOp*, const void* api, const KernelInfo*) = nullptr;
+  const char* (*GetName)(const CustomOp*) = nullptr;
+  const char* (*GetExecutionProviderType)(const CustomOp*) = nullptr;
+  ElementCode (*GetInputType)(const CustomOp*, size_t index) = nullptr;
+  size_t (*GetInputTypeCount)(const CustomOp*) = nullptr;
+  ElementCode (*GetOutputType)(const CustomOp*, size_t index) = nullptr;
+  size_t (*GetOutputTypeCount)(const CustomOp*) = nullptr;
+  void (*KernelCompute)(void* kernel, KernelContext*) = nullptr;
+  void (*KernelDestroy)(void* kernel) = nullptr;
+  Characteristic (*GetInputCharacteristic)(const CustomOp*, size_t index) = nullptr;
+  Characteristic (*GetOutputCharacteristic)(const CustomOp*, size_t index) = nullptr;
+  MemoryType (*GetInputMemoryType)(const CustomOp*, size_t index) = nullptr;
+  int (*GetVariadicInputMinArity)(const CustomOp*) = nullptr;
+  int (*GetVariadicInputHomogeneity)(const CustomOp*) = nullptr;
+  int (*GetVariadicOutputMinArity)(const CustomOp*) = nullptr;
+  int (*GetVariadicOutputHomogeneity)(const CustomOp*) = nullptr;
+  Status* (*CreateKernelV2)(const CustomOp*, const void* api, const KernelInfo*, void** kernel) = nullptr;
+  Status* (*KernelComputeV2)(void* kernel, KernelContext*) = nullptr;
+  Status* (*InferOutputShapeFn)(const CustomOp*, ShapeInference*) = nullptr;
+  int (*GetStartVersion)(const CustomOp*) = nullptr;
+  int (*GetEndVersion)(const CustomOp*) = nullptr;
+  size_t (*GetMayInplace)(int** input_index, int** output_index) = nullptr;
+  void (*ReleaseMayInplace)(int* input_index, int* output_index) = nullptr;
+  size_t (*GetAliasMap)(int** input_index, int** output_index) = nullptr;
+  void (*ReleaseAliasMap)(int* input_index, int* output_index) = nullptr;
 };
 
 // What the library exports as OrtGetApiBase().

@@ -19,6 +19,12 @@ using Value = OrtValue;
 using RunOptions = OrtRunOptions;
 using Allocator = OrtAllocator;
 using IoBinding = OrtIoBinding;
+using CustomOpDomain = OrtCustomOpDomain;
+using KernelInfo = OrtKernelInfo;
+using KernelContext = OrtKernelContext;
+using TensorShape = OrtTensorTypeAndShapeInfo;
+using CustomOp = OrtCustomOp;
+using ErrorCode = OrtErrorCode;
 using LoggingLevel = OrtLoggingLevel;
 using GraphOptimization = GraphOptimizationLevel;
 using AllocatorType = OrtAllocatorType;
@@ -31,6 +37,35 @@ using ElementCode = ONNXTensorElementDataType;
 MEKI_ORT_FUNCTIONS(MEKI_ORT_CHECK)
 #undef MEKI_ORT_CHECK
 
+// The callbacks of an operator: the same names at the same places.
+#define MEKI_ORT_CHECK_CALLBACK(name) static_assert(offsetof(OrtCustomOp, name) == offsetof(meki::ort::CustomOp, name))
+MEKI_ORT_CHECK_CALLBACK(CreateKernel);
+MEKI_ORT_CHECK_CALLBACK(GetName);
+MEKI_ORT_CHECK_CALLBACK(GetExecutionProviderType);
+MEKI_ORT_CHECK_CALLBACK(GetInputType);
+MEKI_ORT_CHECK_CALLBACK(GetInputTypeCount);
+MEKI_ORT_CHECK_CALLBACK(GetOutputType);
+MEKI_ORT_CHECK_CALLBACK(GetOutputTypeCount);
+MEKI_ORT_CHECK_CALLBACK(KernelCompute);
+MEKI_ORT_CHECK_CALLBACK(KernelDestroy);
+MEKI_ORT_CHECK_CALLBACK(GetInputCharacteristic);
+MEKI_ORT_CHECK_CALLBACK(GetOutputCharacteristic);
+MEKI_ORT_CHECK_CALLBACK(GetInputMemoryType);
+MEKI_ORT_CHECK_CALLBACK(GetVariadicInputMinArity);
+MEKI_ORT_CHECK_CALLBACK(GetVariadicInputHomogeneity);
+MEKI_ORT_CHECK_CALLBACK(GetVariadicOutputMinArity);
+MEKI_ORT_CHECK_CALLBACK(GetVariadicOutputHomogeneity);
+MEKI_ORT_CHECK_CALLBACK(CreateKernelV2);
+MEKI_ORT_CHECK_CALLBACK(KernelComputeV2);
+MEKI_ORT_CHECK_CALLBACK(InferOutputShapeFn);
+MEKI_ORT_CHECK_CALLBACK(GetStartVersion);
+MEKI_ORT_CHECK_CALLBACK(GetEndVersion);
+MEKI_ORT_CHECK_CALLBACK(GetMayInplace);
+MEKI_ORT_CHECK_CALLBACK(ReleaseMayInplace);
+MEKI_ORT_CHECK_CALLBACK(GetAliasMap);
+MEKI_ORT_CHECK_CALLBACK(ReleaseAliasMap);
+#undef MEKI_ORT_CHECK_CALLBACK
+
 static_assert(ORT_LOGGING_LEVEL_FATAL == static_cast<int>(meki::ort::kLogFatal));
 static_assert(ORT_ENABLE_ALL == static_cast<int>(meki::ort::kOptimizeAll));
 static_assert(OrtDeviceAllocator == static_cast<int>(meki::ort::kDeviceAllocator));
@@ -38,5 +73,10 @@ static_assert(OrtMemTypeDefault == static_cast<int>(meki::ort::kMemoryDefault));
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT == static_cast<int>(meki::ort::kFloat));
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 == static_cast<int>(meki::ort::kInt32));
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 == static_cast<int>(meki::ort::kInt64));
+
+static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 == static_cast<int>(meki::ort::kUint8));
+static_assert(ORT_FAIL == static_cast<int>(meki::ort::kFail));
+static_assert(INPUT_OUTPUT_REQUIRED == static_cast<int>(meki::ort::kRequired));
+static_assert(INPUT_OUTPUT_OPTIONAL == static_cast<int>(meki::ort::kOptional));
 
 }  // namespace official

@@ -1,4 +1,4 @@
-// The only place that knows ONNX Runtime.
+// With ort_ops.cc the only place that knows ONNX Runtime.
 
 #include <dlfcn.h>
 
@@ -7,10 +7,12 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "base/error.h"
 #include "graph/graph.h"
 #include "graph/ort_api.h"
+#include "graph/ort_ops.h"
 
 namespace meki {
 namespace {
@@ -20,14 +22,6 @@ struct Library {
   ort::Api api;
   ort::Env* env = nullptr;
   ort::MemoryInfo* cpu = nullptr;
-
-  // Throws std::runtime_error with ONNX Runtime's message if `status` is one of failure.
-  void check(ort::Status* status) const {
-    if (status == nullptr) return;
-    const std::string message = api.GetErrorMessage(status);
-    api.ReleaseStatus(status);
-    throw std::runtime_error("ONNX Runtime: " + message);
-  }
 };
 
 const void* load_api(const std::filesystem::path& path) {
@@ -59,8 +53,8 @@ const Library& library_at(const std::filesystem::path& path) {
   if (library == nullptr) {
     // Only fatal errors are logged: all others are exceptions with the same text.
     auto made = std::make_unique<Library>(Library{ort::Api(load_api(path))});
-    made->check(made->api.CreateEnv(ort::kLogFatal, "meki", &made->env));
-    made->check(made->api.CreateCpuMemoryInfo(ort::kDeviceAllocator, ort::kMemoryDefault, &made->cpu));
+    made->api.check(made->api.CreateEnv(ort::kLogFatal, "meki", &made->env));
+    made->api.check(made->api.CreateCpuMemoryInfo(ort::kDeviceAllocator, ort::kMemoryDefault, &made->cpu));
     library = made.release();
     loaded = path;
   } else if (path != loaded) {
@@ -78,6 +72,7 @@ struct TypeTraits {
 TypeTraits traits_of(ElementType type) {
   switch (type) {
     case ElementType::float32: return {ort::kFloat, 4};
+    case ElementType::uint8: return {ort::kUint8, 1};
     case ElementType::int32: return {ort::kInt32, 4};
     case ElementType::int64: return {ort::kInt64, 8};
   }
@@ -104,19 +99,19 @@ class OrtBinding final : public Binding {
       : library_(library), path_(path), session_(session), binding_(nullptr, library.api.ReleaseIoBinding) {
     for_stage(path_, [&] {
       ort::IoBinding* binding = nullptr;
-      library_.check(library_.api.CreateIoBinding(session_, &binding));
+      library_.api.check(library_.api.CreateIoBinding(session_, &binding));
       binding_.reset(binding);
       for (const Tensor& tensor : inputs) {
-        library_.check(library_.api.BindInput(binding, tensor.name.c_str(), value_of(tensor).get()));
+        library_.api.check(library_.api.BindInput(binding, tensor.name.c_str(), value_of(tensor).get()));
       }
       for (const Tensor& tensor : outputs) {
-        library_.check(library_.api.BindOutput(binding, tensor.name.c_str(), value_of(tensor).get()));
+        library_.api.check(library_.api.BindOutput(binding, tensor.name.c_str(), value_of(tensor).get()));
       }
     });
   }
 
   void run() override {
-    for_stage(path_, [this] { library_.check(library_.api.RunWithBinding(session_, nullptr, binding_.get())); });
+    for_stage(path_, [this] { library_.api.check(library_.api.RunWithBinding(session_, nullptr, binding_.get())); });
   }
 
  private:
@@ -125,9 +120,9 @@ class OrtBinding final : public Binding {
     const auto [code, element_bytes] = traits_of(tensor.type);
     const int64_t elements = std::accumulate(tensor.shape.begin(), tensor.shape.end(), int64_t{1}, std::multiplies<>());
     ort::Value* value = nullptr;
-    library_.check(library_.api.CreateTensorWithDataAsOrtValue(library_.cpu, tensor.data,
-                                                               static_cast<size_t>(elements) * element_bytes,
-                                                               tensor.shape.data(), tensor.shape.size(), code, &value));
+    library_.api.check(library_.api.CreateTensorWithDataAsOrtValue(
+        library_.cpu, tensor.data, static_cast<size_t>(elements) * element_bytes, tensor.shape.data(),
+        tensor.shape.size(), code, &value));
     return {value, library_.api.ReleaseValue};
   }
 
@@ -139,19 +134,28 @@ class OrtBinding final : public Binding {
 
 class OrtGraph final : public Graph {
  public:
-  OrtGraph(const Library& library, const std::filesystem::path& path, int threads)
-      : library_(library), path_(path), session_(nullptr, library.api.ReleaseSession) {
+  OrtGraph(const Library& library, std::shared_ptr<const OrtOperators> operators, const std::filesystem::path& path,
+           const GraphOptions& settings)
+      : library_(library),
+        operators_(std::move(operators)),
+        path_(path),
+        session_(nullptr, library.api.ReleaseSession) {
     const ort::Api& api = library_.api;
     ort::SessionOptions* options = nullptr;
-    library_.check(api.CreateSessionOptions(&options));
+    library_.api.check(api.CreateSessionOptions(&options));
     const std::unique_ptr<ort::SessionOptions, void (*)(ort::SessionOptions*)> owner(options,
                                                                                      api.ReleaseSessionOptions);
-    library_.check(api.SetIntraOpNumThreads(options, threads));
-    library_.check(api.SetSessionGraphOptimizationLevel(options, ort::kOptimizeAll));
+    library_.api.check(api.SetIntraOpNumThreads(options, settings.threads));
+    library_.api.check(api.SetSessionGraphOptimizationLevel(options, ort::kOptimizeAll));
     // Each stage has its own threads: those of an idle stage must not spin on the cores that the next one needs.
-    library_.check(api.AddSessionConfigEntry(options, "session.force_spinning_stop", "1"));
+    library_.api.check(api.AddSessionConfigEntry(options, "session.force_spinning_stop", "1"));
+    operators_->add_to(options);
+    if (!settings.profile.empty()) {
+      const std::string prefix = settings.profile.string() + "." + path.stem().string();
+      library_.api.check(api.EnableProfiling(options, prefix.c_str()));
+    }
     ort::Session* session = nullptr;
-    for_stage(path_, [&] { library_.check(api.CreateSession(library_.env, path_.c_str(), options, &session)); });
+    for_stage(path_, [&] { library_.api.check(api.CreateSession(library_.env, path_.c_str(), options, &session)); });
     session_.reset(session);
     inputs_ = names(api.SessionGetInputCount, api.SessionGetInputName);
     outputs_ = names(api.SessionGetOutputCount, api.SessionGetOutputName);
@@ -168,20 +172,21 @@ class OrtGraph final : public Graph {
   template <class Count, class Name>
   std::vector<std::string> names(Count get_count, Name get_name) const {
     ort::Allocator* allocator = nullptr;
-    library_.check(library_.api.GetAllocatorWithDefaultOptions(&allocator));
+    library_.api.check(library_.api.GetAllocatorWithDefaultOptions(&allocator));
     size_t count = 0;
-    library_.check(get_count(session_.get(), &count));
+    library_.api.check(get_count(session_.get(), &count));
     std::vector<std::string> names;
     for (size_t index = 0; index < count; ++index) {
       char* name = nullptr;
-      library_.check(get_name(session_.get(), index, allocator, &name));
+      library_.api.check(get_name(session_.get(), index, allocator, &name));
       names.emplace_back(name);
-      library_.check(library_.api.AllocatorFree(allocator, name));
+      library_.api.check(library_.api.AllocatorFree(allocator, name));
     }
     return names;
   }
 
   const Library& library_;
+  const std::shared_ptr<const OrtOperators> operators_;
   const std::filesystem::path path_;
   std::unique_ptr<ort::Session, void (*)(ort::Session*)> session_;
   std::vector<std::string> inputs_;
@@ -190,10 +195,12 @@ class OrtGraph final : public Graph {
 
 }  // namespace
 
-GraphLoader onnxruntime_loader(const std::filesystem::path& library, int threads) {
+GraphLoader onnxruntime_loader(const std::filesystem::path& library, const GraphOptions& options) {
   const Library& loaded = library_at(library);
-  return [&loaded, threads](const std::filesystem::path& path) -> std::unique_ptr<Graph> {
-    return std::make_unique<OrtGraph>(loaded, path, threads);
+  auto operators =
+      std::make_shared<const OrtOperators>(loaded.api, options.kv_type, static_cast<size_t>(options.threads));
+  return [&loaded, operators, options](const std::filesystem::path& path) -> std::unique_ptr<Graph> {
+    return std::make_unique<OrtGraph>(loaded, operators, path, options);
   };
 }
 

@@ -15,7 +15,7 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr size_t kMaxManifestBytes = 16 << 20;
-constexpr uint64_t kVersion = 1;
+constexpr uint64_t kVersion = 2;
 constexpr int kMaxDepth = 64;  // of nested JSON values; the format needs 4
 
 // A JSON value together with where it stands, for messages.
@@ -119,6 +119,17 @@ std::vector<StageInfo> parse_stages(const Node& node, const Architecture& archit
   return stages;
 }
 
+std::vector<StageInfo> parse_dense_stages(const Node& node, const Architecture& architecture) {
+  if (node.is_null() != (architecture.memory_dim == 0)) {
+    node.fail("null exactly when architecture.memory_dim is 0");
+  }
+  std::vector<StageInfo> stages;
+  if (node.is_null()) return stages;
+  for (const Node& item : node.items()) stages.push_back({item.at("file").file_name(), std::nullopt});
+  if (stages.empty()) node.fail("at least one stage");
+  return stages;
+}
+
 void check_files(const Node& node, const Manifest& manifest, const std::string& tokenizer) {
   std::set<std::string> listed;
   for (const auto& [name, entry] : node.members()) {
@@ -137,6 +148,7 @@ void check_files(const Node& node, const Manifest& manifest, const std::string& 
     if (!listed.contains(name)) node.fail("an entry for \"" + name + "\"");
   };
   for (const StageInfo& stage : manifest.stages) require(stage.file);
+  for (const StageInfo& stage : manifest.dense_stages) require(stage.file);
   if (manifest.memory) require(manifest.memory->file);
   require(tokenizer);
 }
@@ -165,14 +177,14 @@ Manifest Manifest::open(const std::filesystem::path& directory) {
   const Node root(json, path.string());
   if (root.at("format").string() != "meki-package") root.at("format").fail("\"meki-package\"");
   if (root.at("version").integer(0, UINT32_MAX) != kVersion) {
-    root.at("version").fail(std::to_string(kVersion) + " (a newer package needs a newer runtime)");
+    root.at("version").fail(std::to_string(kVersion) +
+                            " (convert the model again, or use a runtime of the package's version)");
   }
   manifest.name = root.at("name").string();
   manifest.architecture = parse_architecture(root.at("architecture"));
   manifest.memory = parse_memory(root.at("memory"), manifest.architecture);
   manifest.stages = parse_stages(root.at("stages"), manifest.architecture);
-  const Node cache_type = root.at("kv_cache").at("type");
-  if (cache_type.string() != "float32") cache_type.fail("\"float32\"");
+  manifest.dense_stages = parse_dense_stages(root.at("dense_stages"), manifest.architecture);
   const Node tokenizer = root.at("tokenizer");
   for (const Node& id : tokenizer.at("eos_token_ids").items()) {
     manifest.eos_token_ids.push_back(static_cast<int32_t>(id.integer(0, manifest.architecture.vocab_size - 1)));

@@ -43,6 +43,7 @@ struct Manifest {
   Architecture architecture;
   std::optional<MemoryInfo> memory;
   std::vector<StageInfo> stages;
+  std::vector<StageInfo> dense_stages;  // the backbone without its memory; empty in a dense package
   std::vector<int32_t> eos_token_ids;
   std::string json;  // the text of the file
 

@@ -5,27 +5,19 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#include <bit>
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>
+#include <thread>
 
 #include "base/crc32c.h"
 #include "base/error.h"
+#include "base/half.h"
 
 namespace meki {
 namespace {
 
 constexpr size_t kChecksumBytes = 4;
-
-// binary16 -> binary32 without branches, so that the compiler vectorises the loop around it.
-inline float half_to_float(uint16_t half) {
-  const uint32_t magnitude = static_cast<uint32_t>(half & 0x7FFF) << 13;
-  // 2^112 moves the exponent bias from 15 to 127 and makes subnormals right as well.
-  uint32_t bits = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112F);
-  bits |= magnitude >= 0x0F800000U ? 0x7F800000U : 0U;  // infinity and NaN
-  return std::bit_cast<float>(bits | static_cast<uint32_t>(half & 0x8000) << 16);
-}
 
 inline uint16_t load_u16(const std::byte* at) {
   uint16_t value = 0;
@@ -54,8 +46,11 @@ RomAccess parse_rom_access(std::string_view name) {
   throw std::invalid_argument("ROM access is \"" + std::string(name) + "\", expected mmap, pread or direct");
 }
 
-Rom::Rom(const std::filesystem::path& path, RomAccess access)
-    : path_(path), access_(access), file_(path, O_NONBLOCK) {  // O_NONBLOCK: a FIFO is refused, not waited for
+Rom::Rom(const std::filesystem::path& path, RomAccess access, std::chrono::microseconds delay)
+    : path_(path),
+      access_(access),
+      delay_(delay),
+      file_(path, O_NONBLOCK) {  // O_NONBLOCK: a FIFO is refused, not waited for
   const uint64_t size = file_.size(path);
   if (size < RomHeader::kBytes) {
     throw PackageError(path.string() + ": " + std::to_string(size) + " bytes, expected at least " +
@@ -152,7 +147,14 @@ void Rom::advise(uint32_t token) const noexcept {
   }
 }
 
+void Rom::drop_cache() const noexcept {
+  // A page that is mapped cannot be dropped: unmap first.
+  if (mapping_.data() != nullptr) ::madvise(mapping_.data(), mapping_.size(), MADV_DONTNEED);
+  ::posix_fadvise(file_.descriptor(), 0, 0, POSIX_FADV_DONTNEED);
+}
+
 std::span<const std::byte> Rom::read(uint32_t token, std::span<std::byte> scratch) const {
+  if (delay_.count() > 0) std::this_thread::sleep_for(delay_);
   const Window wanted = window(token);
   const size_t got =
       access_ == RomAccess::mmap ? copy_mapped(wanted, scratch.data()) : copy_file(wanted, scratch.data());

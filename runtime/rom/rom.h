@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -46,7 +47,8 @@ class Rom {
  public:
   // Opens `path` and checks its header and size. Where the file system or the system refuses `access`, falls back to
   // pread: access() tells. Throws PackageError.
-  Rom(const std::filesystem::path& path, RomAccess access);
+  // Every read() takes `delay` longer: slow storage, imitated.
+  Rom(const std::filesystem::path& path, RomAccess access, std::chrono::microseconds delay = {});
 
   const RomHeader& header() const { return header_; }
   RomAccess access() const { return access_; }
@@ -59,6 +61,9 @@ class Rom {
 
   // Asks the kernel to bring the bundle into the page cache; does not wait. token < vocab_size.
   void advise(uint32_t token) const noexcept;
+  // Asks the kernel to forget what it has cached of the file, so that the next reads go to storage. Best effort: pages
+  // in use elsewhere stay.
+  void drop_cache() const noexcept;
   // Reads the bundle of `token` (< vocab_size) into `scratch`, checks it, and returns its scales and rows, which live
   // in `scratch`. Blocks on storage. Throws PackageError if the file shrank, cannot be read, or the checksum is wrong.
   std::span<const std::byte> read(uint32_t token, std::span<std::byte> scratch) const;
@@ -79,6 +84,7 @@ class Rom {
 
   std::filesystem::path path_;
   RomAccess access_;
+  std::chrono::microseconds delay_;
   File file_;
   Mapping mapping_;
   RomHeader header_;

@@ -1,0 +1,348 @@
+#include "graph/ort_ops.h"
+
+#include <array>
+#include <exception>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels/attention.h"
+#include "kernels/linear.h"
+
+namespace meki {
+namespace {
+
+// A failed check becomes an error status of the operator, with this text.
+void require(bool valid, const char* what) {
+  if (!valid) throw std::runtime_error(what);
+}
+
+struct Shape {
+  std::array<int64_t, 4> sizes{};
+  size_t rank = 0;
+
+  int64_t last() const { return sizes[rank - 1]; }
+  size_t elements() const {
+    return static_cast<size_t>(std::accumulate(sizes.begin(), sizes.begin() + static_cast<std::ptrdiff_t>(rank),
+                                               int64_t{1}, std::multiplies<>()));
+  }
+};
+
+// Inputs, outputs and threads of one operator call.
+class Call {
+ public:
+  Call(const ort::Api& api, ort::KernelContext* context, size_t threads)
+      : api_(api), context_(context), threads_(threads) {}
+
+  size_t input_count() const {
+    size_t count = 0;
+    api_.check(api_.KernelContext_GetInputCount(context_, &count));
+    return count;
+  }
+  template <class T>
+  const T* input(size_t index) const {
+    return static_cast<const T*>(data(const_cast<ort::Value*>(value(index))));
+  }
+  size_t input_bytes(size_t index) const {
+    size_t bytes = 0;
+    api_.check(api_.GetTensorSizeInBytes(value(index), &bytes));
+    return bytes;
+  }
+  Shape input_shape(size_t index) const {
+    ort::TensorShape* info = nullptr;
+    api_.check(api_.GetTensorTypeAndShape(value(index), &info));
+    const std::unique_ptr<ort::TensorShape, void (*)(ort::TensorShape*)> owner(info,
+                                                                               api_.ReleaseTensorTypeAndShapeInfo);
+    Shape shape;
+    api_.check(api_.GetDimensionsCount(info, &shape.rank));
+    require(shape.rank >= 1 && shape.rank <= shape.sizes.size(), "an input has a rank outside 1 to 4");
+    api_.check(api_.GetDimensions(info, shape.sizes.data(), shape.rank));
+    return shape;
+  }
+  template <class T>
+  T* output(size_t index, const Shape& shape) const {
+    ort::Value* made = nullptr;
+    api_.check(api_.KernelContext_GetOutput(context_, index, shape.sizes.data(), shape.rank, &made));
+    return static_cast<T*>(data(made));
+  }
+  Parallel parallel() const {
+    return {threads_, const_cast<Call*>(this),
+            [](void* context, size_t pieces, void (*piece)(void*, size_t), void* data) {
+              const auto* call = static_cast<const Call*>(context);
+              // As many batches as pieces: each is taken by whichever thread is free.
+              call->api_.check(call->api_.KernelContext_ParallelFor(call->context_, piece, pieces, pieces, data));
+            }};
+  }
+
+ private:
+  const ort::Value* value(size_t index) const {
+    const ort::Value* value = nullptr;
+    api_.check(api_.KernelContext_GetInput(context_, index, &value));
+    return value;
+  }
+  void* data(ort::Value* value) const {
+    void* data = nullptr;
+    api_.check(api_.GetTensorMutableData(value, &data));
+    return data;
+  }
+
+  const ort::Api& api_;
+  ort::KernelContext* context_;
+  size_t threads_;
+};
+
+// A node's attributes.
+class Attributes {
+ public:
+  Attributes(const ort::Api& api, const ort::KernelInfo* info) : api_(api), info_(info) {}
+  size_t positive(const char* name) const {
+    int64_t value = 0;
+    api_.check(api_.KernelInfoGetAttribute_int64(info_, name, &value));
+    require(value > 0 && value <= INT32_MAX, "an attribute is not a positive integer");
+    return static_cast<size_t>(value);
+  }
+  float number(const char* name) const {
+    float value = 0;
+    api_.check(api_.KernelInfoGetAttribute_float(info_, name, &value));
+    return value;
+  }
+
+ private:
+  const ort::Api& api_;
+  const ort::KernelInfo* info_;
+};
+
+// A node, ready to be called. Immutable: one session may run in several threads.
+class Kernel {
+ public:
+  virtual ~Kernel() = default;
+  virtual void compute(const Call& call) const = 0;
+};
+
+class AttentionKernel final : public Kernel {
+ public:
+  AttentionKernel(const Attributes& attributes, KvType kv_type)
+      : kv_type_(kv_type),
+        heads_(attributes.positive("heads")),
+        kv_heads_(attributes.positive("kv_heads")),
+        epsilon_(attributes.number("epsilon")) {
+    require(heads_ % kv_heads_ == 0, "heads is not a multiple of kv_heads");
+  }
+
+  void compute(const Call& call) const override {
+    const Shape qkv = call.input_shape(0);
+    const size_t slices = heads_ + 2 * kv_heads_;
+    require(qkv.rank == 3 && qkv.sizes[0] == 1 && qkv.sizes[1] > 0 && static_cast<size_t>(qkv.last()) % slices == 0,
+            "qkv is not [1, tokens, (heads + 2 * kv_heads) * head_dim]");
+    const size_t head_dim = static_cast<size_t>(qkv.last()) / slices;
+    const KvLayout layout(kv_type_, kv_heads_, head_dim);
+    const auto tokens = static_cast<size_t>(qkv.sizes[1]);
+    const int32_t total = *call.input<int32_t>(2);
+    require(total >= 0 && static_cast<size_t>(total) >= tokens, "the sequence is shorter than this step");
+    const auto length = static_cast<size_t>(total);
+    const size_t cache_bytes = call.input_bytes(1);
+    require(layout.bytes(length) <= cache_bytes, "the sequence is longer than the KV cache");
+    for (const size_t table : {3, 4}) {
+      require(call.input_bytes(table) / sizeof(float) / (head_dim / 2) >= length,
+              "the sequence is longer than the rotary tables");
+    }
+    const bool norm = call.input_count() > 5;
+    if (norm) {
+      for (const size_t gain : {5, 6}) {
+        require(call.input_bytes(gain) == head_dim * sizeof(float), "a gain is not [head_dim]");
+      }
+    }
+    auto* const cache = call.output<std::byte>(1, {{static_cast<int64_t>(cache_bytes)}, 1});
+    require(cache == call.input<std::byte>(1), "past and present are not the same memory");
+    const AttentionStep step{
+        .heads = heads_,
+        .tokens = tokens,
+        .past = length - tokens,
+        .qkv = call.input<float>(0),
+        .cos = call.input<float>(3),
+        .sin = call.input<float>(4),
+        .q_gain = norm ? call.input<float>(5) : nullptr,
+        .k_gain = norm ? call.input<float>(6) : nullptr,
+        .epsilon = epsilon_,
+        .cache = cache,
+        .out = call.output<float>(0, {{1, qkv.sizes[1], static_cast<int64_t>(heads_ * head_dim)}, 3}),
+    };
+    attention(simd(), layout, step, call.parallel());
+  }
+
+ private:
+  KvType kv_type_;
+  size_t heads_;
+  size_t kv_heads_;
+  float epsilon_;
+};
+
+// The packed weight of a node whose inputs have `inputs` elements; its tensor is input 1.
+PackedWeight packed_weight(const Call& call, size_t outputs, int bits, size_t inputs) {
+  const PackedWeight weight{call.input<std::byte>(1), outputs, inputs, bits};
+  require(inputs % 32 == 0 && call.input_bytes(1) == weight.bytes(), "the packed weight has another shape");
+  return weight;
+}
+
+int checked_bits(size_t bits) {
+  require(bits == 4 || bits == 8, "bits is neither 4 nor 8");
+  return static_cast<int>(bits);
+}
+
+class LinearKernel final : public Kernel {
+ public:
+  explicit LinearKernel(const Attributes& attributes)
+      : outputs_(attributes.positive("outputs")), bits_(checked_bits(attributes.positive("bits"))) {}
+
+  void compute(const Call& call) const override {
+    Shape shape = call.input_shape(0);
+    const auto inputs = static_cast<size_t>(shape.last());
+    const PackedWeight weight = packed_weight(call, outputs_, bits_, inputs);
+    const size_t tokens = shape.elements() / inputs;
+    shape.sizes[shape.rank - 1] = static_cast<int64_t>(outputs_);
+    linear(simd(), weight, call.input<float>(0), tokens, call.output<float>(0, shape), call.parallel());
+  }
+
+ private:
+  size_t outputs_;
+  int bits_;
+};
+
+class EmbeddingKernel final : public Kernel {
+ public:
+  explicit EmbeddingKernel(const Attributes& attributes)
+      : outputs_(attributes.positive("outputs")), bits_(checked_bits(attributes.positive("bits"))) {}
+
+  void compute(const Call& call) const override {
+    const Shape ids = call.input_shape(0);
+    const Shape packed = call.input_shape(1);
+    require(ids.rank == 2 && packed.rank == 3, "the inputs are not [1, tokens] and a packed weight");
+    const size_t inputs = static_cast<size_t>(packed.sizes[1]) * 32;
+    const auto* const token_ids = call.input<int64_t>(0);
+    for (size_t t = 0; t < ids.elements(); ++t) {
+      require(token_ids[t] >= 0 && static_cast<size_t>(token_ids[t]) < outputs_, "a token id is out of the vocabulary");
+    }
+    const PackedWeight weight = packed_weight(call, outputs_, bits_, inputs);
+    embedding(weight, token_ids, ids.elements(),
+              call.output<float>(0, {{ids.sizes[0], ids.sizes[1], static_cast<int64_t>(inputs)}, 3}));
+  }
+
+ private:
+  size_t outputs_;
+  int bits_;
+};
+
+// A kind of operator. ONNX Runtime calls back with what it was given, so everything hangs on this object.
+struct Operator : ort::CustomOp {
+  const char* name = nullptr;
+  std::vector<ort::ElementCode> inputs;
+  size_t required_inputs = 0;
+  std::vector<ort::ElementCode> outputs;
+  std::unique_ptr<Kernel> (*make)(const Attributes&, KvType) = nullptr;
+  const ort::Api* api = nullptr;
+  KvType kv_type = KvType::int8;
+  size_t threads = 1;
+};
+
+const Operator& self(const ort::CustomOp* op) { return *static_cast<const Operator*>(op); }
+
+struct Node {
+  const Operator& kind;
+  std::unique_ptr<Kernel> kernel;
+};
+
+// Runs `work`; an exception becomes a status.
+template <class Work>
+ort::Status* guarded(const Operator& kind, Work work) {
+  try {
+    work();
+    return nullptr;
+  } catch (const std::exception& error) {
+    return kind.api->CreateStatus(ort::kFail, (std::string("meki.") + kind.name + ": " + error.what()).c_str());
+  }
+}
+
+void set_callbacks(Operator& table) {
+  table.GetName = [](const ort::CustomOp* op) { return self(op).name; };
+  table.GetExecutionProviderType = [](const ort::CustomOp*) -> const char* { return nullptr; };  // CPU
+  table.GetInputType = [](const ort::CustomOp* op, size_t index) { return self(op).inputs[index]; };
+  table.GetInputTypeCount = [](const ort::CustomOp* op) { return self(op).inputs.size(); };
+  table.GetOutputType = [](const ort::CustomOp* op, size_t index) { return self(op).outputs[index]; };
+  table.GetOutputTypeCount = [](const ort::CustomOp* op) { return self(op).outputs.size(); };
+  table.GetInputCharacteristic = [](const ort::CustomOp* op, size_t index) {
+    return index < self(op).required_inputs ? ort::kRequired : ort::kOptional;
+  };
+  table.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
+  table.GetInputMemoryType = [](const ort::CustomOp*, size_t) { return ort::kMemoryDefault; };
+  table.GetStartVersion = [](const ort::CustomOp*) { return 1; };
+  table.GetEndVersion = [](const ort::CustomOp*) { return 1; };
+  table.CreateKernelV2 = [](const ort::CustomOp* op, const void*, const ort::KernelInfo* info, void** kernel) {
+    const Operator& kind = self(op);
+    return guarded(kind, [&] { *kernel = new Node{kind, kind.make(Attributes(*kind.api, info), kind.kv_type)}; });
+  };
+  table.KernelComputeV2 = [](void* kernel, ort::KernelContext* context) {
+    const auto& node = *static_cast<const Node*>(kernel);
+    return guarded(node.kind, [&] { node.kernel->compute(Call(*node.kind.api, context, node.kind.threads)); });
+  };
+  table.KernelDestroy = [](void* kernel) { delete static_cast<Node*>(kernel); };
+}
+
+}  // namespace
+
+struct OrtOperators::Domain {
+  const ort::Api& api;
+  std::array<Operator, 3> operators;
+  ort::CustomOpDomain* handle = nullptr;
+
+  Domain(const ort::Api& api_, KvType kv_type, size_t threads) : api(api_) {
+    using ort::kFloat, ort::kUint8, ort::kInt32, ort::kInt64;
+    auto& [attention, linear, embedding] = operators;
+    attention.name = "Attention";
+    attention.inputs = {kFloat, kUint8, kInt32, kFloat, kFloat, kFloat, kFloat};
+    attention.required_inputs = 5;
+    attention.outputs = {kFloat, kUint8};
+    attention.make = [](const Attributes& attributes, KvType type) -> std::unique_ptr<Kernel> {
+      return std::make_unique<AttentionKernel>(attributes, type);
+    };
+    linear.name = "Linear";
+    linear.inputs = {kFloat, kUint8};
+    linear.required_inputs = 2;
+    linear.outputs = {kFloat};
+    linear.make = [](const Attributes& attributes, KvType) -> std::unique_ptr<Kernel> {
+      return std::make_unique<LinearKernel>(attributes);
+    };
+    embedding.name = "Embedding";
+    embedding.inputs = {kInt64, kUint8};
+    embedding.required_inputs = 2;
+    embedding.outputs = {kFloat};
+    embedding.make = [](const Attributes& attributes, KvType) -> std::unique_ptr<Kernel> {
+      return std::make_unique<EmbeddingKernel>(attributes);
+    };
+    for (Operator& op : operators) {
+      op.api = &api;
+      op.kv_type = kv_type;
+      op.threads = threads;
+      set_callbacks(op);
+    }
+  }
+  ~Domain() {
+    if (handle != nullptr) api.ReleaseCustomOpDomain(handle);
+  }
+  Domain(const Domain&) = delete;
+  Domain& operator=(const Domain&) = delete;
+};
+
+OrtOperators::OrtOperators(const ort::Api& api, KvType kv_type, size_t threads)
+    : domain_(std::make_unique<Domain>(api, kv_type, threads)) {
+  api.check(api.CreateCustomOpDomain("meki", &domain_->handle));
+  for (const Operator& op : domain_->operators) api.check(api.CustomOpDomain_Add(domain_->handle, &op));
+}
+
+OrtOperators::~OrtOperators() = default;
+
+void OrtOperators::add_to(ort::SessionOptions* options) const {
+  domain_->api.check(domain_->api.AddCustomOpDomain(options, domain_->handle));
+}
+
+}  // namespace meki

@@ -1,0 +1,274 @@
+#include "kernels/attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kernels/rounding.h"
+#include "kernels/scratch.h"
+
+namespace meki {
+namespace {
+
+constexpr size_t kBlock = KvLayout::kBlock;
+constexpr size_t kTileRows = 32;  // queries of one pass over the cache: what keeps a block of it in the nearest caches
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
+
+// How a step is cut into pieces of work. A row is one query head of one token; the rows of a kv head are ordered by
+// token, then head. A piece is a tile of rows of one kv head against one range of cache blocks.
+struct Plan {
+  size_t group;  // query heads of a kv head
+  size_t rows;   // of one kv head
+  size_t tile_rows;
+  size_t tiles;         // of one kv head
+  size_t splits;        // ranges of cache blocks
+  size_t split_blocks;  // in one range
+  bool integer;
+
+  Plan(const KvLayout& layout, const AttentionStep& step, size_t threads)
+      : group(step.heads / layout.kv_heads),
+        rows(step.tokens * group),
+        tile_rows(std::min(rows, kTileRows)),
+        tiles(divide_up(rows, tile_rows)),
+        integer(layout.type == KvType::int8 || layout.type == KvType::int4) {
+    constexpr size_t kPiecesPerThread = 16;
+    const size_t blocks = divide_up(step.past + step.tokens, kBlock);
+    const size_t wanted = divide_up(kPiecesPerThread * threads, tiles * layout.kv_heads);
+    split_blocks = std::max<size_t>(2, divide_up(blocks, threads == 1 ? 1 : wanted));
+    splits = divide_up(blocks, split_blocks);
+  }
+};
+
+// What a piece leaves behind for one row when there are several splits: the running maximum, sum and output.
+struct Partial {
+  float* maxima;   // [kv_heads, rows, splits]
+  float* sums;     // [kv_heads, rows, splits]
+  float* outputs;  // [kv_heads, rows, splits, head_dim]
+};
+
+// The queries of all kv heads, as struct Queries has them.
+struct Prepared {
+  float* values;
+  int8_t* high;
+  int8_t* low;
+  float* scales;
+  int32_t* sums;
+};
+
+// RMSNorm, where there is a gain, then RoPE; both in float32.
+void normalise_and_rotate(const float* in, size_t head_dim, const float* gain, float epsilon, const float* cos,
+                          const float* sin, float* out) {
+  std::copy_n(in, head_dim, out);
+  if (gain != nullptr) {
+    float squares = 0;
+    for (size_t e = 0; e < head_dim; ++e) squares += in[e] * in[e];
+    const float inverse = 1 / std::sqrt(squares / static_cast<float>(head_dim) + epsilon);
+    for (size_t e = 0; e < head_dim; ++e) out[e] = in[e] * inverse * gain[e];
+  }
+  const size_t half = head_dim / 2;
+  for (size_t e = 0; e < half; ++e) {
+    const float a = out[e];
+    const float b = out[half + e];
+    out[e] = a * cos[e] - b * sin[e];
+    out[half + e] = b * cos[e] + a * sin[e];
+  }
+}
+
+// Multiplies by the orthonormal Hadamard matrix, in runs of the largest power of two that divides the size.
+void hadamard(float* values, size_t size) {
+  const size_t run = size & (~size + 1);
+  for (size_t stride = 1; stride < run; stride *= 2) {
+    for (size_t first = 0; first < size; first += 2 * stride) {
+      for (size_t i = first; i < first + stride; ++i) {
+        const float a = values[i];
+        const float b = values[i + stride];
+        values[i] = a + b;
+        values[i + stride] = a - b;
+      }
+    }
+  }
+  const float norm = 1 / std::sqrt(static_cast<float>(run));
+  for (size_t i = 0; i < size; ++i) values[i] *= norm;
+}
+
+// A query in 15 bits: scale * (128 * high + low).
+void quantize_query(const float* query, size_t head_dim, const Prepared& out, size_t row) {
+  constexpr float kLargest = 127 * 128;
+  const float largest = largest_magnitude(query, head_dim);
+  const float inverse = largest > 0 ? kLargest / largest : 0;
+  out.scales[row] = largest / kLargest;
+  int8_t* const high = out.high + row * head_dim;
+  int8_t* const low = out.low + row * head_dim;
+  for (size_t g = 0; g < head_dim / 16; ++g) {
+    int32_t sum = 0;
+    for (size_t e = 16 * g; e < 16 * (g + 1); ++e) {
+      const int32_t code = std::clamp(round_to_int(query[e] * inverse), -127 * 128, 127 * 128);
+      high[e] = static_cast<int8_t>(code >> 7);
+      low[e] = static_cast<int8_t>(code & 127);
+      sum += code;
+    }
+    out.sums[row * (head_dim / 16) + g] = sum;
+  }
+}
+
+class Attention {
+ public:
+  Attention(const Simd& simd, const KvLayout& layout, const AttentionStep& step, size_t threads)
+      : simd_(simd), layout_(layout), step_(step), plan_(layout, step, threads) {
+    const size_t dim = layout.head_dim;
+    const size_t rows = layout.kv_heads * plan_.rows;
+    const size_t partials = plan_.splits > 1 ? rows * plan_.splits : 0;
+    const size_t codes = plan_.integer ? rows * dim : 0;
+    Scratch& scratch = Scratch::begin(Scratch::bytes<float>(rows * dim) + 2 * Scratch::bytes<int8_t>(codes) +
+                                      Scratch::bytes<float>(rows) + Scratch::bytes<int32_t>(rows * dim / 16) +
+                                      2 * Scratch::bytes<float>(partials) + Scratch::bytes<float>(partials * dim));
+    queries_ = {scratch.take<float>(rows * dim), scratch.take<int8_t>(codes), scratch.take<int8_t>(codes),
+                scratch.take<float>(rows), scratch.take<int32_t>(rows * dim / 16)};
+    partial_ = {scratch.take<float>(partials), scratch.take<float>(partials), scratch.take<float>(partials * dim)};
+  }
+
+  size_t pieces() const { return layout_.kv_heads * plan_.tiles * plan_.splits; }
+  size_t splits() const { return plan_.splits; }
+
+  // Appends one kv head's keys and values, and prepares the queries of its group.
+  void prepare(size_t kv_head) const {
+    const size_t dim = layout_.head_dim;
+    const float scale = 1 / std::sqrt(static_cast<float>(dim));
+    const size_t width = (step_.heads + 2 * layout_.kv_heads) * dim;
+    float rotated[KvLayout::kMaxHeadDim];
+    for (size_t t = 0; t < step_.tokens; ++t) {
+      const size_t position = step_.past + t;
+      const float* const cos = step_.cos + position * (dim / 2);
+      const float* const sin = step_.sin + position * (dim / 2);
+      const float* const key = step_.qkv + t * width + (step_.heads + kv_head) * dim;
+      normalise_and_rotate(key, dim, step_.k_gain, step_.epsilon, cos, sin, rotated);
+      if (layout_.type == KvType::int4) hadamard(rotated, dim);
+      append(layout_, step_.cache + layout_.block_offset(kv_head, position), position % kBlock, rotated,
+             key + layout_.kv_heads * dim);
+      for (size_t g = 0; g < plan_.group; ++g) {
+        const size_t row = kv_head * plan_.rows + t * plan_.group + g;
+        float* const query = queries_.values + row * dim;
+        normalise_and_rotate(step_.qkv + t * width + (kv_head * plan_.group + g) * dim, dim, step_.q_gain,
+                             step_.epsilon, cos, sin, query);
+        if (layout_.type == KvType::int4) hadamard(query, dim);
+        for (size_t e = 0; e < dim; ++e) query[e] *= scale;
+        if (plan_.integer) quantize_query(query, dim, queries_, row);
+      }
+    }
+  }
+
+  void piece(size_t index) const {
+    const size_t split = index % plan_.splits;
+    const size_t tile = index / plan_.splits % plan_.tiles;
+    const size_t kv_head = index / plan_.splits / plan_.tiles;
+    const size_t first = tile * plan_.tile_rows;
+    const size_t count = std::min(plan_.tile_rows, plan_.rows - first);
+    // Only blocks that the tile's last token may see.
+    const size_t end = std::min((split + 1) * plan_.split_blocks,
+                                divide_up(step_.past + (first + count - 1) / plan_.group + 1, kBlock));
+    const size_t dim = layout_.head_dim;
+    const Queries queries = slice(kv_head, first, count);
+    alignas(64) float scores[kTileRows * kBlock];
+    alignas(64) float outputs[kTileRows * KvLayout::kMaxHeadDim];
+    float maxima[kTileRows];
+    float sums[kTileRows];
+    std::fill_n(outputs, count * dim, 0.0F);
+    std::fill_n(maxima, count, kMinusInfinity);
+    std::fill_n(sums, count, 0.0F);
+
+    const auto type = static_cast<size_t>(layout_.type);
+    for (size_t b = split * plan_.split_blocks; b < end; ++b) {
+      const std::byte* const block = step_.cache + layout_.block_offset(kv_head, b * kBlock);
+      const std::byte* const next = b + 1 < end ? block + layout_.kv_heads * layout_.block_bytes() : nullptr;
+      const size_t values = layout_.values_offset();
+      simd_.scores[type](queries, block, next, scores);
+      mask(first, count, b * kBlock, scores);
+      for (size_t q = 0; q < count; ++q) {
+        simd_.softmax(scores + q * kBlock, maxima + q, sums + q, outputs + q * dim, dim);
+      }
+      simd_.values[type](scores, count, dim, block + values, next != nullptr ? next + values : nullptr, outputs);
+    }
+    for (size_t q = 0; q < count; ++q) {
+      if (plan_.splits == 1) {
+        finish(kv_head, first + q, outputs + q * dim, sums[q]);
+      } else {
+        const size_t at = (kv_head * plan_.rows + first + q) * plan_.splits + split;
+        partial_.maxima[at] = maxima[q];
+        partial_.sums[at] = sums[q];
+        std::copy_n(outputs + q * dim, dim, partial_.outputs + at * dim);
+      }
+    }
+  }
+
+  // Joins the splits of the rows of one kv head.
+  void combine(size_t kv_head) const {
+    const size_t dim = layout_.head_dim;
+    float output[KvLayout::kMaxHeadDim];
+    for (size_t row = 0; row < plan_.rows; ++row) {
+      const size_t at = (kv_head * plan_.rows + row) * plan_.splits;
+      const float largest = *std::max_element(partial_.maxima + at, partial_.maxima + at + plan_.splits);
+      float sum = 0;
+      std::fill_n(output, dim, 0.0F);
+      for (size_t split = at; split < at + plan_.splits; ++split) {
+        const float weight = std::exp(partial_.maxima[split] - largest);
+        sum += weight * partial_.sums[split];
+        for (size_t e = 0; e < dim; ++e) output[e] += weight * partial_.outputs[split * dim + e];
+      }
+      finish(kv_head, row, output, sum);
+    }
+  }
+
+ private:
+  Queries slice(size_t kv_head, size_t first, size_t count) const {
+    const size_t dim = layout_.head_dim;
+    const size_t row = kv_head * plan_.rows + first;
+    const size_t codes = plan_.integer ? row * dim : 0;
+    return {count,
+            dim,
+            queries_.values + row * dim,
+            queries_.high + codes,
+            queries_.low + codes,
+            queries_.scales + row,
+            queries_.sums + row * (dim / 16)};
+  }
+
+  // No query sees what comes after its token.
+  void mask(size_t first, size_t count, size_t position, float* scores) const {
+    for (size_t q = 0; q < count; ++q) {
+      const size_t visible = step_.past + (first + q) / plan_.group + 1;
+      if (visible >= position + kBlock) continue;
+      const size_t keep = visible > position ? visible - position : 0;
+      std::fill(scores + q * kBlock + keep, scores + (q + 1) * kBlock, kMinusInfinity);
+    }
+  }
+
+  void finish(size_t kv_head, size_t row, const float* output, float sum) const {
+    const size_t dim = layout_.head_dim;
+    const size_t head = kv_head * plan_.group + row % plan_.group;
+    float* const out = step_.out + (row / plan_.group * step_.heads + head) * dim;
+    const float inverse = 1 / sum;
+    for (size_t e = 0; e < dim; ++e) out[e] = output[e] * inverse;
+  }
+
+  const Simd& simd_;
+  const KvLayout& layout_;
+  const AttentionStep& step_;
+  const Plan plan_;
+  Prepared queries_{};
+  Partial partial_{};
+};
+
+}  // namespace
+
+void attention(const Simd& simd, const KvLayout& layout, const AttentionStep& step, const Parallel& parallel) {
+  const Attention work(simd, layout, step, parallel.threads);
+  // One token's preparation is too little to be worth the hand-over to other threads.
+  const Parallel& wide = step.tokens > 1 ? parallel : Parallel{};
+  wide(layout.kv_heads, [&work](size_t kv_head) { work.prepare(kv_head); });
+  parallel(work.pieces(), [&work](size_t index) { work.piece(index); });
+  if (work.splits() > 1) wide(layout.kv_heads, [&work](size_t kv_head) { work.combine(kv_head); });
+}
+
+}  // namespace meki

@@ -1,0 +1,34 @@
+#include <vector>
+
+#include "kernels/paths.h"
+
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
+namespace meki {
+namespace {
+
+std::vector<const Simd*> find_paths() {
+  std::vector<const Simd*> paths;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vnni")) {
+    paths.push_back(&kAvx512Vnni);
+  }
+#endif
+  paths.push_back(&kPortable);
+  return paths;
+}
+
+}  // namespace
+
+std::span<const Simd* const> simd_paths() {
+  static const std::vector<const Simd*> paths = find_paths();
+  return paths;
+}
+
+}  // namespace meki
