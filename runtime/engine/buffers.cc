@@ -24,7 +24,7 @@ Mapping allocate(std::optional<uint64_t> bytes, const std::string& what) {
 Buffers::Buffers(const Engine& engine, size_t context, size_t max_tokens)
     : engine_(engine),
       layout_(engine.kv_type(), engine.manifest().architecture.kv_heads, engine.manifest().architecture.head_dim),
-      // kv_heads, context and head_dim are below 2^21, 2^31 and 2^10: this does not overflow, the product below may.
+      // At most 2^20 kv heads, 2^25 blocks and 2^18 bytes a block: no overflow here, but perhaps in the product below.
       layer_bytes_(layout_.bytes(context)) {
   const Architecture& a = engine.manifest().architecture;
   constexpr size_t kHugePage = size_t{2} << 20;

@@ -21,7 +21,7 @@ struct EngineOptions {
   KvType kv_type = KvType::int8;
   bool memory = true;                      // false: the package's backbone without its memory
   std::chrono::microseconds rom_delay{0};  // added to every bundle read, to imitate slow storage
-  std::filesystem::path profile;           // as in GraphOptions
+  std::filesystem::path profile{};         // as in GraphOptions
 };
 
 // A stage of the model, ready to be bound.

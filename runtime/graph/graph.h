@@ -46,9 +46,9 @@ class Graph {
 using GraphLoader = std::function<std::unique_ptr<Graph>(const std::filesystem::path&)>;
 
 struct GraphOptions {
-  int threads = 1;                // compute threads of a stage
-  KvType kv_type = KvType::int8;  // how attention stores keys and values
-  std::filesystem::path profile;  // not empty: when a stage goes, it leaves a trace in a file that begins so
+  int threads = 1;                  // compute threads of a stage
+  KvType kv_type = KvType::int8;    // how attention stores keys and values
+  std::filesystem::path profile{};  // not empty: when a stage goes, it leaves a trace in a file that begins so
 };
 
 // Loads stages with the ONNX Runtime library at `library` on its CPU provider. The library stays loaded until the

@@ -23,11 +23,8 @@ struct GraphNames {
 
 // The names of a valid model of two layers in two stages; tests spoil one thing each.
 struct Names2 {
-  GraphNames first = {{"token_ids", "seqlens_k", "total_sequence_length", "past.0.key", "past.0.value"},
-                      {"middle", "present.0.key", "present.0.value"}};
-  GraphNames second = {
-      {"middle", "rows", "seqlens_k", "total_sequence_length", "past.1.key", "past.1.value", "logit_index"},
-      {"logits", "present.1.key", "present.1.value"}};
+  GraphNames first = {{"token_ids", "total_sequence_length", "past.0"}, {"middle", "present.0"}};
+  GraphNames second = {{"middle", "rows", "total_sequence_length", "past.1", "logit_index"}, {"logits", "present.1"}};
   bool first_rows = false;
   bool second_rows = true;
 
@@ -52,22 +49,20 @@ void replace(Names& names, const std::string& name, const Names& by) {
 
 TEST_CASE("stages: names tell what an input or output is") {
   CHECK(parse_input("token_ids").kind == IoKind::token_ids);
-  CHECK(parse_input("seqlens_k").kind == IoKind::seqlens_k);
   CHECK(parse_input("total_sequence_length").kind == IoKind::total_sequence_length);
   CHECK(parse_input("rows").kind == IoKind::rows);
   CHECK(parse_input("logit_index").kind == IoKind::logit_index);
-  CHECK(parse_input("past.12.key").kind == IoKind::key);
-  CHECK(parse_input("past.12.key").layer == 12);
-  CHECK(parse_input("past.0.value").kind == IoKind::value);
+  CHECK(parse_input("past.12").kind == IoKind::cache);
+  CHECK(parse_input("past.12").layer == 12);
   CHECK(parse_output("logits").kind == IoKind::logits);
-  CHECK(parse_output("present.3.key").kind == IoKind::key);
-  CHECK(parse_output("present.3.value").layer == 3);
-  for (const std::string name : {"logits", "present.0.key", "past.x.key", "past..key", "past.1.keys", "past.1",
-                                 "past.-1.key", "past.99999999999.key", "past.1.key ", "Rows", ""}) {
+  CHECK(parse_output("present.3").kind == IoKind::cache);
+  CHECK(parse_output("present.3").layer == 3);
+  for (const std::string name : {"logits", "present.0", "past.x", "past.", "past.1.key", "past1", "past.-1",
+                                 "past.99999999999", "past.1 ", "Rows", ""}) {
     CAPTURE(name);
     CHECK(parse_input(name).kind == IoKind::hidden);
   }
-  for (const std::string name : {"rows", "token_ids", "past.0.key", "present.0", "present.key"}) {
+  for (const std::string name : {"rows", "token_ids", "past.0", "present.0.key", "present."}) {
     CAPTURE(name);
     CHECK(parse_output(name).kind == IoKind::hidden);
   }
@@ -95,34 +90,32 @@ TEST_CASE("stages: graphs that do not fit are errors that name the file") {
          n.second.inputs.push_back("own");
          n.second.outputs.push_back("own");
        }},
-      {"no cache in", "b.onnx", [](Names2& n) { std::erase(n.second.inputs, "past.1.value"); }},
-      {"no cache out", "b.onnx", [](Names2& n) { std::erase(n.second.outputs, "present.1.key"); }},
+      {"no cache in", "b.onnx", [](Names2& n) { std::erase(n.second.inputs, "past.1"); }},
+      {"no cache out", "b.onnx", [](Names2& n) { std::erase(n.second.outputs, "present.1"); }},
       {"a layer without a cache", "b.onnx",
        [](Names2& n) {
-         for (const char* part : {"key", "value"}) {
-           std::erase(n.first.inputs, std::string("past.0.") + part);
-           std::erase(n.first.outputs, std::string("present.0.") + part);
-         }
+         std::erase(n.first.inputs, "past.0");
+         std::erase(n.first.outputs, "present.0");
        }},
       {"a cache of two stages", "b.onnx",
        [](Names2& n) {
-         n.second.inputs.push_back("past.0.key");
-         n.second.outputs.push_back("present.0.key");
+         n.second.inputs.push_back("past.0");
+         n.second.outputs.push_back("present.0");
        }},
       {"a cache of a layer that is not there", "b.onnx",
        [](Names2& n) {
-         replace(n.second.inputs, "past.1.key", {"past.2.key"});
-         replace(n.second.outputs, "present.1.key", {"present.2.key"});
+         replace(n.second.inputs, "past.1", {"past.2"});
+         replace(n.second.outputs, "present.1", {"present.2"});
        }},
       {"a cache that one stage reads and another one writes", ".onnx",
        [](Names2& n) {
-         std::erase(n.second.outputs, "present.1.key");
-         n.first.outputs.push_back("present.1.key");
+         std::erase(n.second.outputs, "present.1");
+         n.first.outputs.push_back("present.1");
        }},
-      {"one cache under two names in the place of another", ".onnx",
+      {"one cache under two names", ".onnx",
        [](Names2& n) {
-         replace(n.second.inputs, "past.1.value", {"past.01.key"});
-         replace(n.second.outputs, "present.1.value", {"present.01.key"});
+         n.second.inputs.push_back("past.01");
+         n.second.outputs.push_back("present.01");
        }},
       {"no logits", "b.onnx", [](Names2& n) { std::erase(n.second.outputs, "logits"); }},
       {"logits of two stages", ".onnx", [](Names2& n) { n.first.outputs.push_back("logits"); }},

@@ -12,7 +12,7 @@ namespace {
 constexpr uint32_t kLayers = 3;
 constexpr uint32_t kHidden = 5;
 constexpr uint32_t kHeads = 2;
-constexpr uint32_t kHeadDim = 3;
+constexpr uint32_t kHeadDim = 16;  // the least that a cache takes
 constexpr uint32_t kSeed = 17;
 
 uint32_t mix(uint32_t state, uint32_t value) {
@@ -50,9 +50,6 @@ class FakeBinding final : public Binding {
         expect(tensor, ElementType::int64, {1, tokens_});
         ids = &tensor;
         token_ids_ = static_cast<const int64_t*>(tensor.data);
-      } else if (name == "seqlens_k") {
-        expect(tensor, ElementType::int32, {1});
-        seqlens_ = static_cast<const int32_t*>(tensor.data);
       } else if (name == "total_sequence_length") {
         expect(tensor, ElementType::int32, {});
         total_ = static_cast<const int32_t*>(tensor.data);
@@ -72,7 +69,7 @@ class FakeBinding final : public Binding {
         hidden_in_ = static_cast<const float*>(tensor.data);
       }
     }
-    require(total_ != nullptr && seqlens_ != nullptr && (ids != nullptr || hidden_in_ != nullptr), "inputs missing");
+    require(total_ != nullptr && (ids != nullptr || hidden_in_ != nullptr), "inputs missing");
     for (const auto& [name, tensor] : rest) {
       if (name == "logits") {
         expect(tensor, ElementType::float32, {logit_rows_, FakeModel::kVocab});
@@ -88,14 +85,15 @@ class FakeBinding final : public Binding {
     if (fault_ != nullptr && fault_->countdown > 0 && --fault_->countdown == 0) throw std::runtime_error("fake fault");
     const int64_t total = *total_;
     const int64_t start = total - tokens_;
-    require(*seqlens_ == total - 1, "seqlens_k is not total_sequence_length - 1");
     require(start >= 0 && total <= capacity_, "a step beyond the cache");
     for (int64_t t = 0; t < tokens_; ++t) {
       const uint32_t input = input_of(t);
       for (const Cache& cache : caches_) {
         for (uint32_t head = 0; head < kHeads; ++head) {
           for (uint32_t i = 0; i < kHeadDim; ++i) {
-            at(cache, head, start + t, i) = cached(input, cache.layer, cache.kind, head, i);
+            for (uint32_t kind = 0; kind < 2; ++kind) {
+              at(cache, kind, head, start + t, i) = cached(input, cache.layer, kind, head, i);
+            }
           }
         }
       }
@@ -115,9 +113,8 @@ class FakeBinding final : public Binding {
 
  private:
   struct Cache {
-    float* data;
+    float* data;  // [2, kHeads, capacity, kHeadDim]: what the engine takes for opaque bytes
     uint32_t layer;
-    uint32_t kind;
   };
 
   static void expect(const Tensor& tensor, ElementType type, const std::vector<int64_t>& shape) {
@@ -125,17 +122,17 @@ class FakeBinding final : public Binding {
   }
 
   void bind_cache(const Tensor& tensor, std::map<std::string, Tensor>& outputs) {
-    capacity_ = tensor.shape.at(2);
-    expect(tensor, ElementType::float32, {1, kHeads, capacity_, kHeadDim});
+    capacity_ = tensor.shape.at(0) / static_cast<int64_t>(2 * kHeads * kHeadDim * sizeof(float));
+    expect(tensor, ElementType::uint8, {tensor.shape.at(0)});
     const auto present = outputs.extract("present" + tensor.name.substr(4));
     require(!present.empty() && present.mapped().data == tensor.data && present.mapped().shape == tensor.shape,
             " is not bound to the memory of its output", tensor.name);
     const auto layer = static_cast<uint32_t>(std::stoul(tensor.name.substr(5)));
-    caches_.push_back({static_cast<float*>(tensor.data), layer, tensor.name.ends_with(".value") ? 1U : 0U});
+    caches_.push_back({static_cast<float*>(tensor.data), layer});
   }
 
-  float& at(const Cache& cache, uint32_t head, int64_t position, uint32_t i) const {
-    return cache.data[(head * capacity_ + position) * kHeadDim + i];
+  float& at(const Cache& cache, uint32_t kind, uint32_t head, int64_t position, uint32_t i) const {
+    return cache.data[((kind * kHeads + head) * capacity_ + position) * kHeadDim + i];
   }
 
   // What step token `t` brings: its id or hidden vector, and its memory rows.
@@ -158,8 +155,12 @@ class FakeBinding final : public Binding {
     uint32_t state = kSeed;
     for (int64_t p = 0; p <= position; ++p) {
       for (const Cache& cache : caches_) {
-        for (uint32_t head = 0; head < kHeads; ++head) {
-          for (uint32_t i = 0; i < kHeadDim; ++i) state = mix(state, static_cast<uint32_t>(at(cache, head, p, i)));
+        for (uint32_t kind = 0; kind < 2; ++kind) {
+          for (uint32_t head = 0; head < kHeads; ++head) {
+            for (uint32_t i = 0; i < kHeadDim; ++i) {
+              state = mix(state, static_cast<uint32_t>(at(cache, kind, head, p, i)));
+            }
+          }
         }
       }
     }
@@ -173,7 +174,6 @@ class FakeBinding final : public Binding {
   int64_t row_dim_ = 0;
   int64_t capacity_ = 0;
   const int64_t* token_ids_ = nullptr;
-  const int32_t* seqlens_ = nullptr;
   const int32_t* total_ = nullptr;
   const int64_t* logit_index_ = nullptr;
   const float* rows_ = nullptr;
@@ -217,15 +217,13 @@ FakeModel::FakeModel(Kind kind, std::vector<int32_t> eos_token_ids)
   std::map<std::string, std::pair<std::vector<std::string>, std::vector<std::string>>> graphs;
   for (size_t index = 0; index < stages_.size(); ++index) {
     const Layers& stage = stages_[index];
-    std::vector<std::string> inputs = {"seqlens_k", "total_sequence_length"};
+    std::vector<std::string> inputs = {"total_sequence_length"};
     std::vector<std::string> outputs;
     inputs.push_back(index == 0 ? "token_ids" : "hidden" + std::to_string(index - 1));
     if (stage.rows) inputs.push_back("rows");
     for (uint32_t layer = stage.first; layer < stage.last; ++layer) {
-      for (const char* part : {".key", ".value"}) {
-        inputs.push_back("past." + std::to_string(layer) + part);
-        outputs.push_back("present." + std::to_string(layer) + part);
-      }
+      inputs.push_back("past." + std::to_string(layer));
+      outputs.push_back("present." + std::to_string(layer));
     }
     const bool last = index + 1 == stages_.size();
     if (last) inputs.push_back("logit_index");
@@ -240,7 +238,7 @@ FakeModel::FakeModel(Kind kind, std::vector<int32_t> eos_token_ids)
         const auto& [inputs, outputs] = graphs.at(path.string());
         return std::make_unique<FakeGraph>(inputs, outputs, &fault);
       },
-      1);
+      1, KvType::float32);
 }
 
 void FakeModel::damage(int64_t token) const {

@@ -63,8 +63,8 @@ constexpr const char* kNeeded[] = {
     "/stages/0/file",
     "/stages/0/rows",
     "/stages/1/rows",
-    "/kv_cache",
-    "/kv_cache/type",
+    "/dense_stages",
+    "/dense_stages/0/file",
     "/tokenizer",
     "/tokenizer/file",
     "/tokenizer/eos_token_ids",
@@ -93,6 +93,9 @@ TEST_CASE("manifest: a valid one parses") {
   REQUIRE(manifest.stages[1].rows);
   CHECK(manifest.stages[1].rows->first == 0);
   CHECK(manifest.stages[1].rows->last == 4);
+  REQUIRE(manifest.dense_stages.size() == 1);
+  CHECK(manifest.dense_stages[0].file == "dense.onnx");
+  CHECK_FALSE(manifest.dense_stages[0].rows);
   CHECK(manifest.eos_token_ids == std::vector<int32_t>{0, 63});
 }
 
@@ -103,6 +106,8 @@ TEST_CASE("manifest: a dense one has no memory and no rows") {
   package.manifest["memory"] = nullptr;
   check_names(package.error_with(package.manifest), "rows");
   package.manifest["stages"][1]["rows"] = nullptr;
+  check_names(package.error_with(package.manifest), "dense_stages");
+  package.manifest["dense_stages"] = nullptr;
   write_manifest(package.path, package.manifest);
   CHECK_FALSE(Manifest::open(package.path).memory);
   package.manifest["architecture"]["memory_dim"] = 16;
@@ -148,7 +153,7 @@ TEST_CASE("manifest: values outside their limits are errors that name their key"
   const std::pair<const char*, const char*> cases[] = {
       // a key, and an array of wrong values
       {"/format", R"(["", "meki", "meki-package "])"},
-      {"/version", "[0, 2, 4294967296]"},
+      {"/version", "[0, 1, 3, 4294967296]"},
       {"/architecture/vocab_size", "[0, 2147483648, 18446744073709551615]"},
       {"/architecture/layers", "[0, 65536, 4294967300]"},
       {"/architecture/hidden", "[0, 1048577, 4294967304]"},
@@ -161,7 +166,7 @@ TEST_CASE("manifest: values outside their limits are errors that name their key"
       {"/memory/kind", R"(["", "engram"])"},
       {"/stages", "[[]]"},
       {"/stages/1/rows", R"([[], [0], [0, 1, 2], [1, 1], [2, 1], [0, 5], [4, 5], [-1, 2], [0, 4294967298], [0, "4"]])"},
-      {"/kv_cache/type", R"(["", "float64"])"},
+      {"/dense_stages", "[[], null]"},
       {"/tokenizer/eos_token_ids", "[[64], [0, -1], [0.5], [null], [4294967296]]"},
       {"/files/stage1.onnx/bytes", "[9223372036854775808]"},
   };

@@ -238,21 +238,20 @@ TEST_CASE("session: options and calls outside their limits are refused") {
 TEST_CASE("session: the KV cache has the default size, the given one, or an error names what it needs") {
   Manifest manifest;
   manifest.architecture = FakeModel(Kind::dense).engine->manifest().architecture;
-  manifest.architecture.layers = 1;
+  manifest.architecture.layers = 2;
   manifest.architecture.context = 0x7FFFFFFF;
   manifest.stages = {{"stage", std::nullopt}};
   const GraphLoader load = [](const std::filesystem::path&) {
-    const std::vector<std::string> inputs = {"token_ids",  "seqlens_k",    "total_sequence_length",
-                                             "past.0.key", "past.0.value", "logit_index"};
-    return std::make_unique<FakeGraph>(inputs, std::vector<std::string>{"present.0.key", "present.0.value", "logits"});
+    const std::vector<std::string> inputs = {"token_ids", "total_sequence_length", "past.0", "past.1", "logit_index"};
+    return std::make_unique<FakeGraph>(inputs, std::vector<std::string>{"present.0", "present.1", "logits"});
   };
-  const auto engine = [&] { return std::make_shared<const Engine>(manifest, nullptr, load, 1); };
+  const auto engine = [&] { return std::make_shared<const Engine>(manifest, nullptr, load, 1, KvType::float32); };
   CHECK(Session(engine(), {}).context() == SessionOptions::kDefaultContext);
   CHECK(Session(engine(), {.context = 5000}).context() == 5000);
-  // 2^58 bytes, more than any address space; and 2^74, which wraps around 64 bits.
-  for (const uint32_t width : {1U << 12, 1U << 20}) {
-    manifest.architecture.kv_heads = width;
-    manifest.architecture.head_dim = width;
+  // 2^56 bytes, more than any address space; and 2^64, which wraps around 64 bits.
+  for (const uint32_t heads : {1U << 12, 1U << 20}) {
+    manifest.architecture.kv_heads = heads;
+    manifest.architecture.head_dim = 512;
     check_names(error_of<std::runtime_error>([&] { Session(engine(), {.context = 0x7FFFFFFF}); }), "2147483647");
   }
 }
