@@ -97,7 +97,7 @@ void hadamard(float* values, size_t size) {
 void quantize_query(const float* query, size_t head_dim, const Prepared& out, size_t row) {
   constexpr float kLargest = 127 * 128;
   const float largest = largest_magnitude(query, head_dim);
-  const float inverse = largest > 0 ? kLargest / largest : 0;
+  const float inverse = quantizer(kLargest, largest);
   out.scales[row] = largest / kLargest;
   int8_t* const high = out.high + row * head_dim;
   int8_t* const low = out.low + row * head_dim;

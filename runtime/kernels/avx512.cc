@@ -16,6 +16,9 @@ __m512i load(const void* at) { return _mm512_loadu_si512(at); }
 __m512 halves(const void* at) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(at))); }
 void prefetch(const std::byte* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
 
+// As in rounding.h, which must not be included here.
+float quantizer(float levels, float largest) { return largest > 1e-30F ? levels / largest : 0; }
+
 // 4 neighbouring bytes in every lane.
 __m512i broadcast4(const void* at) {
   int32_t word;
@@ -26,17 +29,17 @@ __m512i broadcast4(const void* at) {
 __m512 load_floats(const float* at) { return _mm512_loadu_ps(at); }
 __m512 load_floats(const uint16_t* at) { return halves(at); }
 
-// e^x for x <= 0; 0 for -inf. Cephes-style range reduction with a degree 6 polynomial: within 2 ulp.
+// e^x for x <= 0; 0 for -inf: 2^n times a polynomial of degree 6, fitted to e^r for |r| <= ln(2) / 2. Within 1 ulp.
 __m512 exp_negative(__m512 x) {
   x = _mm512_max_ps(_mm512_set1_ps(-104.0F), x);  // e^-104 rounds to 0; a NaN stays one in the second place
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504F)), _MM_FROUND_TO_NEAREST_INT);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375F), x);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4F), r);
-  __m512 p = _mm512_set1_ps(1.0F / 720);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0F / 120));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0F / 24));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0F / 6));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5F));
+  __m512 p = _mm512_set1_ps(0.0013814467F);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.0083687808F));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.041668393F));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.16666520F));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.49999994F));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0F));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0F));
   return _mm512_scalef_ps(p, n);
@@ -282,8 +285,10 @@ struct WeightCodes {
 
 void quantize_weights(const __m512 (&scaled)[4], WeightCodes& out) {
   const __m512 pairs = _mm512_max_ps(_mm512_max_ps(scaled[0], scaled[1]), _mm512_max_ps(scaled[2], scaled[3]));
-  const float largest = _mm512_reduce_max_ps(pairs);
-  const __m512 inverse = _mm512_set1_ps(largest > 0 ? 16383 / largest : 0);
+  const bool nan = (_mm512_cmp_ps_mask(scaled[0], scaled[1], _CMP_UNORD_Q) |
+                    _mm512_cmp_ps_mask(scaled[2], scaled[3], _CMP_UNORD_Q)) != 0;
+  const float largest = nan ? __builtin_nanf("") : _mm512_reduce_max_ps(pairs);
+  const __m512 inverse = _mm512_set1_ps(quantizer(16383, largest));
   __m512i sum = _mm512_setzero_si512();
   for (int v = 0; v < 4; ++v) {
     const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(scaled[v], inverse));
@@ -429,7 +434,13 @@ void softmax(float* scores, float* maximum, float* sum, float* output, size_t he
       _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(score[0], score[1]), _mm512_max_ps(score[2], score[3])));
   const float largest = block_max > *maximum ? block_max : *maximum;
   if (largest == -__builtin_inff()) {
-    for (int v = 0; v < 4; ++v) _mm512_storeu_ps(scores + 16 * v, _mm512_setzero_ps());
+    __m512 total = _mm512_setzero_ps();  // nothing to see but, perhaps, NaN
+    for (int v = 0; v < 4; ++v) {
+      const __m512 weight = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(score[v], score[v], _CMP_UNORD_Q), score[v]);
+      _mm512_storeu_ps(scores + 16 * v, weight);
+      total = _mm512_add_ps(total, weight);
+    }
+    *sum += _mm512_reduce_add_ps(total);
     return;
   }
   if (largest > *maximum) {
@@ -457,7 +468,7 @@ void quantize(const float* x, size_t inputs, int8_t* codes, float* scales, int32
     const __m512 zero = _mm512_setzero_ps();
     const float poison = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_mul_ps(first, zero), _mm512_mul_ps(second, zero)));
     const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second))) + poison;
-    const __m512 inverse = _mm512_set1_ps(largest > 0 ? 127 / largest : 0);
+    const __m512 inverse = _mm512_set1_ps(quantizer(127, largest));
     const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(first, inverse));
     const __m512i high = _mm512_cvtps_epi32(_mm512_mul_ps(second, inverse));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtsepi32_epi8(low));

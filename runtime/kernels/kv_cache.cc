@@ -48,7 +48,7 @@ void append_int8(const KvLayout& layout, std::byte* block, size_t slot, const fl
   const auto store = [&](std::byte* scales, const float* from, auto index) {
     const float largest = largest_magnitude(from, head_dim);
     reinterpret_cast<float*>(scales)[slot] = largest / 127;
-    const float inverse = largest > 0 ? 127 / largest : 0;
+    const float inverse = quantizer(127, largest);
     auto* const codes = reinterpret_cast<int8_t*>(scales + layout.scale_bytes);
     for (size_t e = 0; e < head_dim; ++e) {
       codes[index(e)] = static_cast<int8_t>(std::clamp(round_to_int(from[e] * inverse), -127, 127));

@@ -88,8 +88,8 @@ void scores_int4(const Queries& queries, const std::byte* block, const std::byte
 float quantize_weights(const float* weights, const float* scales, int32_t* codes) {
   float scaled[kBlock];
   for (size_t p = 0; p < kBlock; ++p) scaled[p] = weights[p] * scales[p];
-  const float largest = *std::max_element(scaled, scaled + kBlock);
-  const float inverse = largest > 0 ? 16383 / largest : 0;
+  const float largest = largest_magnitude(scaled, kBlock);
+  const float inverse = quantizer(16383, largest);
   for (size_t p = 0; p < kBlock; ++p) codes[p] = std::clamp(round_to_int(scaled[p] * inverse), 0, 16383);
   return largest / 16383;
 }
@@ -132,9 +132,13 @@ void values_int4(const float* weights, size_t count, size_t head_dim, const std:
 }
 
 void softmax(float* scores, float* maximum, float* sum, float* output, size_t head_dim) {
-  const float largest = std::max(*maximum, *std::max_element(scores, scores + kBlock));
-  if (largest == -std::numeric_limits<float>::infinity()) {
-    std::fill_n(scores, kBlock, 0.0F);
+  float largest = *maximum;
+  for (size_t p = 0; p < kBlock; ++p) largest = scores[p] > largest ? scores[p] : largest;
+  if (largest == -std::numeric_limits<float>::infinity()) {  // nothing to see but, perhaps, NaN
+    for (size_t p = 0; p < kBlock; ++p) {
+      scores[p] = std::isnan(scores[p]) ? scores[p] : 0;
+      *sum += scores[p];
+    }
     return;
   }
   if (largest > *maximum) {
@@ -152,7 +156,7 @@ void softmax(float* scores, float* maximum, float* sum, float* output, size_t he
 void quantize(const float* x, size_t inputs, int8_t* codes, float* scales, int32_t* sums) {
   for (size_t b = 0; b < inputs / 32; ++b) {
     const float largest = largest_magnitude(x + b * 32, 32);
-    const float inverse = largest > 0 ? 127 / largest : 0;
+    const float inverse = quantizer(127, largest);
     scales[b] = largest / 127;
     sums[b] = 0;
     for (size_t i = b * 32; i < (b + 1) * 32; ++i) {

@@ -23,4 +23,8 @@ inline float largest_magnitude(const float* values, size_t count) {
   return largest + poison;
 }
 
+// What values of up to `largest` are multiplied by to become integers of up to `levels`. 0 for a magnitude whose
+// inverse might overflow, and for NaN: the integers are 0 then.
+inline float quantizer(float levels, float largest) { return largest > 1e-30F ? levels / largest : 0; }
+
 }  // namespace meki

@@ -1,5 +1,7 @@
 #include "rom/prefetcher.h"
 
+#include <pthread.h>
+#include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -59,7 +61,10 @@ void Prefetcher::begin(int slot_index, std::span<const int32_t> ids) {
     slot.state = State::queued;
     if (slots_[static_cast<size_t>(1 - slot_index)].state != State::queued) next_ = slot_index;
   }
-  if (thread_.joinable()) sync_->work.notify_one();
+  if (!thread_.joinable()) return;
+  // Storage starts now, even if no core has time for the I/O thread.
+  if (ids.size() == 1) rom_->advise(static_cast<uint32_t>(ids.front()));
+  sync_->work.notify_one();
 }
 
 uint64_t Prefetcher::wait(int slot_index) {
@@ -79,6 +84,9 @@ RomCounters Prefetcher::counters() const {
 }
 
 void Prefetcher::serve() {
+  // A thread of this class takes a core that is free, or its turn, but never interrupts a compute thread by waking up.
+  const sched_param none{};
+  ::pthread_setschedparam(::pthread_self(), SCHED_BATCH, &none);
   std::unique_lock lock(sync_->mutex);
   const auto is_queued = [this](int slot) { return slots_[static_cast<size_t>(slot)].state == State::queued; };
   for (;;) {

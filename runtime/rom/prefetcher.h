@@ -26,7 +26,7 @@ struct RomCounters {
 };
 
 // Brings the memory rows of tokens from a ROM into float32 buffers on one I/O thread of its own, so that neither
-// storage nor checksums nor widening cost the compute thread anything.
+// storage nor checksums nor widening cost the compute thread anything. That thread never preempts another one.
 //
 // There are two slots: one is filled while the other is in use. Each begin(slot) is followed by one wait(slot), or by
 // another begin(slot), which drops the first result. All calls come from one thread. If the I/O thread has not even
