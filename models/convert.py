@@ -1,4 +1,7 @@
-"""Exports a checkpoint to a package: folds the memory, quantises, and writes the graph, the ROM and the manifest."""
+"""Exports a model to a package: folds the memory, quantises, and writes the graph, the ROM and the manifest.
+
+The model is a checkpoint, or random weights of a known size to measure speed with.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,14 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from .checkpoint import load_checkpoint
+from .config import CONFIGS
+from .decoder import Decoder
 from .package import check_target, export_package
 from .quantize import ROW_TYPES
+from .source import Source, random_source
 from .weights import WEIGHT_TYPES
+
+BUNDLED_TOKENIZER = Path(__file__).with_name("meki-tiny") / "tokenizer.json"
 
 
 class ProgressBars:
@@ -40,10 +48,14 @@ class ProgressBars:
 def convert(args: argparse.Namespace) -> dict[str, Any]:
     """Exports as the command line says and returns the manifest."""
     check_target(args.output, args.overwrite)
-    if not args.source.is_file():
+    model: Decoder | Source
+    if args.random:
+        model, provenance = random_source(CONFIGS[args.random]), {"weights": "random", "configuration": args.random}
+    elif args.source.is_file():
+        model, provenance = load_checkpoint(args.source)
+    else:
         raise FileNotFoundError(f"{args.source}: no such file; expected a checkpoint (.safetensors)")
-    model, provenance = load_checkpoint(args.source)
-    tokenizer = args.tokenizer or args.source.with_name("tokenizer.json")
+    tokenizer = args.tokenizer or (BUNDLED_TOKENIZER if args.random else args.source.with_name("tokenizer.json"))
     if not tokenizer.is_file():
         raise FileNotFoundError(f"{tokenizer}: no such tokenizer; name one with --tokenizer")
     bars = ProgressBars()
@@ -81,14 +93,22 @@ def summary(path: Path, manifest: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command `meki-convert`. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="meki-convert", description=__doc__)
-    parser.add_argument("source", type=Path, help="training-form checkpoint (.safetensors)")
+    models = parser.add_mutually_exclusive_group(required=True)
+    models.add_argument("source", type=Path, nargs="?", help="training-form checkpoint (.safetensors)")
+    models.add_argument(
+        "--random", choices=CONFIGS, help="random weights of this size instead of a checkpoint, to measure speed with"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, help="package directory to write")
     parser.add_argument("--name", help="the model's name (default: the name of the directory)")
     parser.add_argument("--weights", choices=WEIGHT_TYPES, default="int8", help="dense weights (default: %(default)s)")
     parser.add_argument(
         "--rows", choices=tuple(ROW_TYPES), default="float16", help="memory rows (default: %(default)s)"
     )
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: the one beside the checkpoint)")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="tokenizer.json (default: the one beside the checkpoint; with --random, meki-tiny's)",
+    )
     parser.add_argument("--card", type=Path, help="model card, becomes the package's README.md")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing package")
     args = parser.parse_args(argv)

@@ -1,12 +1,14 @@
 """Builds the dense graph of a package: ONNX stages whose weights lie in one file (docs/package-format.md).
 
 Built from the configuration and named weights with onnx's helpers, not traced, so that every node, name and byte is
-decided here. Matrices are float32 or, through com.microsoft operators, symmetric blocks of 8 or 4 bits.
+decided here. Matrices are float32 or packed in symmetric blocks of 8 or 4 bits. Attention and the packed matrices are
+operators of the domain "meki", which the runtime itself executes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +19,23 @@ from onnx import TensorProto, ValueInfoProto, helper
 from .config import ConfigError, ModelConfig
 from .decoder import rope_tables
 from .quantize import WEIGHT_BITS, WEIGHT_BLOCK
-from .weights import WEIGHT_TYPES, WEIGHTS_FILE, Progress, WeightErrors, Weights, WeightStore
+from .weights import WEIGHT_TYPES, WEIGHTS_FILE, Progress, WeightErrors, Weights, WeightStore, tensor_bytes
 
-_OPSETS = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]  # 23: the first with RMSNormalization
+_DOMAIN = "meki"
+_OPSETS = [helper.make_opsetid("", 23), helper.make_opsetid(_DOMAIN, 1)]  # 23: the first with RMSNormalization
 _IR_VERSION = 11  # came with that opset
-
-
-_ROTARY_HEAD_DIM = 16  # GroupQueryAttention rotates heads of a multiple of this size only
+_ROPE_TABLES = ("rope.cos", "rope.sin")
+_BATCH_AXIS = "batch_axis"
+_HEAD_DIM_MULTIPLE = 16  # of heads that Attention takes
 
 
 def check_exportable(config: ModelConfig, weight_type: str) -> None:
-    """ConfigError if ONNX Runtime could not run a graph of this configuration with such weights."""
+    """ConfigError if the runtime could not run a graph of this configuration with such weights."""
     if weight_type not in WEIGHT_TYPES:
         raise ConfigError(f"weight type: got {weight_type!r}, expected one of {', '.join(WEIGHT_TYPES)}")
-    if config.head_dim % _ROTARY_HEAD_DIM:
+    if config.head_dim % _HEAD_DIM_MULTIPLE:
         raise ConfigError(
-            f"head_dim is {config.head_dim}: ONNX Runtime's attention needs a multiple of {_ROTARY_HEAD_DIM}; "
+            f"head_dim is {config.head_dim}: the runtime's attention needs a multiple of {_HEAD_DIM_MULTIPLE}; "
             "such a model cannot be exported"
         )
     if weight_type == "float32":
@@ -57,29 +60,26 @@ class Stage:
         self.outputs: dict[str, ValueInfoProto] = {}
 
     def op(
-        self, kind: str, inputs: Sequence[str], outputs: str | Sequence[str], domain: str = "", **attributes: Any
+        self, kind: str, inputs: Sequence[str], outputs: str | Sequence[str], /, domain: str = "", **attributes: Any
     ) -> str:
         """Adds a node and returns its first output."""
         outputs = [outputs] if isinstance(outputs, str) else list(outputs)
-        self.nodes.append(helper.make_node(kind, inputs, outputs, name=outputs[0], domain=domain, **attributes))
+        node = helper.make_node(kind, inputs, outputs, name=outputs[0], domain=domain)
+        node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+        self.nodes.append(node)
         return outputs[0]
 
     def input(self, name: str, shape: Sequence[int | str], data_type: int = TensorProto.FLOAT) -> str:
         self.inputs[name] = helper.make_tensor_value_info(name, data_type, shape)
         return name
 
-    def output(self, name: str, shape: Sequence[int | str]) -> str:
-        self.outputs[name] = helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+    def output(self, name: str, shape: Sequence[int | str], data_type: int = TensorProto.FLOAT) -> str:
+        self.outputs[name] = helper.make_tensor_value_info(name, data_type, shape)
         return name
 
     def constant(self, tensor: TensorProto) -> str:
         self.initializers[tensor.name] = tensor
         return tensor.name
-
-    def shape(self, *sizes: int) -> str:
-        """A shape for Reshape and the like, int64 [n]."""
-        name = "shape." + "x".join(map(str, sizes))
-        return self.constant(self.store.constant(name, lambda: np.array(sizes, np.int64)))
 
     def linear(self, x: str, name: str, parts: Sequence[str] = (), out: str = "") -> str:
         """x [.., k] times the transposed weights `parts`, each [n, k], one below the other -> `out` [.., sum of n].
@@ -89,23 +89,13 @@ class Stage:
         parts, out = parts or [f"{name}.weight"], out or f"{name}.out"
         if self.store.weight_type == "float32":
             return self.op("MatMul", [x, self.constant(self.store.transposed(name, parts))], out)
-        codes, scales = self.store.quantized(name, parts)
-        outputs, groups = scales.dims
-        blocks = TensorProto()
-        blocks.CopyFrom(codes)
-        blocks.name = f"{name}.blocks"
-        blocks.dims[:] = [outputs, groups, codes.dims[1] // groups]
-        return self.op(
-            "MatMulNBits",
-            [x, self.constant(blocks), self.constant(scales)],
-            out,
-            domain="com.microsoft",
-            K=groups * WEIGHT_BLOCK,
-            N=outputs,
-            bits=WEIGHT_BITS[self.store.weight_type],
-            block_size=WEIGHT_BLOCK,
-            accuracy_level=4,  # activations in blocks of int8 as well
-        )
+        return self.packed("Linear", x, name, parts, out)
+
+    def packed(self, kind: str, x: str, name: str, parts: Sequence[str], out: str) -> str:
+        """An operator on the packed weights `parts`, each [n, k], one below the other."""
+        weight, outputs = self.store.packed(f"{name}.panels", parts)
+        bits = WEIGHT_BITS[self.store.weight_type]
+        return self.op(kind, [x, self.constant(weight)], out, domain=_DOMAIN, outputs=outputs, bits=bits)
 
     def norm(self, x: str, gain: str) -> str:
         """RMSNorm over the last axis: x / sqrt(mean(x^2) + eps) * gain."""
@@ -117,52 +107,27 @@ class Stage:
         ids = self.input("token_ids", [1, "T"], TensorProto.INT64)
         if self.store.weight_type == "float32":
             return self.op("Gather", [self.constant(self.store.weight("embed_tokens.weight")), ids], "embedding")
-        codes, scales = self.store.quantized("embed_tokens", ["embed_tokens.weight"])
-        return self.op(
-            "GatherBlockQuantized",
-            [self.constant(codes), ids, self.constant(scales)],
-            "embedding",
-            domain="com.microsoft",
-            gather_axis=0,
-            quantize_axis=1,
-            block_size=WEIGHT_BLOCK,
-            bits=WEIGHT_BITS[self.store.weight_type],
-        )
-
-    def heads_norm(self, x: str, heads: int, gain: str) -> str:
-        """RMSNorm of every head by itself. x: [1, T, heads * head_dim]."""
-        split = self.op("Reshape", [x, self.shape(0, 0, heads, self.config.head_dim)], f"{x}.heads")
-        return self.op(
-            "Reshape", [self.norm(split, gain), self.shape(0, 0, heads * self.config.head_dim)], f"{gain}.flat"
-        )
+        return self.packed("Embedding", ids, "embed_tokens", ["embed_tokens.weight"], "embedding")
 
     def attention(self, x: str, layer: int) -> str:
         """x: normed, [1, T, hidden] -> [1, T, hidden]. Appends to layer `layer`'s cache in place."""
         config, prefix = self.config, f"layers.{layer}.self_attn"
-        q, k, v = (f"{prefix}.{name}" for name in "qkv")
-        sizes = [heads * config.head_dim for heads in (config.heads, config.kv_heads, config.kv_heads)]
-        qkv = self.linear(x, f"{prefix}.qkv", [f"{name}_proj.weight" for name in (q, k, v)])
-        self.op("Split", [qkv, self.shape(*sizes)], [q, k, v], axis=-1)
-        if config.qk_norm:
-            q = self.heads_norm(q, config.heads, f"{prefix}.q_norm")
-            k = self.heads_norm(k, config.kv_heads, f"{prefix}.k_norm")
-        cache: list[int | str] = [1, config.kv_heads, "S", config.head_dim]
-        past = [self.input(f"past.{layer}.{part}", cache) for part in ("key", "value")]
-        present = [self.output(f"present.{layer}.{part}", cache) for part in ("key", "value")]
-        lengths = [
-            self.input("seqlens_k", [1], TensorProto.INT32),
-            self.input("total_sequence_length", [], TensorProto.INT32),
-        ]
-        cos = self.store.constant("rope.cos", lambda: rope_tables(config, config.context)[0].numpy())
-        sin = self.store.constant("rope.sin", lambda: rope_tables(config, config.context)[1].numpy())
+        qkv = self.linear(x, f"{prefix}.qkv", [f"{prefix}.{name}_proj.weight" for name in "qkv"])
+        cache: list[int | str] = ["blocks", config.kv_heads, "block_bytes"]
+        past = self.input(f"past.{layer}", cache, TensorProto.UINT8)
+        present = self.output(f"present.{layer}", cache, TensorProto.UINT8)
+        length = self.input("total_sequence_length", [], TensorProto.INT32)
+        cos = self.store.constant(_ROPE_TABLES[0], lambda: rope_tables(config, config.context)[0].numpy())
+        sin = self.store.constant(_ROPE_TABLES[1], lambda: rope_tables(config, config.context)[1].numpy())
+        gains = [self.store.weight(f"{prefix}.{name}_norm.weight") for name in "qk"] if config.qk_norm else []
         self.op(
-            "GroupQueryAttention",
-            [q, k, v, *past, *lengths, self.constant(cos), self.constant(sin)],
-            [f"{prefix}.heads", *present],
-            domain="com.microsoft",
-            num_heads=config.heads,
-            kv_num_heads=config.kv_heads,
-            do_rotary=1,
+            "Attention",
+            [qkv, past, length, *map(self.constant, (cos, sin, *gains))],
+            [f"{prefix}.heads", present],
+            domain=_DOMAIN,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            epsilon=config.norm_eps,
         )
         return self.linear(f"{prefix}.heads", f"{prefix}.o_proj")
 
@@ -195,7 +160,8 @@ class Stage:
         """x [1, T, hidden] -> logits [K, vocab_size] of the positions in logit_index. The head is the embedding."""
         index = self.input("logit_index", ["K"], TensorProto.INT64)
         logits = self.output("logits", ["K", self.config.vocab_size])
-        tokens = self.op("Squeeze", [x, self.shape(0)], "final.tokens")
+        batch_axis = self.store.constant(_BATCH_AXIS, lambda: np.zeros(1, np.int64))
+        tokens = self.op("Squeeze", [x, self.constant(batch_axis)], "final.tokens")
         h = self.norm(self.op("Gather", [tokens, index], "final.selected"), "norm")
         if self.store.weight_type == "float32":
             # Gemm takes the table as the embedding has it; MatMul would want a transposed copy.
@@ -214,37 +180,81 @@ class Stage:
         onnx.save(helper.make_model(graph, opset_imports=_OPSETS, ir_version=_IR_VERSION, producer_name="meki"), path)
 
 
-def write_stages(
+def _dense(config: ModelConfig, store: WeightStore) -> Stage:
+    """The backbone without its memory."""
+    stage = Stage(config, store)
+    x = stage.embed()
+    for layer in range(config.layers):
+        x, _ = stage.layer(x, layer)
+    stage.head(x)
+    return stage
+
+
+def _with_memory(config: ModelConfig, store: WeightStore) -> tuple[Stage, Stage]:
+    """What needs no rows, up to layer 0's FFN; and the rest, from layer 0's injection to the logits."""
+    first, second = Stage(config, store), Stage(config, store)
+    x, h = first.layer(first.embed(), 0)
+    for name in (x, h):
+        first.output(name, [1, "T", config.hidden])
+        second.input(name, [1, "T", config.hidden])
+    rows = [f"rows.{layer}" for layer in range(config.layers)]
+    all_rows = second.input("rows", [config.layers, "T", config.memory_dim])
+    second.op("Split", [all_rows], rows, axis=0, num_outputs=config.layers)
+    x = second.inject(x, h, rows[0], 0)
+    for layer in range(1, config.layers):
+        x, h = second.layer(x, layer)
+        x = second.inject(x, h, rows[layer], layer)
+    second.head(x)
+    return first, second
+
+
+def _decode_bytes(stages: Sequence[Stage]) -> int:
+    """Bytes of weights that one decode step reads; not the rotary tables, of which it reads one line.
+
+    The embedding counts once: the head reads all of it, the lookup one row.
+    """
+    tensors = {name: tensor for stage in stages for name, tensor in stage.initializers.items()}
+    return sum(tensor_bytes(tensors[name]) for name in tensors.keys() - {*_ROPE_TABLES, _BATCH_AXIS})
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """What the manifest says about the graphs and their weights."""
+
+    stages: list[dict[str, Any]]
+    dense_stages: list[dict[str, Any]] | None
+    """The backbone without its memory, for comparison; None for a model without a memory."""
+    decode_bytes: int
+    dense_decode_bytes: int | None
+    errors: WeightErrors
+
+
+def write_graphs(
     config: ModelConfig, weights: Weights, weight_type: str, directory: Path, progress: Progress | None = None
-) -> tuple[list[dict[str, Any]], WeightErrors]:
+) -> Graphs:
     """Writes the stages and their weights file into `directory`.
 
-    Returns the manifest's `stages` and the quantisation errors. A dense model is one stage. With a memory, stage 0 goes
-    up to layer 0's FFN, which needs no rows, and stage 1 from layer 0's injection to the logits. ConfigError if the
-    shapes do not suit the weight type; ValueError for weights that are not finite.
+    A dense model is one stage; one with a memory is two, cut where the first row is needed, and a third graph without
+    the memory that shares their weights. ConfigError if the shapes do not suit the weight type; ValueError for weights
+    that are not finite.
     """
     check_exportable(config, weight_type)
     with (directory / WEIGHTS_FILE).open("wb") as file:
         store = WeightStore(weights, weight_type, file, config.ram_parameters, progress)
-        stage = Stage(config, store)
-        stages: list[dict[str, Any]] = [{"file": "stage0.onnx", "rows": None}]
-        x, h = stage.layer(stage.embed(), 0)
-        if config.memory_dim:
-            for name in (x, h):
-                stage.output(name, [1, "T", config.hidden])
+        if not config.memory_dim:
+            stage = _dense(config, store)
             stage.save(directory / "stage0.onnx")
-            stages.append({"file": "stage1.onnx", "rows": [0, config.layers]})
-            stage = Stage(config, store)
-            for name in (x, h):
-                stage.input(name, [1, "T", config.hidden])
-            rows = [f"rows.{layer}" for layer in range(config.layers)]
-            all_rows = stage.input("rows", [config.layers, "T", config.memory_dim])
-            stage.op("Split", [all_rows], rows, axis=0, num_outputs=config.layers)
-            x = stage.inject(x, h, rows[0], 0)
-        for layer in range(1, config.layers):
-            x, h = stage.layer(x, layer)
-            if config.memory_dim:
-                x = stage.inject(x, h, rows[layer], layer)
-        stage.head(x)
-        stage.save(directory / stages[-1]["file"])
-    return stages, store.errors
+            stages = [{"file": "stage0.onnx", "rows": None}]
+            return Graphs(stages, None, _decode_bytes([stage]), None, store.errors)
+        first, second = _with_memory(config, store)
+        dense = _dense(config, store)
+        first.save(directory / "stage0.onnx")
+        second.save(directory / "stage1.onnx")
+        dense.save(directory / "dense.onnx")
+        return Graphs(
+            [{"file": "stage0.onnx", "rows": None}, {"file": "stage1.onnx", "rows": [0, config.layers]}],
+            [{"file": "dense.onnx"}],
+            _decode_bytes([first, second]),
+            _decode_bytes([dense]),
+            store.errors,
+        )

@@ -15,13 +15,14 @@ from tokenizers import Tokenizer
 from meki.package import file_sha256
 
 from .decoder import Decoder
-from .graph import check_exportable, write_stages
+from .graph import check_exportable, write_graphs
 from .quantize import WEIGHT_BLOCK
-from .rom import RomLayout, folded_blocks, write_rom
+from .rom import RomLayout, write_rom
+from .source import Source, model_source
 from .tokenizer import END_OF_STORY
 
 FORMAT = "meki-package"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 
 PhaseProgress = Callable[[str, int, int], object]
@@ -93,7 +94,7 @@ def _list_files(directory: Path, progress: Callable[[int, int], object]) -> dict
 
 
 def export_package(
-    model: Decoder,
+    model: Decoder | Source,
     tokenizer_json: bytes,
     out: Path,
     *,
@@ -106,14 +107,15 @@ def export_package(
     overwrite: bool = False,
     progress: PhaseProgress | None = None,
 ) -> dict[str, Any]:
-    """Writes `model` (float32, training form) as the package `out` and returns its manifest.
+    """Writes `model` (a Decoder: float32, training form) as the package `out` and returns its manifest.
 
-    weights: float32, int8 or int4; rows: float16, int8 or int4; tokenizer_json: the text of a tokenizer.json; card: the
-    text of the README. eos_token_ids: None means the end-of-story token, where the tokenizer has it. Nothing is at
-    `out` before the package is complete. FileExistsError for an existing target (see `replace_directory`), ConfigError
-    or ValueError for a model that cannot be exported so: shapes, tokenizer, or weights that are not finite.
+    weights: float32, int8 or int4; rows: float32, float16, int8 or int4; tokenizer_json: the text of a tokenizer.json;
+    card: the text of the README. eos_token_ids: None means the end-of-story token, where the tokenizer has it. Nothing
+    is at `out` before the package is complete. FileExistsError for an existing target (see `replace_directory`),
+    ConfigError or ValueError for a model that cannot be exported so: shapes, tokenizer, or weights that are not finite.
     """
-    config = model.config
+    source = model_source(model) if isinstance(model, Decoder) else model
+    config = source.config
     check_target(out, overwrite)
     check_exportable(config, weights)
     layout = RomLayout(config.vocab_size, config.layers, config.memory_dim, rows) if config.memory_dim else None
@@ -122,17 +124,13 @@ def export_package(
         eos_token_ids = [] if end is None else [end]
     if not all(0 <= token < config.vocab_size for token in eos_token_ids):
         raise ValueError(f"eos_token_ids: got {list(eos_token_ids)}, expected ids of 0 to {config.vocab_size - 1}")
-    state = model.state_dict()
     report: PhaseProgress = progress or (lambda phase, done, total: None)
 
     with replace_directory(out, overwrite) as directory:
-        stages, errors = write_stages(
-            config,
-            lambda tensor: state[tensor].numpy(),
-            weights,
-            directory,
-            lambda done, total: report("dense weights", done, total),
+        graphs = write_graphs(
+            config, source.weights, weights, directory, lambda done, total: report("dense weights", done, total)
         )
+        errors = graphs.errors
         quantization_error: dict[str, Any] = {
             "weights": {"overall": errors.overall, "worst": errors.worst, "worst_tensor": errors.worst_tensor}
         }
@@ -141,7 +139,7 @@ def export_package(
             summary = write_rom(
                 directory / "memory.rom",
                 layout,
-                folded_blocks(model),
+                source.row_blocks(),
                 lambda done, total: report("memory rows", done, total),
             )
             memory = {"kind": "meki", "file": "memory.rom", "row_type": rows, "content_id": summary.content_id}
@@ -155,9 +153,14 @@ def export_package(
             "name": name,
             "architecture": dataclasses.asdict(config),
             "memory": memory,
-            "stages": stages,
-            "kv_cache": {"type": "float32"},
-            "weights": {"type": weights, "block": None if weights == "float32" else WEIGHT_BLOCK},
+            "stages": graphs.stages,
+            "dense_stages": graphs.dense_stages,
+            "weights": {
+                "type": weights,
+                "block": None if weights == "float32" else WEIGHT_BLOCK,
+                "decode_bytes": graphs.decode_bytes,
+                "dense_decode_bytes": graphs.dense_decode_bytes,
+            },
             "tokenizer": {"file": "tokenizer.json", "bos_token_id": None, "eos_token_ids": list(eos_token_ids)},
             "files": _list_files(directory, lambda done, total: report("checksums", done, total)),
             "quantization_error": quantization_error,

@@ -7,8 +7,6 @@ least squared error, because clipping the largest value a little can buy precisi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +16,8 @@ Codes = NDArray[np.uint8]
 WEIGHT_BITS = {"int8": 8, "int4": 4}
 WEIGHT_BLOCK = 32
 """Weights that share one scale: consecutive ones along the input dimension."""
+PANEL = 16
+"""Rows of a matrix that are packed together."""
 ROW_TYPES = {"float16": 1, "int8": 2, "int4": 3, "float32": 4}
 """Row types and their codes in a ROM's header."""
 ROW_GROUP = 32
@@ -34,32 +34,46 @@ def require_finite(values: Floats, what: str) -> None:
 
 
 def _float16_up(scales: Floats) -> Floats:
-    """The least float16 values not below `scales`, so that no value divided by its scale leaves the range."""
+    """The least float16 values not below `scales` >= 0, so that no value divided by its scale leaves the range."""
     with np.errstate(over="ignore"):
         rounded = scales.astype(np.float16)
-    return np.where(rounded < scales, np.nextafter(rounded, np.float16(np.inf)), rounded).astype(np.float32)
+    # The next bit pattern of a positive float is the next greater float.
+    bits = rounded.view(np.uint16) + (rounded < scales)
+    return bits.astype(np.uint16).view(np.float16).astype(np.float32)
 
 
-def _quantize(
-    blocks: Floats, bits: int, round_scale: Callable[[Floats], Floats], what: str
-) -> tuple[NDArray[np.int8], Floats]:
-    """blocks: [.., n] -> q int8 [.., n], scale [..]; `round_scale` makes a scale storable."""
+def _quantize(blocks: Floats, bits: int, what: str) -> tuple[NDArray[np.int8], Floats]:
+    """blocks: [.., n] -> q int8 [.., n], scale [..] whose values float16 holds exactly.
+
+    ValueError if a value is not finite or needs a scale beyond float16; `what` names the values in it.
+    """
     require_finite(blocks, what)
-    largest = np.abs(blocks).max(axis=-1)
+    # [n, blocks], so that every pass below runs along contiguous blocks: the search is the cost of an export.
+    columns = np.ascontiguousarray(blocks.reshape(-1, blocks.shape[-1]).T)
+    largest = np.abs(columns).max(axis=0)
     low, high = (-127, 127) if bits == 8 else (-8, 7)
-    best_q = np.zeros(blocks.shape, np.int8)
-    best_scale = np.zeros(largest.shape, np.float32)
-    best_error = np.full(largest.shape, np.inf)
+    units, q = np.empty_like(columns), np.empty_like(columns)
+
+    def round_to(scale: Floats) -> None:
+        np.divide(columns, np.where(scale > 0, scale, 1), out=units)
+        np.rint(units, out=q)
+        np.clip(q, low, high, out=q)
+
+    best_scale = np.zeros_like(largest)
+    best_error = np.full_like(largest, np.inf)
     for divisor in (127.0,) if bits == 8 else _INT4_DIVISORS:
-        scale = round_scale(largest / np.float32(divisor))
+        scale = _float16_up(largest / np.float32(divisor))
         if np.isinf(scale).any():
             raise ValueError(f"{what}: largest magnitude {largest.max():g} needs a scale beyond float16's 65504")
-        units = blocks / np.where(scale > 0, scale, 1)[..., None]
-        q = np.clip(np.rint(units), low, high)
-        error = np.square(units - q).sum(axis=-1) * np.square(scale, dtype=np.float64)
+        round_to(scale)
+        np.square(np.subtract(units, q, out=units), out=units)
+        error = units.sum(axis=0) * np.square(scale)
         better = error < best_error
-        best_q[better], best_scale[better], best_error[better] = q[better], scale[better], error[better]
-    return best_q, best_scale
+        np.copyto(best_scale, scale, where=better)
+        np.copyto(best_error, error, where=better)
+    round_to(best_scale)
+    codes = np.ascontiguousarray(q.astype(np.int8).T)
+    return codes.reshape(blocks.shape), best_scale.reshape(blocks.shape[:-1])
 
 
 def _pack_nibbles(q: NDArray[np.int8]) -> Codes:
@@ -78,24 +92,42 @@ def _unpack_nibbles(packed: Codes, count: int) -> NDArray[np.int8]:
 
 
 def quantize_weight(weight: Floats, bits: int, what: str) -> tuple[Codes, Floats]:
-    """A matrix for com.microsoft MatMulNBits, block 32, zero points at their defaults (128 for 8 bits, 8 for 4).
+    """A matrix as docs/package-format.md packs it for the operators Linear and Embedding.
 
-    weight: float32 [n, k], k inputs -> codes uint8 [n, k * bits / 8] and scales float32 [n, k / 32].
-    ValueError if k is not a multiple of 32 or a weight is not finite; `what` names the tensor in it.
+    weight: float32 [n, k], k inputs -> panels uint8 [ceil(n / 16), k / 32, block bytes], and the float32 values [n, k]
+    that they stand for. ValueError if k is not a multiple of 32 or a weight is not finite; `what` names the tensor.
     """
     rows, inputs = weight.shape
     if inputs % WEIGHT_BLOCK:
         raise ValueError(f"{what}: input dimension {inputs} is not a multiple of the quantisation block {WEIGHT_BLOCK}")
-    q, scales = _quantize(weight.reshape(rows, -1, WEIGHT_BLOCK), bits, lambda scale: scale, what)
-    codes = (q.astype(np.int16) + 128).astype(np.uint8) if bits == 8 else _pack_nibbles(q)
-    return codes.reshape(rows, -1), scales
+    q, scales = _quantize(weight.reshape(rows, -1, WEIGHT_BLOCK), bits, what)
+    values = (q * scales[..., None]).reshape(rows, inputs)
+    if missing := -rows % PANEL:
+        q = np.concatenate((q, np.zeros((missing, *q.shape[1:]), np.int8)))
+        scales = np.concatenate((scales, np.zeros((missing, *scales.shape[1:]), np.float32)))
+    panels, groups = len(q) // PANEL, inputs // WEIGHT_BLOCK
+    # Four columns of a row stand together, the unit of a dot product instruction; 4 bits pair two halves of a block.
+    fours = q.reshape(panels, PANEL, groups, WEIGHT_BLOCK // 4, 4).transpose(0, 2, 3, 1, 4)
+    if bits == 8:
+        codes = (fours ^ np.int8(-128)).view(np.uint8)
+    else:
+        nibbles = (fours + np.int8(8)).view(np.uint8)
+        codes = np.bitwise_or(nibbles[:, :, :4], nibbles[:, :, 4:] << 4)
+    halves = scales.astype("<f2").reshape(panels, PANEL, groups).transpose(0, 2, 1)
+    packed = (codes.reshape(panels, groups, -1), np.ascontiguousarray(halves).view(np.uint8))
+    return np.concatenate(packed, axis=-1), values
 
 
-def dequantize_weight(codes: Codes, scales: Floats, bits: int) -> Floats:
-    """The inverse of `quantize_weight`: float32 [n, k]."""
-    blocks = codes.reshape(*scales.shape, -1)
-    q = blocks.astype(np.float32) - 128 if bits == 8 else _unpack_nibbles(blocks, WEIGHT_BLOCK).astype(np.float32)
-    return (q * scales[..., None]).reshape(len(codes), -1)
+def dequantize_weight(packed: Codes, bits: int, rows: int) -> Floats:
+    """The inverse of `quantize_weight`: float32 [rows, k]."""
+    panels, groups, _ = packed.shape
+    codes, halves = np.split(packed, [PANEL * WEIGHT_BLOCK * bits // 8], axis=-1)
+    if bits == 4:
+        codes = np.concatenate((codes & 15, codes >> 4), axis=-1)
+    q = codes.reshape(panels, groups, WEIGHT_BLOCK // 4, PANEL, 4).astype(np.float32) - 2 ** (bits - 1)
+    scales = np.ascontiguousarray(halves).view("<f2").astype(np.float32)
+    values = (q * scales[:, :, None, :, None]).transpose(0, 3, 1, 2, 4)
+    return values.reshape(panels * PANEL, -1)[:rows]
 
 
 def row_group(row_type: str, row_dim: int) -> int:
@@ -132,7 +164,7 @@ def quantize_rows(rows: Floats, row_type: str, what: str) -> tuple[Codes, NDArra
     padded = np.zeros((*lead, groups * group), np.float32)
     padded[..., :row_dim] = rows
     blocks = padded.reshape(*lead, groups, group)
-    q, scales = _quantize(blocks, 8 if row_type == "int8" else 4, _float16_up, what)
+    q, scales = _quantize(blocks, 8 if row_type == "int8" else 4, what)
     values = (q * scales[..., None]).reshape(*lead, -1)[..., :row_dim]
     q = q.reshape(*lead, -1)[..., :row_dim]
     codes = q.view(np.uint8) if row_type == "int8" else _pack_nibbles(q)

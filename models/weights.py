@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
 import numpy as np
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
-from .quantize import WEIGHT_BITS, Floats, dequantize_weight, quantize_weight, require_finite
+from .quantize import PANEL, WEIGHT_BITS, Codes, Floats, quantize_weight, require_finite
 
 WEIGHT_TYPES = ("float32", *WEIGHT_BITS)
 WEIGHTS_FILE = "weights.bin"
-_PAGE = 4096  # mmap wants offsets that are multiples of it; smaller tensors stay inside the graph
-_ROWS_AT_ONCE = 4096  # rows of a matrix that are quantised together: bounds the memory
+_PAGE = 4096  # mmap wants offsets that are multiples of it; smaller tensors that are not packed stay inside the graph
+_WEIGHTS_AT_ONCE = 1 << 17  # weights that a thread quantises together: what a core's cache holds a few copies of
 
 Weights = Callable[[str], Floats]
 """Gives a weight by its name in `Decoder.state_dict()`, float32."""
@@ -43,12 +47,27 @@ class WeightErrors:
             self.worst, self.worst_tensor = error, name
 
 
+def tensor_bytes(tensor: TensorProto) -> int:
+    """Bytes of an initialiser's values, in the graph or outside."""
+    return math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+
+
+def _quantize_rows(weight: Floats, bits: int, name: str, rows: slice) -> tuple[Codes, float, float]:
+    """The panels of some rows, their squared error and their squared sum."""
+    exact = weight[rows]
+    packed, values = quantize_weight(exact, bits, name)
+    # Sums in float64 of squares in float32: the error is of interest to a few digits.
+    squared_error = float(np.square(exact - values).sum(dtype=np.float64))
+    return packed, squared_error, float(np.square(exact).sum(dtype=np.float64))
+
+
 @dataclass
 class WeightStore:
-    """Initialisers for the stages of one model.
+    """Initialisers for the graphs of one model.
 
-    A tensor of a page or more goes to `file`, page-aligned so that it can be mapped, a smaller one into the graph. A
-    tensor that two stages use is stored once.
+    Packed matrices, and other tensors of a page or more, go to `file`, page-aligned so that they can be mapped; smaller
+    ones go into the graphs. A tensor that several stages use is stored once. No tensor is in memory longer than it
+    takes to write it.
     """
 
     weights: Weights
@@ -59,6 +78,7 @@ class WeightStore:
     progress: Progress | None = None
     errors: WeightErrors = field(default_factory=WeightErrors)
     _tensors: dict[str, TensorProto] = field(default_factory=dict)
+    _packed: dict[str, tuple[TensorProto, int]] = field(default_factory=dict)
     _done: int = 0
 
     def constant(self, name: str, make: Callable[[], np.ndarray]) -> TensorProto:
@@ -69,49 +89,67 @@ class WeightStore:
 
     def weight(self, name: str) -> TensorProto:
         """A weight as it is."""
-        return self.constant(name, lambda: self._fetch(name))
+        return self.constant(name, lambda: self._fetch_finite(name))
 
     def transposed(self, name: str, parts: Sequence[str]) -> TensorProto:
         """Weights [n, k] one below the other, transposed to what MatMul takes: float32 [k, sum of n]."""
-        return self.constant(name, lambda: np.concatenate([self._fetch(part) for part in parts]).T)
+        return self.constant(name, lambda: np.concatenate([self._fetch_finite(part) for part in parts]).T)
 
-    def quantized(self, name: str, parts: Sequence[str]) -> tuple[TensorProto, TensorProto]:
-        """Weights [n, k] one below the other, as codes uint8 [sum of n, k * bits / 8] and scales [sum of n, k / 32]."""
-        codes, scales = f"{name}.codes", f"{name}.scales"
-        if codes not in self._tensors:
-            blocks = [block for part in parts for block in self._quantize(part)]
-            self._tensors[codes] = self._store(codes, np.concatenate([block[0] for block in blocks]))
-            self._tensors[scales] = self._store(scales, np.concatenate([block[1] for block in blocks]))
-        return self._tensors[codes], self._tensors[scales]
+    def packed(self, name: str, parts: Sequence[str]) -> tuple[TensorProto, int]:
+        """Weights [n, k] one below the other in the panels of `quantize_weight`, and the sum of n.
 
-    def _quantize(self, name: str) -> list[tuple[np.ndarray, np.ndarray]]:
-        weight, bits = self._fetch(name), WEIGHT_BITS[self.weight_type]
-        blocks, squared_error, squared_sum = [], 0.0, 0.0
-        for start in range(0, len(weight), _ROWS_AT_ONCE):
-            exact = weight[start : start + _ROWS_AT_ONCE]
-            codes, scales = quantize_weight(exact, bits, name)
-            squared_error += float(np.square(exact - dequantize_weight(codes, scales, bits), dtype=np.float64).sum())
-            squared_sum += float(np.square(exact, dtype=np.float64).sum())
-            blocks.append((codes, scales))
-        self.errors.add(name, squared_error, squared_sum)
-        return blocks
+        Every n but the last must be a multiple of a panel's 16 rows.
+        """
+        if name not in self._packed:
+            self._packed[name] = self._pack(name, parts)
+        return self._packed[name]
+
+    def _pack(self, name: str, parts: Sequence[str]) -> tuple[TensorProto, int]:
+        bits, offset, outputs, shape = WEIGHT_BITS[self.weight_type], self._align(), 0, (0, 0)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for part in parts:
+                assert outputs % PANEL == 0, part
+                weight = self._fetch(part)
+                outputs += len(weight)
+                squared_error = squared_sum = 0.0
+                step = max(1, _WEIGHTS_AT_ONCE // (PANEL * weight.shape[1])) * PANEL
+                slices = [slice(start, start + step) for start in range(0, len(weight), step)]
+                for packed, *squares in pool.map(functools.partial(_quantize_rows, weight, bits, part), slices):
+                    self.file.write(packed.data)
+                    squared_error += squares[0]
+                    squared_sum += squares[1]
+                    shape = packed.shape[1:]
+                self.errors.add(part, squared_error, squared_sum)
+        return self._external(name, TensorProto.UINT8, (-(-outputs // PANEL), *shape), offset), outputs
 
     def _fetch(self, name: str) -> Floats:
         array = self.weights(name)
-        require_finite(array, name)
         self._done += array.size
         if self.progress:
             self.progress(self._done, self.parameters)
         return array
 
+    def _fetch_finite(self, name: str) -> Floats:
+        array = self._fetch(name)
+        require_finite(array, name)
+        return array
+
     def _store(self, name: str, array: np.ndarray) -> TensorProto:
         if array.nbytes < _PAGE:
             return numpy_helper.from_array(array, name)
-        self.file.write(bytes(-self.file.tell() % _PAGE))
-        # set_external_data insists on raw_data, of which an external tensor has none.
-        data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
-        tensor = TensorProto(name=name, dims=array.shape, data_type=data_type, raw_data=b"")
-        external_data_helper.set_external_data(tensor, WEIGHTS_FILE, self.file.tell(), array.nbytes)
-        tensor.ClearField("raw_data")
+        offset = self._align()
         self.file.write(array.data)
+        return self._external(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape, offset)
+
+    def _align(self) -> int:
+        """Where the next tensor begins in the file."""
+        self.file.write(bytes(-self.file.tell() % _PAGE))
+        return self.file.tell()
+
+    def _external(self, name: str, data_type: int, shape: Sequence[int], offset: int) -> TensorProto:
+        """The tensor that lies in the file from `offset` to its end."""
+        # set_external_data insists on raw_data, of which an external tensor has none.
+        tensor = TensorProto(name=name, dims=shape, data_type=data_type, raw_data=b"")
+        external_data_helper.set_external_data(tensor, WEIGHTS_FILE, offset, self.file.tell() - offset)
+        tensor.ClearField("raw_data")
         return tensor

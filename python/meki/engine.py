@@ -37,8 +37,9 @@ class Engine:
         """Opens a package by name or path.
 
         threads: compute threads of one step, 0 for one per available core. rom_access: "mmap", "pread", or "direct"
-        (past the page cache). kv_type: how keys and values are stored, "int8", "int4", "float16" or "float32". Raises ModelNotFoundError, PackageError for a package that cannot be used, ValueError for
-        an option out of range, ImportError or RuntimeError if ONNX Runtime is missing or fails.
+        (past the page cache). kv_type: how keys and values are stored, "float32", "float16", "int8" or "int4". Raises
+        ModelNotFoundError, PackageError for a package that cannot be used, ValueError for an option out of range,
+        ImportError or RuntimeError if ONNX Runtime is missing or fails.
         """
         self.path = find_model(model)
         options = _core.EngineOptions(

@@ -45,7 +45,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 def check_parsed_files(directory: Path, manifest: dict[str, Any]) -> None:
     """The SHA-256 sums of the files that go through a parser: graphs and tokenizer, which are small. PackageError."""
-    for name in (*(stage["file"] for stage in manifest["stages"]), manifest["tokenizer"]["file"]):
+    stages = [*manifest["stages"], *(manifest["dense_stages"] or [])]
+    for name in (*(stage["file"] for stage in stages), manifest["tokenizer"]["file"]):
         check_sha256(directory / name, manifest["files"][name]["sha256"], lambda size: None)
 
 

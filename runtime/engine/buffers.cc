@@ -86,7 +86,12 @@ Tensor Buffers::output(const std::string& name, const Step& step) const {
 }
 
 Tensor Buffers::cache(const std::string& name, size_t layer) const {
-  return {name, ElementType::uint8, {static_cast<int64_t>(layer_bytes_)}, cache_.data() + layer * layer_bytes_};
+  const size_t block = layout_.block_bytes();
+  return {name,
+          ElementType::uint8,
+          {static_cast<int64_t>(layer_bytes_ / layout_.kv_heads / block), static_cast<int64_t>(layout_.kv_heads),
+           static_cast<int64_t>(block)},
+          cache_.data() + layer * layer_bytes_};
 }
 
 Tensor Buffers::hidden(const std::string& name, size_t tokens) const {

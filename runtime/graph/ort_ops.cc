@@ -141,8 +141,12 @@ class AttentionKernel final : public Kernel {
     const int32_t total = *call.input<int32_t>(2);
     require(total >= 0 && static_cast<size_t>(total) >= tokens, "the sequence is shorter than this step");
     const auto length = static_cast<size_t>(total);
-    const size_t cache_bytes = call.input_bytes(1);
-    require(layout.bytes(length) <= cache_bytes, "the sequence is longer than the KV cache");
+    const Shape blocks = call.input_shape(1);
+    require(blocks.rank == 3 && static_cast<size_t>(blocks.sizes[1]) == kv_heads_ &&
+                static_cast<size_t>(blocks.sizes[2]) == layout.block_bytes(),
+            "the KV cache has other heads or another head_dim");
+    require(length <= static_cast<size_t>(blocks.sizes[0]) * KvLayout::kBlock,
+            "the sequence is longer than the KV cache");
     for (const size_t table : {3, 4}) {
       require(call.input_bytes(table) / sizeof(float) / (head_dim / 2) >= length,
               "the sequence is longer than the rotary tables");
@@ -153,7 +157,7 @@ class AttentionKernel final : public Kernel {
         require(call.input_bytes(gain) == head_dim * sizeof(float), "a gain is not [head_dim]");
       }
     }
-    auto* const cache = call.output<std::byte>(1, {{static_cast<int64_t>(cache_bytes)}, 1});
+    auto* const cache = call.output<std::byte>(1, blocks);
     require(cache == call.input<std::byte>(1), "past and present are not the same memory");
     const AttentionStep step{
         .heads = heads_,

@@ -19,6 +19,7 @@ std::vector<const Simd*> find_paths() {
       __builtin_cpu_supports("avx512vnni")) {
     paths.push_back(&kAvx512Vnni);
   }
+  if (avx2) paths.push_back(&kAvx2);
 #endif
   paths.push_back(&kPortable);
   return paths;

@@ -122,8 +122,9 @@ class FakeBinding final : public Binding {
   }
 
   void bind_cache(const Tensor& tensor, std::map<std::string, Tensor>& outputs) {
-    capacity_ = tensor.shape.at(0) / static_cast<int64_t>(2 * kHeads * kHeadDim * sizeof(float));
-    expect(tensor, ElementType::uint8, {tensor.shape.at(0)});
+    constexpr int64_t kBlock = 64;  // positions; what the engine must think a block of a float32 cache to be
+    capacity_ = tensor.shape.at(0) * kBlock;
+    expect(tensor, ElementType::uint8, {tensor.shape.at(0), kHeads, 2 * kBlock * kHeadDim * sizeof(float)});
     const auto present = outputs.extract("present" + tensor.name.substr(4));
     require(!present.empty() && present.mapped().data == tensor.data && present.mapped().shape == tensor.shape,
             " is not bound to the memory of its output", tensor.name);

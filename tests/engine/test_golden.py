@@ -40,7 +40,7 @@ def golden_package(directory: Path, golden: dict[str, np.ndarray], hidden: np.nd
     vocab_size, memory_dim = module.embeddings.weight.shape
     width, length = hidden.shape[1], len(hidden)
     config = ModelConfig(
-        vocab_size=vocab_size, layers=1, hidden=width, ffn=1, heads=1, kv_heads=1, head_dim=2, memory_dim=memory_dim,
+        vocab_size=vocab_size, layers=1, hidden=width, ffn=1, heads=1, kv_heads=1, head_dim=16, memory_dim=memory_dim,
         context=length, norm_eps=float(golden["eps"]),
     )  # fmt: skip
     state = {f"layers.0.meki.{name}": value.numpy() for name, value in module.state_dict().items()}
@@ -53,9 +53,9 @@ def golden_package(directory: Path, golden: dict[str, np.ndarray], hidden: np.nd
         stage = Stage(config, store)
         total = stage.input("total_sequence_length", [], TensorProto.INT32)
         ids = stage.input("token_ids", [1, "T"], TensorProto.INT64)
-        for part in ("key", "value"):
-            cache = stage.input(f"past.0.{part}", [1, 1, "S", 2])
-            stage.op("Identity", [cache], stage.output(f"present.0.{part}", [1, 1, "S", 2]))
+        cache = ["blocks", 1, "block_bytes"]
+        past = stage.input("past.0", cache, TensorProto.UINT8)
+        stage.op("Identity", [past], stage.output("present.0", cache, TensorProto.UINT8))
         count = stage.op("Size", [ids], "count")
         last = stage.op("Cast", [total], "last", to=TensorProto.INT64)
         one = constant(stage, "one", np.array(1, np.int64))
@@ -84,10 +84,10 @@ def golden_package(directory: Path, golden: dict[str, np.ndarray], hidden: np.nd
         for path in directory.iterdir()
     }
     manifest = {
-        "format": "meki-package", "version": 1, "name": "golden", "architecture": json.loads(config.to_json()),
+        "format": "meki-package", "version": 2, "name": "golden", "architecture": json.loads(config.to_json()),
         "memory": {"kind": "meki", "file": "memory.rom", "row_type": row_type, "content_id": summary.content_id},
         "stages": [{"file": "stage0.onnx", "rows": None}, {"file": "stage1.onnx", "rows": [0, 1]}],
-        "kv_cache": {"type": "float32"}, "weights": {"type": "float32", "block": None},
+        "dense_stages": [{"file": "stage0.onnx"}], "weights": {"type": "float32", "block": None},
         "tokenizer": {"file": "tokenizer.json", "bos_token_id": None, "eos_token_ids": []},
         "files": files, "quantization_error": {}, "provenance": {},
     }  # fmt: skip

@@ -123,7 +123,7 @@ def test_architectures_that_the_files_contradict(package: Path, field: str, valu
 def test_a_context_beyond_the_rotary_tables(package: Path) -> None:
     """The manifest promises more positions than the graph has: an error when they are used, no read out of bounds."""
     edit_manifest(package, lambda manifest: manifest["architecture"].update(context=2**31 - 1))
-    with pytest.raises(PackageError, match=r"cos_cache"):
+    with pytest.raises(PackageError, match=r"rotary tables"):
         Engine(package).session(context=1000).logits([1] * 1000)
 
 

@@ -1,7 +1,9 @@
-"""A naive runtime for packages: plain ONNX Runtime with a ROM reader written from docs/rom-format.md."""
+"""A naive runtime for packages: onnx's reference evaluator with the operators of docs/package-format.md written from
+their equations, and a ROM reader written from docs/rom-format.md."""
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
 from collections.abc import Callable
@@ -9,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
+import onnx
 import pytest
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
 
 def crc32c_bitwise(data: bytes) -> int:
@@ -50,31 +54,108 @@ def read_rom(data: bytes) -> tuple[dict[str, Any], np.ndarray]:
     return header, rows
 
 
-class ReferenceSession:
-    """One sequence on one package. Every buffer is bound by hand; the KV cache is updated in place."""
+def unpack_weight(weight: np.ndarray, bits: int, outputs: int) -> np.ndarray:
+    """A packed matrix as float32 [outputs, k], element by element; checks the padding of the last panel."""
+    panels, groups, block_bytes = weight.shape
+    assert weight.dtype == np.uint8 and panels == -(-outputs // 16) and block_bytes == {4: 288, 8: 544}[bits]
+    values = np.zeros((panels * 16, groups * 32), np.float32)
+    for n in range(panels * 16):
+        panel, r = divmod(n, 16)
+        for k in range(groups * 32):
+            block, column = weight[panel, k // 32].tobytes(), k % 32
+            scale = struct.unpack_from("<e", block, block_bytes - 32 + 2 * r)[0]
+            if bits == 8:
+                q = block[64 * (column // 4) + 4 * r + column % 4] - 128
+            else:
+                high, column = divmod(column, 16)
+                q = (block[64 * (column // 4) + 4 * r + column % 4] >> 4 * high & 15) - 8
+            assert n < outputs or (q == 0 and scale == 0)
+            values[n, k] = np.float32(scale) * np.float32(q)
+    return values[:outputs]
 
-    def __init__(self, package: Path, capacity: int | None = None) -> None:
+
+@functools.cache
+def unpack_once(data: bytes, shape: tuple[int, ...], bits: int, outputs: int) -> np.ndarray:
+    return unpack_weight(np.frombuffer(data, np.uint8).reshape(shape), bits, outputs)
+
+
+class Linear(OpRun):
+    """x W^T with activations in float32: what the runtime's int8 activations approximate."""
+
+    op_domain = "meki"
+
+    def _run(self, x: np.ndarray, weight: np.ndarray, outputs: int, bits: int) -> tuple[np.ndarray]:
+        return (x @ unpack_once(weight.tobytes(), weight.shape, bits, outputs).T,)
+
+
+class Embedding(OpRun):
+    op_domain = "meki"
+
+    def _run(self, ids: np.ndarray, weight: np.ndarray, outputs: int, bits: int) -> tuple[np.ndarray]:
+        return (unpack_once(weight.tobytes(), weight.shape, bits, outputs)[ids],)
+
+
+class Attention(OpRun):
+    """A position and a head at a time, in float64. Its cache: float32 [key or value, position, kv head, head_dim]."""
+
+    op_domain = "meki"
+    op_schema = None  # not that of ONNX's own Attention
+
+    def _run(
+        self,
+        qkv: np.ndarray,
+        past: np.ndarray,
+        total_sequence_length: np.ndarray,
+        cos: np.ndarray,
+        sin: np.ndarray,
+        *gains: np.ndarray,
+        heads: int,
+        kv_heads: int,
+        epsilon: float,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        head_dim = 2 * cos.shape[1]
+        tokens, first = qkv.shape[1], int(total_sequence_length) - qkv.shape[1]
+        split = qkv.astype(np.float64).reshape(tokens, heads + 2 * kv_heads, head_dim)
+        cache = past.copy().view(np.float32).reshape(2, -1, kv_heads, head_dim)
+        out = np.zeros((tokens, heads, head_dim))
+
+        def turned(x: np.ndarray, gain: tuple[np.ndarray, ...], position: int) -> np.ndarray:
+            if gain:
+                x = x / np.sqrt(np.mean(x**2) + epsilon) * gain[0]
+            low, high = x[: head_dim // 2], x[head_dim // 2 :]
+            c, s = cos[position], sin[position]
+            return np.concatenate((low * c - high * s, high * c + low * s))
+
+        for t in range(tokens):
+            position = first + t
+            for g in range(kv_heads):
+                cache[0, position, g] = turned(split[t, heads + g], gains[1:], position)
+                cache[1, position, g] = split[t, heads + kv_heads + g]
+            for h in range(heads):
+                g = h // (heads // kv_heads)
+                scores = cache[0, : position + 1, g] @ turned(split[t, h], gains[:1], position) / np.sqrt(head_dim)
+                weights = np.exp(scores - scores.max())
+                out[t, h] = weights / weights.sum() @ cache[1, : position + 1, g]
+        return out.reshape(1, tokens, -1).astype(np.float32), cache.reshape(-1).view(np.uint8)
+
+
+class ReferenceSession:
+    """One sequence on one package."""
+
+    def __init__(self, package: Path, capacity: int | None = None, stages: str = "stages") -> None:
+        """stages: "stages" or "dense_stages" of the manifest."""
         self.manifest = json.loads((package / "manifest.json").read_text())
-        self.architecture = self.manifest["architecture"]
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
+        architecture = self.manifest["architecture"]
         self.stages = [
-            onnxruntime.InferenceSession(package / stage["file"], options, providers=["CPUExecutionProvider"])
-            for stage in self.manifest["stages"]
+            ReferenceEvaluator(onnx.load(package / stage["file"]), new_ops=[Attention, Embedding, Linear])
+            for stage in self.manifest[stages]
         ]
         memory = self.manifest["memory"]
         self.rows = read_rom((package / memory["file"]).read_bytes())[1] if memory else None
-        shape = (
-            1,
-            self.architecture["kv_heads"],
-            capacity or self.architecture["context"],
-            self.architecture["head_dim"],
-        )
+        size = 2 * (capacity or architecture["context"]) * architecture["kv_heads"] * architecture["head_dim"]
         # Garbage beyond the sequence must not matter: NaN shows it if it does.
-        self.cache = {
-            f"{layer}.{part}": onnxruntime.OrtValue.ortvalue_from_numpy(np.full(shape, np.nan, np.float32))
-            for layer in range(self.architecture["layers"])
-            for part in ("key", "value")
+        self.values: dict[str, np.ndarray] = {
+            f"past.{layer}": np.full(size, np.nan, np.float32).view(np.uint8) for layer in range(architecture["layers"])
         }
         self.length = 0
 
@@ -82,32 +163,23 @@ class ReferenceSession:
         """Appends tokens; float32 logits [len(logit_index), vocab_size], of all of them if None."""
         index = np.arange(len(ids)) if logit_index is None else np.array(logit_index)
         self.length += len(ids)
-        values: dict[str, np.ndarray] = {
+        self.values |= {
             "token_ids": np.array(ids, np.int64)[None],
-            "seqlens_k": np.array([self.length - 1], np.int32),
             "total_sequence_length": np.array(self.length, np.int32),
             "logit_index": index.astype(np.int64),
         }
         if self.rows is not None:
-            values["rows"] = np.ascontiguousarray(self.rows[:, ids])
+            self.values["rows"] = self.rows[:, ids]
         for stage in self.stages:
-            binding = stage.io_binding()
-            for value in stage.get_inputs():
-                if value.name.startswith("past."):
-                    binding.bind_ortvalue_input(value.name, self.cache[value.name.removeprefix("past.")])
-                else:
-                    binding.bind_cpu_input(value.name, values[value.name])
-            outputs = []
-            for value in stage.get_outputs():
-                if value.name.startswith("present."):
-                    binding.bind_ortvalue_output(value.name, self.cache[value.name.removeprefix("present.")])
-                else:
-                    binding.bind_output(value.name, "cpu")
-                    outputs.append(value.name)
-            stage.run_with_iobinding(binding)
-            bound = dict(zip((v.name for v in stage.get_outputs()), binding.get_outputs(), strict=True))
-            values.update({name: bound[name].numpy() for name in outputs})
-        return values["logits"]
+            outputs = stage.run(None, {name: self.values[name] for name in stage.input_names})
+            for name, value in zip(stage.output_names, outputs, strict=True):
+                self.values[name.replace("present.", "past.")] = value
+        return self.values["logits"]
+
+
+@pytest.fixture(scope="session")
+def naive_unpack() -> Callable[[np.ndarray, int, int], np.ndarray]:
+    return unpack_weight
 
 
 @pytest.fixture(scope="session")

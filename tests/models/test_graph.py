@@ -1,10 +1,9 @@
-"""The exported stages in plain ONNX Runtime against the PyTorch reference."""
+"""The exported graphs against the PyTorch reference: in onnx's reference evaluator, and in the engine."""
 
 from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ import onnx
 import pytest
 import torch
 
+from meki import Engine
 from meki.models.config import ConfigError, ModelConfig
 from meki.models.decoder import Decoder
 from meki.models.graph import check_exportable
-from meki.models.quantize import dequantize_weight, quantize_weight
+from meki.models.quantize import quantize_weight
 
 IDS = np.random.default_rng(3).integers(0, 300, 40)
 
@@ -55,9 +55,7 @@ def with_quantized_weights(model: Decoder, bits: int) -> Decoder:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "meki.embeddings" not in name and "word_emb_projection" not in name:
-                parameter.copy_(
-                    torch.from_numpy(dequantize_weight(*quantize_weight(parameter.numpy(), bits, name), bits))
-                )
+                parameter.copy_(torch.from_numpy(quantize_weight(parameter.numpy(), bits, name)[1]))
     return model
 
 
@@ -90,26 +88,12 @@ def test_row_types(
     np.testing.assert_allclose(session.step(IDS), reference(model, session.rows), rtol=0, atol=TOLERANCE)
 
 
-def set_accuracy_level(package: Path, copy_to: Path, level: int) -> Path:
-    """A copy of a package whose MatMulNBits have another accuracy level: 1 keeps activations in float32."""
-    shutil.copytree(package, copy_to)
-    for path in copy_to.glob("*.onnx"):
-        model = onnx.load(path, load_external_data=False)
-        levels = [a for node in model.graph.node for a in node.attribute if a.name == "accuracy_level"]
-        assert levels
-        for attribute in levels:
-            attribute.i = level
-        onnx.save(model, path)
-    return copy_to
-
-
 @pytest.mark.parametrize("variant", [{}, {"memory_dim": 0, "qk_norm": False}], ids=str)
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_quantized(
     make_package: Callable[..., Path],
     make_model: Callable[..., Decoder],
     reference_session: Any,
-    tmp_path: Path,
     weights: str,
     variant: dict[str, Any],
 ) -> None:
@@ -118,12 +102,37 @@ def test_quantized(
     model = with_quantized_weights(make_model(**variant), {"int8": 8, "int4": 4}[weights])
     expected = reference(model, session.rows)
     # With activations in float32 the graph is the dequantised model, to float32 rounding.
-    exact_activations = reference_session(set_accuracy_level(package, tmp_path / "level1", 1))
-    np.testing.assert_allclose(exact_activations.step(IDS), expected, rtol=0, atol=TOLERANCE)
-    # As exported, each product rounds its activations to 255 levels of the largest of 32: 0.5% of their RMS. Some 20
+    np.testing.assert_allclose(session.step(IDS), expected, rtol=0, atol=TOLERANCE)
+    # In the engine each product rounds its activations to 255 levels of the largest of 32: 0.5% of their RMS. Some 20
     # products that follow one another or add up make at most sqrt(20) times that, 2.4%, if no error is amplified.
-    error = np.linalg.norm(session.step(IDS) - expected) / np.linalg.norm(expected)
+    error = np.linalg.norm(Engine(package, kv_type="float32").logits(IDS) - expected) / np.linalg.norm(expected)
     assert error < 0.03
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_float32_in_the_engine(
+    make_package: Callable[..., Path],
+    make_model: Callable[..., Decoder],
+    reference_session: Any,
+    variant: dict[str, Any],
+) -> None:
+    package = make_package(**variant)
+    expected = reference(make_model(**variant), reference_session(package).rows)
+    np.testing.assert_allclose(Engine(package, kv_type="float32").logits(IDS), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("weights", ["float32", "int4"])
+def test_dense_graph(
+    make_package: Callable[..., Path], make_model: Callable[..., Decoder], reference_session: Any, weights: str
+) -> None:
+    """The backbone without its memory is the model with nothing injected."""
+    model = make_model() if weights == "float32" else with_quantized_weights(make_model(), 4)
+    for layer in model.layers:
+        layer.meki.inject = lambda rows, h: torch.zeros_like(h)
+    session = reference_session(make_package(weights=weights), stages="dense_stages")
+    with torch.no_grad():
+        expected = model(torch.from_numpy(IDS)[None])[0].numpy()
+    np.testing.assert_allclose(session.step(IDS), expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("variant", [{}, {"memory_dim": 0}, {"qk_norm": False}], ids=str)
@@ -151,8 +160,7 @@ def test_logits_where_asked(make_package: Callable[..., Path], reference_session
     for index in ([39], [], [5, 0, 38, 5]):
         logits = reference_session(package).step(IDS, index)
         assert logits.shape == (len(index), 300)
-        # The head alone sees another height of its input, and each row is computed by itself: rounding only. With int8
-        # the rounding of the activations is the same too.
+        # The head alone sees another height of its input: rounding only.
         np.testing.assert_allclose(logits, expected[index], rtol=0, atol=TOLERANCE)
 
 
@@ -169,60 +177,127 @@ def names(values: Any) -> dict[str, tuple[int, list[int | str]]]:
             for v in values}  # fmt: skip
 
 
+def load(package: Path, name: str) -> onnx.GraphProto:
+    return onnx.load(package / f"{name}.onnx", load_external_data=False).graph
+
+
 @pytest.mark.parametrize("weights", ["float32", "int8", "int4"])
 def test_interface(make_package: Callable[..., Path], weights: str) -> None:
     """Names, types and shapes as docs/package-format.md has them."""
     package = make_package(weights=weights)
-    stages = [onnx.load(package / f"stage{i}.onnx", load_external_data=False).graph for i in (0, 1)]
-    float32, int32, int64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.INT64
-    lengths = {"seqlens_k": (int32, [1]), "total_sequence_length": (int32, [])}
-    cache = (float32, [1, 2, "S", 16])
-    first_in, first_out = names(stages[0].input), names(stages[0].output)
-    between = {name: value for name, value in first_out.items() if not name.startswith("present.")}
+    first, second, dense = (load(package, name) for name in ("stage0", "stage1", "dense"))
+    float32, uint8 = onnx.TensorProto.FLOAT, onnx.TensorProto.UINT8
+    ids = {"token_ids": (onnx.TensorProto.INT64, [1, "T"])}
+    length = {"total_sequence_length": (onnx.TensorProto.INT32, [])}
+    index = {"logit_index": (onnx.TensorProto.INT64, ["K"])}
+    logits = {"logits": (float32, ["K", 300])}
+
+    def caches(kind: str, *layers: int) -> dict[str, tuple[int, list[int | str]]]:
+        return {f"{kind}.{layer}": (uint8, ["blocks", 2, "block_bytes"]) for layer in layers}
+
+    between = {name: value for name, value in names(first.output).items() if not name.startswith("present.")}
     assert len(between) == 2 and all(value == (float32, [1, "T", 64]) for value in between.values())
-    assert first_in == {"token_ids": (int64, [1, "T"]), **lengths, "past.0.key": cache, "past.0.value": cache}
-    assert first_out == {**between, "present.0.key": cache, "present.0.value": cache}
-    parts = [f"{layer}.{part}" for layer in (1, 2) for part in ("key", "value")]
-    assert names(stages[1].input) == {
-        **between,
-        **lengths,
-        "rows": (float32, [3, "T", 32]),
-        "logit_index": (int64, ["K"]),
-        **{f"past.{part}": cache for part in parts},
-    }
-    assert names(stages[1].output) == {"logits": (float32, ["K", 300]), **{f"present.{part}": cache for part in parts}}
+    assert names(first.input) == ids | length | caches("past", 0)
+    assert names(first.output) == between | caches("present", 0)
+    rows = {"rows": (float32, [3, "T", 32])}
+    assert names(second.input) == between | length | rows | index | caches("past", 1, 2)
+    assert names(second.output) == logits | caches("present", 1, 2)
+    assert names(dense.input) == ids | length | index | caches("past", 0, 1, 2)
+    assert names(dense.output) == logits | caches("present", 0, 1, 2)
 
 
-def test_one_layer_asks_for_no_lengths_in_its_second_stage(make_package: Callable[..., Path]) -> None:
-    graph = onnx.load(make_package(layers=1) / "stage1.onnx", load_external_data=False).graph
-    assert {"rows", "logit_index"} < set(names(graph.input))
-    assert not {"seqlens_k", "total_sequence_length", "token_ids"} & set(names(graph.input))
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("weights", ["float32", "int4"])
+def test_operators(make_package: Callable[..., Path], weights: str, qk_norm: bool) -> None:
+    """The runtime's operators as docs/package-format.md has them; everything else is standard ONNX."""
+    package = make_package(weights=weights, qk_norm=qk_norm)
+    for name, layers, memory in (("stage0", 1, 0), ("stage1", 2, 3), ("dense", 3, 0)):
+        path = package / f"{name}.onnx"
+        onnx.checker.check_model(str(path), full_check=False)
+        assert {o.domain: o.version for o in onnx.load(path, load_external_data=False).opset_import} == {
+            "": 23,
+            "meki": 1,
+        }
+        graph = load(package, name)
+        assert {node.domain for node in graph.node} == {"", "meki"}
+        tensors = {t.name: (t.data_type, list(t.dims)) for t in graph.initializer}
+        nodes = {kind: [n for n in graph.node if n.op_type == kind and n.domain == "meki"]
+                 for kind in ("Attention", "Linear", "Embedding")}  # fmt: skip
+        assert sum(map(len, nodes.values())) == sum(node.domain == "meki" for node in graph.node)
+        assert len(nodes["Attention"]) == layers
+        for node in nodes["Attention"]:
+            assert attributes(node) == {"heads": 4, "kv_heads": 2, "epsilon": pytest.approx(1e-6)}
+            assert len(node.input) == (7 if qk_norm else 5) and len(node.output) == 2
+            assert node.input[1].replace("past", "present") == node.output[1]
+            assert node.input[2] == "total_sequence_length"
+            assert [tensors[table] for table in node.input[3:5]] == [(onnx.TensorProto.FLOAT, [128, 8])] * 2
+            assert [tensors[gain] for gain in node.input[5:]] == [(onnx.TensorProto.FLOAT, [16])] * (2 * qk_norm)
+        head, embeddings = name != "stage0", name != "stage1"
+        if weights == "float32":
+            assert not nodes["Linear"] and not nodes["Embedding"]
+            continue
+        assert len(nodes["Embedding"]) == embeddings
+        # qkv, o, gate and up, down; the memory's two; the head.
+        assert len(nodes["Linear"]) == 4 * layers + 2 * memory + head
+        sizes = []
+        for node in nodes["Linear"] + nodes["Embedding"]:
+            assert attributes(node).keys() == {"outputs", "bits"} and attributes(node)["bits"] == 4
+            outputs, (data_type, (panels, groups, block)) = attributes(node)["outputs"], tensors[node.input[1]]
+            assert (data_type, panels, block) == (onnx.TensorProto.UINT8, -(-outputs // 16), 288)
+            sizes.append((outputs, 32 * groups))
+        matrices = [(128, 64), (64, 64), (192, 64), (64, 96)] * layers + [(32, 64), (64, 32)] * memory
+        assert sorted(sizes) == sorted(matrices + [(300, 64)] * (head + embeddings))
+
+
+def test_one_layer_asks_for_no_length_in_its_second_stage(make_package: Callable[..., Path]) -> None:
+    inputs = set(names(load(make_package(layers=1), "stage1").input))
+    assert {"rows", "logit_index"} < inputs
+    assert not {"total_sequence_length", "token_ids"} & inputs
 
 
 @pytest.mark.parametrize("weights", ["float32", "int8", "int4"])
 def test_weights_file(make_package: Callable[..., Path], weights: str) -> None:
-    """Large tensors are outside, page-aligned, and together are the file; the embedding is there once."""
+    """Large and packed tensors are outside, page-aligned, and together are the file; every tensor is there once, and
+    the graph without memory has the same."""
     package = make_package(weights=weights)
-    ranges: dict[int, int] = {}
-    users = 0
+    places: dict[str, dict[str, tuple[int, int]]] = {}
     for path in package.glob("*.onnx"):
-        onnx.checker.check_model(str(path))
+        places[path.stem] = {}
         for tensor in onnx.load(path, load_external_data=False).graph.initializer:
             entries = {entry.key: entry.value for entry in tensor.external_data}
             if not entries:
-                assert len(tensor.raw_data) < 4096
+                assert len(tensor.raw_data) < 4096 and tensor.data_type != onnx.TensorProto.UINT8
                 continue
             assert entries["location"] == "weights.bin"
-            offset, length = int(entries["offset"]), int(entries["length"])
-            assert offset % 4096 == 0 and length >= 4096
-            assert ranges.setdefault(offset, length) == length
-            users += tensor.name.startswith("embed_tokens") and offset == 0
-    assert users == 2  # embedding and head
+            places[path.stem][tensor.name] = int(entries["offset"]), int(entries["length"])
+    staged = places["stage0"] | places["stage1"]
+    assert places["dense"] == {name: place for name, place in staged.items() if "meki" not in name}
+    for name in places["stage0"].keys() & places["stage1"].keys():
+        assert places["stage0"][name] == places["stage1"][name]
+    assert any(name.startswith("embed_tokens") for name in places["stage0"].keys() & places["stage1"].keys())
     end = 0
-    for offset, length in sorted(ranges.items()):
+    for offset, length in sorted(staged.values()):
         assert offset == -(-end // 4096) * 4096
         end = offset + length
     assert end == (package / "weights.bin").stat().st_size
+
+
+@pytest.mark.parametrize(("weights", "bits"), [("float32", 32), ("int8", 8.5), ("int4", 4.5)])
+@pytest.mark.parametrize("memory_dim", [32, 0])
+def test_decode_bytes(make_package: Callable[..., Path], weights: str, bits: float, memory_dim: int) -> None:
+    """Every matrix and gain once, a block of 32 with its float16 scale, the vocabulary padded to whole panels."""
+    manifest = json.loads((make_package(weights=weights, memory_dim=memory_dim) / "manifest.json").read_text())
+    vocab_size = 300 if weights == "float32" else 304
+    matrices = vocab_size * 64 + 3 * (128 * 64 + 64 * 64 + 192 * 64 + 64 * 96)
+    gains = 3 * (64 + 64 + 2 * 16) + 64
+    dense = matrices * bits // 8 + gains * 4
+    with_memory = dense + 3 * (2 * memory_dim * 64 * bits // 8 + 64 * 4)
+    expected = [with_memory, dense] if memory_dim else [dense, None]
+    assert [manifest["weights"][key] for key in ("decode_bytes", "dense_decode_bytes")] == expected
 
 
 @pytest.mark.parametrize(

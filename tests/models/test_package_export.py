@@ -42,15 +42,17 @@ def test_manifest(export: Callable[..., dict[str, Any]], make_model: Callable[..
     }
     content_id = hashlib.sha256(present["memory.rom"][4096:]).hexdigest()[:32]
     errors = manifest.pop("quantization_error")
+    # test_graph.test_decode_bytes has the values.
+    assert manifest["weights"].pop("decode_bytes") > manifest["weights"].pop("dense_decode_bytes")
     assert 0 < errors["weights"]["overall"] <= errors["weights"]["worst"] < 0.01 and 0 < errors["rows"] < 0.01
     assert manifest == {
         "format": "meki-package",
-        "version": 1,
+        "version": 2,
         "name": "p",
         "architecture": dataclasses.asdict(make_model().config),
         "memory": {"kind": "meki", "file": "memory.rom", "row_type": "int8", "content_id": content_id},
         "stages": [{"file": "stage0.onnx", "rows": None}, {"file": "stage1.onnx", "rows": [0, 3]}],
-        "kv_cache": {"type": "float32"},
+        "dense_stages": [{"file": "dense.onnx"}],
         "weights": {"type": "int8", "block": 32},
         "tokenizer": {"file": "tokenizer.json", "bos_token_id": None, "eos_token_ids": [0]},
         "provenance": {"weights": "random"},
@@ -60,7 +62,9 @@ def test_manifest(export: Callable[..., dict[str, Any]], make_model: Callable[..
 def test_dense_package(export: Callable[..., dict[str, Any]], make_model: Callable[..., Decoder]) -> None:
     manifest = export(make_model(memory_dim=0))
     assert manifest["memory"] is None
-    assert manifest["weights"] == {"type": "float32", "block": None}
+    assert manifest["dense_stages"] is None
+    assert manifest["weights"].pop("decode_bytes") > 0
+    assert manifest["weights"] == {"type": "float32", "block": None, "dense_decode_bytes": None}
     assert manifest["stages"] == [{"file": "stage0.onnx", "rows": None}]
     assert set(manifest["files"]) == {"stage0.onnx", "weights.bin", "tokenizer.json"}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,47 +13,61 @@ from hypothesis.extra import numpy as hnp
 from meki.models.quantize import dequantize_weight, quantize_rows, quantize_weight, row_bytes
 
 FLOATS = st.floats(-1e4, 1e4, width=32)
-SHAPES = st.tuples(st.integers(1, 5), st.sampled_from([32, 64, 96]))
+SHAPES = st.tuples(st.integers(1, 40), st.sampled_from([32, 64, 96]))
 
-
-def naive_weight(codes: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
-    """MatMulNBits' definition: value = scale of the block of 32 * (code - zero point); low nibble first."""
-    rows, inputs = len(codes), codes.shape[1] * 8 // bits
-    values = np.zeros((rows, inputs), np.float32)
-    for n in range(rows):
-        for k in range(inputs):
-            code = int(codes[n, k]) - 128 if bits == 8 else (int(codes[n, k // 2]) >> 4 * (k % 2) & 15) - 8
-            values[n, k] = scales[n, k // 32] * np.float32(code)
-    return values
+Unpack = Callable[[np.ndarray, int, int], np.ndarray]
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     weight=SHAPES.flatmap(lambda shape: hnp.arrays(np.float32, shape, elements=FLOATS)), bits=st.sampled_from([4, 8])
 )
-def test_weights(weight: np.ndarray, bits: int) -> None:
-    codes, scales = quantize_weight(weight, bits, "w")
-    assert codes.dtype == np.uint8 and codes.shape == (len(weight), weight.shape[1] * bits // 8)
-    assert scales.dtype == np.float32 and scales.shape == (len(weight), weight.shape[1] // 32)
-    assert (scales >= 0).all()
-    values = dequantize_weight(codes, scales, bits)
-    np.testing.assert_array_equal(values, naive_weight(codes, scales, bits))
+def test_weights(naive_unpack: Unpack, weight: np.ndarray, bits: int) -> None:
+    packed, values = quantize_weight(weight, bits, "w")
+    assert packed.shape == (-(-len(weight) // 16), weight.shape[1] // 32, 16 * 32 * bits // 8 + 32)
+    np.testing.assert_array_equal(values, naive_unpack(packed, bits, len(weight)))
+    np.testing.assert_array_equal(values, dequantize_weight(packed, bits, len(weight)))
     blocks, errors = weight.reshape(-1, 32), (values - weight).reshape(-1, 32)
     largest = np.abs(blocks).max(axis=1).astype(np.float64)
-    # Half a step of the scale that clips nothing. 4 bits may clip, but only to make the block's squared error less.
-    step = largest / (127 if bits == 8 else 7)
-    slack = 1e-6 * largest + 1e-40  # float32 rounding of scale, quotient and product; and denormal scales
+    # Half a step of the scale that clips nothing, which float16 rounds up by at most 2^-10 of it, or 2^-24. 4 bits may
+    # clip, but only to make the block's squared error less.
+    step = largest / (127 if bits == 8 else 7) * (1 + 2**-10) + 2**-24
+    slack = 1e-6 * largest + 1e-40  # float32 rounding of quotient and product; the quotient of a denormal is zero
     if bits == 8:
         assert (np.abs(errors).max(axis=1) <= step / 2 + slack).all()
     assert (np.sqrt(np.mean(np.square(errors, dtype=np.float64), axis=1)) <= step / 2 + slack).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_where_every_weight_lies(bits: int) -> None:
+    """One weight of a zero matrix changes one code and one scale: docs/package-format.md, "Packed matrices"."""
+    zeros = np.zeros((32, 64), np.float32)
+    empty, _ = quantize_weight(zeros, bits, "w")
+    for n, k in np.ndindex(zeros.shape):
+        if k % 32 not in (0, 3, 4, 15, 16, 19, 31):
+            continue
+        weight = zeros.copy()
+        weight[n, k] = 7.0
+        packed, _ = quantize_weight(weight, bits, "w")
+        panel, group, byte = np.nonzero(packed != empty)
+        assert set(panel) == {n // 16} and set(group) == {k // 32}
+        column = k % 32 if bits == 8 else k % 16
+        scale = (256 if bits == 4 else 512) + 2 * (n % 16)
+        assert byte[0] == 64 * (column // 4) + 4 * (n % 16) + column % 4
+        if bits == 4:
+            changed = packed[panel[0], group[0], byte[0]] ^ empty[panel[0], group[0], byte[0]]
+            assert changed & (0x0F if k % 32 >= 16 else 0xF0) == 0
+        assert set(byte[1:]) <= {scale, scale + 1} and len(byte) > 1
 
 
 def test_four_bits_beat_the_plain_scale() -> None:
     weight = np.random.default_rng(0).standard_normal((200, 256), dtype=np.float32)
     blocks = weight.reshape(-1, 32)
     scale = np.abs(blocks).max(axis=1, keepdims=True) / 7
+    half = scale.astype(np.float16)
+    scale = np.where(half < scale, np.nextafter(half, np.float16(np.inf)), half).astype(np.float32)
     plain = np.square(np.rint(blocks / scale) * scale - blocks).sum(axis=1)
-    values = dequantize_weight(*quantize_weight(weight, 4, "w"), 4)
+    _, values = quantize_weight(weight, 4, "w")
     searched = np.square(values - weight).reshape(-1, 32).sum(axis=1)
     assert (searched <= plain * (1 + 1e-5)).all()
     # Plain scales leave 9.7%. A step of 2.1 / 7.5 standard deviations, which rounding noise of step^2 / 12 suggests for
@@ -81,7 +97,8 @@ def test_rows(rows: np.ndarray, row_type: str) -> None:
             step, exact = scale[first // group], row[first : first + group].astype(np.float64)
             errors = value[first : first + group] - exact
             if row_type == "int8":  # the scale is rounded up to float16, so nothing is clipped
-                assert np.abs(errors).max() <= step / 2 * (1 + 1e-5)
+                # 1e-40: the quotient of a denormal number is zero, and so is its scale.
+                assert np.abs(errors).max() <= step / 2 * (1 + 1e-5) + 1e-40
             # Never worse than the scale that clips nothing, which float16 rounds up by at most 2^-10 or 2^-24.
             bound = (np.abs(exact).max() / (127 if row_type == "int8" else 7) * (1 + 2**-10) + 2**-24) / 2
             assert np.sqrt(np.mean(errors**2)) <= bound * (1 + 1e-5)
@@ -90,7 +107,7 @@ def test_rows(rows: np.ndarray, row_type: str) -> None:
 def test_zeros_stay_zeros() -> None:
     zeros = np.zeros((2, 64), np.float32)
     for bits in (4, 8):
-        assert not dequantize_weight(*quantize_weight(zeros, bits, "w"), bits).any()
+        assert not quantize_weight(zeros, bits, "w")[1].any()
     for row_type in ("float32", "float16", "int8", "int4"):
         assert not quantize_rows(zeros, row_type, "rows")[2].any()
 
@@ -111,6 +128,12 @@ def test_values_that_are_not_finite(bad: float) -> None:
 def test_rows_beyond_float16(row_type: str, value: float) -> None:
     with pytest.raises(ValueError, match="beyond float16's 65504"):
         quantize_rows(np.full((1, 32), value, np.float32), row_type, "rows")
+
+
+@pytest.mark.parametrize(("bits", "value"), [(8, 1e7), (4, 1e6)])
+def test_weights_beyond_float16(bits: int, value: float) -> None:
+    with pytest.raises(ValueError, match=r"layer\.w: .*beyond float16's 65504"):
+        quantize_weight(np.full((1, 32), value, np.float32), bits, "layer.w")
 
 
 def test_input_dimension_must_be_whole_blocks() -> None:

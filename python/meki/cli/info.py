@@ -65,7 +65,6 @@ def _lines(info: dict[str, Any]) -> Iterator[str]:
         ),
         ("RAM parameters", f"{info['ram_parameters']:,}"),
         ("weight type", weights["type"] + (f", blocks of {weights['block']}" if weights.get("block") else "")),
-        ("KV cache", info["kv_cache"]["type"]),
     ]
     if rom is None:
         rows.append(("memory", "none: a dense model"))

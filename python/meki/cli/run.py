@@ -80,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--context", type=int, default=0, metavar="N", help="capacity in tokens (default: the model's, at most 4096)")
     add("--threads", type=int, default=0, metavar="N", help="compute threads (default: one per available core)")
     add(
+        "--kv-type",
+        choices=("float32", "float16", "int8", "int4"),
+        default="int8",
+        help="how keys and values are stored (default: %(default)s)",
+    )
+    add(
         "--rom-access",
         choices=("mmap", "pread", "direct"),
         default="mmap",
@@ -96,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace, program: str) -> None:
     prompt = _read_prompt(arguments)
-    engine = Engine(arguments.model, threads=arguments.threads, rom_access=arguments.rom_access)
+    engine = Engine(
+        arguments.model, threads=arguments.threads, rom_access=arguments.rom_access, kv_type=arguments.kv_type
+    )
     if engine.random_weights:
         print(RANDOM_WEIGHTS, file=sys.stderr, flush=True)
     options = GenerationOptions(

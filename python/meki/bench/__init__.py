@@ -1,0 +1,1 @@
+"""What `meki-bench` does: measures prefill and decode of one package (docs/benchmark.md)."""

@@ -1,0 +1,87 @@
+"""The package under test, opened with its memory or without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import _core
+from ..engine import _find_onnxruntime
+from ..package import check_parsed_files, read_manifest
+from .sequence import MeasuredSession
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One of the things that a round measures in turn."""
+
+    memory: str
+    """"meki", or "dense": the package has no memory, or it is switched off."""
+    vocab_size: int
+    weight_bytes: int
+    """Of the weights that one decode step reads."""
+    row_bytes: int
+    """Of the bundle that one decode step reads; 0 without a memory."""
+    new_session: Callable[[int], MeasuredSession]
+    """Capacity in tokens -> an empty session."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package and the engine options that all its engines have in common."""
+
+    path: Path
+    manifest: dict[str, Any]
+    threads: int
+    kv_type: str
+    rom_delay_us: int
+
+    @classmethod
+    def open(cls, path: Path, *, threads: int = 0, kv_type: str = "int8", rom_delay_us: int = 0) -> Package:
+        """Checks the package. PackageError if it cannot be used."""
+        manifest = read_manifest(path)
+        check_parsed_files(path, manifest)
+        for key in ("decode_bytes", "dense_decode_bytes"):
+            got = manifest["weights"].get(key)
+            if type(got) is not int and (key == "decode_bytes" or manifest["memory"] is not None):
+                raise _core.PackageError(
+                    f"{path / 'manifest.json'}: weights.{key} is {got!r}, expected a number of bytes; "
+                    "convert the model again"
+                )
+        return cls(path, manifest, threads, kv_type, rom_delay_us)
+
+    @property
+    def has_memory(self) -> bool:
+        return self.manifest["memory"] is not None
+
+    @property
+    def context(self) -> int:
+        """The longest sequence of the model, in tokens."""
+        return int(self.manifest["architecture"]["context"])
+
+    def engine(self, *, memory: bool = True, profile: str = "") -> _core.Engine:
+        """memory: False switches it off. profile: path prefix of ONNX Runtime's traces, "" for none."""
+        options = _core.EngineOptions(
+            onnxruntime=str(_find_onnxruntime()),
+            threads=self.threads,
+            kv_type=self.kv_type,
+            memory=memory,
+            rom_delay_us=self.rom_delay_us,
+            profile=profile,
+        )
+        return _core.Engine.open(str(self.path), options)
+
+    def contender(self, engine: _core.Engine, *, memory: bool = True) -> Contender:
+        """What `engine`, opened with the same `memory`, is in a measurement."""
+        on = memory and self.has_memory
+        weights = self.manifest["weights"]
+        rom = self.path / self.manifest["memory"]["file"] if on else None
+        return Contender(
+            memory="meki" if on else "dense",
+            vocab_size=engine.vocab_size,
+            weight_bytes=weights["decode_bytes" if memory else "dense_decode_bytes"],
+            row_bytes=_core.Rom(str(rom)).info.bundle_bytes if rom else 0,
+            new_session=lambda tokens: _core.Session(engine, _core.SessionOptions(context=tokens)),
+        )

@@ -1,0 +1,241 @@
+"""meki-bench: how fast a package is, and where its time goes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .. import _core
+from ..bench import output, plot
+from ..bench.contender import Package
+from ..bench.environment import describe
+from ..bench.measure import GROUP, Plan, measure
+from ..bench.parts import measure_parts
+from ..bench.report import Report, make_report
+from ..bench.sequence import capacity
+from ..generation import check_integer
+from ..registry import find_model
+from .errors import run_command
+
+_DEPTHS = (0, 1024, 10240)
+_PREFILL = 512
+_BANDWIDTH_BYTES = 1 << 30
+"""Read in one pass to measure the bandwidth: far more than any cache holds."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 1 failure, 2 usage, 130 interrupted, 141 output closed."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    return run_command(parser.prog, lambda: _run(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="meki-bench",
+        description="Measure prefill and decode of a package; markdown on standard output.",
+        epilog="Reference: docs/benchmark.md",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model", nargs="?", default="meki-tiny", metavar="MODEL", help="name or package directory (%(default)s)")
+    add = parser.add_argument_group("what is measured").add_argument
+    add(
+        "--depths",
+        type=_depths,
+        metavar="N,...",
+        help="tokens in the cache when decode begins (default: 0,1024,10240, as far as the model's context reaches)",
+    )
+    add(
+        "--prefill",
+        type=_integer(0),
+        metavar="N",
+        help="tokens to prefill; 0: no prefill (default: 512, or what the context holds)",
+    )
+    add("--tokens", type=_integer(1), default=32, metavar="N", help="decode steps of a test (default: %(default)s)")
+    add("--repetitions", type=_integer(1), default=5, metavar="N", help="rounds of all tests (default: %(default)s)")
+    add("--synthetic-depth", action="store_true", help="fill the cache instead of computing it; every output says so")
+    add("--compare", choices=("dense",), help="take turns with the same package, its memory switched off")
+    add("--parts", action="store_true", help="time by part of a decode step, in a profiled run of its own")
+    add = parser.add_argument_group("engine").add_argument
+    add("--threads", type=int, default=0, metavar="N", help="compute threads (default: one per available core)")
+    add(
+        "--kv-type",
+        choices=("float32", "float16", "int8", "int4"),
+        default="int8",
+        help="how the cache holds keys and values (default: %(default)s)",
+    )
+    add(
+        "--rom",
+        choices=("warm", "cold"),
+        default="warm",
+        help="cold: drop the ROM from the page cache before every step (default: %(default)s)",
+    )
+    add(
+        "--rom-delay-ms", type=_delay, default=0.0, metavar="MS", help="artificial delay added to every read of the ROM"
+    )
+    add = parser.add_argument_group("output").add_argument
+    add("--json", type=Path, metavar="FILE", help="write everything, with all samples")
+    add("--csv", type=Path, metavar="FILE", help="write a line for every result")
+    add("--plot", type=Path, metavar="DIR", help="write speed.png, with --parts also parts.png (needs matplotlib)")
+    return parser
+
+
+def _integer(minimum: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = minimum - 1
+        if not minimum <= number < 2**31:
+            raise argparse.ArgumentTypeError(f"expected an integer of at least {minimum}, got {text!r}")
+        return number
+
+    return parse
+
+
+def _depths(text: str) -> tuple[int, ...]:
+    try:
+        depths = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        depths = ()
+    if not depths or min(depths) < 0 or len(set(depths)) < len(depths):
+        raise argparse.ArgumentTypeError(
+            f"expected different numbers of tokens with commas between them, as in 0,1024,10240; got {text!r}"
+        )
+    return depths
+
+
+def _delay(text: str) -> float:
+    try:
+        delay = float(text)
+    except ValueError:
+        delay = -1.0
+    if not 0 <= delay <= 10_000:
+        raise argparse.ArgumentTypeError(f"expected milliseconds from 0 to 10000, got {text!r}")
+    return delay
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.plot is not None:
+        plot.check_matplotlib()
+        output.check_directory(arguments.plot if arguments.plot.exists() else arguments.plot.parent)
+    for path in filter(None, (arguments.json, arguments.csv)):
+        output.check_writable(path)
+    package = Package.open(
+        find_model(arguments.model),
+        threads=check_integer("threads", arguments.threads, 1024),
+        kv_type=arguments.kv_type,
+        rom_delay_us=round(arguments.rom_delay_ms * 1000),
+    )
+    _check_memory(arguments, package)
+    report = _measure(arguments, package, _plan(arguments, package.context))
+    if arguments.json is not None:
+        output.write_file(arguments.json, output.to_json(report))
+    if arguments.csv is not None:
+        output.write_file(arguments.csv, output.to_csv(report))
+    if arguments.plot is not None:
+        arguments.plot.mkdir(exist_ok=True)
+        for name, image in plot.plots(report).items():
+            output.write_file(arguments.plot / name, image)
+    print(output.to_markdown(report))
+
+
+def _check_memory(arguments: argparse.Namespace, package: Package) -> None:
+    for option, given in (
+        ("--compare dense", arguments.compare is not None),
+        ("--rom cold", arguments.rom == "cold"),
+        ("--rom-delay-ms", arguments.rom_delay_ms > 0),
+    ):
+        if given and not package.has_memory:
+            raise ValueError(
+                f"{option} needs a model with a memory, {package.manifest['name']} is dense; leave it away"
+            )
+
+
+def _plan(arguments: argparse.Namespace, context: int) -> Plan:
+    """ValueError for what does not fit the model's context."""
+    compare = arguments.compare is not None
+    if compare and arguments.tokens % GROUP:
+        raise ValueError(
+            f"--tokens is {arguments.tokens}, --compare takes turns in groups of {GROUP}; give a multiple of {GROUP}"
+        )
+    prefill = min(_PREFILL, context - 1) if arguments.prefill is None else arguments.prefill
+    if prefill >= context:
+        raise ValueError(
+            f"--prefill {prefill} needs a context of {prefill + 1:,} tokens, the model's has {context:,}; "
+            f"give at most {context - 1:,}"
+        )
+
+    def plan(depths: tuple[int, ...]) -> Plan:
+        return Plan(depths, prefill, arguments.tokens, arguments.repetitions, arguments.synthetic_depth, compare)
+
+    steps = plan(()).steps
+    deepest = context - steps - 1
+    if deepest < 1:
+        raise ValueError(
+            f"--tokens {arguments.tokens} takes {capacity(0, steps):,} tokens of context, the model's has {context:,}; "
+            "give fewer"
+        )
+    if arguments.depths is None:
+        fitting = tuple(depth for depth in _DEPTHS if depth <= deepest)
+        return plan(fitting if fitting == _DEPTHS else (*fitting, deepest))
+    if max(arguments.depths) > deepest:
+        depth = max(arguments.depths)
+        raise ValueError(
+            f"depth {depth:,} with {arguments.tokens} tokens to decode needs a context of {capacity(depth, steps):,} "
+            f"tokens, the model's has {context:,}; give --depths of at most {deepest:,}"
+        )
+    return plan(arguments.depths)
+
+
+def _measure(arguments: argparse.Namespace, package: Package, plan: Plan) -> Report:
+    engine = package.engine()
+    environment = describe(package, engine)
+    contenders = [package.contender(engine)]
+    if plan.compare:
+        contenders.append(package.contender(package.engine(memory=False), memory=False))
+    before_step = engine.drop_rom_cache if arguments.rom == "cold" else _nothing
+    profiled = [(memory, depth) for depth in plan.depths for memory in (True, False)[: len(contenders)]]
+    units = plan.units + len(profiled) * arguments.parts
+    with tqdm(total=units, unit="run", leave=False, disable=None) as progress:
+
+        def advance(text: str) -> None:
+            progress.set_description_str(text)
+            progress.update()
+
+        measurement = measure(
+            contenders,
+            plan,
+            read_bandwidth=lambda: _core.read_bandwidth(engine.threads, _BANDWIDTH_BYTES),
+            before_step=before_step,
+            advance=advance,
+        )
+        parts: list[dict[str, Any]] = []
+        for memory, depth in profiled if arguments.parts else ():
+            advance(f"profiling at {depth:,}")
+            parts.append(measure_parts(package, plan, memory=memory, depth=depth, before_step=before_step))
+    protocol = {
+        "depths": list(plan.depths),
+        "prefill": plan.prefill,
+        "tokens": plan.tokens,
+        "repetitions": plan.repetitions,
+        "turn": plan.turn,
+        "synthetic_depth": plan.synthetic_depth,
+        "rom": arguments.rom if package.has_memory else None,
+        "rom_delay_ms": arguments.rom_delay_ms,
+    }
+    return make_report(contenders, plan, measurement, parts=parts, environment=environment, protocol=protocol)
+
+
+def _nothing() -> None:
+    """A warm ROM stays as it is."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""What meki-bench makes of a measurement: figures, and the outputs that hold them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from meki.bench import output, plot
+from meki.bench.contender import Contender
+from meki.bench.measure import Blocks, Case, Measurement, Plan
+from meki.bench.parts import PARTS
+from meki.bench.report import Report, make_report
+from meki.bench.sequence import Block
+
+KV_BYTES, BANDWIDTH = 300_000, 2e9
+SPEEDS = {"meki": (1.00, 1.05, 1.02), "dense": (0.98, 1.00, 1.01)}
+"""How long each of three rounds takes, relative to the others."""
+
+
+def block(tokens: int, ns: float, stall_ns: tuple[int, ...] = ()) -> Block:
+    return Block(tokens, round(ns), 100, stall_ns, storage_bytes=tokens * 512)
+
+
+def decode_blocks(slowness: float, *, stalls: bool) -> list[Block]:
+    """Four turns, 1 ms a token at slowness 1; the second and third take 1% longer, the fourth 2%."""
+    stall = (1_000, 2_000, 3_000, 50_000) if stalls else ()
+    return [block(4, 4e6 * slowness * longer, stall) for longer in (1.0, 1.01, 1.01, 1.02)]
+
+
+@pytest.fixture
+def report() -> Report:
+    contenders = [
+        Contender("meki", 100, weight_bytes=500_000, row_bytes=2_048, new_session=lambda _: None),
+        Contender("dense", 100, weight_bytes=480_000, row_bytes=0, new_session=lambda _: None),
+    ]
+    cases = [
+        Case("prefill", 0, 64, lambda _: {}, None),
+        Case("decode", 0, 16, lambda _: {}, 10_000),
+        Case("decode", 1024, 16, lambda _: {}, KV_BYTES),
+    ]
+    rounds: list[list[Blocks]] = []
+    for i in range(3):
+        prefill = {name: [block(64, 32e6 * SPEEDS[name][i], (7,) if name == "meki" else ())] for name in SPEEDS}
+        shallow = {name: decode_blocks(SPEEDS[name][i], stalls=name == "meki") for name in SPEEDS}
+        deep = {name: decode_blocks(3 * SPEEDS[name][i], stalls=name == "meki") for name in SPEEDS}
+        rounds.append([prefill, shallow, deep])
+    memory = {"resident": 90_000_000, "anonymous": 60_000_000, "file": 30_000_000, "shared": 0, "peak": 95_000_000}
+    environment = {
+        "model": "small",
+        "random_weights": True,
+        "weights": "int4",
+        "rows": "float16",
+        "kv_type": "int8",
+        "context": 4096,
+        "cpu": "A Processor, of some kind",
+        "simd": "avx2",
+        "cores": 4,
+        "available_cores": 2,
+        "threads": 2,
+        "rom_access": "mmap",
+        "system": "Linux 6.1 x86_64",
+        "python": "3.11.7",
+        "onnxruntime": "1.24",
+        "meki": "0.1.0",
+        "started": "2026-01-02T03:04:05+00:00",
+        "load_average": 1.5,
+        "machine_note": "other work was running at the start: load average 1.50",
+    }
+    protocol = {
+        "depths": [0, 1024],
+        "prefill": 64,
+        "tokens": 16,
+        "repetitions": 3,
+        "turn": 4,
+        "synthetic_depth": True,
+        "rom": "cold",
+        "rom_delay_ms": 5.0,
+    }
+    parts = [
+        {"memory": "meki", "depth": depth, "tokens": 16, "synthetic_depth": True, "us_per_token": times}
+        for depth, times in ((0, dict.fromkeys(PARTS, 10.0)), (1024, {part: 20.0 + len(part) for part in PARTS}))
+    ]
+    return make_report(
+        contenders,
+        Plan((0, 1024), 64, 16, 3, True, True),
+        Measurement(cases, rounds, [1e9, BANDWIDTH, BANDWIDTH, 3e9], memory),
+        parts=parts,
+        environment=environment,
+        protocol=protocol,
+    )
+
+
+def find(report: Report, test: str, depth: int, memory: str) -> dict[str, Any]:
+    (result,) = (r for r in report["results"] if (r["test"], r["depth"], r["memory"]) == (test, depth, memory))
+    return result
+
+
+def test_speeds_and_their_spread(report: Report) -> None:
+    assert len(report["results"]) == 6
+    for memory, slowness in SPEEDS.items():
+        prefill = find(report, "prefill", 0, memory)
+        assert prefill["samples"] == pytest.approx([2000 / s for s in slowness])
+        # 16 tokens in 4 * (1 + 1.01 + 1.01 + 1.02) ms at 1 ms a token; integer nanoseconds round by 1e-7.
+        deep = find(report, "decode", 1024, memory)
+        samples = [16e3 / (3 * 4 * 4.04 * s) for s in slowness]
+        assert deep["samples"] == pytest.approx(samples, rel=1e-6)
+        assert deep["median"] == pytest.approx(statistics.median(samples), rel=1e-6)
+        low, middle, high = sorted(samples)
+        assert deep["p10"] == pytest.approx(low + 0.2 * (middle - low), rel=1e-6)
+        assert deep["p90"] == pytest.approx(high - 0.2 * (high - middle), rel=1e-6)
+
+
+def test_stalls_are_those_of_all_steps(report: Report) -> None:
+    # 12 blocks of each of four stalls: the median lies between the second and the third, p99 within the greatest.
+    assert find(report, "decode", 0, "meki")["stall_us"] == {"p50": 2.5, "p99": 50.0}
+    assert find(report, "prefill", 0, "meki")["stall_us"] == {"p50": 0.007, "p99": 0.007}
+    assert find(report, "decode", 0, "dense")["stall_us"] is None
+
+
+def test_bytes_and_bandwidth(report: Report) -> None:
+    meki, dense = (find(report, "decode", 1024, memory) for memory in ("meki", "dense"))
+    assert meki["bytes_per_token"] == 500_000 + KV_BYTES + 2_048
+    assert dense["bytes_per_token"] == 480_000 + KV_BYTES
+    assert report["read_bandwidth_gb_s"] == 2.0  # the median of four
+    assert meki["bandwidth_fraction"] == pytest.approx(802_048 * meki["median"] / BANDWIDTH)
+    assert meki["storage_bytes_per_token"] == 512
+    prefill = find(report, "prefill", 0, "meki")
+    assert prefill["bytes_per_token"] is None and prefill["bandwidth_fraction"] is None
+
+
+def test_storage_that_the_system_does_not_tell_is_absent(report: Report) -> None:
+    plan, cases = Plan((), 64, 16, 1, False, False), [Case("prefill", 0, 64, lambda _: {}, None)]
+    rounds = [[{"meki": [Block(64, 1000, 0, (1,), None)]}]]
+    made = make_report(
+        [Contender("meki", 100, 1, 1, lambda _: None)],
+        plan,
+        Measurement(cases, rounds, [1e9], None),
+        parts=[],
+        environment={**report["environment"], "machine_note": None, "random_weights": False},
+        protocol={**report["protocol"], "synthetic_depth": False, "rom": "warm", "rom_delay_ms": 0.0},
+    )
+    assert made["results"][0]["storage_bytes_per_token"] is None
+    assert (made["labels"], made["compare"]) == ([], [])
+    assert "resident" not in output.to_markdown(made)
+
+
+def test_the_ratio_is_of_neighbouring_turns(report: Report) -> None:
+    for entry in report["compare"]:
+        # Two groups a round; within one, both models are slowed alike.
+        expected = [SPEEDS["dense"][i] / SPEEDS["meki"][i] for i in range(3) for _ in range(2)]
+        assert entry["samples"] == pytest.approx(expected, rel=1e-6)
+        assert entry["ratio"] == pytest.approx(statistics.median(expected), rel=1e-6)
+        # With six samples the interval for 95% is all of them.
+        assert entry["ci95"] == pytest.approx([min(expected), max(expected)], rel=1e-6)
+    assert [entry["depth"] for entry in report["compare"]] == [0, 1024]
+
+
+def test_only_a_filled_cache_is_synthetic(report: Report) -> None:
+    synthetic = {(result["test"], result["depth"]) for result in report["results"] if result["synthetic_depth"]}
+    assert synthetic == {("decode", 1024)}
+
+
+LABELS = ("random weights", "the cache was filled, not computed", "cold ROM", "artificial delay: 5 ms", "load average")
+
+
+def test_every_output_says_what_is_artificial(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    for label in LABELS:
+        assert any(label in known for known in report["labels"])
+    markdown = output.to_markdown(report)
+    captions: list[str] = []
+    monkeypatch.setattr(Figure, "supxlabel", lambda self, text, **_: captions.append(text))
+    plot.plots(report)
+    for text in (output.to_json(report).decode(), markdown, *captions):
+        assert all(label in text for label in LABELS)
+    assert len(captions) == 2
+    (row,) = (
+        row
+        for row in csv.DictReader(io.StringIO(output.to_csv(report).decode()))
+        if row["memory"] == "meki" and row["depth"] == "1024"
+    )
+    flags = (row["synthetic_depth"], row["random_weights"], row["rom"], row["rom_delay_ms"])
+    assert flags == ("True", "True", "cold", "5.0")
+
+
+def test_json_holds_everything(report: Report) -> None:
+    assert json.loads(output.to_json(report)) == report
+
+
+def test_csv_has_a_line_for_every_result(report: Report) -> None:
+    rows = list(csv.DictReader(io.StringIO(output.to_csv(report).decode())))
+    assert len(rows) == len(report["results"])
+    for row, result in zip(rows, report["results"], strict=True):
+        assert (row["test"], int(row["depth"]), row["memory"]) == (result["test"], result["depth"], result["memory"])
+        assert float(row["median"]) == result["median"]
+        assert row["stall_us_p99"] == ("" if result["stall_us"] is None else str(result["stall_us"]["p99"]))
+        assert row["cpu"] == "A Processor, of some kind"  # its comma is quoted
+        assert None not in row and None not in row.values()
+
+
+def tables(markdown: str) -> list[list[dict[str, str]]]:
+    """The rows of every table."""
+    found: list[list[dict[str, str]]] = []
+    header: list[str] | None = None
+    for line in markdown.splitlines():
+        if not line.startswith("|"):
+            header = None
+            continue
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if header is None:
+            header = cells
+            found.append([])
+        elif not set(cells[0]) <= {"-"}:
+            assert len(cells) == len(header)
+            found[-1].append(dict(zip(header, cells, strict=True)))
+    return found
+
+
+def test_markdown(report: Report) -> None:
+    markdown = output.to_markdown(report)
+    results, compare, parts = tables(markdown)
+    assert len(results) == 6
+    deep = next(row for row in results if row["test"] == "decode 16" and row["depth"].startswith("1,024"))
+    result = find(report, "decode", 1024, "meki")
+    assert deep["memory"] == "meki" and deep["depth"] == "1,024 (synthetic)"
+    assert deep["tokens/s"] == f"{result['median']:.1f}"
+    assert (deep["wait p50, us"], deep["wait p99, us"]) == ("2.50", "50.00")
+    assert deep["MB a token"] == "0.8"
+    assert deep["from storage, bytes a token"] == "512"
+    assert results[1]["memory"] == "dense" and results[1]["wait p99, us"] == "-"
+    assert [row["MeKi / dense"] for row in compare] == [f"{report['compare'][0]['ratio']:.4f}"] * 2
+    assert [row["part"] for row in parts] == [*PARTS, "sum"]
+    assert parts[0]["meki at 0"] == "10.0 (11%)"
+    assert parts[-1]["meki at 0"] == "90.0"
+    for shown in ("small", "int4 weights", "float16 rows (mmap, cold)", "int8 KV", "4 cores (2 available)", "avx2"):
+        assert shown in markdown
+    assert "2.0 GB/s" in markdown and "90 MB (anonymous 60 MB" in markdown and "of both models" in markdown
+
+
+def test_too_few_groups_have_no_interval(report: Report) -> None:
+    report["compare"][0]["ci95"] = None
+    assert tables(output.to_markdown(report))[1][0]["95% confidence interval"] == "needs 6 groups"
+
+
+def test_plots_show_the_figures(report: Report) -> None:
+    images = plot.plots(report)
+    assert set(images) == {"speed.png", "parts.png"}
+    assert all(image.startswith(b"\x89PNG\r\n\x1a\n") for image in images.values())
+    axes = Figure().add_subplot()
+    plot._speed(report, axes)
+    assert {line.get_label() for line in axes.lines} == {"meki", "dense"}
+    for line in axes.lines:
+        expected = [(depth, find(report, "decode", depth, line.get_label())["median"]) for depth in (0, 1024)]
+        assert list(zip(*line.get_data(), strict=True)) == expected
+    axes = Figure().add_subplot()
+    plot._parts(report, axes)
+    total = sum(report["parts"][1]["us_per_token"].values()) / 1000
+    tops = [bar.get_y() + bar.get_height() for bar in axes.patches if bar.get_x() > 0.5]
+    assert max(tops) == pytest.approx(total)
+    report["parts"] = []
+    assert set(plot.plots(report)) == {"speed.png"}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.json"
+    output.write_file(path, b"old")
+    assert path.read_bytes() == b"old"
+
+    def fail(self: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        output.write_file(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
