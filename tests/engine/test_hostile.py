@@ -241,16 +241,16 @@ def test_tokenizers_that_fail(package: Path, tokenizer: dict[str, Any]) -> None:
 
 
 def test_two_layers_in_one_cache(package: Path) -> None:
-    """`past.00.key` names layer 0 as `past.0.key` does."""
+    """`past.00` names layer 0 as `past.0` does."""
     path = package / "stage1.onnx"
     model = onnx.load(path, load_external_data=False)
+    renamed = {"past.1": "past.00", "present.1": "present.00"}
     for value in (*model.graph.input, *model.graph.output):
-        value.name = value.name.replace(".1.", ".00.") if value.name.startswith(("past", "present")) else value.name
+        value.name = renamed.get(value.name, value.name)
     for node in model.graph.node:
         for names in (node.input, node.output):
             for i, name in enumerate(names):
-                if name.startswith(("past.1.", "present.1.")):
-                    names[i] = name.replace(".1.", ".00.")
+                names[i] = renamed.get(name, name)
     onnx.save(model, path)
     restate(package, "stage1.onnx")
     with pytest.raises(PackageError, match="cache"):
