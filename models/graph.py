@@ -48,6 +48,10 @@ def check_exportable(config: ModelConfig, weight_type: str) -> None:
             )
 
 
+def _ffn_norm(layer: int) -> str:
+    return f"layers.{layer}.post_attention_layernorm"
+
+
 class Stage:
     """One ONNX graph under construction. Methods add nodes; values go by name and are float32 [1, T, ..]."""
 
@@ -55,6 +59,7 @@ class Stage:
         self.config = config
         self.store = store
         self.nodes: list[onnx.NodeProto] = []
+        self.made: set[str] = set()
         self.initializers: dict[str, TensorProto] = {}
         self.inputs: dict[str, ValueInfoProto] = {}
         self.outputs: dict[str, ValueInfoProto] = {}
@@ -67,6 +72,7 @@ class Stage:
         node = helper.make_node(kind, inputs, outputs, name=outputs[0], domain=domain)
         node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
         self.nodes.append(node)
+        self.made.update(outputs)
         return outputs[0]
 
     def input(self, name: str, shape: Sequence[int | str], data_type: int = TensorProto.FLOAT) -> str:
@@ -81,38 +87,75 @@ class Stage:
         self.initializers[tensor.name] = tensor
         return tensor.name
 
-    def linear(self, x: str, name: str, parts: Sequence[str] = (), out: str = "") -> str:
-        """x [.., k] times the transposed weights `parts`, each [n, k], one below the other -> `out` [.., sum of n].
+    def linear(
+        self,
+        x: str,
+        name: str,
+        parts: Sequence[str] = (),
+        *,
+        norm: str = "",
+        swiglu: bool = False,
+        residual: str = "",
+        out: str = "",
+    ) -> str:
+        """f(x) times the transposed weights `parts`, each [n, k], one below the other, plus `residual`.
 
-        Without `parts` the weight is `name`.weight.
+        x: [.., k], or [.., 2k] with `swiglu`; the output, `out`: [.., sum of n]. f is RMSNorm with the gain
+        `norm`.weight, SwiGLU (SiLU of the first half times the second half), or the identity. Without `parts` the
+        weight is `name`.weight.
         """
         parts, out = parts or [f"{name}.weight"], out or f"{name}.out"
-        if self.store.weight_type == "float32":
-            return self.op("MatMul", [x, self.constant(self.store.transposed(name, parts))], out)
-        return self.packed("Linear", x, name, parts, out)
+        if self.store.weight_type != "float32":
+            gain = self.gain(norm) if norm else ""
+            weight, attributes = self.packed(name, parts)
+            inputs = [x, weight, gain, residual]
+            while not inputs[-1]:
+                inputs.pop()
+            return self.op(
+                "Linear",
+                inputs,
+                out,
+                domain=_DOMAIN,
+                swiglu=int(swiglu),
+                epsilon=self.config.norm_eps,
+                **attributes,
+            )
+        if norm:
+            x = self.norm(x, norm)
+        if swiglu:
+            gate, up = f"{name}.gate", f"{name}.up"
+            self.op("Split", [x], [gate, up], axis=-1, num_outputs=2)
+            silu = self.op("Mul", [gate, self.op("Sigmoid", [gate], f"{gate}.sigmoid")], f"{gate}.silu")
+            x = self.op("Mul", [silu, up], f"{name}.product")
+        product = f"{name}.product_sum" if residual else out
+        self.op("MatMul", [x, self.constant(self.store.transposed(name, parts))], product)
+        return self.op("Add", [residual, product], out) if residual else product
 
-    def packed(self, kind: str, x: str, name: str, parts: Sequence[str], out: str) -> str:
-        """An operator on the packed weights `parts`, each [n, k], one below the other."""
-        weight, outputs = self.store.packed(f"{name}.panels", parts)
-        bits = WEIGHT_BITS[self.store.weight_type]
-        return self.op(kind, [x, self.constant(weight)], out, domain=_DOMAIN, outputs=outputs, bits=bits)
+    def packed(self, name: str, parts: Sequence[str] = ()) -> tuple[str, dict[str, int]]:
+        """The packed weights `parts`, one below the other, and the attributes of an operator that reads them."""
+        weight, outputs = self.store.packed(f"{name}.panels", parts or [f"{name}.weight"])
+        return self.constant(weight), {"outputs": outputs, "bits": WEIGHT_BITS[self.store.weight_type]}
+
+    def gain(self, norm: str) -> str:
+        return self.constant(self.store.weight(f"{norm}.weight"))
 
     def norm(self, x: str, gain: str) -> str:
         """RMSNorm over the last axis: x / sqrt(mean(x^2) + eps) * gain."""
-        gain_name = self.constant(self.store.weight(f"{gain}.weight"))
-        return self.op("RMSNormalization", [x, gain_name], f"{gain}.out", axis=-1, epsilon=self.config.norm_eps)
+        return self.op("RMSNormalization", [x, self.gain(gain)], f"{gain}.out", axis=-1, epsilon=self.config.norm_eps)
 
     def embed(self) -> str:
         """token_ids int64 [1, T] -> [1, T, hidden]."""
         ids = self.input("token_ids", [1, "T"], TensorProto.INT64)
         if self.store.weight_type == "float32":
             return self.op("Gather", [self.constant(self.store.weight("embed_tokens.weight")), ids], "embedding")
-        return self.packed("Embedding", ids, "embed_tokens", ["embed_tokens.weight"], "embedding")
+        weight, attributes = self.packed("embed_tokens")
+        return self.op("Embedding", [ids, weight], "embedding", domain=_DOMAIN, **attributes)
 
     def attention(self, x: str, layer: int) -> str:
-        """x: normed, [1, T, hidden] -> [1, T, hidden]. Appends to layer `layer`'s cache in place."""
+        """x + Attention(norm(x)), [1, T, hidden]. Appends to layer `layer`'s cache in place."""
         config, prefix = self.config, f"layers.{layer}.self_attn"
-        qkv = self.linear(x, f"{prefix}.qkv", [f"{prefix}.{name}_proj.weight" for name in "qkv"])
+        norm, parts = f"layers.{layer}.input_layernorm", [f"{prefix}.{name}_proj.weight" for name in "qkv"]
+        qkv = self.linear(x, f"{prefix}.qkv", parts, norm=norm)
         cache: list[int | str] = ["blocks", config.kv_heads, "block_bytes"]
         past = self.input(f"past.{layer}", cache, TensorProto.UINT8)
         present = self.output(f"present.{layer}", cache, TensorProto.UINT8)
@@ -129,32 +172,36 @@ class Stage:
             kv_heads=config.kv_heads,
             epsilon=config.norm_eps,
         )
-        return self.linear(f"{prefix}.heads", f"{prefix}.o_proj")
+        return self.linear(f"{prefix}.heads", f"{prefix}.o_proj", residual=x)
 
-    def ffn(self, h: str, layer: int) -> str:
-        """SwiGLU: down(SiLU(gate(h)) * up(h)). h: [1, T, hidden] -> [1, T, hidden]."""
+    def ffn(self, a: str, layer: int) -> str:
+        """a + down(SiLU(gate(h)) * up(h)), h = norm(a). a: [1, T, hidden] -> [1, T, hidden]."""
         prefix = f"layers.{layer}.mlp"
-        gate, up = f"{prefix}.gate", f"{prefix}.up"
-        both = self.linear(h, f"{prefix}.gate_up", [f"{gate}_proj.weight", f"{up}_proj.weight"])
-        self.op("Split", [both], [gate, up], axis=-1, num_outputs=2)
-        silu = self.op("Mul", [gate, self.op("Sigmoid", [gate], f"{gate}.sigmoid")], f"{gate}.silu")
-        return self.linear(self.op("Mul", [silu, up], f"{prefix}.product"), f"{prefix}.down_proj")
+        norm, parts = _ffn_norm(layer), [f"{prefix}.{name}_proj.weight" for name in ("gate", "up")]
+        both = self.linear(a, f"{prefix}.gate_up", parts, norm=norm)
+        return self.linear(both, f"{prefix}.down_proj", swiglu=True, residual=a)
 
     def layer(self, x: str, layer: int) -> tuple[str, str]:
-        """A layer without its memory: x -> (A + FFN(h), h), where A = x + Attention(norm(x)) and h = norm(A)."""
-        prefix = f"layers.{layer}"
-        attention = self.attention(self.norm(x, f"{prefix}.input_layernorm"), layer)
-        a = self.op("Add", [x, attention], f"{prefix}.attended")
-        h = self.norm(a, f"{prefix}.post_attention_layernorm")
-        return self.op("Add", [a, self.ffn(h, layer)], f"{prefix}.residual"), h
+        """A layer without its memory: x -> (A + FFN(norm(A)), A), where A = x + Attention(norm(x))."""
+        a = self.attention(x, layer)
+        return self.ffn(a, layer), a
 
-    def inject(self, x: str, h: str, rows: str, layer: int) -> str:
-        """x + RMSNorm_d(W_out (rows + sigmoid(W_gate h))): MeKi's folded form. rows: [1, T, memory_dim]."""
-        prefix = f"layers.{layer}.meki"
-        gate = self.op("Sigmoid", [self.linear(h, f"{prefix}.gate_proj")], f"{prefix}.gate")
-        fused = self.op("Add", [rows, gate], f"{prefix}.fused")
-        y = self.norm(self.linear(fused, f"{prefix}.out_proj"), f"{prefix}.post_norm")
-        return self.op("Add", [x, y], f"layers.{layer}.injected")
+    def inject(self, x: str, a: str, rows: str, layer: int) -> str:
+        """x + RMSNorm_d(W_out (rows + sigmoid(W_gate norm(a)))): MeKi's folded form. rows: [1, T, memory_dim]."""
+        prefix, out = f"layers.{layer}.meki", f"layers.{layer}.injected"
+        gate, out_proj, post_norm = f"{prefix}.gate_proj", f"{prefix}.out_proj", f"{prefix}.post_norm"
+        if self.store.weight_type != "float32":
+            weights = [self.packed(name)[0] for name in (gate, out_proj)]
+            gains = [self.gain(name) for name in (_ffn_norm(layer), post_norm)]
+            bits, epsilon = WEIGHT_BITS[self.store.weight_type], self.config.norm_eps
+            inputs = [x, a, rows, *weights, *gains]
+            return self.op("Injection", inputs, out, domain=_DOMAIN, bits=bits, epsilon=epsilon)
+        h = f"{_ffn_norm(layer)}.out"
+        if h not in self.made:  # the FFN is in an earlier stage
+            self.norm(a, _ffn_norm(layer))
+        opened = self.op("Sigmoid", [self.linear(h, gate)], f"{prefix}.gate")
+        fused = self.op("Add", [rows, opened], f"{prefix}.fused")
+        return self.op("Add", [x, self.norm(self.linear(fused, out_proj), post_norm)], out)
 
     def head(self, x: str) -> None:
         """x [1, T, hidden] -> logits [K, vocab_size] of the positions in logit_index. The head is the embedding."""
@@ -162,12 +209,13 @@ class Stage:
         logits = self.output("logits", ["K", self.config.vocab_size])
         batch_axis = self.store.constant(_BATCH_AXIS, lambda: np.zeros(1, np.int64))
         tokens = self.op("Squeeze", [x, self.constant(batch_axis)], "final.tokens")
-        h = self.norm(self.op("Gather", [tokens, index], "final.selected"), "norm")
+        selected = self.op("Gather", [tokens, index], "final.selected")
         if self.store.weight_type == "float32":
             # Gemm takes the table as the embedding has it; MatMul would want a transposed copy.
-            self.op("Gemm", [h, self.constant(self.store.weight("embed_tokens.weight"))], logits, transB=1)
+            table = self.constant(self.store.weight("embed_tokens.weight"))
+            self.op("Gemm", [self.norm(selected, "norm"), table], logits, transB=1)
         else:
-            self.linear(h, "embed_tokens", out=logits)
+            self.linear(selected, "embed_tokens", norm="norm", out=logits)
 
     def save(self, path: Path) -> None:
         graph = helper.make_graph(
@@ -193,17 +241,17 @@ def _dense(config: ModelConfig, store: WeightStore) -> Stage:
 def _with_memory(config: ModelConfig, store: WeightStore) -> tuple[Stage, Stage]:
     """What needs no rows, up to layer 0's FFN; and the rest, from layer 0's injection to the logits."""
     first, second = Stage(config, store), Stage(config, store)
-    x, h = first.layer(first.embed(), 0)
-    for name in (x, h):
+    x, a = first.layer(first.embed(), 0)
+    for name in (x, a):
         first.output(name, [1, "T", config.hidden])
         second.input(name, [1, "T", config.hidden])
     rows = [f"rows.{layer}" for layer in range(config.layers)]
     all_rows = second.input("rows", [config.layers, "T", config.memory_dim])
     second.op("Split", [all_rows], rows, axis=0, num_outputs=config.layers)
-    x = second.inject(x, h, rows[0], 0)
+    x = second.inject(x, a, rows[0], 0)
     for layer in range(1, config.layers):
-        x, h = second.layer(x, layer)
-        x = second.inject(x, h, rows[layer], layer)
+        x, a = second.layer(x, layer)
+        x = second.inject(x, a, rows[layer], layer)
     second.head(x)
     return first, second
 

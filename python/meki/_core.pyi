@@ -119,7 +119,7 @@ class Engine:
     @property
     def kv_type(self) -> str: ...
     def drop_rom_cache(self) -> None:
-        """Asks the system to forget what it has cached of the ROM, so that the next reads go to storage. Best effort."""
+        """Asks the system to forget its cached pages of the ROM, so that the next reads go to storage. Best effort."""
 
 class Session:
     """One sequence: its tokens, KV cache and prefetcher. Use from one thread at a time."""

@@ -43,7 +43,7 @@ class Engine:
         """
         self.path = find_model(model)
         options = _core.EngineOptions(
-            onnxruntime=str(_find_onnxruntime()),
+            onnxruntime=str(find_onnxruntime()),
             threads=check_integer("threads", threads, 1024),
             rom_access=rom_access,
             kv_type=kv_type,
@@ -217,7 +217,7 @@ def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _find_onnxruntime() -> Path:
+def find_onnxruntime() -> Path:
     """The shared library inside the `onnxruntime` distribution; the Python package itself is never imported."""
     spec = find_spec("onnxruntime")
     roots = spec.submodule_search_locations if spec and spec.submodule_search_locations else []

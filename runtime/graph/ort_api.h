@@ -83,8 +83,6 @@ enum Characteristic : int { kRequired = 0, kOptional = 1 };
   F(135, ReleaseIoBinding, void, (IoBinding*))                                                                        \
   F(136, BindInput, Status*, (IoBinding*, const char* name, const Value*))                                            \
   F(137, BindOutput, Status*, (IoBinding*, const char* name, const Value*))                                           \
-  F(274, KernelContext_ParallelFor, Status*,                                                                          \
-    (const KernelContext*, void (*piece)(void* data, size_t index), size_t pieces, size_t batches, void* data))       \
   F(318, GetTensorSizeInBytes, Status*, (const Value*, size_t*))
 
 struct Api {

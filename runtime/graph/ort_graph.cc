@@ -147,8 +147,8 @@ class OrtGraph final : public Graph {
                                                                                      api.ReleaseSessionOptions);
     library_.api.check(api.SetIntraOpNumThreads(options, settings.threads));
     library_.api.check(api.SetSessionGraphOptimizationLevel(options, ort::kOptimizeAll));
-    // Each stage has its own threads: those of an idle stage must not spin on the cores that the next one needs.
-    library_.api.check(api.AddSessionConfigEntry(options, "session.force_spinning_stop", "1"));
+    // What decode lives from has threads of its own (OrtOperators): these must not spin on the same cores.
+    library_.api.check(api.AddSessionConfigEntry(options, "session.intra_op.allow_spinning", "0"));
     operators_->add_to(options);
     if (!settings.profile.empty()) {
       const std::string prefix = settings.profile.string() + "." + path.stem().string();

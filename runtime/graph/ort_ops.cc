@@ -5,10 +5,14 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "kernels/attention.h"
+#include "kernels/injection.h"
 #include "kernels/linear.h"
+#include "kernels/thread_pool.h"
 
 namespace meki {
 namespace {
@@ -32,8 +36,8 @@ struct Shape {
 // Inputs, outputs and threads of one operator call.
 class Call {
  public:
-  Call(const ort::Api& api, ort::KernelContext* context, size_t threads)
-      : api_(api), context_(context), threads_(threads) {}
+  Call(const ort::Api& api, ort::KernelContext* context, const Parallel& parallel)
+      : api_(api), context_(context), parallel_(parallel) {}
 
   size_t input_count() const {
     size_t count = 0;
@@ -43,6 +47,13 @@ class Call {
   template <class T>
   const T* input(size_t index) const {
     return static_cast<const T*>(data(const_cast<ort::Value*>(value(index))));
+  }
+  // Whether an optional input is there.
+  bool has_input(size_t index) const { return index < input_count() && value(index) != nullptr; }
+  // An input of a fixed number of floats.
+  const float* floats(size_t index, size_t count) const {
+    require(input_bytes(index) == count * sizeof(float), "a gain or residual has another shape");
+    return input<float>(index);
   }
   size_t input_bytes(size_t index) const {
     size_t bytes = 0;
@@ -66,14 +77,7 @@ class Call {
     api_.check(api_.KernelContext_GetOutput(context_, index, shape.sizes.data(), shape.rank, &made));
     return static_cast<T*>(data(made));
   }
-  Parallel parallel() const {
-    return {threads_, const_cast<Call*>(this),
-            [](void* context, size_t pieces, void (*piece)(void*, size_t), void* data) {
-              const auto* call = static_cast<const Call*>(context);
-              // As many batches as pieces: each is taken by whichever thread is free.
-              call->api_.check(call->api_.KernelContext_ParallelFor(call->context_, piece, pieces, pieces, data));
-            }};
-  }
+  const Parallel& parallel() const { return parallel_; }
 
  private:
   const ort::Value* value(size_t index) const {
@@ -89,7 +93,7 @@ class Call {
 
   const ort::Api& api_;
   ort::KernelContext* context_;
-  size_t threads_;
+  const Parallel& parallel_;
 };
 
 // A node's attributes.
@@ -101,6 +105,12 @@ class Attributes {
     api_.check(api_.KernelInfoGetAttribute_int64(info_, name, &value));
     require(value > 0 && value <= INT32_MAX, "an attribute is not a positive integer");
     return static_cast<size_t>(value);
+  }
+  bool flag(const char* name) const {
+    int64_t value = 0;
+    api_.check(api_.KernelInfoGetAttribute_int64(info_, name, &value));
+    require(value == 0 || value == 1, "an attribute is neither 0 nor 1");
+    return value == 1;
   }
   float number(const char* name) const {
     float value = 0;
@@ -151,12 +161,7 @@ class AttentionKernel final : public Kernel {
       require(call.input_bytes(table) / sizeof(float) / (head_dim / 2) >= length,
               "the sequence is longer than the rotary tables");
     }
-    const bool norm = call.input_count() > 5;
-    if (norm) {
-      for (const size_t gain : {5, 6}) {
-        require(call.input_bytes(gain) == head_dim * sizeof(float), "a gain is not [head_dim]");
-      }
-    }
+    const bool norm = call.has_input(5);
     auto* const cache = call.output<std::byte>(1, blocks);
     require(cache == call.input<std::byte>(1), "past and present are not the same memory");
     const AttentionStep step{
@@ -166,8 +171,8 @@ class AttentionKernel final : public Kernel {
         .qkv = call.input<float>(0),
         .cos = call.input<float>(3),
         .sin = call.input<float>(4),
-        .q_gain = norm ? call.input<float>(5) : nullptr,
-        .k_gain = norm ? call.input<float>(6) : nullptr,
+        .q_gain = norm ? call.floats(5, head_dim) : nullptr,
+        .k_gain = norm ? call.floats(6, head_dim) : nullptr,
         .epsilon = epsilon_,
         .cache = cache,
         .out = call.output<float>(0, {{1, qkv.sizes[1], static_cast<int64_t>(heads_ * head_dim)}, 3}),
@@ -182,35 +187,82 @@ class AttentionKernel final : public Kernel {
   float epsilon_;
 };
 
-// The packed weight of a node whose inputs have `inputs` elements; its tensor is input 1.
-PackedWeight packed_weight(const Call& call, size_t outputs, int bits, size_t inputs) {
-  const PackedWeight weight{call.input<std::byte>(1), outputs, inputs, bits};
-  require(inputs % 32 == 0 && call.input_bytes(1) == weight.bytes(), "the packed weight has another shape");
-  return weight;
-}
-
 int checked_bits(size_t bits) {
   require(bits == 4 || bits == 8, "bits is neither 4 nor 8");
   return static_cast<int>(bits);
 }
 
+// The packed weight in an input.
+PackedWeight packed_weight(const Call& call, size_t index, size_t outputs, int bits) {
+  const Shape shape = call.input_shape(index);
+  require(shape.rank == 3, "a packed weight is not of rank 3");
+  const PackedWeight weight{call.input<std::byte>(index), outputs, static_cast<size_t>(shape.sizes[1]) * 32, bits};
+  require(call.input_bytes(index) == weight.bytes(), "a packed weight has another shape");
+  return weight;
+}
+
 class LinearKernel final : public Kernel {
  public:
   explicit LinearKernel(const Attributes& attributes)
-      : outputs_(attributes.positive("outputs")), bits_(checked_bits(attributes.positive("bits"))) {}
+      : outputs_(attributes.positive("outputs")),
+        bits_(checked_bits(attributes.positive("bits"))),
+        swiglu_(attributes.flag("swiglu")),
+        epsilon_(attributes.number("epsilon")) {}
 
+  // Inputs: x, weight, gain (optional), residual (optional).
   void compute(const Call& call) const override {
     Shape shape = call.input_shape(0);
-    const auto inputs = static_cast<size_t>(shape.last());
-    const PackedWeight weight = packed_weight(call, outputs_, bits_, inputs);
-    const size_t tokens = shape.elements() / inputs;
+    const PackedWeight weight = packed_weight(call, 1, outputs_, bits_);
+    LinearInput input{.x = call.input<float>(0), .stride = static_cast<size_t>(shape.last()), .epsilon = epsilon_};
+    require(input.stride == (swiglu_ ? 2 : 1) * weight.inputs, "x and the weight have different widths");
+    const size_t tokens = shape.elements() / input.stride;
+    if (swiglu_) input.kind = LinearInput::Kind::swiglu;
+    if (call.has_input(2)) {
+      input.kind = LinearInput::Kind::norm;
+      input.gain = call.floats(2, weight.inputs);
+    }
+    const float* const residual = call.has_input(3) ? call.floats(3, tokens * outputs_) : nullptr;
     shape.sizes[shape.rank - 1] = static_cast<int64_t>(outputs_);
-    linear(simd(), weight, call.input<float>(0), tokens, call.output<float>(0, shape), call.parallel());
+    linear(simd(), weight, input, residual, tokens, call.output<float>(0, shape), call.parallel());
   }
 
  private:
   size_t outputs_;
   int bits_;
+  bool swiglu_;
+  float epsilon_;
+};
+
+class InjectionKernel final : public Kernel {
+ public:
+  explicit InjectionKernel(const Attributes& attributes)
+      : bits_(checked_bits(attributes.positive("bits"))), epsilon_(attributes.number("epsilon")) {}
+
+  // Inputs: x, attended, rows, gate, out_proj, ffn_gain, out_gain.
+  void compute(const Call& call) const override {
+    const Shape x = call.input_shape(0);
+    const Shape rows = call.input_shape(2);
+    const auto hidden = static_cast<size_t>(x.last());
+    const auto memory_dim = static_cast<size_t>(rows.last());
+    const size_t tokens = x.elements() / hidden;
+    InjectionStep step{.tokens = tokens,
+                       .attended = call.floats(1, tokens * hidden),
+                       .x = call.input<float>(0),
+                       .rows = call.floats(2, tokens * memory_dim),
+                       .gate = packed_weight(call, 3, memory_dim, bits_),
+                       .out_proj = packed_weight(call, 4, hidden, bits_),
+                       .ffn_gain = call.floats(5, hidden),
+                       .out_gain = call.floats(6, hidden),
+                       .epsilon = epsilon_};
+    require(step.gate.inputs == hidden && step.out_proj.inputs == memory_dim,
+            "the projections of the memory have other widths than x and the rows");
+    step.out = call.output<float>(0, x);
+    inject(simd(), step, call.parallel());
+  }
+
+ private:
+  int bits_;
+  float epsilon_;
 };
 
 class EmbeddingKernel final : public Kernel {
@@ -220,16 +272,14 @@ class EmbeddingKernel final : public Kernel {
 
   void compute(const Call& call) const override {
     const Shape ids = call.input_shape(0);
-    const Shape packed = call.input_shape(1);
-    require(ids.rank == 2 && packed.rank == 3, "the inputs are not [1, tokens] and a packed weight");
-    const size_t inputs = static_cast<size_t>(packed.sizes[1]) * 32;
+    require(ids.rank == 2, "ids are not [1, tokens]");
+    const PackedWeight weight = packed_weight(call, 1, outputs_, bits_);
     const auto* const token_ids = call.input<int64_t>(0);
     for (size_t t = 0; t < ids.elements(); ++t) {
       require(token_ids[t] >= 0 && static_cast<size_t>(token_ids[t]) < outputs_, "a token id is out of the vocabulary");
     }
-    const PackedWeight weight = packed_weight(call, outputs_, bits_, inputs);
-    embedding(weight, token_ids, ids.elements(),
-              call.output<float>(0, {{ids.sizes[0], ids.sizes[1], static_cast<int64_t>(inputs)}, 3}));
+    const auto inputs = static_cast<int64_t>(weight.inputs);
+    embedding(weight, token_ids, ids.elements(), call.output<float>(0, {{ids.sizes[0], ids.sizes[1], inputs}, 3}));
   }
 
  private:
@@ -246,7 +296,23 @@ struct Operator : ort::CustomOp {
   std::unique_ptr<Kernel> (*make)(const Attributes&, KvType) = nullptr;
   const ort::Api* api = nullptr;
   KvType kv_type = KvType::int8;
-  size_t threads = 1;
+  Parallel parallel;
+
+  template <class K>
+  void describe(const char* name_, size_t required, std::vector<ort::ElementCode> inputs_,
+                std::vector<ort::ElementCode> outputs_) {
+    name = name_;
+    required_inputs = required;
+    inputs = std::move(inputs_);
+    outputs = std::move(outputs_);
+    make = [](const Attributes& attributes, KvType type) -> std::unique_ptr<Kernel> {
+      if constexpr (std::is_constructible_v<K, const Attributes&, KvType>) {
+        return std::make_unique<K>(attributes, type);
+      } else {
+        return std::make_unique<K>(attributes);
+      }
+    };
+  }
 };
 
 const Operator& self(const ort::CustomOp* op) { return *static_cast<const Operator*>(op); }
@@ -287,7 +353,7 @@ void set_callbacks(Operator& table) {
   };
   table.KernelComputeV2 = [](void* kernel, ort::KernelContext* context) {
     const auto& node = *static_cast<const Node*>(kernel);
-    return guarded(node.kind, [&] { node.kernel->compute(Call(*node.kind.api, context, node.kind.threads)); });
+    return guarded(node.kind, [&] { node.kernel->compute(Call(*node.kind.api, context, node.kind.parallel)); });
   };
   table.KernelDestroy = [](void* kernel) { delete static_cast<Node*>(kernel); };
 }
@@ -296,37 +362,22 @@ void set_callbacks(Operator& table) {
 
 struct OrtOperators::Domain {
   const ort::Api& api;
-  std::array<Operator, 3> operators;
+  ThreadPool pool;
+  std::array<Operator, 4> operators;
   ort::CustomOpDomain* handle = nullptr;
 
-  Domain(const ort::Api& api_, KvType kv_type, size_t threads) : api(api_) {
+  Domain(const ort::Api& api_, KvType kv_type, size_t threads) : api(api_), pool(threads) {
     using ort::kFloat, ort::kUint8, ort::kInt32, ort::kInt64;
-    auto& [attention, linear, embedding] = operators;
-    attention.name = "Attention";
-    attention.inputs = {kFloat, kUint8, kInt32, kFloat, kFloat, kFloat, kFloat};
-    attention.required_inputs = 5;
-    attention.outputs = {kFloat, kUint8};
-    attention.make = [](const Attributes& attributes, KvType type) -> std::unique_ptr<Kernel> {
-      return std::make_unique<AttentionKernel>(attributes, type);
-    };
-    linear.name = "Linear";
-    linear.inputs = {kFloat, kUint8};
-    linear.required_inputs = 2;
-    linear.outputs = {kFloat};
-    linear.make = [](const Attributes& attributes, KvType) -> std::unique_ptr<Kernel> {
-      return std::make_unique<LinearKernel>(attributes);
-    };
-    embedding.name = "Embedding";
-    embedding.inputs = {kInt64, kUint8};
-    embedding.required_inputs = 2;
-    embedding.outputs = {kFloat};
-    embedding.make = [](const Attributes& attributes, KvType) -> std::unique_ptr<Kernel> {
-      return std::make_unique<EmbeddingKernel>(attributes);
-    };
+    operators[0].describe<AttentionKernel>("Attention", 5, {kFloat, kUint8, kInt32, kFloat, kFloat, kFloat, kFloat},
+                                           {kFloat, kUint8});
+    operators[1].describe<LinearKernel>("Linear", 2, {kFloat, kUint8, kFloat, kFloat}, {kFloat});
+    operators[2].describe<EmbeddingKernel>("Embedding", 2, {kInt64, kUint8}, {kFloat});
+    operators[3].describe<InjectionKernel>("Injection", 7, {kFloat, kFloat, kFloat, kUint8, kUint8, kFloat, kFloat},
+                                           {kFloat});
     for (Operator& op : operators) {
       op.api = &api;
       op.kv_type = kv_type;
-      op.threads = threads;
+      op.parallel = pool.parallel();
       set_callbacks(op);
     }
   }

@@ -9,11 +9,11 @@
 namespace meki {
 
 // Our own operators for ONNX Runtime's CPU provider, domain "meki" (docs/package-format.md, "Operators"): Attention,
-// for one type of KV cache, Linear and Embedding. They compute on the threads of the session that runs them, `threads`
-// of them. Must outlive all sessions that have it. Immutable and thread-safe.
+// for one type of KV cache, Linear, Embedding and Injection. They have `threads` threads of their own, the caller's
+// included, which all sessions with these operators share. Must outlive those sessions. Immutable and thread-safe.
 class OrtOperators {
  public:
-  // Throws std::runtime_error.
+  // Throws std::runtime_error, or std::system_error if the system gives no threads.
   OrtOperators(const ort::Api& api, KvType kv_type, size_t threads);
   ~OrtOperators();
   OrtOperators(const OrtOperators&) = delete;

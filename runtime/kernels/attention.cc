@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "kernels/norm.h"
 #include "kernels/rounding.h"
 #include "kernels/scratch.h"
 
@@ -62,9 +63,7 @@ void normalise_and_rotate(const float* in, size_t head_dim, const float* gain, f
                           const float* sin, float* out) {
   std::copy_n(in, head_dim, out);
   if (gain != nullptr) {
-    float squares = 0;
-    for (size_t e = 0; e < head_dim; ++e) squares += in[e] * in[e];
-    const float inverse = 1 / std::sqrt(squares / static_cast<float>(head_dim) + epsilon);
+    const float inverse = inverse_rms(in, head_dim, epsilon);
     for (size_t e = 0; e < head_dim; ++e) out[e] = in[e] * inverse * gain[e];
   }
   const size_t half = head_dim / 2;
@@ -121,9 +120,10 @@ class Attention {
     const size_t rows = layout.kv_heads * plan_.rows;
     const size_t partials = plan_.splits > 1 ? rows * plan_.splits : 0;
     const size_t codes = plan_.integer ? rows * dim : 0;
-    Scratch& scratch = Scratch::begin(Scratch::bytes<float>(rows * dim) + 2 * Scratch::bytes<int8_t>(codes) +
-                                      Scratch::bytes<float>(rows) + Scratch::bytes<int32_t>(rows * dim / 16) +
-                                      2 * Scratch::bytes<float>(partials) + Scratch::bytes<float>(partials * dim));
+    thread_local Scratch scratch;
+    scratch.begin(Scratch::bytes<float>(rows * dim) + 2 * Scratch::bytes<int8_t>(codes) + Scratch::bytes<float>(rows) +
+                  Scratch::bytes<int32_t>(rows * dim / 16) + 2 * Scratch::bytes<float>(partials) +
+                  Scratch::bytes<float>(partials * dim));
     queries_ = {scratch.take<float>(rows * dim), scratch.take<int8_t>(codes), scratch.take<int8_t>(codes),
                 scratch.take<float>(rows), scratch.take<int32_t>(rows * dim / 16)};
     partial_ = {scratch.take<float>(partials), scratch.take<float>(partials), scratch.take<float>(partials * dim)};
@@ -263,11 +263,14 @@ class Attention {
 }  // namespace
 
 void attention(const Simd& simd, const KvLayout& layout, const AttentionStep& step, const Parallel& parallel) {
-  const Attention work(simd, layout, step, parallel.threads);
-  // One token's preparation is too little to be worth the hand-over to other threads.
-  const Parallel& wide = step.tokens > 1 ? parallel : Parallel{};
+  // What takes some microseconds is over before another thread has woken up.
+  constexpr size_t kSerialBytes = 192 << 10;
+  const bool small = layout.bytes(step.past + step.tokens) * step.tokens < kSerialBytes;
+  const Parallel threads = small ? Parallel{} : parallel;
+  const Parallel wide = step.tokens > 1 ? threads : Parallel{};
+  const Attention work(simd, layout, step, threads.threads);
   wide(layout.kv_heads, [&work](size_t kv_head) { work.prepare(kv_head); });
-  parallel(work.pieces(), [&work](size_t index) { work.piece(index); });
+  threads(work.pieces(), [&work](size_t index) { work.piece(index); });
   if (work.splits() > 1) wide(layout.kv_heads, [&work](size_t kv_head) { work.combine(kv_head); });
 }
 

@@ -460,6 +460,18 @@ void softmax(float* scores, float* maximum, float* sum, float* output, size_t he
   *sum += _mm512_reduce_add_ps(total);
 }
 
+void swiglu(const float* gate, const float* up, size_t count, float* out) {
+  const __m512 one = _mm512_set1_ps(1);
+  for (size_t i = 0; i < count; i += 16) {
+    const __m512 x = _mm512_loadu_ps(gate + i);
+    const __m512 e = exp_negative(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(x)));
+    // sigmoid(x): 1 / (1 + e) for x >= 0, e / (1 + e) otherwise, and nothing overflows.
+    const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+    const __m512 sigmoid = _mm512_div_ps(_mm512_mask_mov_ps(one, negative, e), _mm512_add_ps(one, e));
+    _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_mul_ps(x, sigmoid), _mm512_loadu_ps(up + i)));
+  }
+}
+
 void quantize(const float* x, size_t inputs, int8_t* codes, float* scales, int32_t* sums) {
   for (size_t b = 0; b < inputs / 32; ++b, x += 32, codes += 32) {
     const __m512 first = _mm512_loadu_ps(x);
@@ -469,8 +481,9 @@ void quantize(const float* x, size_t inputs, int8_t* codes, float* scales, int32
     const float poison = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_mul_ps(first, zero), _mm512_mul_ps(second, zero)));
     const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second))) + poison;
     const __m512 inverse = _mm512_set1_ps(quantizer(127, largest));
-    const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(first, inverse));
-    const __m512i high = _mm512_cvtps_epi32(_mm512_mul_ps(second, inverse));
+    const __m512 floor = _mm512_set1_ps(-127);  // what NaN becomes: the second operand of max
+    const __m512i low = _mm512_cvtps_epi32(_mm512_max_ps(_mm512_mul_ps(first, inverse), floor));
+    const __m512i high = _mm512_cvtps_epi32(_mm512_max_ps(_mm512_mul_ps(second, inverse), floor));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtsepi32_epi8(low));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16), _mm512_cvtsepi32_epi8(high));
     scales[b] = largest / 127;
@@ -535,6 +548,7 @@ const Simd kAvx512Vnni = {"avx512vnni",
                           {scores_float<float>, scores_float<uint16_t>, scores_int8, scores_int4},
                           {values_float<float>, values_float<uint16_t>, values_int8, values_int4},
                           softmax,
+                          swiglu,
                           quantize,
                           panel<4>,
                           panel<8>};

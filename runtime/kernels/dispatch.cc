@@ -20,6 +20,12 @@ std::vector<const Simd*> find_paths() {
     paths.push_back(&kAvx512Vnni);
   }
   if (avx2) paths.push_back(&kAvx2);
+#elif defined(__aarch64__)
+  constexpr unsigned long kDotprod = 1UL << 20;  // ASIMDDP in AT_HWCAP
+  constexpr unsigned long kI8mm = 1UL << 13;     // in AT_HWCAP2
+  const bool dotprod = (::getauxval(AT_HWCAP) & kDotprod) != 0;
+  if (dotprod && (::getauxval(AT_HWCAP2) & kI8mm) != 0) paths.push_back(&kNeonI8mm);
+  if (dotprod) paths.push_back(&kNeonDotprod);
 #endif
   paths.push_back(&kPortable);
   return paths;

@@ -8,7 +8,8 @@
 
 namespace meki {
 
-// A weight matrix [outputs, inputs] in packed panels of 16 rows (docs/package-format.md, "Linear"). Passive data.
+// A weight matrix [outputs, inputs] in packed panels of 16 rows (docs/package-format.md, "Packed matrices"). Passive
+// data.
 struct PackedWeight {
   const std::byte* panels = nullptr;
   size_t outputs = 0;
@@ -20,10 +21,25 @@ struct PackedWeight {
   size_t bytes() const { return panel_count() * panel_bytes(); }
 };
 
-// out[t, n] = x[t] . weight[n]; x float32 [tokens, inputs], out float32 [tokens, outputs]. x is rounded to 8 bits in
-// blocks of 32. Reads the weight once for up to a few hundred tokens. Thread-safe. Throws std::bad_alloc.
-void linear(const Simd& simd, const PackedWeight& weight, const float* x, size_t tokens, float* out,
-            const Parallel& parallel);
+// What a matrix is multiplied with: one of three functions of x, whose rows are `stride` floats apart. Passive data.
+struct LinearInput {
+  enum class Kind {
+    plain,   // x
+    norm,    // x / sqrt(mean(x^2) + epsilon) * gain: RMSNorm
+    swiglu,  // silu(x[0 .. inputs)) * x[inputs .. 2 * inputs)
+  };
+  Kind kind = Kind::plain;
+  const float* x = nullptr;  // [tokens, stride]
+  size_t stride = 0;
+  const float* gain = nullptr;  // [inputs], of norm
+  float epsilon = 0;
+};
+
+// out[t, n] = residual[t, n] + input[t] . weight[n]; out and residual (null: zeros) are float32 [tokens, outputs]. The
+// input is rounded to 8 bits in blocks of 32. Reads the weight once for up to a few hundred tokens. Thread-safe. Throws
+// std::bad_alloc.
+void linear(const Simd& simd, const PackedWeight& weight, const LinearInput& input, const float* residual,
+            size_t tokens, float* out, const Parallel& parallel);
 
 // out[t] = weight[ids[t]], float32 [tokens, inputs]. Every id is below weight.outputs.
 void embedding(const PackedWeight& weight, const int64_t* ids, size_t tokens, float* out);

@@ -153,6 +153,10 @@ void softmax(float* scores, float* maximum, float* sum, float* output, size_t he
   }
 }
 
+void swiglu(const float* gate, const float* up, size_t count, float* out) {
+  for (size_t i = 0; i < count; ++i) out[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
+}
+
 void quantize(const float* x, size_t inputs, int8_t* codes, float* scales, int32_t* sums) {
   for (size_t b = 0; b < inputs / 32; ++b) {
     const float largest = largest_magnitude(x + b * 32, 32);
@@ -195,6 +199,7 @@ const Simd kPortable = {"portable",
                         {scores_float<float>, scores_float<uint16_t>, scores_int8, scores_int4},
                         {values_float<float>, values_float<uint16_t>, values_int8, values_int4},
                         softmax,
+                        swiglu,
                         quantize,
                         panel<4>,
                         panel<8>};

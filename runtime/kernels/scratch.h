@@ -7,23 +7,21 @@
 
 namespace meki {
 
-// Working memory of a kernel call. Each thread has one that grows to its largest use and stays, so that the steady
-// state allocates nothing. Throws std::bad_alloc when it has to grow and cannot.
+// Working memory of a kernel, kept from call to call (each kernel has one a thread): it grows to its largest use and
+// stays, so that the steady state allocates nothing.
 class Scratch {
  public:
-  // The calling thread's; valid until its next call of `begin`.
-  static Scratch& begin(size_t bytes) {
-    thread_local Scratch scratch;
-    if (scratch.memory_.size() < bytes) scratch.memory_ = Mapping::zeroed(std::max(bytes, 2 * scratch.memory_.size()));
-    scratch.used_ = 0;
-    return scratch;
-  }
   // Bytes that `count` objects take.
   template <class T>
   static constexpr size_t bytes(size_t count) {
     return (count * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
   }
-  // Uninitialised objects out of the bytes that `begin` was asked for.
+  // Begins a call that takes `bytes` in all; what was taken before is invalid. Throws std::bad_alloc.
+  void begin(size_t bytes) {
+    if (memory_.size() < bytes) memory_ = Mapping::zeroed(std::max(bytes, 2 * memory_.size()));
+    used_ = 0;
+  }
+  // Uninitialised objects, aligned to a cache line.
   template <class T>
   T* take(size_t count) {
     T* const taken = reinterpret_cast<T*>(memory_.data() + used_);

@@ -55,6 +55,9 @@ struct Simd {
   // nothing was seen yet; weights of a block that is masked entirely are 0.
   void (*softmax)(float* scores, float* maximum, float* sum, float* output, size_t head_dim);
 
+  // out[i] = silu(gate[i]) * up[i], silu(x) = x / (1 + e^-x), for a multiple of 16 elements.
+  void (*swiglu)(const float* gate, const float* up, size_t count, float* out);
+
   // x float32 [inputs] -> one row of Activations.
   void (*quantize)(const float* x, size_t inputs, int8_t* codes, float* scales, int32_t* sums);
 

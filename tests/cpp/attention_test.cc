@@ -12,11 +12,12 @@
 namespace meki {
 namespace {
 
-using test::AlignedBuffer;
+using test::Bytes;
 using test::Errors;
 using test::kKvTypes;
 using test::kRounding;
 using test::Random;
+using test::Stored;
 using test::stored_key;
 using test::stored_value;
 using test::Threads;
@@ -46,7 +47,8 @@ class Sequence {
         qkv(random.floats(shape.total() * shape.width(), -2, 2)),
         q_gain(random.floats(shape.head_dim, 0.5F, 1.5F)),
         k_gain(random.floats(shape.head_dim, 0.5F, 1.5F)),
-        cache_(layout.bytes(shape.total())) {
+        // Finite in every type, and not 0: nobody may look at what was not stored.
+        cache(layout.bytes(shape.total()), std::byte{0x55}) {
     for (size_t position = 0; position < shape.total(); ++position) {
       for (size_t i = 0; i < shape.head_dim / 2; ++i) {
         const double angle = static_cast<double>(position) *
@@ -55,7 +57,6 @@ class Sequence {
         sin.push_back(static_cast<float>(std::sin(angle)));
       }
     }
-    std::ranges::fill(cache_.span(), std::byte{0x55});  // finite in every type, and not 0: nobody may look at it
   }
 
   // Runs tokens first .. last - 1 in steps of at most `chunk`; returns float32 [last - first, heads * head_dim].
@@ -80,11 +81,10 @@ class Sequence {
     step.q_gain = shape.norm ? q_gain.data() : nullptr;
     step.k_gain = shape.norm ? k_gain.data() : nullptr;
     step.epsilon = 1e-5F;
-    step.cache = cache_.span().data();
+    step.cache = cache.data();
     step.out = out;
     return step;
   }
-  std::span<std::byte> cache() const { return cache_.span(); }
 
   Shape shape;
   KvLayout layout;
@@ -93,9 +93,7 @@ class Sequence {
   std::vector<float> k_gain;
   std::vector<float> cos;  // [total, head_dim / 2]
   std::vector<float> sin;
-
- private:
-  AlignedBuffer cache_;
+  Bytes cache;
 };
 
 using Vector = std::vector<double>;
@@ -149,8 +147,8 @@ struct Expected {
   Vector bounds;
 };
 
-// Attention over all positions of the sequence for the tokens from `past` on. float32 takes keys and values from qkv;
-// the others what the cache has for them, once that has been compared with what it should have.
+// Attention over all positions of the sequence for the tokens from `past` on. float32 takes keys from qkv, the others
+// what the cache has for them, as values do; all that is in the cache is compared with what should be.
 class Naive {
  public:
   explicit Naive(const Sequence& sequence) : s_(sequence) {
@@ -181,14 +179,16 @@ class Naive {
     const KvType type = s_.layout.type;
     const float* const key = s_.qkv.data() + position * shape.width() + (shape.heads() + kv_head) * dim;
     const float* const value = key + shape.kv_heads * dim;
-    const std::byte* const block = s_.cache().data() + s_.layout.block_offset(kv_head, position);
+    const std::byte* const block = s_.cache.data() + s_.layout.block_offset(kv_head, position);
     const Vector k = prepared(s_, position, key, s_.k_gain);
     const Vector v(value, value + dim);
     Vector stored_k(dim);
     Vector stored_v(dim);
+    std::vector<Stored> elements;
     for (size_t e = 0; e < dim; ++e) {
+      elements.push_back(stored_value(type, dim, block, position % kBlock, e));
       stored_k[e] = stored_key(type, dim, block, position % kBlock, e).value();
-      stored_v[e] = stored_value(type, dim, block, position % kBlock, e).value();
+      stored_v[e] = elements[e].value();
     }
     // Precision of the type, in parts of the largest magnitude of what shares a scale (kv_cache_test is exact about
     // it), and what norm, RoPE and Hadamard round in float32.
@@ -206,7 +206,7 @@ class Naive {
     compare(stored_k, k, type == KvType::int4 ? 1.01 / 8 : part, roundings());
     compare(stored_v, v, type == KvType::int4 ? 0.501 / 7 : part, 1e-30);
     keys_.push_back(type == KvType::float32 ? k : stored_k);
-    values_.push_back(type == KvType::float32 ? v : stored_v);
+    values_.push_back(elements);
   }
 
   // Of one element, in parts of the vector's norm: the mean of squares, the quotient, gain, and RoPE's three; Hadamard
@@ -242,7 +242,7 @@ class Naive {
       double exact = 0;
       double magnitude = 0;
       for (size_t p = 0; p <= position; ++p) {
-        const double value = values_[kv_head * shape.total() + p][e];
+        const double value = values_[kv_head * shape.total() + p][e].value();
         exact += weights[p] * value;
         magnitude += weights[p] * std::fabs(value);
       }
@@ -259,11 +259,10 @@ class Naive {
   double weight_rounding(size_t kv_head, size_t position, size_t e, const Vector& weights) const {
     double bound = 0;
     for (size_t first = 0; first <= position; first += kBlock) {
-      const std::byte* const block = s_.cache().data() + s_.layout.block_offset(kv_head, first);
       double largest = 0;
       double codes = 0;
       for (size_t p = first; p < std::min(first + kBlock, position + 1); ++p) {
-        const test::Stored stored = stored_value(s_.layout.type, s_.shape.head_dim, block, p - first, e);
+        const Stored& stored = values_[kv_head * s_.shape.total() + p][e];
         largest = std::max(largest, weights[p] * stored.scale);
         codes += std::fabs(stored.code);
       }
@@ -273,8 +272,8 @@ class Naive {
   }
 
   const Sequence& s_;
-  std::vector<Vector> keys_;    // [kv_heads, total]
-  std::vector<Vector> values_;  // [kv_heads, total]
+  std::vector<Vector> keys_;                 // [kv_heads, total]
+  std::vector<std::vector<Stored>> values_;  // [kv_heads, total]
   Errors stored_;
 };
 
@@ -288,15 +287,15 @@ void check(const Shape& shape, KvType type, Random& random) {
   CAPTURE(shape.tokens);
   CAPTURE(shape.norm);
   Sequence sequence(shape, type, random);
-  sequence.run(*simd_paths().back(), 0, shape.total(), shape.total(), {});
-  const std::vector<std::byte> cache(sequence.cache().begin(), sequence.cache().end());
+  sequence.run(simd(), 0, shape.total(), shape.total(), {});
+  const Bytes cache = sequence.cache;
   const Expected expected = Naive(sequence).attend();
   const auto compare = [&](const std::vector<float>& got) {
     Errors errors;
     for (size_t i = 0; i < got.size(); ++i) errors.add(got[i], expected.out[i], expected.bounds[i]);
     CHECK(errors.worst() <= 1);
     // Every path, and every way to cut the work, appends the same bytes; appending over old positions leaves them.
-    CHECK(std::ranges::equal(sequence.cache(), cache));
+    CHECK(sequence.cache == cache);
   };
   for (const Simd* path : simd_paths()) {
     CAPTURE(path->name);
@@ -306,7 +305,8 @@ void check(const Shape& shape, KvType type, Random& random) {
     compare(sequence.run(*path, shape.past, shape.total(), shape.tokens, threads.parallel()));
     // One thread goes through a row's blocks in order, whatever rows are computed beside it.
     CHECK(sequence.run(*path, shape.past, shape.total(), 1, {}) == one);
-    compare(sequence.run(*path, shape.past, shape.total(), 1, threads.parallel()));
+    Threads reversed(4, true);
+    compare(sequence.run(*path, shape.past, shape.total(), 1, reversed.parallel()));
   }
 }
 
@@ -323,15 +323,15 @@ TEST_CASE("attention: edges of blocks") {
 TEST_CASE("attention: random shapes") {
   Random random(22);
   for (const KvType type : kKvTypes) {
-    for (int i = 0; i < 12; ++i) {
+    for (int i = 0; i < 7; ++i) {
       const size_t groups[] = {1, 2, 4, 7};
       const size_t dims[] = {32, 64, 96, 16, 48, 80};
       Shape shape{1 + random.below(3), groups[random.below(4)], dims[random.below(type == KvType::int4 ? 3 : 6)],
                   random.below(201),   1 + random.below(70),    random.below(2) == 0};
-      if (shape.group == 7) shape.tokens = 1 + shape.tokens / 4;
+      if (shape.heads() > 4) shape.tokens = 1 + shape.tokens / 4;
       check(shape, type, random);
     }
-    check({1, 2, type == KvType::int4 ? size_t{256} : size_t{128}, 700, 2, true}, type, random);
+    check({1, 1, type == KvType::int4 ? size_t{256} : size_t{128}, 600, 2, true}, type, random);
   }
 }
 
@@ -341,15 +341,15 @@ TEST_CASE("attention: rewinding a sequence leaves no trace") {
     CAPTURE(name_of(type));
     Sequence sequence({2, 2, 32, 60, 10}, type, random);
     const std::vector<float> right = sequence.run(simd(), 0, 70, 70, {});
-    const std::vector<std::byte> cache(sequence.cache().begin(), sequence.cache().end());
+    const Bytes cache = sequence.cache;
     const std::vector<float> qkv = sequence.qkv;
     for (float& x : sequence.qkv) x *= -3;
     sequence.run(simd(), 50, 70, 7, {});  // something else from position 50 on
-    CHECK_FALSE(std::ranges::equal(sequence.cache(), cache));
+    CHECK_FALSE(sequence.cache == cache);
     sequence.qkv = qkv;
     const std::vector<float> again = sequence.run(simd(), 50, 70, 1, {});
     CHECK(std::equal(again.begin(), again.end(), right.end() - static_cast<ptrdiff_t>(again.size())));
-    CHECK(std::ranges::equal(sequence.cache(), cache));
+    CHECK(sequence.cache == cache);
   }
 }
 

@@ -79,13 +79,57 @@ def unpack_once(data: bytes, shape: tuple[int, ...], bits: int, outputs: int) ->
     return unpack_weight(np.frombuffer(data, np.uint8).reshape(shape), bits, outputs)
 
 
+def rms_norm(x: np.ndarray, gain: np.ndarray, epsilon: float) -> np.ndarray:
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + np.float32(epsilon)) * gain
+
+
 class Linear(OpRun):
-    """x W^T with activations in float32: what the runtime's int8 activations approximate."""
+    """residual + f(x) W^T with activations in float32: what the runtime's int8 activations approximate."""
 
     op_domain = "meki"
 
-    def _run(self, x: np.ndarray, weight: np.ndarray, outputs: int, bits: int) -> tuple[np.ndarray]:
-        return (x @ unpack_once(weight.tobytes(), weight.shape, bits, outputs).T,)
+    def _run(
+        self,
+        x: np.ndarray,
+        weight: np.ndarray,
+        gain: np.ndarray | None = None,
+        residual: np.ndarray | None = None,
+        *,
+        outputs: int,
+        bits: int,
+        swiglu: int,
+        epsilon: float,
+    ) -> tuple[np.ndarray]:
+        if gain is not None:
+            x = rms_norm(x, gain, epsilon)
+        if swiglu:
+            gate, up = np.split(x, 2, axis=-1)
+            x = gate / (1 + np.exp(-gate)) * up
+        product = x @ unpack_once(weight.tobytes(), weight.shape, bits, outputs).T
+        return (product if residual is None else residual + product,)
+
+
+class Injection(OpRun):
+    """MeKi's folded form, with activations in float32."""
+
+    op_domain = "meki"
+
+    def _run(
+        self,
+        x: np.ndarray,
+        attended: np.ndarray,
+        rows: np.ndarray,
+        gate: np.ndarray,
+        out_proj: np.ndarray,
+        ffn_gain: np.ndarray,
+        out_gain: np.ndarray,
+        bits: int,
+        epsilon: float,
+    ) -> tuple[np.ndarray]:
+        w_gate = unpack_once(gate.tobytes(), gate.shape, bits, rows.shape[-1])
+        w_out = unpack_once(out_proj.tobytes(), out_proj.shape, bits, x.shape[-1])
+        opened = 1 / (1 + np.exp(-(rms_norm(attended, ffn_gain, epsilon) @ w_gate.T)))
+        return (x + rms_norm((rows + opened) @ w_out.T, out_gain, epsilon),)
 
 
 class Embedding(OpRun):
@@ -147,7 +191,7 @@ class ReferenceSession:
         self.manifest = json.loads((package / "manifest.json").read_text())
         architecture = self.manifest["architecture"]
         self.stages = [
-            ReferenceEvaluator(onnx.load(package / stage["file"]), new_ops=[Attention, Embedding, Linear])
+            ReferenceEvaluator(onnx.load(package / stage["file"]), new_ops=[Attention, Embedding, Injection, Linear])
             for stage in self.manifest[stages]
         ]
         memory = self.manifest["memory"]

@@ -226,7 +226,7 @@ def test_operators(make_package: Callable[..., Path], weights: str, qk_norm: boo
         assert {node.domain for node in graph.node} == {"", "meki"}
         tensors = {t.name: (t.data_type, list(t.dims)) for t in graph.initializer}
         nodes = {kind: [n for n in graph.node if n.op_type == kind and n.domain == "meki"]
-                 for kind in ("Attention", "Linear", "Embedding")}  # fmt: skip
+                 for kind in ("Attention", "Linear", "Embedding", "Injection")}  # fmt: skip
         assert sum(map(len, nodes.values())) == sum(node.domain == "meki" for node in graph.node)
         assert len(nodes["Attention"]) == layers
         for node in nodes["Attention"]:
@@ -238,15 +238,29 @@ def test_operators(make_package: Callable[..., Path], weights: str, qk_norm: boo
             assert [tensors[gain] for gain in node.input[5:]] == [(onnx.TensorProto.FLOAT, [16])] * (2 * qk_norm)
         head, embeddings = name != "stage0", name != "stage1"
         if weights == "float32":
-            assert not nodes["Linear"] and not nodes["Embedding"]
+            assert not nodes["Linear"] and not nodes["Embedding"] and not nodes["Injection"]
             continue
         assert len(nodes["Embedding"]) == embeddings
-        # qkv, o, gate and up, down; the memory's two; the head.
-        assert len(nodes["Linear"]) == 4 * layers + 2 * memory + head
-        sizes = []
+        # qkv, o, gate and up, down; the head. With a norm before, a residual behind, or SwiGLU before.
+        assert len(nodes["Linear"]) == 4 * layers + head
+        assert sum(attributes(node)["swiglu"] for node in nodes["Linear"]) == layers
+        gains = [node.input[2] for node in nodes["Linear"] if len(node.input) > 2 and node.input[2]]
+        assert len(gains) == 2 * layers + head and {tensors[gain][1][0] for gain in gains} == {64}
+        assert sum(len(node.input) == 4 for node in nodes["Linear"]) == 2 * layers
+        packed = []
         for node in nodes["Linear"] + nodes["Embedding"]:
-            assert attributes(node).keys() == {"outputs", "bits"} and attributes(node)["bits"] == 4
-            outputs, (data_type, (panels, groups, block)) = attributes(node)["outputs"], tensors[node.input[1]]
+            expected = {"outputs", "bits"} | ({"swiglu", "epsilon"} if node.op_type == "Linear" else set())
+            assert attributes(node).keys() == expected
+            packed.append((node, node.input[1], attributes(node)["outputs"]))
+        assert len(nodes["Injection"]) == memory
+        for node in nodes["Injection"]:
+            assert attributes(node).keys() == {"bits", "epsilon"}
+            assert [tensors[gain][1] for gain in node.input[5:]] == [[64], [64]]
+            packed += [(node, node.input[3], 32), (node, node.input[4], 64)]
+        sizes = []
+        for node, name_of_weight, outputs in packed:
+            data_type, (panels, groups, block) = tensors[name_of_weight]
+            assert attributes(node)["bits"] == 4
             assert (data_type, panels, block) == (onnx.TensorProto.UINT8, -(-outputs // 16), 288)
             sizes.append((outputs, 32 * groups))
         matrices = [(128, 64), (64, 64), (192, 64), (64, 96)] * layers + [(32, 64), (64, 32)] * memory

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _core
-from ..engine import _find_onnxruntime
+from ..engine import find_onnxruntime
 from ..package import check_parsed_files, read_manifest
 from .sequence import MeasuredSession
 
@@ -64,7 +64,7 @@ class Package:
     def engine(self, *, memory: bool = True, profile: str = "") -> _core.Engine:
         """memory: False switches it off. profile: path prefix of ONNX Runtime's traces, "" for none."""
         options = _core.EngineOptions(
-            onnxruntime=str(_find_onnxruntime()),
+            onnxruntime=str(find_onnxruntime()),
             threads=self.threads,
             kv_type=self.kv_type,
             memory=memory,
