@@ -77,6 +77,7 @@ class Stage:
 
     def input(self, name: str, shape: Sequence[int | str], data_type: int = TensorProto.FLOAT) -> str:
         self.inputs[name] = helper.make_tensor_value_info(name, data_type, shape)
+        self.made.add(name)
         return name
 
     def output(self, name: str, shape: Sequence[int | str], data_type: int = TensorProto.FLOAT) -> str:

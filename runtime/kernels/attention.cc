@@ -263,15 +263,14 @@ class Attention {
 }  // namespace
 
 void attention(const Simd& simd, const KvLayout& layout, const AttentionStep& step, const Parallel& parallel) {
-  // What takes some microseconds is over before another thread has woken up.
-  constexpr size_t kSerialBytes = 192 << 10;
+  // What takes some microseconds is over before another thread has taken its share.
+  constexpr size_t kSerialBytes = 64 << 10;
   const bool small = layout.bytes(step.past + step.tokens) * step.tokens < kSerialBytes;
   const Parallel threads = small ? Parallel{} : parallel;
-  const Parallel wide = step.tokens > 1 ? threads : Parallel{};
   const Attention work(simd, layout, step, threads.threads);
-  wide(layout.kv_heads, [&work](size_t kv_head) { work.prepare(kv_head); });
+  threads(layout.kv_heads, [&work](size_t kv_head) { work.prepare(kv_head); });
   threads(work.pieces(), [&work](size_t index) { work.piece(index); });
-  if (work.splits() > 1) wide(layout.kv_heads, [&work](size_t kv_head) { work.combine(kv_head); });
+  if (work.splits() > 1) threads(layout.kv_heads, [&work](size_t kv_head) { work.combine(kv_head); });
 }
 
 }  // namespace meki

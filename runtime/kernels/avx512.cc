@@ -14,7 +14,8 @@ constexpr size_t kGroup = KvLayout::kGroup;
 
 __m512i load(const void* at) { return _mm512_loadu_si512(at); }
 __m512 halves(const void* at) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(at))); }
-void prefetch(const std::byte* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
+// Into the second-level cache: the first has too few outstanding misses to stream from memory with.
+void prefetch(const std::byte* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1); }
 
 // As in rounding.h, which must not be included here.
 float quantizer(float levels, float largest) { return largest > 1e-30F ? levels / largest : 0; }

@@ -17,34 +17,37 @@ void panel_tokens(const std::byte* panel, const Activations& x, size_t first, fl
   for (size_t b = 0; b < blocks; ++b, panel += kCodes + 32) {
     if constexpr (T == 1) prefetch(panel + 4096, kCodes + 32);  // decode: bound by memory
     const int8_t* const xs = x.codes + first * x.inputs + 32 * b;
-    int32x4_t sum[T][4];
-    for (int t = 0; t < T; ++t) {
-      // Nibbles are code + 8; bytes become signed by themselves.
-      const int32_t excess = kBits == 4 ? 8 * x.sums[(first + t) * blocks + b] : 0;
-      for (int32x4_t& vector : sum[t]) vector = vdupq_n_s32(-excess);
-    }
-    for (int i = 0; i < kBits; ++i) {
-      for (int v = 0; v < 4; ++v) {
-        const int8x16_t bytes = load(panel + 64 * i + 16 * v);
-        if constexpr (kBits == 4) {
-          const int8x16_t low = low_nibbles(bytes);
-          const int8x16_t high = high_nibbles(bytes);
-          for (int t = 0; t < T; ++t) {
-            sum[t][v] = vdotq_s32(sum[t][v], low, broadcast4(xs + t * x.inputs + 4 * i));
-            sum[t][v] = vdotq_s32(sum[t][v], high, broadcast4(xs + t * x.inputs + 16 + 4 * i));
+    const auto* const row_scales = reinterpret_cast<const uint16_t*>(panel + kCodes);
+    for (int pair = 0; pair < 4; pair += 2) {  // of vectors: what the registers hold
+      int32x4_t sum[T][2];
+      for (int t = 0; t < T; ++t) {
+        // Nibbles are code + 8; bytes become signed by themselves.
+        const int32_t excess = kBits == 4 ? 8 * x.sums[(first + t) * blocks + b] : 0;
+        sum[t][0] = sum[t][1] = vdupq_n_s32(-excess);
+      }
+      for (int i = 0; i < kBits; ++i) {
+        for (int v = 0; v < 2; ++v) {
+          const int8x16_t bytes = load(panel + 64 * i + 16 * (pair + v));
+          if constexpr (kBits == 4) {
+            const int8x16_t low = low_nibbles(bytes);
+            const int8x16_t high = high_nibbles(bytes);
+            for (int t = 0; t < T; ++t) {
+              sum[t][v] = vdotq_s32(sum[t][v], low, broadcast4(xs + t * x.inputs + 4 * i));
+              sum[t][v] = vdotq_s32(sum[t][v], high, broadcast4(xs + t * x.inputs + 16 + 4 * i));
+            }
+          } else {
+            const int8x16_t rows = veorq_s8(bytes, vdupq_n_s8(-128));  // code + 128 to code
+            for (int t = 0; t < T; ++t) sum[t][v] = vdotq_s32(sum[t][v], rows, broadcast4(xs + t * x.inputs + 4 * i));
           }
-        } else {
-          const int8x16_t rows = veorq_s8(bytes, vdupq_n_s8(-128));  // code + 128 to code
-          for (int t = 0; t < T; ++t) sum[t][v] = vdotq_s32(sum[t][v], rows, broadcast4(xs + t * x.inputs + 4 * i));
         }
       }
-    }
-    const auto* const row_scales = reinterpret_cast<const uint16_t*>(panel + kCodes);
-    for (int v = 0; v < 4; ++v) {
-      const float32x4_t row_scale = load_floats(row_scales + 4 * v);
-      for (int t = 0; t < T; ++t) {
-        const float32x4_t scale = vmulq_n_f32(row_scale, x.scales[(first + t) * blocks + b]);
-        total[t][v] = vfmaq_f32(total[t][v], vcvtq_f32_s32(sum[t][v]), scale);
+      for (int v = 0; v < 2; ++v) {
+        const float32x4_t row_scale = load_floats(row_scales + 4 * (pair + v));
+        for (int t = 0; t < T; ++t) {
+          const float32x4_t scale = vmulq_n_f32(row_scale, x.scales[(first + t) * blocks + b]);
+          float32x4_t& sums = total[t][pair + v];
+          sums = vfmaq_f32(sums, vcvtq_f32_s32(sum[t][v]), scale);
+        }
       }
     }
   }

@@ -299,14 +299,14 @@ void check(const Shape& shape, KvType type, Random& random) {
   };
   for (const Simd* path : simd_paths()) {
     CAPTURE(path->name);
-    Threads threads(4);
+    Threads threads(4, path != &simd());  // threads take their time to start: one path will do
     const std::vector<float> one = sequence.run(*path, shape.past, shape.total(), shape.tokens, {});
     compare(one);
     compare(sequence.run(*path, shape.past, shape.total(), shape.tokens, threads.parallel()));
     // One thread goes through a row's blocks in order, whatever rows are computed beside it.
     CHECK(sequence.run(*path, shape.past, shape.total(), 1, {}) == one);
-    Threads reversed(4, true);
-    compare(sequence.run(*path, shape.past, shape.total(), 1, reversed.parallel()));
+    Threads in_turn(4, true);
+    compare(sequence.run(*path, shape.past, shape.total(), 1, in_turn.parallel()));
   }
 }
 
@@ -323,7 +323,7 @@ TEST_CASE("attention: edges of blocks") {
 TEST_CASE("attention: random shapes") {
   Random random(22);
   for (const KvType type : kKvTypes) {
-    for (int i = 0; i < 7; ++i) {
+    for (int i = 0; i < 5; ++i) {
       const size_t groups[] = {1, 2, 4, 7};
       const size_t dims[] = {32, 64, 96, 16, 48, 80};
       Shape shape{1 + random.below(3), groups[random.below(4)], dims[random.below(type == KvType::int4 ? 3 : 6)],
@@ -362,12 +362,12 @@ TEST_CASE("attention: a NaN key or query is a NaN in what sees it") {
       for (const size_t wrong : {0, 5, 63, 64, 70}) {
         CAPTURE(wrong);
         for (const size_t count : {1, 4}) {
-          const Shape shape{2, 2, 32, 0, 140};
+          const Shape shape{2, 2, 32, 0, 75};
           Sequence sequence(shape, type, random);
           Threads threads(count, true);
           // Key head 0: query heads 0 and 1.
           sequence.qkv[wrong * shape.width() + shape.heads() * shape.head_dim + 3] = kNaN;
-          const std::vector<float> out = sequence.run(*path, 0, 140, 140, threads.parallel());
+          const std::vector<float> out = sequence.run(*path, 0, 75, 75, threads.parallel());
           bool as_expected = true;
           for (size_t i = 0; i < out.size(); ++i) {
             const size_t token = i / (shape.heads() * shape.head_dim);

@@ -40,7 +40,7 @@ class Random {
   std::mt19937 generator_;
 };
 
-// The largest error of many comparisons, as a fraction of what each allows: at most 1, and never NaN.
+// The largest error of many comparisons, as a fraction of what each allows. NaN once it was.
 class Errors {
  public:
   void add(double got, double expected, double bound);

@@ -62,12 +62,13 @@ def golden_package(directory: Path, golden: dict[str, np.ndarray], hidden: np.nd
         positions = stage.op("Range", [stage.op("Sub", [last, count], "first"), last, one], "positions")
         h = stage.op("Gather", [constant(stage, "table", hidden), positions], "h.flat")
         axis = constant(stage, "axis", np.array([0], np.int64))
-        stage.op("Unsqueeze", [h, axis], stage.output("h", [1, "T", width]))
+        normed = "layers.0.post_attention_layernorm.out"  # the FFN's input, where the exporter looks for it
+        stage.op("Unsqueeze", [h, axis], stage.output(normed, [1, "T", width]))
         stage.save(directory / "stage0.onnx")
 
         stage = Stage(config, store)
         rows = stage.input("rows", [1, "T", memory_dim])
-        h = stage.input("h", [1, "T", width])
+        h = stage.input(normed, [1, "T", width])
         index = stage.input("logit_index", ["K"], TensorProto.INT64)
         y = stage.inject(constant(stage, "zero", np.zeros(1, np.float32)), h, rows, 0)
         axis = constant(stage, "axis", np.array([0], np.int64))
