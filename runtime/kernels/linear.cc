@@ -13,8 +13,9 @@ namespace {
 // Weights of one piece: some microseconds of streaming, so that no thread waits long for another's last piece, and
 // handing it out costs little beside it.
 constexpr size_t kPieceBytes = 64 << 10;
-// Below so many bytes of work (weights times tokens) waking other threads costs more than it brings.
-constexpr size_t kSerialBytes = 192 << 10;
+constexpr size_t kPiecesPerThread = 4;  // at least, where the weights are small
+// Below so many bytes of work (weights times tokens) sharing it costs more than it brings.
+constexpr size_t kSerialBytes = 128 << 10;
 constexpr size_t kChunk = 512;  // elements of the input that are made and rounded together
 
 // One row of the input, rounded.
@@ -66,7 +67,8 @@ void linear(const Simd& simd, const PackedWeight& weight, const LinearInput& inp
   const Activations activations{tokens, inputs, codes, scales, sums};
   const auto panel = weight.bits == 4 ? simd.panel4 : simd.panel8;
   const size_t panels = weight.panel_count();
-  const size_t step = std::max<size_t>(1, kPieceBytes / weight.panel_bytes());
+  const size_t piece_bytes = std::min(kPieceBytes, weight.bytes() / (kPiecesPerThread * threads.threads));
+  const size_t step = std::max<size_t>(1, piece_bytes / weight.panel_bytes());
   const size_t outputs = weight.outputs;
   threads((panels + step - 1) / step, [=, &weight](size_t piece) {
     const size_t end = std::min(panels, (piece + 1) * step);
