@@ -25,7 +25,6 @@ _DOMAIN = "meki"
 _OPSETS = [helper.make_opsetid("", 23), helper.make_opsetid(_DOMAIN, 1)]  # 23: the first with RMSNormalization
 _IR_VERSION = 11  # came with that opset
 _ROPE_TABLES = ("rope.cos", "rope.sin")
-_BATCH_AXIS = "batch_axis"
 _HEAD_DIM_MULTIPLE = 16  # of heads that Attention takes
 
 
@@ -97,18 +96,19 @@ class Stage:
         norm: str = "",
         swiglu: bool = False,
         residual: str = "",
+        rows: int | None = None,
         out: str = "",
     ) -> str:
         """f(x) times the transposed weights `parts`, each [n, k], one below the other, plus `residual`.
 
         x: [.., k], or [.., 2k] with `swiglu`; the output, `out`: [.., sum of n]. f is RMSNorm with the gain
-        `norm`.weight, SwiGLU (SiLU of the first half times the second half), or the identity. Without `parts` the
-        weight is `name`.weight.
+        `norm`.weight, SwiGLU (SiLU of the first k columns times the next k), or the identity. Without `parts` the
+        weight is `name`.weight; `rows`: only the first so many of a packed one.
         """
         parts, out = parts or [f"{name}.weight"], out or f"{name}.out"
         if self.store.weight_type != "float32":
             gain = self.gain(norm) if norm else ""
-            weight, attributes = self.packed(name, parts)
+            weight, attributes = self.packed(name, parts, rows)
             inputs = [x, weight, gain, residual]
             while not inputs[-1]:
                 inputs.pop()
@@ -132,9 +132,12 @@ class Stage:
         self.op("MatMul", [x, self.constant(self.store.transposed(name, parts))], product)
         return self.op("Add", [residual, product], out) if residual else product
 
-    def packed(self, name: str, parts: Sequence[str] = ()) -> tuple[str, dict[str, int]]:
-        """The packed weights `parts`, one below the other, and the attributes of an operator that reads them."""
-        weight, outputs = self.store.packed(f"{name}.panels", parts or [f"{name}.weight"])
+    def packed(self, name: str, parts: Sequence[str] = (), rows: int | None = None) -> tuple[str, dict[str, int]]:
+        """The packed weights `parts`, one below the other, and the attributes of an operator that reads them.
+
+        `rows`: only the first so many.
+        """
+        weight, outputs = self.store.packed(f"{name}.panels", parts or [f"{name}.weight"], rows)
         return self.constant(weight), {"outputs": outputs, "bits": WEIGHT_BITS[self.store.weight_type]}
 
     def gain(self, norm: str) -> str:
@@ -175,40 +178,59 @@ class Stage:
         )
         return self.linear(f"{prefix}.heads", f"{prefix}.o_proj", residual=x)
 
-    def ffn(self, a: str, layer: int) -> str:
-        """a + down(SiLU(gate(h)) * up(h)), h = norm(a). a: [1, T, hidden] -> [1, T, hidden]."""
-        prefix = f"layers.{layer}.mlp"
-        norm, parts = _ffn_norm(layer), [f"{prefix}.{name}_proj.weight" for name in ("gate", "up")]
-        both = self.linear(a, f"{prefix}.gate_up", parts, norm=norm)
-        return self.linear(both, f"{prefix}.down_proj", swiglu=True, residual=a)
+    def ffn(self, a: str, layer: int, opens_memory: bool) -> tuple[str, str]:
+        """a + down(SiLU(gate(h)) * up(h)), h = norm(a), and the projections of h. a: [1, T, hidden] -> [1, T, hidden].
 
-    def layer(self, x: str, layer: int) -> tuple[str, str]:
-        """A layer without its memory: x -> (A + FFN(norm(A)), A), where A = x + Attention(norm(x))."""
+        With `opens_memory` the last memory_dim columns of the projections are the gate of the layer's memory: its rows
+        stand below the FFN's in one packed matrix. (Only in a packed one, and not in layer 0, whose FFN runs before
+        anything of its memory.)
+        """
+        prefix, config = f"layers.{layer}.mlp", self.config
+        parts = [f"{prefix}.{name}_proj.weight" for name in ("gate", "up")]
+        if config.memory_dim and layer > 0 and self.store.weight_type != "float32":
+            parts.append(f"layers.{layer}.meki.gate_proj.weight")
+        rows = None if opens_memory else 2 * config.ffn
+        both = self.linear(a, f"{prefix}.gate_up", parts, norm=_ffn_norm(layer), rows=rows)
+        return self.linear(both, f"{prefix}.down_proj", swiglu=True, residual=a), both
+
+    def layer(self, x: str, layer: int, opens_memory: bool = False) -> tuple[str, str, str]:
+        """A layer without its memory: x -> (A + FFN(norm(A)), A, projections), where A = x + Attention(norm(x))."""
         a = self.attention(x, layer)
-        return self.ffn(a, layer), a
+        residual, projected = self.ffn(a, layer, opens_memory)
+        return residual, a, projected
 
-    def inject(self, x: str, a: str, rows: str, layer: int) -> str:
-        """x + RMSNorm_d(W_out (rows + sigmoid(W_gate norm(a)))): MeKi's folded form. rows: [1, T, memory_dim]."""
+    def inject(self, x: str, a: str, projected: str, rows: str, layer: int) -> str:
+        """x + RMSNorm_d(W_out (rows + sigmoid(W_gate norm(a)))): MeKi's folded form.
+
+        rows: [layers, T, memory_dim]. projected: has W_gate norm(a) in its last columns; empty: it is computed here.
+        """
         prefix, out = f"layers.{layer}.meki", f"layers.{layer}.injected"
         gate, out_proj, post_norm = f"{prefix}.gate_proj", f"{prefix}.out_proj", f"{prefix}.post_norm"
         if self.store.weight_type != "float32":
-            weights = [self.packed(name)[0] for name in (gate, out_proj)]
-            gains = [self.gain(name) for name in (_ffn_norm(layer), post_norm)]
-            bits, epsilon = WEIGHT_BITS[self.store.weight_type], self.config.norm_eps
-            inputs = [x, a, rows, *weights, *gains]
-            return self.op("Injection", inputs, out, domain=_DOMAIN, bits=bits, epsilon=epsilon)
+            projected = projected or self.linear(a, gate, norm=_ffn_norm(layer))
+            weight, attributes = self.packed(out_proj)
+            return self.op(
+                "Injection",
+                [x, projected, rows, weight, self.gain(post_norm)],
+                out,
+                domain=_DOMAIN,
+                bits=attributes["bits"],
+                epsilon=self.config.norm_eps,
+                layer=layer,
+            )
         h = f"{_ffn_norm(layer)}.out"
         if h not in self.made:  # the FFN is in an earlier stage
             self.norm(a, _ffn_norm(layer))
         opened = self.op("Sigmoid", [self.linear(h, gate)], f"{prefix}.gate")
-        fused = self.op("Add", [rows, opened], f"{prefix}.fused")
+        index = self.constant(self.store.constant(f"layer.{layer}", lambda: np.array(layer, np.int64)))
+        fused = self.op("Add", [self.op("Gather", [rows, index], f"{prefix}.rows"), opened], f"{prefix}.fused")
         return self.op("Add", [x, self.norm(self.linear(fused, out_proj), post_norm)], out)
 
     def head(self, x: str) -> None:
         """x [1, T, hidden] -> logits [K, vocab_size] of the positions in logit_index. The head is the embedding."""
         index = self.input("logit_index", ["K"], TensorProto.INT64)
         logits = self.output("logits", ["K", self.config.vocab_size])
-        batch_axis = self.store.constant(_BATCH_AXIS, lambda: np.zeros(1, np.int64))
+        batch_axis = self.store.constant("batch_axis", lambda: np.zeros(1, np.int64))
         tokens = self.op("Squeeze", [x, self.constant(batch_axis)], "final.tokens")
         selected = self.op("Gather", [tokens, index], "final.selected")
         if self.store.weight_type == "float32":
@@ -234,7 +256,7 @@ def _dense(config: ModelConfig, store: WeightStore) -> Stage:
     stage = Stage(config, store)
     x = stage.embed()
     for layer in range(config.layers):
-        x, _ = stage.layer(x, layer)
+        x, _, _ = stage.layer(x, layer)
     stage.head(x)
     return stage
 
@@ -242,17 +264,15 @@ def _dense(config: ModelConfig, store: WeightStore) -> Stage:
 def _with_memory(config: ModelConfig, store: WeightStore) -> tuple[Stage, Stage]:
     """What needs no rows, up to layer 0's FFN; and the rest, from layer 0's injection to the logits."""
     first, second = Stage(config, store), Stage(config, store)
-    x, a = first.layer(first.embed(), 0)
+    x, a, _ = first.layer(first.embed(), 0)
     for name in (x, a):
         first.output(name, [1, "T", config.hidden])
         second.input(name, [1, "T", config.hidden])
-    rows = [f"rows.{layer}" for layer in range(config.layers)]
-    all_rows = second.input("rows", [config.layers, "T", config.memory_dim])
-    second.op("Split", [all_rows], rows, axis=0, num_outputs=config.layers)
-    x = second.inject(x, a, rows[0], 0)
+    rows = second.input("rows", [config.layers, "T", config.memory_dim])
+    x = second.inject(x, a, "", rows, 0)
     for layer in range(1, config.layers):
-        x, a = second.layer(x, layer)
-        x = second.inject(x, a, rows[layer], layer)
+        x, a, projected = second.layer(x, layer, opens_memory=True)
+        x = second.inject(x, a, projected, rows, layer)
     second.head(x)
     return first, second
 
@@ -263,7 +283,8 @@ def _decode_bytes(stages: Sequence[Stage]) -> int:
     The embedding counts once: the head reads all of it, the lookup one row.
     """
     tensors = {name: tensor for stage in stages for name, tensor in stage.initializers.items()}
-    return sum(tensor_bytes(tensors[name]) for name in tensors.keys() - {*_ROPE_TABLES, _BATCH_AXIS})
+    weights = [tensors[name] for name in tensors.keys() - set(_ROPE_TABLES)]
+    return sum(tensor_bytes(tensor) for tensor in weights if tensor.data_type != TensorProto.INT64)  # those are indices
 
 
 @dataclass(frozen=True)

@@ -95,14 +95,20 @@ class WeightStore:
         """Weights [n, k] one below the other, transposed to what MatMul takes: float32 [k, sum of n]."""
         return self.constant(name, lambda: np.concatenate([self._fetch_finite(part) for part in parts]).T)
 
-    def packed(self, name: str, parts: Sequence[str]) -> tuple[TensorProto, int]:
+    def packed(self, name: str, parts: Sequence[str], rows: int | None = None) -> tuple[TensorProto, int]:
         """Weights [n, k] one below the other in the panels of `quantize_weight`, and the sum of n.
 
-        Every n but the last must be a multiple of a panel's 16 rows.
+        Every n but the last must be a multiple of a panel's 16 rows. `rows`: only the first so many, a multiple of 16:
+        the same bytes under the same name, fewer of them.
         """
         if name not in self._packed:
             self._packed[name] = self._pack(name, parts)
-        return self._packed[name]
+        tensor, outputs = self._packed[name]
+        if rows is None or rows == outputs:
+            return tensor, outputs
+        panels = (rows // PANEL, *tensor.dims[1:])
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        return self._external(name, TensorProto.UINT8, panels, int(entries["offset"])), rows
 
     def _pack(self, name: str, parts: Sequence[str]) -> tuple[TensorProto, int]:
         bits, offset, outputs, shape = WEIGHT_BITS[self.weight_type], self._align(), 0, (0, 0)
@@ -147,9 +153,9 @@ class WeightStore:
         return self.file.tell()
 
     def _external(self, name: str, data_type: int, shape: Sequence[int], offset: int) -> TensorProto:
-        """The tensor that lies in the file from `offset` to its end."""
+        """The tensor that lies in the file from `offset`."""
         # set_external_data insists on raw_data, of which an external tensor has none.
         tensor = TensorProto(name=name, dims=shape, data_type=data_type, raw_data=b"")
-        external_data_helper.set_external_data(tensor, WEIGHTS_FILE, offset, self.file.tell() - offset)
+        external_data_helper.set_external_data(tensor, WEIGHTS_FILE, offset, tensor_bytes(tensor))
         tensor.ClearField("raw_data")
         return tensor

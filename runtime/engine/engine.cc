@@ -69,6 +69,10 @@ std::shared_ptr<const Rom> open_rom(const Manifest& manifest, RomAccess access, 
 
 std::shared_ptr<const Engine> Engine::open(const std::filesystem::path& directory, const EngineOptions& options) {
   const int threads = resolve_threads(options.threads);
+  if (options.rom_delay.count() < 0) {
+    throw std::invalid_argument("rom_delay is " + std::to_string(options.rom_delay.count()) +
+                                " microseconds, expected at least 0");
+  }
   Manifest manifest = Manifest::open(directory);
   if (!options.memory) manifest = without_memory(std::move(manifest));
   auto rom = open_rom(manifest, options.rom_access, options.rom_delay);

@@ -67,7 +67,6 @@ enum Characteristic : int { kRequired = 0, kOptional = 1 };
   F(78, GetAllocatorWithDefaultOptions, Status*, (Allocator**))                                                       \
   F(85, KernelInfoGetAttribute_float, Status*, (const KernelInfo*, const char* name, float*))                         \
   F(86, KernelInfoGetAttribute_int64, Status*, (const KernelInfo*, const char* name, int64_t*))                       \
-  F(88, KernelContext_GetInputCount, Status*, (const KernelContext*, size_t*))                                        \
   F(90, KernelContext_GetInput, Status*, (const KernelContext*, size_t index, const Value**))                         \
   F(91, KernelContext_GetOutput, Status*, (KernelContext*, size_t index, const int64_t* shape, size_t rank, Value**)) \
   F(93, ReleaseStatus, void, (Status*))                                                                               \
@@ -83,7 +82,9 @@ enum Characteristic : int { kRequired = 0, kOptional = 1 };
   F(135, ReleaseIoBinding, void, (IoBinding*))                                                                        \
   F(136, BindInput, Status*, (IoBinding*, const char* name, const Value*))                                            \
   F(137, BindOutput, Status*, (IoBinding*, const char* name, const Value*))                                           \
-  F(318, GetTensorSizeInBytes, Status*, (const Value*, size_t*))
+  F(230, KernelInfo_GetInputCount, Status*, (const KernelInfo*, size_t*))                                             \
+  F(232, KernelInfo_GetInputName, Status*, (const KernelInfo*, size_t index, char* name, size_t* size))               \
+  F(249, KernelInfoGetConstantInput_tensor, Status*, (const KernelInfo*, size_t index, int* is_constant, const Value**))
 
 struct Api {
 #define MEKI_ORT_MEMBER(position, name, result, parameters) result(*name) parameters;

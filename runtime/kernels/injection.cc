@@ -16,12 +16,11 @@ void inject(const Simd& simd, const InjectionStep& step, const Parallel& paralle
   thread_local Scratch scratch;
   scratch.begin(Scratch::bytes<float>(step.tokens * memory_dim));
   float* const fused = scratch.take<float>(step.tokens * memory_dim);
-  const LinearInput normed{LinearInput::Kind::norm, step.attended, hidden, step.ffn_gain, step.epsilon};
-  linear(simd, step.gate, normed, nullptr, step.tokens, fused, parallel);
   parallel(pieces, [&step, fused, memory_dim](size_t piece) {
-    const size_t end = std::min(step.tokens, (piece + 1) * kTokens) * memory_dim;
-    for (size_t i = piece * kTokens * memory_dim; i < end; ++i) {
-      fused[i] = step.rows[i] + 1 / (1 + std::exp(-fused[i]));
+    for (size_t t = piece * kTokens; t < std::min(step.tokens, (piece + 1) * kTokens); ++t) {
+      const float* const gate = step.gate + t * step.gate_stride;
+      const float* const row = step.rows + t * memory_dim;
+      for (size_t i = 0; i < memory_dim; ++i) fused[t * memory_dim + i] = row[i] + 1 / (1 + std::exp(-gate[i]));
     }
   });
   const LinearInput plain{.x = fused, .stride = memory_dim};

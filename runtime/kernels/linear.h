@@ -26,7 +26,7 @@ struct LinearInput {
   enum class Kind {
     plain,   // x
     norm,    // x / sqrt(mean(x^2) + epsilon) * gain: RMSNorm
-    swiglu,  // silu(x[0 .. inputs)) * x[inputs .. 2 * inputs)
+    swiglu,  // silu(x[0 .. inputs)) * x[inputs .. 2 * inputs); a row may be longer
   };
   Kind kind = Kind::plain;
   const float* x = nullptr;  // [tokens, stride]

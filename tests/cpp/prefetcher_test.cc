@@ -254,5 +254,20 @@ TEST_CASE("prefetcher: many on one ROM, each in a thread of its own") {
   CHECK(right == kThreads * 50);
 }
 
+TEST_CASE("prefetcher: slow storage is waited for, and the time of it is told") {
+  constexpr std::chrono::milliseconds kDelay{2};
+  const Fixture fixture;
+  const std::vector<int32_t> ids = {4, 2, 4, 9};  // three bundles
+  for (const bool asynchronous : {false, true}) {
+    Prefetcher prefetcher(std::make_shared<const Rom>(fixture.path, RomAccess::mmap, kDelay), kMaxTokens, asynchronous);
+    const auto start = std::chrono::steady_clock::now();
+    prefetcher.begin(0, ids);
+    const std::chrono::nanoseconds stall(prefetcher.wait(0));
+    CHECK(std::chrono::steady_clock::now() - start >= 3 * kDelay);
+    if (!asynchronous) CHECK(stall >= 3 * kDelay);
+    CHECK(fixture.holds(prefetcher, 0, ids));
+  }
+}
+
 }  // namespace
 }  // namespace meki

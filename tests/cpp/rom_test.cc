@@ -2,9 +2,17 @@
 
 #include "rom/rom.h"
 
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
 #include <bit>
+#include <chrono>
 #include <cmath>
 #include <limits>
+#include <thread>
 
 #include "base/error.h"
 #include "support.h"
@@ -325,6 +333,86 @@ TEST_CASE("rom: a file that shrinks while it is open is an error, never a signal
         }
       }
     }
+  }
+}
+
+TEST_CASE("rom: a delay adds to every read, and changes nothing else") {
+  const TempDir dir;
+  const RomImage image({.vocab_size = 20, .layers = 2, .row_dim = 30, .row_type = kInt8}, 5);
+  test::write_file(dir / "memory.rom", image.bytes);
+  constexpr std::chrono::milliseconds kDelay{3};
+  for (const RomAccess access : kAccesses) {
+    const Rom rom(dir / "memory.rom", access, kDelay);
+    const AlignedBuffer scratch(rom.scratch_bytes());
+    for (const uint32_t token : {0U, 7U, 7U, 19U}) {
+      const auto start = std::chrono::steady_clock::now();
+      const auto bundle = rom.read(token, scratch.span());
+      CHECK(std::chrono::steady_clock::now() - start >= kDelay);
+      CHECK(same_bytes(bundle, image.payload(token)));
+    }
+  }
+}
+
+// Pages of a file that the page cache holds.
+size_t cached_pages(const std::filesystem::path& path) {
+  const File file(path);
+  const Mapping mapping = Mapping::of_file(file, file.size(path));
+  std::vector<unsigned char> pages((mapping.size() + 4095) / 4096);
+  REQUIRE(::mincore(mapping.data(), mapping.size(), pages.data()) == 0);
+  return static_cast<size_t>(std::count_if(pages.begin(), pages.end(), [](unsigned char page) { return page & 1; }));
+}
+
+TEST_CASE("rom: what is dropped from the page cache is read again, the same") {
+  const RomImage image({.vocab_size = 300, .layers = 3, .row_dim = 50, .row_type = kInt8}, 6);
+  for (const RomAccess access : kAccesses) {
+    const TempDir dir;
+    const auto path = dir / "memory.rom";
+    test::write_file(path, image.bytes);
+    {  // Only clean pages can be dropped, and only where the file system has a storage behind it.
+      const File file(path);
+      REQUIRE(::fsync(file.descriptor()) == 0);
+      REQUIRE(::posix_fadvise(file.descriptor(), 0, 0, POSIX_FADV_DONTNEED) == 0);
+    }
+    const bool can_drop = ::sysconf(_SC_PAGESIZE) == 4096 && cached_pages(path) == 0;
+    if (!can_drop) MESSAGE("this machine keeps the pages of " << path.string());
+    const auto rom = open(path, access);
+    const AlignedBuffer scratch(rom->scratch_bytes());
+    for (int round = 0; round < 3; ++round) {
+      for (uint32_t token = 0; token < image.shape.vocab_size; ++token) {
+        CHECK(same_bytes(rom->read(token, scratch.span()), image.payload(token)));
+      }
+      if (can_drop && rom->access() != RomAccess::direct) CHECK(cached_pages(path) > 0);
+      rom->drop_cache();
+      if (can_drop) CHECK(cached_pages(path) == 0);
+    }
+  }
+}
+
+TEST_CASE("rom: reads go on while the page cache is dropped") {
+  const TempDir dir;
+  const RomImage image({.vocab_size = 300, .layers = 3, .row_dim = 50, .row_type = kInt4}, 7);
+  test::write_file(dir / "memory.rom", image.bytes);
+  for (const RomAccess access : kAccesses) {
+    const auto rom = open(dir / "memory.rom", access);
+    std::atomic<size_t> wrong = 0;
+    std::atomic<int> readers = 2;
+    std::vector<std::thread> threads;
+    for (int thread = 0; thread < 2; ++thread) {
+      threads.emplace_back([&] {
+        const AlignedBuffer scratch(rom->scratch_bytes());
+        for (uint32_t read = 0; read < 1500; ++read) {
+          const uint32_t token = read * 7 % image.shape.vocab_size;
+          rom->advise(token);
+          if (!same_bytes(rom->read(token, scratch.span()), image.payload(token))) ++wrong;
+        }
+        --readers;
+      });
+    }
+    do {
+      rom->drop_cache();
+    } while (readers > 0);
+    for (std::thread& thread : threads) thread.join();
+    CHECK(wrong == 0);
   }
 }
 

@@ -3,7 +3,9 @@
 #include "engine/session.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
+#include <map>
 #include <set>
 #include <stdexcept>
 
@@ -254,6 +256,187 @@ TEST_CASE("session: the KV cache has the default size, the given one, or an erro
     manifest.architecture.head_dim = 512;
     check_names(error_of<std::runtime_error>([&] { Session(engine(), {.context = 0x7FFFFFFF}); }), "2147483647");
   }
+}
+
+// A graph that computes nothing and shows the memory that it was bound to.
+class Window final : public Graph {
+ public:
+  using Memory = std::map<std::string, Tensor>;
+
+  explicit Window(Memory& memory) : memory_(memory) {}
+  const std::vector<std::string>& inputs() const override { return inputs_; }
+  const std::vector<std::string>& outputs() const override { return outputs_; }
+  std::unique_ptr<Binding> bind(const std::vector<Tensor>& inputs, const std::vector<Tensor>&) const override {
+    struct Nothing final : Binding {
+      void run() override {}
+    };
+    for (const Tensor& tensor : inputs) memory_[tensor.name] = tensor;
+    return std::make_unique<Nothing>();
+  }
+
+ private:
+  Memory& memory_;
+  std::vector<std::string> inputs_ = {"token_ids", "total_sequence_length", "past.0", "past.1", "logit_index"};
+  std::vector<std::string> outputs_ = {"present.0", "present.1", "logits"};
+};
+
+constexpr KvType kKvTypes[] = {KvType::float32, KvType::float16, KvType::int8, KvType::int4};
+
+// A dense engine of two such layers, with 3 kv heads of 32 elements.
+std::shared_ptr<const Engine> window_engine(KvType type, Window::Memory& memory) {
+  Manifest manifest;
+  manifest.architecture = {
+      .vocab_size = 1000, .layers = 2, .hidden = 4, .kv_heads = 3, .head_dim = 32, .memory_dim = 0, .context = 1000};
+  manifest.stages = {{"stage", std::nullopt}};
+  return std::make_shared<const Engine>(
+      manifest, nullptr, [&memory](const std::filesystem::path&) { return std::make_unique<Window>(memory); }, 1, type);
+}
+
+TEST_CASE("session: bytes of the KV cache that a step reads, of every type") {
+  Window::Memory memory;
+  for (const KvType type : kKvTypes) {
+    const auto engine = window_engine(type, memory);
+    const Session session(engine, {});
+    // Of one position of one head, keys and values: 32 elements each, and their scales (kernels/kv_cache.h).
+    const std::map<KvType, size_t> bytes = {{KvType::float32, 2 * 32 * 4},
+                                            {KvType::float16, 2 * 32 * 2},
+                                            {KvType::int8, 2 * (32 + 4)},
+                                            {KvType::int4, 2 * (32 / 2 + 2)}};
+    for (const size_t tokens : {0U, 1U, 63U, 64U, 65U, 128U, 1000U}) {
+      CAPTURE(tokens);
+      const size_t read = (tokens + 63) / 64 * 64;  // whole blocks of positions
+      CHECK(session.kv_bytes(tokens) == 2 * 3 * read * bytes.at(type));
+    }
+  }
+}
+
+TEST_CASE("session: synthetic tokens fill their positions of every layer and head with noise, and no others") {
+  constexpr size_t kFirst = 70;  // two fills: the second begins within a block
+  constexpr size_t kTokens = 150;
+  constexpr size_t kDim = 32;
+  Window::Memory memory;
+  for (const KvType type : kKvTypes) {
+    Session session(window_engine(type, memory), {});
+    session.fill_synthetic(kFirst);
+    session.fill_synthetic(kTokens - kFirst);
+    CHECK(session.pending() == 0);
+    CHECK(std::all_of(session.tokens().begin(), session.tokens().end(), [](int id) { return id >= 0 && id < 1000; }));
+    CHECK(std::set(session.tokens().begin(), session.tokens().end()).size() > kTokens / 2);
+    for (const char* layer : {"past.0", "past.1"}) {
+      const Tensor& cache = memory.at(layer);
+      const auto* const bytes = static_cast<const uint8_t*>(cache.data);
+      const auto used = static_cast<std::ptrdiff_t>(session.kv_bytes(kTokens) / 2);
+      const std::ptrdiff_t all = static_cast<std::ptrdiff_t>(cache.shape[0]) * cache.shape[1] * cache.shape[2];
+      CHECK(std::count(bytes, bytes + used, uint8_t{0}) < used / 2);
+      CHECK(std::count(bytes + used, bytes + all, uint8_t{0}) == all - used);
+      if (type != KvType::float32) continue;
+      double sum = 0;
+      double squares = 0;
+      size_t wrong = 0;
+      for (size_t block = 0; block < 3; ++block) {
+        for (size_t head = 0; head < 3; ++head) {
+          const float* const keys = static_cast<const float*>(cache.data) + (block * 3 + head) * 2 * 64 * kDim;
+          for (size_t e = 0; e < kDim; ++e) {
+            for (size_t slot = 0; slot < 64; ++slot) {
+              const float key = keys[e * 64 + slot];
+              const float value = keys[64 * kDim + slot * kDim + e];
+              const bool filled = block * 64 + slot < kTokens;
+              if ((key != 0) != filled || (value != 0) != filled) ++wrong;
+              sum += double{key} + double{value};
+              squares += double{key} * double{key} + double{value} * double{value};
+            }
+          }
+        }
+      }
+      CHECK(wrong == 0);  // the normal distribution does not give 0 where a float32 has 2^24 steps below 1
+      // 28,800 samples of a pool of 8,191: the standard error of both moments is about 0.01.
+      constexpr double kCount = 2.0 * kTokens * 3 * kDim;
+      CHECK(std::abs(sum / kCount) < 0.1);
+      CHECK(std::abs(squares / kCount - 1) < 0.1);
+    }
+  }
+}
+
+TEST_CASE("session: generation goes on behind synthetic tokens, which cost neither steps nor rows") {
+  for (const Kind kind : {Kind::dense, Kind::two_stages, Kind::three_stages}) {
+    const FakeModel model(kind);
+    const auto generate = [](Session& session) {
+      session.start(kGreedy, 6);
+      return drain(session);
+    };
+    Session session(model.engine, {.chunk = 4});
+    session.prompt(kPrompt);
+    pending_logits(session);
+    session.reset_stats();
+    session.fill_synthetic(20);
+    CHECK(session.tokens().size() == kPrompt.size() + 20);
+    CHECK(session.pending() == 0);
+    CHECK(session.stats().prefill_tokens == 0);
+    CHECK(session.stats().rom.requests == 0);
+    CHECK_THROWS_AS(session.next(), std::invalid_argument);  // no generation was started
+
+    const Ids made = generate(session);
+    CHECK(made.size() == 6);
+    Stats stats = session.stats();
+    CHECK(stats.prefill_tokens == 1);  // the last synthetic token is computed for its logits
+    CHECK(stats.decode_tokens == 5);
+    CHECK(stats.rom.requests == (kind == Kind::dense ? 0 : 6));
+    CHECK(stats.stall_ns.size() == (kind == Kind::dense ? 0 : 5));
+
+    session.rewind(kPrompt.size() + 20);
+    CHECK(generate(session) == made);
+    Session other(model.engine, {.prefetch = false});  // the same noise, and the same text from it
+    other.prompt(kPrompt);
+    pending_logits(other);
+    other.fill_synthetic(20);
+    CHECK(generate(other) == made);
+
+    // A rewind into the synthetic tokens keeps those before.
+    session.rewind(kPrompt.size() + 5);
+    session.prompt(Ids{1, 2, 3});
+    CHECK(session.pending() == 3);
+    CHECK(pending_logits(session).size() == 3 * FakeModel::kVocab);
+  }
+}
+
+TEST_CASE("session: synthetic tokens beyond the context or behind pending ones are refused, and change nothing") {
+  const FakeModel model(Kind::two_stages);
+  Session session(model.engine, {.context = 16});
+  session.prompt(kPrompt);
+  check_names(error_of<std::invalid_argument>([&] { session.fill_synthetic(1); }), "pending");
+  session.start(kGreedy, 2);
+  const Ids made = drain(session);
+  CHECK_THROWS_AS(session.fill_synthetic(1), std::invalid_argument);  // the last generated token is pending
+  pending_logits(session);
+  for (const size_t count : {size_t{5}, std::numeric_limits<size_t>::max()}) {
+    const std::string message = error_of<std::invalid_argument>([&] { session.fill_synthetic(count); });
+    check_names(message, std::to_string(12 + count));
+    check_names(message, "16");
+  }
+  CHECK(tokens_of(session) == concat(kPrompt, made));
+  session.start(kGreedy, 1);
+  CHECK(drain(session) == model.greedy(concat(kPrompt, made), 1));
+  session.rewind(12);
+  session.start(kGreedy, 1);
+  drain(session);
+  session.rewind(12);
+  session.fill_synthetic(4);
+  CHECK(session.tokens().size() == session.context());
+}
+
+TEST_CASE("session: time of sampling is a part of decode's, and of decode's alone") {
+  const FakeModel model(Kind::two_stages);
+  Session session(model.engine, {});
+  session.prompt(kPrompt);
+  session.start(kGreedy, 10);
+  session.next();  // from the prompt: prefill
+  CHECK(session.stats().sample_ns == 0);
+  drain(session);
+  const Stats stats = session.stats();
+  CHECK(stats.sample_ns > 0);
+  CHECK(stats.sample_ns <= stats.decode_ns);
+  session.reset_stats();
+  CHECK(session.stats().sample_ns == 0);
 }
 
 }  // namespace

@@ -103,7 +103,8 @@ class Linear(OpRun):
         if gain is not None:
             x = rms_norm(x, gain, epsilon)
         if swiglu:
-            gate, up = np.split(x, 2, axis=-1)
+            k = 32 * weight.shape[1]
+            gate, up = x[..., :k], x[..., k : 2 * k]
             x = gate / (1 + np.exp(-gate)) * up
         product = x @ unpack_once(weight.tobytes(), weight.shape, bits, outputs).T
         return (product if residual is None else residual + product,)
@@ -117,19 +118,17 @@ class Injection(OpRun):
     def _run(
         self,
         x: np.ndarray,
-        attended: np.ndarray,
+        projected: np.ndarray,
         rows: np.ndarray,
-        gate: np.ndarray,
         out_proj: np.ndarray,
-        ffn_gain: np.ndarray,
         out_gain: np.ndarray,
         bits: int,
         epsilon: float,
+        layer: int,
     ) -> tuple[np.ndarray]:
-        w_gate = unpack_once(gate.tobytes(), gate.shape, bits, rows.shape[-1])
         w_out = unpack_once(out_proj.tobytes(), out_proj.shape, bits, x.shape[-1])
-        opened = 1 / (1 + np.exp(-(rms_norm(attended, ffn_gain, epsilon) @ w_gate.T)))
-        return (x + rms_norm((rows + opened) @ w_out.T, out_gain, epsilon),)
+        opened = 1 / (1 + np.exp(-projected[..., -rows.shape[-1] :]))
+        return (x + rms_norm((rows[layer] + opened) @ w_out.T, out_gain, epsilon),)
 
 
 class Embedding(OpRun):

@@ -241,11 +241,13 @@ def test_operators(make_package: Callable[..., Path], weights: str, qk_norm: boo
             assert not nodes["Linear"] and not nodes["Embedding"] and not nodes["Injection"]
             continue
         assert len(nodes["Embedding"]) == embeddings
-        # qkv, o, gate and up, down; the head. With a norm before, a residual behind, or SwiGLU before.
-        assert len(nodes["Linear"]) == 4 * layers + head
+        # qkv, o, gate and up, down; the head; the gate of layer 0's memory. With a norm before, a residual behind, or
+        # SwiGLU before.
+        first_gate = memory > 0
+        assert len(nodes["Linear"]) == 4 * layers + head + first_gate
         assert sum(attributes(node)["swiglu"] for node in nodes["Linear"]) == layers
         gains = [node.input[2] for node in nodes["Linear"] if len(node.input) > 2 and node.input[2]]
-        assert len(gains) == 2 * layers + head and {tensors[gain][1][0] for gain in gains} == {64}
+        assert len(gains) == 2 * layers + head + first_gate and {tensors[gain][1][0] for gain in gains} == {64}
         assert sum(len(node.input) == 4 for node in nodes["Linear"]) == 2 * layers
         packed = []
         for node in nodes["Linear"] + nodes["Embedding"]:
@@ -254,16 +256,19 @@ def test_operators(make_package: Callable[..., Path], weights: str, qk_norm: boo
             packed.append((node, node.input[1], attributes(node)["outputs"]))
         assert len(nodes["Injection"]) == memory
         for node in nodes["Injection"]:
-            assert attributes(node).keys() == {"bits", "epsilon"}
-            assert [tensors[gain][1] for gain in node.input[5:]] == [[64], [64]]
-            packed += [(node, node.input[3], 32), (node, node.input[4], 64)]
+            assert attributes(node).keys() == {"bits", "epsilon", "layer"}
+            assert node.input[2] == "rows" and tensors[node.input[4]][1] == [64]
+            packed.append((node, node.input[3], 64))
+        assert [attributes(node)["layer"] for node in nodes["Injection"]] == list(range(memory))
         sizes = []
         for node, name_of_weight, outputs in packed:
             data_type, (panels, groups, block) = tensors[name_of_weight]
             assert attributes(node)["bits"] == 4
             assert (data_type, panels, block) == (onnx.TensorProto.UINT8, -(-outputs // 16), 288)
             sizes.append((outputs, 32 * groups))
-        matrices = [(128, 64), (64, 64), (192, 64), (64, 96)] * layers + [(32, 64), (64, 32)] * memory
+        gate_up = 192 + 32 * (memory > 0)  # from layer 1 on, the memory's gate stands below
+        matrices = [(128, 64), (64, 64), (gate_up, 64), (64, 96)] * layers + [(32, 64)] * first_gate
+        matrices += [(64, 32)] * memory
         assert sorted(sizes) == sorted(matrices + [(300, 64)] * (head + embeddings))
 
 
@@ -289,7 +294,11 @@ def test_weights_file(make_package: Callable[..., Path], weights: str) -> None:
             assert entries["location"] == "weights.bin"
             places[path.stem][tensor.name] = int(entries["offset"]), int(entries["length"])
     staged = places["stage0"] | places["stage1"]
-    assert places["dense"] == {name: place for name, place in staged.items() if "meki" not in name}
+    backbone = {name: place for name, place in staged.items() if "meki" not in name}
+    assert places["dense"].keys() == backbone.keys()
+    for name, (offset, length) in places["dense"].items():  # the memory's gate stands below the FFN's projections
+        shorter = weights != "float32" and "gate_up" in name and ".0." not in name
+        assert offset == backbone[name][0] and (length < backbone[name][1] if shorter else length == backbone[name][1])
     for name in places["stage0"].keys() & places["stage1"].keys():
         assert places["stage0"][name] == places["stage1"][name]
     assert any(name.startswith("embed_tokens") for name in places["stage0"].keys() & places["stage1"].keys())
