@@ -75,6 +75,8 @@ std::shared_ptr<const Engine> Engine::open(const std::filesystem::path& director
   }
   Manifest manifest = Manifest::open(directory);
   if (!options.memory) manifest = without_memory(std::move(manifest));
+  // A choice that the model's heads do not allow is an error of the caller, not of the package.
+  static_cast<void>(KvLayout(options.kv_type, manifest.architecture.kv_heads, manifest.architecture.head_dim));
   auto rom = open_rom(manifest, options.rom_access, options.rom_delay);
   const GraphLoader load = onnxruntime_loader(options.onnxruntime, {threads, options.kv_type, options.profile});
   auto engine = std::make_shared<const Engine>(std::move(manifest), std::move(rom), load, threads, options.kv_type);

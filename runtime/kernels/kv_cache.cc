@@ -120,9 +120,10 @@ KvLayout::KvLayout(KvType type_, size_t kv_heads_, size_t head_dim_)
       code_bytes(code_bytes_of(type_, head_dim_)) {
   const size_t unit = type == KvType::int4 ? kGroup : 16;
   if (head_dim == 0 || head_dim % unit != 0 || head_dim > kMaxHeadDim) {
-    throw std::invalid_argument("head_dim is " + std::to_string(head_dim) + ", a " + std::string(name_of(type)) +
-                                " KV cache needs a multiple of " + std::to_string(unit) + " up to " +
-                                std::to_string(kMaxHeadDim) + (type == KvType::int4 ? "; choose another kv type" : ""));
+    throw std::invalid_argument("head_dim is " + std::to_string(head_dim) + ", a KV cache of type " +
+                                std::string(name_of(type)) + " needs a multiple of " + std::to_string(unit) +
+                                " up to " + std::to_string(kMaxHeadDim) +
+                                (type == KvType::int4 ? "; choose another kv type" : ""));
   }
 }
 
