@@ -12,6 +12,26 @@ void require(bool valid, const char* name, double got, const char* expected) {
   if (!valid) throw std::invalid_argument(std::string(name) + " is " + std::to_string(got) + ", expected " + expected);
 }
 
+void require_finite(double best) {
+  if (std::isinf(best)) throw std::runtime_error("the model computed no finite logit");
+}
+
+// The id of the greatest logit, the least of equal ones. A vocabulary is large enough for this to be felt: maxima of 16
+// lanes first, then the place.
+int32_t most_probable(std::span<const float> logits) {
+  constexpr size_t kLanes = 16;
+  float lanes[kLanes];
+  std::fill_n(lanes, kLanes, logits.front());
+  size_t id = 0;
+  for (; id + kLanes <= logits.size(); id += kLanes) {
+    for (size_t lane = 0; lane < kLanes; ++lane) lanes[lane] = std::max(lanes[lane], logits[id + lane]);
+  }
+  float best = *std::max_element(lanes, lanes + kLanes);
+  for (; id < logits.size(); ++id) best = std::max(best, logits[id]);
+  require_finite(best);
+  return static_cast<int32_t>(std::find(logits.begin(), logits.end(), best) - logits.begin());
+}
+
 }  // namespace
 
 Sampler::Sampler(const SamplingOptions& options, size_t vocab_size)
@@ -24,12 +44,15 @@ Sampler::Sampler(const SamplingOptions& options, size_t vocab_size)
           "a number above 0");
 }
 
+bool has_nan(std::span<const float> logits) {
+  unsigned found = 0;  // without an early end the loop is a vector one
+  for (const float logit : logits) found |= static_cast<unsigned>(logit != logit);
+  return found != 0;
+}
+
 // Fills candidates_ with the penalised logits.
 void Sampler::load(std::span<const float> logits, std::span<const int32_t> sequence) {
-  for (size_t id = 0; id < candidates_.size(); ++id) {
-    if (std::isnan(logits[id])) throw std::runtime_error("the model computed NaN for token " + std::to_string(id));
-    candidates_[id] = {logits[id], static_cast<int32_t>(id)};
-  }
+  for (size_t id = 0; id < candidates_.size(); ++id) candidates_[id] = {logits[id], static_cast<int32_t>(id)};
   if (options_.repetition_penalty == 1.0) return;
   std::fill(penalised_.begin(), penalised_.end(), false);
   for (const int32_t id : sequence) {
@@ -43,12 +66,17 @@ void Sampler::load(std::span<const float> logits, std::span<const int32_t> seque
 
 int32_t Sampler::sample(std::span<const float> logits, std::span<const int32_t> sequence) {
   if (logits.size() != candidates_.size()) throw std::invalid_argument("logits do not have the size of the vocabulary");
+  if (has_nan(logits)) {
+    const auto nan = std::find_if(logits.begin(), logits.end(), [](float logit) { return std::isnan(logit); });
+    throw std::runtime_error("the model computed NaN for token " + std::to_string(nan - logits.begin()));
+  }
+  if (options_.temperature == 0 && options_.repetition_penalty == 1.0) return most_probable(logits);
   load(logits, sequence);
   const auto before = [](const Candidate& a, const Candidate& b) {
     return a.weight != b.weight ? a.weight > b.weight : a.id < b.id;
   };
   const Candidate best = *std::min_element(candidates_.begin(), candidates_.end(), before);
-  if (std::isinf(best.weight)) throw std::runtime_error("the model computed no finite logit");
+  require_finite(best.weight);
   if (options_.temperature == 0) return best.id;
 
   auto end = candidates_.end();

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -216,7 +215,7 @@ uint64_t Session::run(const Bindings& bindings, size_t tokens, std::span<const f
     bindings[index]->run();
   }
   if (waiting) prefetcher_->wait(slot);  // no stage took rows: end the request all the same
-  if (std::any_of(logits.begin(), logits.end(), [](float logit) { return std::isnan(logit); })) {
+  if (has_nan(logits)) {
     throw PackageError(engine_->manifest().directory.string() +
                        ": the model computed NaN; its weights or memory rows are damaged: convert the model again");
   }

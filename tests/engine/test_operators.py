@@ -1,0 +1,322 @@
+"""Graphs that give the runtime's own operators what they do not take: a PackageError that names the operator and what
+is wrong, when the package is opened or at the step that goes wrong; never a crash, never another model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import GraphProto, NodeProto, helper, numpy_helper
+
+from meki import Engine, PackageError, _core
+
+Change = Callable[[GraphProto], object]
+
+
+def edit_graph(package: Path, name: str, change: Change) -> Path:
+    """Changes one stage of a package and makes the manifest's size and checksum of it right."""
+    path, manifest_path = package / name, package / "manifest.json"
+    model = onnx.load(path, load_external_data=False)
+    change(model.graph)
+    onnx.save(model, path)
+    data = path.read_bytes()
+    manifest = json.loads(manifest_path.read_text())
+    manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest_path.write_text(json.dumps(manifest))
+    return package
+
+
+@pytest.fixture
+def package(make_package: Callable[..., Path], tmp_path: Path) -> Path:
+    """A package of the test's own, with all four operators: to be spoilt."""
+    return Path(shutil.copytree(make_package(weights="int8"), tmp_path / "package"))
+
+
+# Nodes by their first output. Layer 1 has 4 query and 2 key heads of 16 elements, hidden 64, ffn 96 and 32 elements of
+# memory; the vocabulary has 300 tokens.
+QKV, ATTENTION, ATTENDED = "layers.1.self_attn.qkv.out", "layers.1.self_attn.heads", "layers.1.self_attn.o_proj.out"
+PROJECTED, DOWN, INJECTED = "layers.1.mlp.gate_up.out", "layers.1.mlp.down_proj.out", "layers.1.injected"
+EMBEDDING = "embedding"
+
+
+def stage_of(output: str) -> str:
+    return "stage0.onnx" if output == EMBEDDING else "stage1.onnx"
+
+
+def node(graph: GraphProto, output: str) -> NodeProto:
+    (found,) = (node for node in graph.node if node.output[0] == output)
+    return found
+
+
+def set_attribute(output: str, name: str, value: float | None) -> Change:
+    """None: removes it."""
+
+    def change(graph: GraphProto) -> None:
+        attributes = node(graph, output).attribute
+        attributes.remove(next(attribute for attribute in attributes if attribute.name == name))
+        if value is not None:
+            attributes.append(helper.make_attribute(name, value))
+
+    return change
+
+
+def set_inputs(output: str, inputs: dict[int, np.ndarray | str | None]) -> Change:
+    """Gives a node other inputs: an initialiser, or a value by its name ("" is none); None: ends the list before it."""
+
+    def change(graph: GraphProto) -> None:
+        names = node(graph, output).input
+        for index, value in inputs.items():
+            if value is None:
+                del names[index:]
+                return
+            names.extend([""] * (index + 1 - len(names)))
+            names[index] = value if isinstance(value, str) else f"changed.{index}"
+            if not isinstance(value, str):
+                graph.initializer.append(numpy_helper.from_array(value, names[index]))
+
+    return change
+
+
+def floats(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.float32)
+
+
+def packed(outputs: int, inputs: int, bits: int = 8) -> np.ndarray:
+    return np.zeros((-(-outputs // 16), inputs // 32, 64 * bits + 32), np.uint8)
+
+
+def cache(blocks: int = 1, heads: int = 2, block_bytes: int = 2 * 64 * (16 + 4)) -> np.ndarray:
+    return np.zeros((blocks, heads, block_bytes), np.uint8)
+
+
+NOT_POSITIVE = "an attribute is not a positive integer"
+NOT_QKV = r"qkv is not \[1, tokens, \(heads \+ 2 \* kv_heads\) \* head_dim\]"
+OTHER_WEIGHT = "a packed weight has another shape"
+OTHER_WIDTH = "x and the weight have different widths"
+OTHER_RESIDUAL = "the residual has another shape than the output"
+OTHER_GAIN = "a gain has another length"
+NOT_CONSTANT = "a weight, gain or table is not a constant"
+OTHER_CACHE = "the KV cache has other heads or another head_dim"
+OTHER_MEMORY = "past and present are not the same memory"
+NOT_TABLES = "the rotary tables are not two of"
+SHORT_TABLES = "the sequence is longer than the rotary tables"
+FULL_CACHE = "the sequence is longer than the KV cache"
+SHORT = "the sequence is shorter than this step"
+NOT_X, NOT_GATE, NOT_ROWS = "x is not", "the gate is not", "rows are not"
+
+ATTRIBUTES = [
+    (QKV, "outputs", 144, OTHER_WEIGHT),
+    (QKV, "outputs", 112, OTHER_WEIGHT),
+    (QKV, "outputs", 0, NOT_POSITIVE),
+    (QKV, "outputs", -128, NOT_POSITIVE),
+    (QKV, "outputs", 2**40, NOT_POSITIVE),
+    (QKV, "outputs", 128.0, "type"),
+    (QKV, "bits", 5, "bits is neither 4 nor 8"),
+    (QKV, "bits", -8, "bits is neither 4 nor 8"),
+    (QKV, "bits", 4, OTHER_WEIGHT),
+    (QKV, "swiglu", 2, "an attribute is neither 0 nor 1"),
+    (QKV, "swiglu", 1, "both a gain and swiglu"),
+    (DOWN, "swiglu", 0, OTHER_WIDTH),
+    (EMBEDDING, "outputs", 320, OTHER_WEIGHT),
+    (EMBEDDING, "bits", 4, OTHER_WEIGHT),
+    (EMBEDDING, "bits", 16, "bits is neither 4 nor 8"),
+    (INJECTED, "bits", 5, "bits is neither 4 nor 8"),
+    (INJECTED, "bits", 4, OTHER_WEIGHT),
+    (INJECTED, "layer", 3, NOT_ROWS),
+    (INJECTED, "layer", 2**31 - 1, NOT_ROWS),
+    (INJECTED, "layer", -1, "an attribute is negative"),
+    (ATTENTION, "heads", 3, "heads is not a multiple of kv_heads"),
+    (ATTENTION, "kv_heads", 3, "heads is not a multiple of kv_heads"),
+    (ATTENTION, "kv_heads", 0, NOT_POSITIVE),
+    (ATTENTION, "heads", 2**31 - 2, NOT_QKV),
+    (ATTENTION, "kv_heads", 4, NOT_QKV),
+    *[(output, name, None, name) for output in (QKV, EMBEDDING) for name in ("outputs", "bits")],
+    *[(QKV, name, None, name) for name in ("swiglu", "epsilon")],
+    *[(ATTENTION, name, None, name) for name in ("heads", "kv_heads", "epsilon")],
+    *[(INJECTED, name, None, name) for name in ("bits", "epsilon", "layer")],
+]
+
+
+def kind_of(output: str) -> str:
+    return {ATTENTION: "Attention", INJECTED: "Injection", EMBEDDING: "Embedding"}.get(output, "Linear")
+
+
+@pytest.mark.parametrize(("output", "name", "value", "message"), ATTRIBUTES)
+def test_attributes(package: Path, output: str, name: str, value: float | None, message: str) -> None:
+    edit_graph(package, stage_of(output), set_attribute(output, name, value))
+    with pytest.raises(PackageError, match=rf"{stage_of(output)}: .*meki\.{kind_of(output)}: .*{message}"):
+        Engine(package)
+
+
+Inputs = dict[int, np.ndarray | str | None]
+
+INPUTS: dict[str, tuple[str, Inputs, str]] = {
+    "x-narrower": (QKV, {0: floats(1, 1, 32)}, OTHER_WIDTH),
+    "x-wider": (QKV, {0: floats(1, 1, 65)}, OTHER_WIDTH),
+    "x-of-odd-width-for-swiglu": (DOWN, {0: floats(1, 1, 191)}, OTHER_WIDTH),
+    "x-of-five-axes": (QKV, {0: floats(1, 1, 1, 1, 64)}, "more than 4 dimensions"),
+    "x-scalar": (QKV, {0: floats()}, "x is a scalar"),
+    "weight-of-fewer-panels": (QKV, {1: packed(112, 64)}, OTHER_WEIGHT),
+    "weight-wider": (QKV, {1: packed(128, 96), 2: ""}, OTHER_WIDTH),
+    "weight-of-4-bits": (QKV, {1: packed(128, 64, 4)}, OTHER_WEIGHT),
+    "weight-flat": (QKV, {1: packed(128, 64).reshape(-1)}, OTHER_WEIGHT),
+    "weight-of-one-panel-too-few-axes": (QKV, {1: packed(128, 64)[0]}, OTHER_WEIGHT),
+    "weight-empty": (QKV, {1: packed(0, 64)}, OTHER_WEIGHT),
+    "weight-that-is-computed": (QKV, {1: "past.1"}, NOT_CONSTANT),
+    "gain-longer": (QKV, {2: floats(65)}, OTHER_GAIN),
+    "gain-scalar": (QKV, {2: floats()}, OTHER_GAIN),
+    "gain-of-rank-2": (QKV, {2: floats(1, 64)}, OTHER_GAIN),
+    "gain-that-is-computed": (QKV, {2: "layers.0.injected"}, NOT_CONSTANT),
+    "gain-with-swiglu": (DOWN, {2: floats(96)}, "both a gain and swiglu"),
+    "residual-wider": (DOWN, {3: floats(1, 1, 65)}, OTHER_RESIDUAL),
+    "residual-of-more-tokens": (DOWN, {3: floats(1, 2, 64)}, OTHER_RESIDUAL),
+    "residual-of-no-tokens": (DOWN, {3: floats(1, 0, 64)}, OTHER_RESIDUAL),
+    "residual-of-rank-2": (DOWN, {3: floats(1, 64)}, OTHER_RESIDUAL),
+    "residual-scalar": (DOWN, {3: floats()}, OTHER_RESIDUAL),
+    "ids-of-rank-1": (EMBEDDING, {0: np.zeros(1, np.int64)}, "ids are not"),
+    "id-beyond-the-vocabulary": (EMBEDDING, {0: np.full((1, 1), 300, np.int64)}, "out of the vocabulary"),
+    "id-negative": (EMBEDDING, {0: np.full((1, 1), -1, np.int64)}, "out of the vocabulary"),
+    "embedding-of-fewer-rows": (EMBEDDING, {1: packed(272, 64)}, OTHER_WEIGHT),
+    "qkv-of-rank-2": (ATTENTION, {0: floats(1, 128)}, NOT_QKV),
+    "qkv-of-a-batch": (ATTENTION, {0: floats(2, 1, 128)}, NOT_QKV),
+    "qkv-of-no-tokens": (ATTENTION, {0: floats(1, 0, 128)}, NOT_QKV),
+    "qkv-of-more-tokens": (ATTENTION, {0: floats(1, 2, 128)}, SHORT),
+    "qkv-of-another-head-dim": (ATTENTION, {0: floats(1, 1, 256)}, NOT_QKV),
+    "past-that-is-not-the-session's": (ATTENTION, {1: cache()}, OTHER_MEMORY),
+    "past-of-another-layer": (ATTENTION, {1: "past.2"}, OTHER_MEMORY),
+    "past-of-3-heads": (ATTENTION, {1: cache(heads=3)}, OTHER_CACHE),
+    "past-of-other-bytes": (ATTENTION, {1: cache(block_bytes=2561)}, OTHER_CACHE),
+    "past-of-rank-2": (ATTENTION, {1: cache()[0]}, OTHER_CACHE),
+    "past-of-no-blocks": (ATTENTION, {1: cache(0)}, FULL_CACHE),
+    "length-0": (ATTENTION, {2: np.array(0, np.int32)}, SHORT),
+    "length-negative": (ATTENTION, {2: np.array(-5, np.int32)}, SHORT),
+    "length-enormous": (ATTENTION, {2: np.array(2**31 - 1, np.int32)}, FULL_CACHE),
+    "tables-without-lines": (ATTENTION, {3: floats(0, 8), 4: floats(0, 8)}, SHORT_TABLES),
+    "tables-of-head-dim-8": (ATTENTION, {3: floats(9, 4), 4: floats(9, 4)}, "head_dim is 8.*multiple of 16"),
+    "tables-of-head-dim-0": (ATTENTION, {3: floats(9, 0), 4: floats(9, 0)}, "head_dim is 0.*multiple of 16"),
+    "tables-of-head-dim-32": (ATTENTION, {3: floats(9, 16), 4: floats(9, 16), 5: None}, NOT_QKV),
+    "sin-shorter-than-cos": (ATTENTION, {4: floats(7, 8)}, NOT_TABLES),
+    "tables-of-rank-3": (ATTENTION, {3: floats(9, 8, 1), 4: floats(9, 8, 1)}, NOT_TABLES),
+    "q-gain-longer": (ATTENTION, {5: floats(17)}, OTHER_GAIN),
+    "k-gain-shorter": (ATTENTION, {6: floats(15)}, OTHER_GAIN),
+    "q-gain-alone": (ATTENTION, {6: None}, ""),
+    "k-gain-alone": (ATTENTION, {5: ""}, ""),
+    "injection-into-another-width": (INJECTED, {0: floats(1, 1, 65)}, NOT_X),
+    "injection-into-a-batch": (INJECTED, {0: floats(2, 1, 64)}, NOT_X),
+    "gate-narrower": (INJECTED, {1: floats(1, 1, 31)}, NOT_GATE),
+    "gate-of-more-tokens": (INJECTED, {1: floats(1, 2, 32)}, NOT_GATE),
+    "gate-of-rank-2": (INJECTED, {1: floats(1, 32)}, NOT_GATE),
+    "memory-rows-wider": (INJECTED, {2: floats(3, 1, 33)}, NOT_ROWS),
+    "memory-rows-of-more-tokens": (INJECTED, {2: floats(3, 2, 32)}, NOT_ROWS),
+    "memory-rows-of-fewer-layers": (INJECTED, {2: floats(1, 1, 32)}, NOT_ROWS),
+    "memory-rows-of-rank-2": (INJECTED, {2: floats(3, 32)}, NOT_ROWS),
+    "out-proj-of-other-memory": (INJECTED, {3: packed(64, 64)}, NOT_ROWS),
+    "out-proj-of-fewer-rows": (INJECTED, {3: packed(48, 32)}, OTHER_WEIGHT),
+    "out-gain-longer": (INJECTED, {4: floats(65)}, OTHER_WEIGHT),
+    "out-gain-of-rank-2": (INJECTED, {4: floats(1, 64)}, OTHER_GAIN),
+}
+
+
+@pytest.mark.parametrize("case", INPUTS)
+def test_inputs(package: Path, case: str) -> None:
+    output, inputs, message = INPUTS[case]
+    edit_graph(package, stage_of(output), set_inputs(output, inputs))
+    with pytest.raises(PackageError, match=rf"{stage_of(output)}: .*meki\.{kind_of(output)}: .*{message}"):
+        Engine(package)
+
+
+@pytest.mark.parametrize(
+    ("output", "inputs"),
+    [
+        (QKV, {1: floats(8, 2, 544)}),
+        (QKV, {1: None}),
+        (QKV, {1: ""}),
+        (ATTENTION, {2: np.array(1, np.int64)}),
+        (ATTENTION, {4: None}),
+        (INJECTED, {4: None}),
+        (EMBEDDING, {0: np.zeros((1, 1), np.int32)}),
+    ],
+    ids=[
+        "weight-of-floats",
+        "no-weight",
+        "weight-left-out",
+        "length-of-8-bytes",
+        "no-sin",
+        "no-gain",
+        "ids-of-4-bytes",
+    ],
+)
+def test_types_and_numbers_of_inputs(package: Path, output: str, inputs: Inputs) -> None:
+    edit_graph(package, stage_of(output), set_inputs(output, inputs))
+    with pytest.raises(PackageError, match=rf"{stage_of(output)}: .*{kind_of(output)}"):
+        Engine(package)
+
+
+def test_a_trailing_empty_name_is_no_input(package: Path) -> None:
+    """ONNX says so: [x, weight, gain, ""] has no residual."""
+    expected = Engine(package).logits([1, 2, 3])
+    edit_graph(package, stage_of(QKV), set_inputs(QKV, {3: ""}))
+    np.testing.assert_array_equal(Engine(package).logits([1, 2, 3]), expected)
+
+
+OPEN = """
+import sys, meki
+try:
+    meki.Engine(sys.argv[1], threads=1)
+    print("opened")
+except meki.PackageError as error:
+    print("PackageError", error)
+"""
+
+NOTHING = np.zeros((8, 0, 544), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("output", "inputs"),
+    [
+        (QKV, {0: floats(1, 1, 0), 1: NOTHING, 2: ""}),
+        (QKV, {1: NOTHING, 2: ""}),
+        (ATTENTION, {2: np.zeros(0, np.int32)}),
+        (ATTENTION, {4: floats(128, 8, 0)}),
+        (INJECTED, {1: floats(0, 1, 32)}),
+        (INJECTED, {2: floats(3, 1, 0), 3: NOTHING[:4]}),
+        (INJECTED, {0: floats(1, 1, 0), 3: packed(0, 32), 4: floats(0)}),
+    ],
+    ids=["x-and-weight", "weight", "length", "sin", "gate", "memory", "hidden"],
+)
+def test_tensors_without_elements(package: Path, output: str, inputs: Inputs) -> None:
+    """Read without a look at their size they are a crash, so that this is a process of its own."""
+    edit_graph(package, stage_of(output), set_inputs(output, inputs))
+    run = subprocess.run([sys.executable, "-c", OPEN, str(package)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, f"{run.returncode}: {run.stderr}"
+    assert run.stdout.startswith("PackageError")
+    assert "meki." in run.stdout  # this operator, or the next one, to which it gave nothing
+
+
+def test_what_only_a_longer_step_shows(package: Path) -> None:
+    """Right for the one token that opening computes: an error of the step, after which others go on."""
+    edit_graph(package, stage_of(DOWN), set_inputs(DOWN, {3: floats(1, 1, 64)}))
+    engine = Engine(package)
+    session = _core.Session(engine._core, _core.SessionOptions())
+    session.prompt([1, 2, 3])
+    with pytest.raises(PackageError, match=rf"stage1\.onnx: .*meki\.Linear: {OTHER_RESIDUAL}"):
+        session.logits()
+    assert session.tokens == [1, 2, 3]
+    session.rewind(1)
+    assert np.isfinite(session.logits()).all()
+
+
+def test_what_only_a_longer_sequence_shows(package: Path) -> None:
+    edit_graph(package, stage_of(ATTENTION), set_inputs(ATTENTION, {3: floats(8, 8), 4: floats(8, 8)}))
+    engine = Engine(package)
+    assert np.isfinite(engine.logits([1] * 8)).all()
+    with pytest.raises(PackageError, match=rf"stage1\.onnx: .*meki\.Attention: {SHORT_TABLES}"):
+        engine.logits([1] * 9)
