@@ -310,9 +310,9 @@ class InjectionKernel final : public Kernel {
     require(x.rank == 3 && x.sizes[0] == 1 && static_cast<size_t>(x.last()) == out_proj_.outputs,
             "x is not [1, tokens, hidden]");
     const auto tokens = static_cast<size_t>(x.sizes[1]);
-    require(
-        projected.rank == 3 && projected.sizes[1] == x.sizes[1] && static_cast<size_t>(projected.last()) >= memory_dim,
-        "the gate is not [1, tokens, memory_dim or more]");
+    require(projected.rank == 3 && projected.sizes[0] == 1 && projected.sizes[1] == x.sizes[1] &&
+                static_cast<size_t>(projected.last()) >= memory_dim,
+            "the gate is not [1, tokens, memory_dim or more]");
     require(rows.rank == 3 && static_cast<size_t>(rows.sizes[0]) > layer_ && rows.sizes[1] == x.sizes[1] &&
                 static_cast<size_t>(rows.last()) == memory_dim,
             "rows are not [more layers than `layer`, tokens, memory_dim]");

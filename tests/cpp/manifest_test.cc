@@ -81,7 +81,7 @@ TEST_CASE("manifest: a valid one parses") {
   CHECK(json::parse(manifest.json) == package.manifest);
   const Architecture& a = manifest.architecture;
   CHECK(std::array{a.vocab_size, a.layers, a.hidden, a.kv_heads, a.head_dim, a.memory_dim, a.context} ==
-        std::array<uint32_t, 7>{64, 4, 8, 2, 2, 16, 512});
+        std::array<uint32_t, 7>{64, 4, 8, 2, 16, 16, 512});
   REQUIRE(manifest.memory);
   CHECK(manifest.memory->file == "memory.rom");
   CHECK(manifest.memory->row_type == "int8");

@@ -176,7 +176,7 @@ nlohmann::json write_package_files(const std::filesystem::path& directory) {
     "version": 2,
     "name": "test",
     "architecture": {
-      "vocab_size": 64, "layers": 4, "hidden": 8, "ffn": 16, "heads": 4, "kv_heads": 2, "head_dim": 2, "memory_dim": 16,
+      "vocab_size": 64, "layers": 4, "hidden": 8, "ffn": 16, "heads": 4, "kv_heads": 2, "head_dim": 16, "memory_dim": 16,
       "context": 512, "rope_theta": 10000.0, "norm_eps": 1e-06, "qk_norm": true, "projector_norm": false
     },
     "memory": {"kind": "meki", "file": "memory.rom", "row_type": "int8", "content_id": ""},
