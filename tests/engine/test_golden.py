@@ -70,7 +70,7 @@ def golden_package(directory: Path, golden: dict[str, np.ndarray], hidden: np.nd
         rows = stage.input("rows", [1, "T", memory_dim])
         h = stage.input(normed, [1, "T", width])
         index = stage.input("logit_index", ["K"], TensorProto.INT64)
-        y = stage.inject(constant(stage, "zero", np.zeros(1, np.float32)), h, rows, 0)
+        y = stage.inject(constant(stage, "zero", np.zeros(1, np.float32)), h, "", rows, 0)
         axis = constant(stage, "axis", np.array([0], np.int64))
         y = stage.op("Gather", [stage.op("Squeeze", [y, axis], "y.flat"), index], "y.selected")
         pads = constant(stage, "pads", np.array([0, 0, 0, vocab_size - width], np.int64))

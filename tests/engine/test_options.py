@@ -60,7 +60,7 @@ def test_a_kv_type_that_is_none(make_package: Callable[..., Path], kv_type: str,
 
 
 def test_an_int4_cache_of_heads_that_it_cannot_hold(make_package: Callable[..., Path]) -> None:
-    with pytest.raises(ValueError, match=r"head_dim is 16, an? int4 KV cache needs a multiple of 32"):
+    with pytest.raises(ValueError, match=r"head_dim is 16, a KV cache of type int4 needs a multiple of 32"):
         Engine(make_package(head_dim=16), kv_type="int4")
 
 
