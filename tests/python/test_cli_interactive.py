@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
-# Makes the terminal on stdin the controlling one of this new session, so that its Ctrl-C reaches the process.
+# Makes the terminal on stdin the controlling one of this new session, so that its Ctrl-C reaches the process, and minds it
+# even if the tests run in the background, where a shell has signals ignored.
 LAUNCH = (
-    "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+    "import fcntl, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+    "signal.signal(signal.SIGINT, signal.default_int_handler);"
     "from meki.cli.run import main; sys.exit(main(sys.argv[1:]))"
 )
 CTRL_C, CTRL_D = b"\x03", b"\x04"
