@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-# Makes the terminal on stdin the controlling one of this new session, so that its Ctrl-C reaches the process, which minds
-# it even if the tests run in the background, where a shell has signals ignored.
+# Makes the terminal on stdin the controlling one of this new session, so that its Ctrl-C reaches the process.
+# What runs in the background has Ctrl-C ignored: hence the handler.
 LAUNCH = (
     "import fcntl, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
     "signal.signal(signal.SIGINT, signal.default_int_handler);"
