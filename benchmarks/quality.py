@@ -1,6 +1,6 @@
 """What quantisation costs: held-out loss of one checkpoint in every weight and row type, through the engine.
 
-    python benchmarks/quality.py CHECKPOINT.safetensors HELD_OUT.txt[.xz] --tokenizer tokenizer.json
+    python benchmarks/quality.py CHECKPOINT_FOLDER HELD_OUT.txt[.xz] --tokenizer tokenizer.json
 
 Each story is cut into windows of the model's context, each of which starts with the end-of-story token, so that every
 token is predicted once. bits per byte = sum of -log2 p(token) / bytes of the stories in UTF-8 and one for each end.
@@ -26,11 +26,11 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from meki import Engine
-from meki.models.checkpoint import load_checkpoint
 from meki.models.decoder import Decoder
+from meki.models.importers.huggingface import load_model
 from meki.models.package import export_package
 from meki.models.quantize import ROW_TYPES
-from meki.models.tokenizer import END_OF_STORY
+from meki.models.tokenizer import END_OF_STORY, read_tokenizer
 from meki.models.train import read_stories
 from meki.models.weights import WEIGHT_TYPES
 
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
 
-    model, provenance = load_checkpoint(args.checkpoint)
+    model, provenance = load_model(args.checkpoint)
     tokenizer = Tokenizer.from_file(str(args.tokenizer))
     held_out = load_held_out(args.held_out, tokenizer, model.config.context, args.stories)
     print(f"{held_out.tokens:,} tokens, {held_out.bytes:,} bytes, {len(held_out.windows)} windows\n")
@@ -109,10 +109,8 @@ def main() -> None:
     for weights, rows in itertools.product(WEIGHT_TYPES, ROW_TYPES):
         with tempfile.TemporaryDirectory() as directory:
             out = Path(directory) / "package"
-            tokenizer_json = args.tokenizer.read_bytes()
-            export_package(
-                model, tokenizer_json, out, name="measured", weights=weights, rows=rows, provenance=provenance
-            )
+            spec = read_tokenizer(args.tokenizer)
+            export_package(model, spec, out, name="measured", weights=weights, rows=rows, provenance=provenance)
             changes = []
             for kv_type in KV_TYPES:
                 engine = Engine(out, kv_type=kv_type)

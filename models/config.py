@@ -6,7 +6,6 @@ This module needs neither PyTorch nor ONNX, so that the command lines can name m
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +16,10 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Qwen3-style decoder (tied embeddings, no biases) with an optional MeKi memory.
+    """A decoder of the Llama family (RMSNorm, rotary positions, grouped queries, SwiGLU) with an optional MeKi memory.
 
-    `memory_dim == 0` is the dense backbone. Equations: "MeKi: Memory-based Expert Knowledge Injection for Efficient
-    LLM Scaling" (arXiv 2602.03359), equations 1-17.
+    The defaults are Qwen3's, as the paper has it. `memory_dim == 0` is the dense backbone. Equations: "MeKi:
+    Memory-based Expert Knowledge Injection for Efficient LLM Scaling" (arXiv 2602.03359), equations 1-17.
     """
 
     vocab_size: int
@@ -40,6 +39,12 @@ class ModelConfig:
     """RMSNorm over the head dimension of queries and keys, before RoPE (Qwen3 has it)."""
     projector_norm: bool = False
     """RMSNorm on the word embedding before the projector G (the published training code's checkpoints have it)."""
+    qkv_bias: bool = False
+    """The query, key and value projections have biases (Qwen2.5 has them)."""
+    tied_embeddings: bool = True
+    """The output head is the embedding; False: it is a matrix of its own."""
+    rope_factors: tuple[float, ...] = ()
+    """What the rotary frequencies are divided by, head_dim / 2 numbers (Llama 3's long context); empty: nothing."""
 
     def __post_init__(self) -> None:
         for field in ("vocab_size", "layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "context"):
@@ -51,7 +56,7 @@ class ModelConfig:
         for field in ("rope_theta", "norm_eps"):
             if not isinstance(getattr(self, field), int | float):
                 raise ConfigError(f"{field} must be a number, got {getattr(self, field)!r}")
-        for field in ("qk_norm", "projector_norm"):
+        for field in ("qk_norm", "projector_norm", "qkv_bias", "tied_embeddings"):
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(f"{field} must be true or false, got {getattr(self, field)!r}")
         if self.heads % self.kv_heads:
@@ -60,6 +65,11 @@ class ModelConfig:
             raise ConfigError(f"head_dim must be even for RoPE, got {self.head_dim}")
         if self.memory_dim and self.hidden % 2:
             raise ConfigError(f"hidden must be even for the memory projector (hidden / 2), got {self.hidden}")
+        factors = self.rope_factors
+        if not all(isinstance(factor, int | float) and 0 < factor < float("inf") for factor in factors):
+            raise ConfigError(f"rope_factors must be positive numbers, got {factors!r}")
+        if len(factors) not in (0, self.head_dim // 2):
+            raise ConfigError(f"rope_factors must be head_dim / 2 = {self.head_dim // 2} numbers, got {len(factors)}")
         if not self.norm_eps > 0 or not self.rope_theta > 0:
             raise ConfigError(f"norm_eps and rope_theta must be positive, got {self.norm_eps} and {self.rope_theta}")
 
@@ -70,15 +80,19 @@ class ModelConfig:
 
     @property
     def ram_parameters(self) -> int:
-        """Parameters that stay in memory at inference; the tied embedding counts once."""
+        """Parameters that stay in memory at inference; a tied embedding counts once."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        if self.qkv_bias:
+            attention += self.head_dim * (self.heads + 2 * self.kv_heads)
         norms = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
         memory = 2 * self.hidden * self.memory_dim + self.hidden if self.memory_dim else 0
         layer = attention + norms + 3 * self.hidden * self.ffn + memory
-        return self.vocab_size * self.hidden + self.layers * layer + self.hidden
+        tables = 1 if self.tied_embeddings else 2
+        return tables * self.vocab_size * self.hidden + self.layers * layer + self.hidden
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON can hold."""
+        return {**dataclasses.asdict(self), "rope_factors": list(self.rope_factors)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
@@ -87,7 +101,7 @@ class ModelConfig:
         if unknown:
             raise ConfigError(f"unknown configuration keys {unknown}; known: {sorted(known)}")
         try:
-            return cls(**values)
+            return cls(**{**values, "rope_factors": tuple(values.get("rope_factors", ()))})
         except TypeError as error:
             raise ConfigError(f"incomplete configuration: {error}") from error
 

@@ -1,27 +1,44 @@
 """Exports a model to a package: folds the memory, quantises, and writes the graph, the ROM and the manifest.
 
-The model is a checkpoint, or random weights of a known size to measure speed with.
+The model is a checkpoint (a Hugging Face folder, a GGUF file, or Megatron-LM's), or random weights of a known size to
+measure speed with.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from tqdm import tqdm
 
-from .checkpoint import load_checkpoint
-from .config import CONFIGS
-from .decoder import Decoder
-from .package import check_target, export_package
+from .config import CONFIGS, ModelConfig
+from .files import check_target
+from .importers import open_checkpoint
+from .importers.checkpoint import checkpoint_source
+from .package import MANIFEST, export_package
 from .quantize import ROW_TYPES
 from .source import Source, random_source
+from .tokenizer import TokenizerSpec, read_tokenizer
 from .weights import WEIGHT_TYPES
 
 BUNDLED_TOKENIZER = Path(__file__).with_name("meki-tiny") / "tokenizer.json"
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """FIELD=VALUE: a field of ModelConfig and a JSON value."""
+    name, equals, value = text.partition("=")
+    known = [field.name for field in dataclasses.fields(ModelConfig)]
+    if name not in known or not equals:
+        raise argparse.ArgumentTypeError(f"expected FIELD=VALUE with a FIELD out of {', '.join(known)}; got {text!r}")
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{name}: expected a number, true or false; got {value!r}") from None
+    return name, tuple(parsed) if isinstance(parsed, list) else parsed
 
 
 class ProgressBars:
@@ -45,26 +62,31 @@ class ProgressBars:
             self.bar.close()
 
 
+def open_source(args: argparse.Namespace) -> tuple[Source, TokenizerSpec, dict[str, str]]:
+    """The model that the command line names, its tokenizer and its provenance."""
+    overrides = dict(args.set)
+    if args.random:
+        config = dataclasses.replace(CONFIGS[args.random], **overrides)
+        provenance = {"weights": "random", "configuration": args.random}
+        return random_source(config), read_tokenizer(args.tokenizer or BUNDLED_TOKENIZER), provenance
+    checkpoint = open_checkpoint(args.source, overrides)
+    tokenizer = read_tokenizer(args.tokenizer) if args.tokenizer else checkpoint.read_tokenizer()
+    if tokenizer is None:
+        raise FileNotFoundError(f"{args.source}: has no tokenizer.json; name the model's with --tokenizer")
+    return checkpoint_source(checkpoint), tokenizer, checkpoint.provenance
+
+
 def convert(args: argparse.Namespace) -> dict[str, Any]:
     """Exports as the command line says and returns the manifest."""
-    check_target(args.output, args.overwrite)
-    model: Decoder | Source
-    if args.random:
-        model, provenance = random_source(CONFIGS[args.random]), {"weights": "random", "configuration": args.random}
-    elif args.source.is_file():
-        model, provenance = load_checkpoint(args.source)
-    else:
-        raise FileNotFoundError(f"{args.source}: no such file; expected a checkpoint (.safetensors)")
-    tokenizer = args.tokenizer or (BUNDLED_TOKENIZER if args.random else args.source.with_name("tokenizer.json"))
-    if not tokenizer.is_file():
-        raise FileNotFoundError(f"{tokenizer}: no such tokenizer; name one with --tokenizer")
+    check_target(args.output, MANIFEST, args.overwrite)
+    source, tokenizer, provenance = open_source(args)
     bars = ProgressBars()
     try:
         return export_package(
-            model,
-            tokenizer.read_bytes(),
+            source,
+            tokenizer,
             args.output,
-            name=args.name or args.output.name,
+            name=args.name or args.output.resolve().name,
             weights=args.weights,
             rows=args.rows,
             provenance=provenance,
@@ -94,11 +116,19 @@ def main(argv: list[str] | None = None) -> int:
     """The command `meki-convert`. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="meki-convert", description=__doc__)
     models = parser.add_mutually_exclusive_group(required=True)
-    models.add_argument("source", type=Path, nargs="?", help="training-form checkpoint (.safetensors)")
+    models.add_argument("source", type=Path, nargs="?", help="Hugging Face folder, GGUF file or Megatron-LM checkpoint")
     models.add_argument(
         "--random", choices=CONFIGS, help="random weights of this size instead of a checkpoint, to measure speed with"
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="package directory to write")
+    parser.add_argument(
+        "--set",
+        type=setting,
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a field of the configuration, in place of what the source says, as in context=8192; may be repeated",
+    )
     parser.add_argument("--name", help="the model's name (default: the name of the directory)")
     parser.add_argument("--weights", choices=WEIGHT_TYPES, default="int8", help="dense weights (default: %(default)s)")
     parser.add_argument(
@@ -107,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tokenizer",
         type=Path,
-        help="tokenizer.json (default: the one beside the checkpoint; with --random, meki-tiny's)",
+        help="tokenizer.json (default: the checkpoint's own; with --random, meki-tiny's)",
     )
     parser.add_argument("--card", type=Path, help="model card, becomes the package's README.md")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing package")
@@ -120,9 +150,6 @@ def main(argv: list[str] | None = None) -> int:
     except (FileNotFoundError, FileExistsError) as error:  # of the arguments
         print(f"meki-convert: error: {error}", file=sys.stderr)
         return 2
-    except SafetensorError as error:
-        print(f"meki-convert: error: {args.source}: not a safetensors file: {error}", file=sys.stderr)
-        return 1
     except (OSError, ValueError) as error:
         print(f"meki-convert: error: {error}", file=sys.stderr)
         return 1

@@ -1,7 +1,7 @@
-"""The PyTorch reference: a Qwen3-style decoder with a MeKi memory beside every FFN, in training form.
+"""The PyTorch reference: a decoder of the Llama family with a MeKi memory beside every FFN, in training form.
 
-With `memory_dim == 0` it is Qwen3ForCausalLM with tied embeddings; parameter names follow Hugging Face's Qwen3 so that
-such state dicts load as they are, and `layers.N.meki.*` follows the published module.
+With `memory_dim == 0` it is Hugging Face's LlamaForCausalLM, with `qkv_bias` Qwen2's, with `qk_norm` Qwen3's. Parameter
+names are theirs without the prefix "model.", and `layers.N.meki.*` follows the published module.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from .memory import MeKi, SwiGLU
 
 
 def rope_tables(config: ModelConfig, positions: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [positions, head_dim / 2], computed in float64: angle = t * theta^(-2i / head_dim)."""
+    """cos and sin, float32 [positions, head_dim / 2], of t * theta^(-2i / head_dim) / factor_i, in float64."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    angles = torch.arange(positions, dtype=torch.float64)[:, None] * config.rope_theta**-exponent
+    frequencies = config.rope_theta**-exponent
+    if config.rope_factors:
+        frequencies /= torch.tensor(config.rope_factors, dtype=torch.float64)
+    angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
     return angles.cos().float(), angles.sin().float()
 
 
@@ -30,14 +33,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with optional QK-norm."""
+    """Causal grouped-query attention with optional QK-norm and biases."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.shape = (config.heads, config.kv_heads, config.head_dim)
-        self.q_proj = nn.Linear(config.hidden, config.heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden, config.kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden, config.kv_heads * config.head_dim, bias=False)
+        self.q_proj = nn.Linear(config.hidden, config.heads * config.head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden, config.kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden, config.kv_heads * config.head_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.heads * config.head_dim, config.hidden, bias=False)
         norm = lambda: nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()  # noqa: E731
         self.q_norm, self.k_norm = norm(), norm()
@@ -79,7 +82,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids int64 [b, t] -> logits [b, t, vocab]. The output head is the embedding (tied)."""
+    """Token ids int64 [b, t] -> logits [b, t, vocab]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -87,6 +90,8 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
+        if not config.tied_embeddings:
+            self.lm_head = nn.Linear(config.hidden, config.vocab_size, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed_tokens(ids)
@@ -97,7 +102,8 @@ class Decoder(nn.Module):
             layer = cast(Layer, module)  # a ModuleList does not know what it holds
             rows = None if unique is None else layer.meki.experts(unique, self.embed_tokens(unique))[inverse]
             x = layer(x, cos, sin, rows)
-        return F.linear(self.norm(x), self.embed_tokens.weight)
+        head = self.embed_tokens if self.config.tied_embeddings else self.lm_head
+        return F.linear(self.norm(x), head.weight)
 
     @torch.no_grad()
     def initialise(self, seed: int, std: float = 0.02) -> Decoder:
@@ -110,4 +116,6 @@ class Decoder(nn.Module):
                 parameter.normal_(0.0, scale, generator=generator)
             elif name.endswith("meki.post_norm.weight"):
                 parameter.fill_((2 * self.config.layers) ** -0.5)
+            elif name.endswith(".bias"):
+                parameter.zero_()
         return self

@@ -160,6 +160,10 @@ class Stage:
         config, prefix = self.config, f"layers.{layer}.self_attn"
         norm, parts = f"layers.{layer}.input_layernorm", [f"{prefix}.{name}_proj.weight" for name in "qkv"]
         qkv = self.linear(x, f"{prefix}.qkv", parts, norm=norm)
+        if config.qkv_bias:
+            biases = [f"{prefix}.{name}_proj.bias" for name in "qkv"]
+            bias = self.constant(self.store.joined(f"{prefix}.qkv.bias", biases))
+            qkv = self.op("Add", [qkv, bias], f"{prefix}.qkv.biased")
         cache: list[int | str] = ["blocks", config.kv_heads, "block_bytes"]
         past = self.input(f"past.{layer}", cache, TensorProto.UINT8)
         present = self.output(f"present.{layer}", cache, TensorProto.UINT8)
@@ -227,7 +231,8 @@ class Stage:
         return self.op("Add", [x, self.norm(self.linear(fused, out_proj), post_norm)], out)
 
     def head(self, x: str) -> None:
-        """x [1, T, hidden] -> logits [K, vocab_size] of the positions in logit_index. The head is the embedding."""
+        """x [1, T, hidden] -> logits [K, vocab_size] of the positions in logit_index."""
+        head = "embed_tokens" if self.config.tied_embeddings else "lm_head"
         index = self.input("logit_index", ["K"], TensorProto.INT64)
         logits = self.output("logits", ["K", self.config.vocab_size])
         batch_axis = self.store.constant("batch_axis", lambda: np.zeros(1, np.int64))
@@ -235,10 +240,10 @@ class Stage:
         selected = self.op("Gather", [tokens, index], "final.selected")
         if self.store.weight_type == "float32":
             # Gemm takes the table as the embedding has it; MatMul would want a transposed copy.
-            table = self.constant(self.store.weight("embed_tokens.weight"))
+            table = self.constant(self.store.weight(f"{head}.weight"))
             self.op("Gemm", [self.norm(selected, "norm"), table], logits, transB=1)
         else:
-            self.linear(selected, "embed_tokens", norm="norm", out=logits)
+            self.linear(selected, head, norm="norm", out=logits)
 
     def save(self, path: Path) -> None:
         graph = helper.make_graph(
@@ -278,12 +283,14 @@ def _with_memory(config: ModelConfig, store: WeightStore) -> tuple[Stage, Stage]
 
 
 def _decode_bytes(stages: Sequence[Stage]) -> int:
-    """Bytes of weights that one decode step reads; not the rotary tables, of which it reads one line.
+    """Bytes of weights that one decode step reads; not the tables of which it reads one line.
 
-    The embedding counts once: the head reads all of it, the lookup one row.
+    These are the rotary tables and the embedding, unless it is the head, too.
     """
+    tied = stages[0].config.tied_embeddings
+    tables = _ROPE_TABLES if tied else (*_ROPE_TABLES, "embed_tokens.weight", "embed_tokens.panels")
     tensors = {name: tensor for stage in stages for name, tensor in stage.initializers.items()}
-    weights = [tensors[name] for name in tensors.keys() - set(_ROPE_TABLES)]
+    weights = [tensors[name] for name in tensors.keys() - set(tables)]
     return sum(tensor_bytes(tensor) for tensor in weights if tensor.data_type != TensorProto.INT64)  # those are indices
 
 

@@ -57,8 +57,11 @@ class MeKi(nn.Module):
 
     def experts(self, ids: Tensor, word_embedding: Tensor) -> Tensor:
         """Rows of the folded table. ids: int64 [n]; word_embedding: E[ids], [n, d] -> [n, m]."""
-        mixed = self.embeddings(ids) + self.beta_scale * self.word_emb_projection(word_embedding)
-        return self.alpha_scale * self.mix_norm(mixed)
+        return self.mix(self.embeddings(ids), word_embedding)
+
+    def mix(self, static: Tensor, word_embedding: Tensor) -> Tensor:
+        """The same from the table's own rows. static: M[ids], [n, m]; word_embedding: E[ids], [n, d] -> [n, m]."""
+        return self.alpha_scale * self.mix_norm(static + self.beta_scale * self.word_emb_projection(word_embedding))
 
     def inject(self, rows: Tensor, h: Tensor) -> Tensor:
         """The part that stays at inference. rows: [.., m]; h: the FFN's normed input, [.., d] -> y [.., d]."""

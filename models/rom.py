@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
-import torch
 from crc32c import crc32c
 
-from .checkpoint import replace_file
-from .config import ModelConfig
-from .decoder import Decoder
-from .memory import MeKi
+from .files import replace_file
 from .quantize import ROW_TYPES, Codes, Floats, quantize_rows, row_bytes, row_group
 
 MAGIC = b"MEKIROM\n"
@@ -135,23 +130,3 @@ def write_rom(
         file.seek(0)
         file.write(layout.header(content_id))
     return RomSummary(content_id.hex(), (squared_error / squared_sum) ** 0.5 if squared_sum else 0.0)
-
-
-def tokens_per_block(config: ModelConfig, block_bytes: int = 32 << 20) -> int:
-    """How many tokens' rows of all layers take about `block_bytes` in float32."""
-    return max(1, block_bytes // (4 * config.layers * config.memory_dim))
-
-
-def folded_blocks(model: Decoder, block_bytes: int = 32 << 20) -> Iterator[Floats]:
-    """The folded rows of all layers, float32 [layers, n, memory_dim], for consecutive n tokens: input of `write_rom`.
-
-    model: float32. n is chosen so that a block takes about `block_bytes`.
-    """
-    config = model.config
-    memories = [cast(MeKi, layer.meki) for layer in model.layers]
-    tokens = tokens_per_block(config, block_bytes)
-    for start in range(0, config.vocab_size, tokens):
-        ids = torch.arange(start, min(start + tokens, config.vocab_size))
-        with torch.no_grad():
-            embedding = model.embed_tokens(ids)
-            yield torch.stack([memory.experts(ids, embedding) for memory in memories]).numpy()

@@ -1,4 +1,4 @@
-"""Where a package's values come from: a model in training form, or a random generator for speed measurements."""
+"""Where a package's values come from: a model in training form, a checkpoint, or a random generator."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 from .config import ModelConfig
 from .decoder import Decoder
+from .fold import ALL, Read, folded_blocks, stored_blocks, token_blocks
 from .quantize import Floats
-from .rom import folded_blocks, tokens_per_block
 from .weights import Weights
 
 
@@ -25,10 +25,27 @@ class Source:
     """The folded rows of a model with memory: float32 [layers, n, memory_dim] of the next n tokens, until the last."""
 
 
+def decoder_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters of `Decoder(config)`."""
+    with torch.device("meta"):  # shapes without storage
+        return {name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()}
+
+
+def lazy_source(config: ModelConfig, read: Read, folded: bool = False) -> Source:
+    """Values that are read when they are needed. folded: the memories are tables `layers.N.meki.folded_table`."""
+    blocks = stored_blocks if folded else folded_blocks
+    return Source(config, lambda name: read(name, ALL), lambda: blocks(config, read))
+
+
 def model_source(model: Decoder) -> Source:
     """The model's own values. model: float32, training form."""
     state = model.state_dict()
-    return Source(model.config, lambda name: state[name].numpy(), lambda: folded_blocks(model))
+
+    def read(name: str, rows: slice) -> Floats:
+        values: Floats = state[name].numpy()
+        return values if rows == ALL else values[rows]
+
+    return lazy_source(model.config, read)
 
 
 def random_source(config: ModelConfig) -> Source:
@@ -36,8 +53,7 @@ def random_source(config: ModelConfig) -> Source:
 
     The same at every call. A weight exists only while it is exported; the model never does.
     """
-    with torch.device("meta"):  # shapes without storage
-        shapes = {name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()}
+    shapes = decoder_shapes(config)
     residual = (2 * config.layers) ** -0.5  # of what adds to the residual stream, as in Decoder.initialise
 
     def weight(name: str) -> Floats:
@@ -45,20 +61,20 @@ def random_source(config: ModelConfig) -> Source:
         values = np.asarray(_generator(name).standard_normal(shape, dtype=np.float32))
         if len(shape) == 2:
             values *= np.float32(shape[1] ** -0.5)
-        else:  # gains and scalars
+        else:
             values *= np.float32(0.1)
-            values += 1
+            if not name.endswith(".bias"):  # gains and scalars
+                values += 1
         if name.endswith(("o_proj.weight", "down_proj.weight", "post_norm.weight")):
             values *= np.float32(residual)
         return values
 
     def row_blocks() -> Iterator[Floats]:
         generator = _generator("memory rows")
-        step = tokens_per_block(config)
-        for start in range(0, config.vocab_size, step):
-            tokens = min(step, config.vocab_size - start)
+        for tokens in token_blocks(config):
             # Of RMS 1, as the RMSNorm of the folding leaves rows.
-            yield generator.standard_normal((config.layers, tokens, config.memory_dim), dtype=np.float32)
+            shape = (config.layers, tokens.stop - tokens.start, config.memory_dim)
+            yield generator.standard_normal(shape, dtype=np.float32)
 
     return Source(config, weight, row_blocks)
 

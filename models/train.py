@@ -22,10 +22,11 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .checkpoint import replace_file, save_checkpoint
 from .config import CONFIGS
 from .decoder import Decoder
-from .tokenizer import END_OF_STORY, train_tokenizer
+from .files import replace_file
+from .importers.huggingface import save_pretrained
+from .tokenizer import END_OF_STORY, read_tokenizer, train_tokenizer
 
 SEPARATOR = f"\n{END_OF_STORY}\n"
 
@@ -95,7 +96,7 @@ def make_optimizer(model: Decoder, rate: float) -> torch.optim.AdamW:
 
 class Run:
     """A training run in one directory: tokenizer.json, streams.npz (token ids), state.pt (to resume), log.jsonl
-    (losses) and model.safetensors (the training form)."""
+    (losses) and model/ (the training form with its tokenizer, for meki-convert)."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -162,7 +163,14 @@ class Run:
             "seed": str(self.args.seed),
         }
         # Float16 halves the file; its rounding is far below that of any quantised package.
-        save_checkpoint(self.out / "model.safetensors", self.model, provenance, torch.float16)
+        save_pretrained(
+            self.out / "model",
+            self.model,
+            read_tokenizer(self.out / "tokenizer.json"),
+            provenance=provenance,
+            dtype=torch.float16,
+            overwrite=True,
+        )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -91,9 +91,13 @@ class WeightStore:
         """A weight as it is."""
         return self.constant(name, lambda: self._fetch_finite(name))
 
+    def joined(self, name: str, parts: Sequence[str]) -> TensorProto:
+        """Weights [n, ..] one below the other: float32 [sum of n, ..]."""
+        return self.constant(name, lambda: self._join(parts))
+
     def transposed(self, name: str, parts: Sequence[str]) -> TensorProto:
         """Weights [n, k] one below the other, transposed to what MatMul takes: float32 [k, sum of n]."""
-        return self.constant(name, lambda: np.concatenate([self._fetch_finite(part) for part in parts]).T)
+        return self.constant(name, lambda: self._join(parts).T)
 
     def packed(self, name: str, parts: Sequence[str], rows: int | None = None) -> tuple[TensorProto, int]:
         """Weights [n, k] one below the other in the panels of `quantize_weight`, and the sum of n.
@@ -127,6 +131,9 @@ class WeightStore:
                     shape = packed.shape[1:]
                 self.errors.add(part, squared_error, squared_sum)
         return self._external(name, TensorProto.UINT8, (-(-outputs // PANEL), *shape), offset), outputs
+
+    def _join(self, parts: Sequence[str]) -> Floats:
+        return np.concatenate([self._fetch_finite(part) for part in parts])
 
     def _fetch(self, name: str) -> Floats:
         array = self.weights(name)

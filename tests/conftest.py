@@ -12,7 +12,7 @@ import torch
 from meki.models.config import ModelConfig
 from meki.models.decoder import Decoder
 from meki.models.package import export_package
-from meki.models.tokenizer import train_tokenizer
+from meki.models.tokenizer import TokenizerSpec, train_tokenizer
 
 SMALL = {
     "vocab_size": 300,
@@ -65,8 +65,14 @@ def tokenizer_json() -> bytes:
 
 
 @pytest.fixture(scope="session")
+def tokenizer_spec(tokenizer_json: bytes) -> TokenizerSpec:
+    """The same with its end token."""
+    return TokenizerSpec(tokenizer_json, eos_token_ids=(0,))
+
+
+@pytest.fixture(scope="session")
 def make_package(
-    make_model: Callable[..., Decoder], tokenizer_json: bytes, tmp_path_factory: pytest.TempPathFactory
+    make_model: Callable[..., Decoder], tokenizer_spec: TokenizerSpec, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
     """make_package(weights, rows, name, **overrides of SMALL): `make_model(**overrides)` as a package.
 
@@ -80,7 +86,7 @@ def make_package(
             path = tmp_path_factory.mktemp("package") / name
             export_package(
                 make_model(**overrides),
-                tokenizer_json,
+                tokenizer_spec,
                 path,
                 name=name,
                 weights=weights,

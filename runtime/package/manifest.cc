@@ -15,7 +15,7 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr size_t kMaxManifestBytes = 16 << 20;
-constexpr uint64_t kVersion = 2;
+constexpr uint64_t kVersion = 3;
 constexpr int kMaxDepth = 64;  // of nested JSON values; the format needs 4
 
 // A JSON value together with where it stands, for messages.
@@ -130,7 +130,14 @@ std::vector<StageInfo> parse_dense_stages(const Node& node, const Architecture& 
   return stages;
 }
 
-void check_files(const Node& node, const Manifest& manifest, const std::string& tokenizer) {
+// The files that make text and tokens of each other; what is in them is the caller's concern.
+std::vector<std::string> parse_tokenizer_files(const Node& node) {
+  std::vector<std::string> files = {node.at("file").file_name()};
+  if (const Node chat = node.at("chat_template"); !chat.is_null()) files.push_back(chat.at("file").file_name());
+  return files;
+}
+
+void check_files(const Node& node, const Manifest& manifest, const std::vector<std::string>& tokenizer_files) {
   std::set<std::string> listed;
   for (const auto& [name, entry] : node.members()) {
     const Json name_value(name);
@@ -150,7 +157,7 @@ void check_files(const Node& node, const Manifest& manifest, const std::string& 
   for (const StageInfo& stage : manifest.stages) require(stage.file);
   for (const StageInfo& stage : manifest.dense_stages) require(stage.file);
   if (manifest.memory) require(manifest.memory->file);
-  require(tokenizer);
+  for (const std::string& file : tokenizer_files) require(file);
 }
 
 }  // namespace
@@ -189,7 +196,7 @@ Manifest Manifest::open(const std::filesystem::path& directory) {
   for (const Node& id : tokenizer.at("eos_token_ids").items()) {
     manifest.eos_token_ids.push_back(static_cast<int32_t>(id.integer(0, manifest.architecture.vocab_size - 1)));
   }
-  check_files(root.at("files"), manifest, tokenizer.at("file").file_name());
+  check_files(root.at("files"), manifest, parse_tokenizer_files(tokenizer));
   return manifest;
 }
 

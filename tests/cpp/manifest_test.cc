@@ -68,6 +68,8 @@ constexpr const char* kNeeded[] = {
     "/tokenizer",
     "/tokenizer/file",
     "/tokenizer/eos_token_ids",
+    "/tokenizer/chat_template",
+    "/tokenizer/chat_template/file",
     "/files",
     "/files/memory.rom",
     "/files/stage1.onnx/bytes",
@@ -114,6 +116,14 @@ TEST_CASE("manifest: a dense one has no memory and no rows") {
   check_names(package.error_with(package.manifest), "memory");
 }
 
+TEST_CASE("manifest: a model needs no chat template") {
+  Package package;
+  package.manifest["tokenizer"]["chat_template"] = nullptr;
+  package.manifest["files"].erase("chat_template.jinja");
+  write_manifest(package.path, package.manifest);
+  CHECK(Manifest::open(package.path).eos_token_ids == std::vector<int32_t>{0, 63});
+}
+
 TEST_CASE("manifest: a missing key is an error that names it") {
   const Package package;
   for (const std::string needed : kNeeded) {
@@ -136,8 +146,8 @@ TEST_CASE("manifest: a value of the wrong type is an error that names its key") 
     const json::json_pointer pointer(needed);
     for (const json& value : wrong) {
       const json& good = package.manifest[pointer];
-      if (value.type() == good.type()) continue;                  // right type: other tests
-      if (pointer.back() == "rows" && value.is_null()) continue;  // may be null
+      if (value.type() == good.type()) continue;  // right type: other tests
+      if ((pointer.back() == "rows" || pointer.back() == "chat_template") && value.is_null()) continue;  // may be null
       CAPTURE(needed);
       CAPTURE(value.dump());
       json changed = package.manifest;
@@ -153,7 +163,7 @@ TEST_CASE("manifest: values outside their limits are errors that name their key"
   const std::pair<const char*, const char*> cases[] = {
       // a key, and an array of wrong values
       {"/format", R"(["", "meki", "meki-package "])"},
-      {"/version", "[0, 1, 3, 4294967296]"},
+      {"/version", "[0, 1, 2, 4, 4294967299]"},
       {"/architecture/vocab_size", "[0, 2147483648, 18446744073709551615]"},
       {"/architecture/layers", "[0, 65536, 4294967300]"},
       {"/architecture/hidden", "[0, 1048577, 4294967304]"},
@@ -205,7 +215,7 @@ TEST_CASE("manifest: a file name that is not a plain one is refused, even if the
   };
   for (const std::string& name : names) {
     CAPTURE(name);
-    for (const char* key : {"/memory/file", "/stages/1/file", "/tokenizer/file"}) {
+    for (const char* key : {"/memory/file", "/stages/1/file", "/tokenizer/file", "/tokenizer/chat_template/file"}) {
       json changed = package.manifest;
       changed["files"][name]["bytes"] = 11;
       changed[json::json_pointer(key)] = name;
@@ -222,7 +232,7 @@ TEST_CASE("manifest: a file name that is not a plain one is refused, even if the
 
 TEST_CASE("manifest: a named file that is not in \"files\" is an error that names it") {
   const Package package;
-  for (const char* name : {"stage0.onnx", "stage1.onnx", "memory.rom", "tokenizer.json"}) {
+  for (const char* name : {"stage0.onnx", "stage1.onnx", "memory.rom", "tokenizer.json", "chat_template.jinja"}) {
     json changed = package.manifest;
     changed["files"].erase(name);
     check_names(package.error_with(changed), name);

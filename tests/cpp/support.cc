@@ -173,7 +173,7 @@ AlignedBuffer::AlignedBuffer(size_t bytes)
 nlohmann::json write_package_files(const std::filesystem::path& directory) {
   nlohmann::json manifest = nlohmann::json::parse(R"({
     "format": "meki-package",
-    "version": 2,
+    "version": 3,
     "name": "test",
     "architecture": {
       "vocab_size": 64, "layers": 4, "hidden": 8, "ffn": 16, "heads": 4, "kv_heads": 2, "head_dim": 16, "memory_dim": 16,
@@ -183,7 +183,10 @@ nlohmann::json write_package_files(const std::filesystem::path& directory) {
     "stages": [{"file": "stage0.onnx", "rows": null}, {"file": "stage1.onnx", "rows": [0, 4]}],
     "dense_stages": [{"file": "dense.onnx"}],
     "weights": {"type": "int8", "block": 32},
-    "tokenizer": {"file": "tokenizer.json", "bos_token_id": null, "eos_token_ids": [0, 63]},
+    "tokenizer": {
+      "file": "tokenizer.json", "bos_token_id": null, "eos_token_ids": [0, 63],
+      "chat_template": {"file": "chat_template.jinja", "variables": {"eos_token": "<|end|>"}}
+    },
     "files": {},
     "quantization_error": {},
     "provenance": {"weights": "random"}
@@ -191,7 +194,8 @@ nlohmann::json write_package_files(const std::filesystem::path& directory) {
   manifest["memory"]["content_id"] = RomImage::kContentId;
   const RomImage rom({.vocab_size = 64, .layers = 4, .row_dim = 16, .row_type = kInt8}, 1);
   write_file(directory / "memory.rom", rom.bytes);
-  for (const char* name : {"stage0.onnx", "stage1.onnx", "dense.onnx", "weights.bin", "tokenizer.json"}) {
+  for (const char* name :
+       {"stage0.onnx", "stage1.onnx", "dense.onnx", "weights.bin", "tokenizer.json", "chat_template.jinja"}) {
     write_file(directory / name, std::string_view(name));
   }
   for (const auto& entry : std::filesystem::directory_iterator(directory)) {

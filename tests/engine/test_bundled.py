@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from meki import Engine, _core
-from meki.models.checkpoint import load_checkpoint
 from meki.models.decoder import Decoder
+from meki.models.importers.huggingface import load_model
 from meki.models.package import export_package
+from meki.models.tokenizer import read_tokenizer
 from meki.registry import bundled_models
 
-CHECKPOINT = Path(__file__).parents[2] / "models" / "meki-tiny.safetensors"
+CHECKPOINT = Path(__file__).parents[2] / "models" / "meki-tiny-checkpoint"
 
 STORY = """Once upon a time there was an old woman who lived alone in a little house at the edge of the forest. \
 She had a grey cat, and every evening the cat sat by the fire and looked at her as if it wished to speak.
@@ -35,7 +36,7 @@ def engine() -> Engine:
 
 @pytest.fixture(scope="module")
 def reference() -> Decoder:
-    return load_checkpoint(CHECKPOINT)[0]
+    return load_model(CHECKPOINT)[0]
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +62,9 @@ def torch_logits(model: Decoder, ids: list[int]) -> np.ndarray:
 def test_a_float32_package_of_the_checkpoint_equals_pytorch(
     tmp_path: Path, reference: Decoder, ids: list[int], rows: str
 ) -> None:
-    tokenizer_json = (bundled_models()["meki-tiny"] / "tokenizer.json").read_bytes()
+    tokenizer = read_tokenizer(bundled_models()["meki-tiny"] / "tokenizer.json")
     package = tmp_path / "package"
-    export_package(reference, tokenizer_json, package, name="exact", weights="float32", rows=rows, provenance={})
+    export_package(reference, tokenizer, package, name="exact", weights="float32", rows=rows, provenance={})
     # Sums in another order give some 1e-5 on logits that reach 20; float16 rows are rounded to 2^-11 of their value.
     tolerance = {"float32": 1e-4, "float16": 2e-3}[rows]
     logits = Engine(package, kv_type="float32").logits(ids)

@@ -85,11 +85,11 @@ def golden_package(directory: Path, golden: dict[str, np.ndarray], hidden: np.nd
         for path in directory.iterdir()
     }
     manifest = {
-        "format": "meki-package", "version": 2, "name": "golden", "architecture": json.loads(config.to_json()),
+        "format": "meki-package", "version": 3, "name": "golden", "architecture": config.to_dict(),
         "memory": {"kind": "meki", "file": "memory.rom", "row_type": row_type, "content_id": summary.content_id},
         "stages": [{"file": "stage0.onnx", "rows": None}, {"file": "stage1.onnx", "rows": [0, 1]}],
         "dense_stages": [{"file": "stage0.onnx"}], "weights": {"type": "float32", "block": None},
-        "tokenizer": {"file": "tokenizer.json", "bos_token_id": None, "eos_token_ids": []},
+        "tokenizer": {"file": "tokenizer.json", "bos_token_id": None, "eos_token_ids": [], "chat_template": None},
         "files": files, "quantization_error": {}, "provenance": {},
     }  # fmt: skip
     (directory / "manifest.json").write_text(json.dumps(manifest))

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from meki.models import convert
-from meki.models.checkpoint import save_checkpoint
 from meki.models.config import ModelConfig
 from meki.models.decoder import Decoder
+from meki.models.importers.huggingface import save_pretrained
+from meki.models.tokenizer import TokenizerSpec
 
 
 @pytest.fixture
-def checkpoint(make_model: Callable[..., Decoder], tokenizer_json: bytes, tmp_path: Path) -> Path:
-    path = tmp_path / "run" / "model.safetensors"
-    path.parent.mkdir()
-    save_checkpoint(path, make_model(), {"weights": "random", "tokens": "0"})
-    (path.parent / "tokenizer.json").write_bytes(tokenizer_json)
+def checkpoint(make_model: Callable[..., Decoder], tokenizer_spec: TokenizerSpec, tmp_path: Path) -> Path:
+    path = tmp_path / "run"
+    save_pretrained(path, make_model(), tokenizer_spec, provenance={"weights": "random", "tokens": "0"})
     return path
 
 
@@ -47,7 +43,7 @@ def test_defaults(
     manifest = json.loads((output / "manifest.json").read_text())
     expected = json.loads((make_package(weights="int8", rows="float16") / "manifest.json").read_text())
     assert manifest["name"] == "out"
-    assert manifest["provenance"] == {"weights": "random", "tokens": "0"}
+    assert manifest["provenance"] == {"source": "run", "format": "huggingface", "weights": "random", "tokens": "0"}
     assert manifest["files"] == expected["files"]  # the same bytes as from the model itself
     summary = capsys.readouterr().out
     assert "weights int8" in summary and "memory.rom" in summary
@@ -57,7 +53,7 @@ def test_defaults(
 
 def test_options(checkpoint: Path, make_package: Callable[..., Path], tmp_path: Path) -> None:
     output, elsewhere, card = tmp_path / "out", tmp_path / "t.json", tmp_path / "card.md"
-    checkpoint.with_name("tokenizer.json").rename(elsewhere)
+    (checkpoint / "tokenizer.json").rename(elsewhere)
     card.write_text("# Card\n")
     options = ["--name", "small", "--weights", "int4", "--rows", "int8", "--tokenizer", elsewhere, "--card", card]
     assert convert.main([str(checkpoint), "-o", str(output), *map(str, options)]) == 0
@@ -85,7 +81,7 @@ def test_random(small_config: ModelConfig, tmp_path: Path) -> None:
         manifests.append(json.loads((output / "manifest.json").read_text()))
         assert (output / "tokenizer.json").read_bytes() == convert.BUNDLED_TOKENIZER.read_bytes()
     assert manifests[0]["files"] == manifests[1]["files"]
-    assert manifests[0]["architecture"] == dataclasses.asdict(small_config)
+    assert manifests[0]["architecture"] == small_config.to_dict()
     assert manifests[0]["provenance"] == {"weights": "random", "configuration": "small"}
     assert (manifests[0]["weights"]["type"], manifests[0]["memory"]["row_type"]) == ("int4", "int8")
     # Normal values in blocks of 32 lose some 8.7% in 4 bits, test_quantize says why; rows some 0.6% in 8.
@@ -95,7 +91,7 @@ def test_random(small_config: ModelConfig, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_config")
 def test_random_with_a_tokenizer(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer, output = checkpoint.with_name("tokenizer.json"), tmp_path / "out"
+    tokenizer, output = checkpoint / "tokenizer.json", tmp_path / "out"
     gone = tmp_path / "gone.json"
     assert f"{gone}: no such tokenizer" in fails(capsys, output, "--random", "small", "--tokenizer", gone, code=2)
     assert convert.main(["--random", "small", "--tokenizer", str(tokenizer), "-o", str(output)]) == 0
@@ -112,33 +108,50 @@ def test_existing_target(checkpoint: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_missing_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "gone.safetensors: no such file" in fails(capsys, tmp_path / "out", tmp_path / "gone.safetensors", code=2)
+    error = fails(capsys, tmp_path / "out", tmp_path / "gone", code=2)
+    assert "gone: no such file or directory; expected a Hugging Face folder" in error
 
 
-def test_directory_as_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "directory"
     source.mkdir()
-    assert f"{source}: no such file" in fails(capsys, tmp_path / "out", source, code=2)
+    assert f"{source}: not a known kind of checkpoint; expected" in fails(capsys, tmp_path / "out", source)
+    (source / "notes.txt").write_text("certainly not a checkpoint")
+    assert "notes.txt: not a known kind" in fails(capsys, tmp_path / "out", source / "notes.txt")
 
 
-def test_not_safetensors(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint.write_text("certainly not a checkpoint")
-    assert f"{checkpoint}: not a safetensors file" in fails(capsys, tmp_path / "out", checkpoint)
+def test_weights_without_their_folder(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "give the folder that has its config.json" in fails(
+        capsys, tmp_path / "out", (checkpoint / "model.safetensors").rename(tmp_path / "model.safetensors")
+    )
 
 
-def test_safetensors_of_something_else(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_file({"weight": torch.ones(3)}, checkpoint)
-    assert "no configuration in its metadata" in fails(capsys, tmp_path / "out", checkpoint)
+def test_settings(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    assert convert.main([str(checkpoint), "-o", str(output), "--set", "context=64", "--set", "rope_theta=5e5"]) == 0
+    architecture = json.loads((output / "manifest.json").read_text())["architecture"]
+    assert (architecture["context"], architecture["rope_theta"]) == (64, 5e5)
+    capsys.readouterr()
+    error = fails(capsys, tmp_path / "other", checkpoint, "--set", "heads=3")
+    assert "heads (3) must be a multiple of kv_heads (2)" in error
+
+
+@pytest.mark.parametrize("setting", ["contxt=64", "context", "context=many", "rope_factors=[1"])
+def test_bad_settings(setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        convert.main([str(tmp_path), "-o", str(tmp_path / "out"), "--set", setting])
+    assert error.value.code == 2
+    assert "argument --set: " in capsys.readouterr().err
 
 
 def test_no_tokenizer(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint.with_name("tokenizer.json").unlink()
+    (checkpoint / "tokenizer.json").unlink()
     error = fails(capsys, tmp_path / "out", checkpoint, code=2)
-    assert "run/tokenizer.json" in error and "--tokenizer" in error
+    assert f"{checkpoint}: has no tokenizer.json" in error and "--tokenizer" in error
 
 
 def test_tokenizer_too_large(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = checkpoint.with_name("tokenizer.json")
+    path = checkpoint / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.add_tokens([f"extra{i}" for i in range(100)])
     tokenizer.save(str(path))

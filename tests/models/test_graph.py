@@ -36,6 +36,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"kv_heads": 4},
     {"kv_heads": 1, "heads": 3, "head_dim": 32},
     {"memory_dim": 13, "hidden": 50, "ffn": 71, "vocab_size": 333},
+    {"qkv_bias": True},
+    {"tied_embeddings": False, "rope_factors": (1.0, 1.0, 1.5, 2.0, 2.5, 4.0, 8.0, 8.0)},
 ]
 
 
@@ -88,7 +90,9 @@ def test_row_types(
     np.testing.assert_allclose(session.step(IDS), reference(model, session.rows), rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("variant", [{}, {"memory_dim": 0, "qk_norm": False}], ids=str)
+@pytest.mark.parametrize(
+    "variant", [{}, {"memory_dim": 0, "qk_norm": False}, {"qkv_bias": True, "tied_embeddings": False}], ids=str
+)
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_quantized(
     make_package: Callable[..., Path],
@@ -310,10 +314,14 @@ def test_weights_file(make_package: Callable[..., Path], weights: str) -> None:
 
 
 @pytest.mark.parametrize(("weights", "bits"), [("float32", 32), ("int8", 8.5), ("int4", 4.5)])
-@pytest.mark.parametrize("memory_dim", [32, 0])
-def test_decode_bytes(make_package: Callable[..., Path], weights: str, bits: float, memory_dim: int) -> None:
-    """Every matrix and gain once, a block of 32 with its float16 scale, the vocabulary padded to whole panels."""
-    manifest = json.loads((make_package(weights=weights, memory_dim=memory_dim) / "manifest.json").read_text())
+@pytest.mark.parametrize("overrides", [{}, {"memory_dim": 0}, {"tied_embeddings": False}], ids=str)
+def test_decode_bytes(make_package: Callable[..., Path], weights: str, bits: float, overrides: dict[str, Any]) -> None:
+    """Every matrix and gain once, a block of 32 with its float16 scale, the vocabulary padded to whole panels.
+
+    With a head of its own the embedding is a table of which one row is read.
+    """
+    manifest = json.loads((make_package(weights=weights, **overrides) / "manifest.json").read_text())
+    memory_dim = overrides.get("memory_dim", 32)
     vocab_size = 300 if weights == "float32" else 304
     matrices = vocab_size * 64 + 3 * (128 * 64 + 64 * 64 + 192 * 64 + 64 * 96)
     gains = 3 * (64 + 64 + 2 * 16) + 64

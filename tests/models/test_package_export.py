@@ -16,14 +16,17 @@ from tokenizers import Tokenizer
 from meki.models.config import ConfigError
 from meki.models.decoder import Decoder
 from meki.models.package import export_package
-from meki.models.tokenizer import END_OF_STORY
+from meki.models.tokenizer import TokenizerSpec
 
 
 @pytest.fixture
-def export(make_model: Callable[..., Decoder], tokenizer_json: bytes, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def export(
+    make_model: Callable[..., Decoder], tokenizer_spec: TokenizerSpec, tmp_path: Path
+) -> Callable[..., dict[str, Any]]:
     """export(**arguments of export_package): a small model as tmp_path / "p"."""
 
-    def run(model: Decoder | None = None, tokenizer: bytes = tokenizer_json, **arguments: Any) -> dict[str, Any]:
+    def run(model: Decoder | None = None, **arguments: Any) -> dict[str, Any]:
+        tokenizer = arguments.pop("tokenizer", tokenizer_spec)
         arguments = {"name": "p", "weights": "float32", "provenance": {"weights": "random"}, **arguments}
         return export_package(model or make_model(), tokenizer, tmp_path / "p", **arguments)
 
@@ -47,14 +50,19 @@ def test_manifest(export: Callable[..., dict[str, Any]], make_model: Callable[..
     assert 0 < errors["weights"]["overall"] <= errors["weights"]["worst"] < 0.01 and 0 < errors["rows"] < 0.01
     assert manifest == {
         "format": "meki-package",
-        "version": 2,
+        "version": 3,
         "name": "p",
-        "architecture": dataclasses.asdict(make_model().config),
+        "architecture": make_model().config.to_dict(),
         "memory": {"kind": "meki", "file": "memory.rom", "row_type": "int8", "content_id": content_id},
         "stages": [{"file": "stage0.onnx", "rows": None}, {"file": "stage1.onnx", "rows": [0, 3]}],
         "dense_stages": [{"file": "dense.onnx"}],
         "weights": {"type": "int8", "block": 32},
-        "tokenizer": {"file": "tokenizer.json", "bos_token_id": None, "eos_token_ids": [0]},
+        "tokenizer": {
+            "file": "tokenizer.json",
+            "bos_token_id": None,
+            "eos_token_ids": [0],
+            "chat_template": None,
+        },
         "provenance": {"weights": "random"},
     }
 
@@ -69,12 +77,30 @@ def test_dense_package(export: Callable[..., dict[str, Any]], make_model: Callab
     assert set(manifest["files"]) == {"stage0.onnx", "weights.bin", "tokenizer.json"}
 
 
-def test_end_tokens(export: Callable[..., dict[str, Any]], tokenizer_json: bytes) -> None:
-    assert export(eos_token_ids=[3, 5])["tokenizer"]["eos_token_ids"] == [3, 5]
-    other = tokenizer_json.replace(END_OF_STORY.encode(), b"<|other|>")
-    assert export(tokenizer=other, overwrite=True)["tokenizer"]["eos_token_ids"] == []
-    with pytest.raises(ValueError, match=r"eos_token_ids: got \[300\], expected ids of 0 to 299"):
-        export(eos_token_ids=[300], overwrite=True)
+def test_what_belongs_to_a_tokenizer(
+    export: Callable[..., dict[str, Any]], tokenizer_json: bytes, tmp_path: Path
+) -> None:
+    template = "{{ bos_token }}\r\n{{ messages[0].content }} Ünicode"
+    spec = TokenizerSpec(tokenizer_json, 7, (3, 5), template, {"bos_token": "<s>"})
+    manifest = export(tokenizer=spec)
+    assert manifest["tokenizer"] == {
+        "file": "tokenizer.json",
+        "bos_token_id": 7,
+        "eos_token_ids": [3, 5],
+        "chat_template": {"file": "chat_template.jinja", "variables": {"bos_token": "<s>"}},
+    }
+    assert (tmp_path / "p" / "chat_template.jinja").read_bytes() == template.encode()
+    assert "chat_template.jinja" in manifest["files"]
+
+
+@pytest.mark.parametrize("field", ["bos_token_id", "eos_token_ids"])
+def test_tokens_out_of_the_vocabulary(
+    export: Callable[..., dict[str, Any]], tokenizer_spec: TokenizerSpec, tmp_path: Path, field: str
+) -> None:
+    spec = dataclasses.replace(tokenizer_spec, **{field: 300 if field == "bos_token_id" else (300,)})
+    with pytest.raises(ValueError, match=f"tokenizer: {field} has 300, expected ids of 0 to 299"):
+        export(tokenizer=spec)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_progress_reaches_the_total(export: Callable[..., dict[str, Any]], make_model: Callable[..., Decoder]) -> None:
@@ -122,7 +148,7 @@ def test_existing_target(export: Callable[..., dict[str, Any]], tmp_path: Path) 
 def test_never_overwrites_what_is_not_a_package(export: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "thesis.txt").write_text("precious")
-    with pytest.raises(FileExistsError, match="not a package"):
+    with pytest.raises(FileExistsError, match=r"p: exists, but has no manifest.json"):
         export(overwrite=True)
     assert (tmp_path / "p" / "thesis.txt").read_text() == "precious"
 
@@ -132,13 +158,13 @@ def test_tokenizer_too_large(export: Callable[..., dict[str, Any]], tokenizer_js
     size = tokenizer.get_vocab_size()
     tokenizer.add_tokens([f"extra{i}" for i in range(301 - size)])
     with pytest.raises(ValueError, match="largest token id is 300, but the model's vocabulary has 300 tokens"):
-        export(tokenizer=tokenizer.to_str().encode())
+        export(tokenizer=TokenizerSpec(tokenizer.to_str().encode()))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_not_a_tokenizer(export: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tokenizer: not in the tokenizers library's JSON format"):
-        export(tokenizer=b"{}")
+        export(tokenizer=TokenizerSpec(b"{}"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,13 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meki.models.decoder import Decoder
 from meki.models.quantize import quantize_rows
-from meki.models.rom import RomLayout, folded_blocks, write_rom
+from meki.models.rom import RomLayout, write_rom
 
 NaiveRom = Callable[[bytes], tuple[dict[str, Any], np.ndarray]]
 
@@ -91,21 +89,6 @@ def test_crc32c_known_answer(naive_crc32c: Callable[[bytes], int]) -> None:
     """The reference of these tests against RFC 3720, B.4: 32 bytes of zeros, and 0, 1, .., 31."""
     assert naive_crc32c(bytes(32)) == 0x8A9136AA
     assert naive_crc32c(bytes(range(32))) == 0x46DD794E
-
-
-@pytest.mark.parametrize("overrides", [{}, {"projector_norm": True}])
-@pytest.mark.parametrize("block_bytes", [1, 10_000, 1 << 20])
-def test_folded_blocks(make_model: Callable[..., Decoder], overrides: dict[str, Any], block_bytes: int) -> None:
-    """Blocks of tokens over all layers are the published folding, one layer over the whole vocabulary."""
-    model = make_model(**overrides)
-    config = model.config
-    blocks = list(folded_blocks(model, block_bytes))
-    assert all(block.nbytes <= max(block_bytes, 4 * config.layers * config.memory_dim) for block in blocks)
-    table = np.concatenate(blocks, axis=1)
-    words = model.embed_tokens.weight.detach()
-    expected = torch.stack([layer.meki.fold(words) for layer in model.layers]).numpy()
-    # Matrix products of other heights may sum in another order: some 64 * 2^-24 on values of about 1.
-    np.testing.assert_allclose(table, expected, rtol=2e-5, atol=2e-5)
 
 
 def test_progress_ends_at_the_vocabulary(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ import torch
 from meki.models.decoder import Decoder
 from meki.models.package import export_package
 from meki.models.source import random_source
+from meki.models.tokenizer import TokenizerSpec
 
 
 def test_activations_stay_of_order_one(make_model: Callable[..., Decoder]) -> None:
     """Through as many layers as the largest configuration has."""
-    model = make_model(layers=36, hidden=128)
+    model = make_model(layers=36, hidden=128, qkv_bias=True, tied_embeddings=False)
     source = random_source(model.config)
     state = {name: torch.from_numpy(source.weights(name)) for name in model.state_dict()}
     model.load_state_dict(state)  # every name, every shape
@@ -58,12 +59,12 @@ def test_rows(make_model: Callable[..., Decoder]) -> None:
 
 
 def test_export_does_not_hold_the_model(
-    make_model: Callable[..., Decoder], tokenizer_json: bytes, tmp_path: Path
+    make_model: Callable[..., Decoder], tokenizer_spec: TokenizerSpec, tmp_path: Path
 ) -> None:
     config = make_model(memory_dim=0, layers=24, hidden=256, ffn=1024).config
     tracemalloc.start()
     try:
-        export_package(random_source(config), tokenizer_json, tmp_path / "p", name="p", weights="int4", provenance={})
+        export_package(random_source(config), tokenizer_spec, tmp_path / "p", name="p", weights="int4", provenance={})
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

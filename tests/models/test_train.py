@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from meki.models import train
-from meki.models.checkpoint import load_checkpoint
-from meki.models.config import ConfigError, ModelConfig
+from meki.models.config import ModelConfig
 from meki.models.decoder import Decoder
+from meki.models.importers.huggingface import load_model
 from meki.models.tokenizer import END_OF_STORY, train_tokenizer
 
 STORIES = [
@@ -111,9 +111,7 @@ def test_a_resumed_run_equals_an_unbroken_one(
             train.main([*common, "--out", str(tmp_path / "resumed")])
     train.main([*common, "--out", str(tmp_path / "resumed")])
 
-    (unbroken, provenance), (resumed, _) = (
-        load_checkpoint(tmp_path / run / "model.safetensors") for run in ("unbroken", "resumed")
-    )
+    (unbroken, provenance), (resumed, _) = (load_model(tmp_path / run / "model") for run in ("unbroken", "resumed"))
     assert provenance["tokens"] == str(steps * 2 * SMALL.context)
     for name, tensor in unbroken.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
@@ -121,15 +119,7 @@ def test_a_resumed_run_equals_an_unbroken_one(
 
 def test_training_learns(corpus: list[str], tmp_path: Path) -> None:
     train.main([*corpus, "--out", str(tmp_path / "run"), "--batch", "8", "--warmup", "5", "--tokens", str(60 * 8 * 16)])
-    model, _ = load_checkpoint(tmp_path / "run" / "model.safetensors")
+    model, _ = load_model(tmp_path / "run" / "model")
     with np.load(tmp_path / "run" / "streams.npz") as streams:
         loss = train.held_out_loss(model, streams["valid"], SMALL.context, 8)
     assert loss < math.log(SMALL.vocab_size) - 1  # the corpus repeats itself: far better than uniform after 60 steps
-
-
-def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ConfigError, match="no configuration"):
-        load_checkpoint(tmp_path / "other.safetensors")

@@ -1,0 +1,38 @@
+"""Checkpoints from elsewhere, as an export takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Checkpoint, CheckpointError
+from .gguf_file import is_gguf, open_gguf
+from .huggingface import is_huggingface, open_huggingface
+from .megatron import is_megatron, open_megatron
+
+_EXPECTED = (
+    "expected a Hugging Face folder (config.json and safetensors), a GGUF file, or a Megatron-LM checkpoint "
+    "(model_optim_rng.pt or a directory above it)"
+)
+
+
+def open_checkpoint(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
+    """Looks at `path` and opens what it finds; nothing is read but names, shapes and settings.
+
+    overrides: fields of ModelConfig that the user states. FileNotFoundError; CheckpointError.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or directory; {_EXPECTED}")
+    if is_huggingface(path):
+        return open_huggingface(path, overrides)
+    if is_gguf(path):
+        return open_gguf(path, overrides)
+    if is_megatron(path):
+        return open_megatron(path, overrides)
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"{path}: weights without a configuration; give the folder that has its config.json")
+    raise CheckpointError(f"{path}: not a known kind of checkpoint; {_EXPECTED}")
+
+
+__all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]

@@ -1,0 +1,150 @@
+"""What every importer gives: a configuration, and where each weight of the decoder is found in the checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..config import ConfigError, ModelConfig
+from ..fold import ALL
+from ..quantize import Floats
+from ..source import Source, decoder_shapes, lazy_source
+from ..tokenizer import TokenizerSpec
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be converted. The message has its path, what was found, what was expected, a remedy."""
+
+
+class TensorFile(Protocol):
+    """The tensors of a checkpoint by its own names. For one thread."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, name: str, rows: slice = ALL) -> Tensor:
+        """float32 on the CPU; those rows of dimension 0. Must not keep what it has read."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a weight of the decoder is found."""
+
+    name: str
+    """Of the tensor in the checkpoint."""
+    shape: tuple[int, ...]
+    """Its shape there, as the configuration wants it."""
+    convert: Callable[[Tensor], Tensor] | None = None
+    """From the checkpoint's layout to the decoder's; None: the same. Tables that are read by rows need None."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was looked at, but not read yet."""
+
+    path: Path
+    config: ModelConfig
+    tensors: TensorFile
+    parts: Mapping[str, Part]
+    """By the names of `wanted_shapes(config, folded)`."""
+    read_tokenizer: Callable[[], TokenizerSpec | None]
+    """The checkpoint's own; None: it has none. Called unless the user names another; CheckpointError."""
+    provenance: dict[str, str]
+    ignored: Callable[[str], bool]
+    """Tensors of the checkpoint that hold no weights, by name."""
+    folded: bool = False
+    """The memories are folded tables."""
+    trimmed: bool = False
+    """The user asked for a vocabulary size: tables may have more rows than that, which are left out."""
+
+
+def wanted_shapes(config: ModelConfig, folded: bool = False) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights that a conversion takes: those of the decoder; of a folded model, those that
+    stay at inference and the tables `layers.N.meki.folded_table` [vocab_size, memory_dim]."""
+    shapes = decoder_shapes(config)
+    if not folded:
+        return shapes
+    kept = ("meki.gate_proj.weight", "meki.out_proj.weight", "meki.post_norm.weight")
+    shapes = {name: shape for name, shape in shapes.items() if ".meki." not in name or name.endswith(kept)}
+    table = (config.vocab_size, config.memory_dim)
+    return shapes | {f"layers.{layer}.meki.folded_table": table for layer in range(config.layers)}
+
+
+def make_config(path: Path, values: Mapping[str, Any], overrides: Mapping[str, Any]) -> ModelConfig:
+    """A configuration of what the checkpoint says and what the user says instead.
+
+    values: fields of ModelConfig, None or absent where the checkpoint does not say. CheckpointError for a field that
+    nobody gives, and for a configuration that no model can have.
+    """
+    merged = {name: value for name, value in {**values, **overrides}.items() if value is not None}
+    for field in dataclasses.fields(ModelConfig):
+        if field.default is dataclasses.MISSING and field.name not in merged:
+            raise CheckpointError(
+                f"{path}: the checkpoint does not say what {field.name} is; give it with --set {field.name}=VALUE"
+            )
+    try:
+        return ModelConfig.from_dict(merged)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}; correct it with --set FIELD=VALUE") from error
+
+
+def checkpoint_source(checkpoint: Checkpoint) -> Source:
+    """The checkpoint as an export takes it, read lazily.
+
+    CheckpointError for a missing tensor, one of another shape, and one that would be left over.
+    """
+    _check_tensors(checkpoint)
+    tensors, parts = checkpoint.tensors, checkpoint.parts
+
+    def read(name: str, rows: slice) -> Floats:
+        part = parts[name]
+        if part.convert is not None:
+            tensor = part.convert(tensors.read(part.name))
+        elif part.shape:
+            start, stop, _ = rows.indices(part.shape[0])
+            tensor = tensors.read(part.name, slice(start, stop))
+        else:
+            tensor = tensors.read(part.name)
+        values: Floats = tensor.contiguous().numpy()
+        return values
+
+    return lazy_source(checkpoint.config, read, checkpoint.folded)
+
+
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    path, found = checkpoint.path, checkpoint.tensors.shapes
+    assert checkpoint.parts.keys() == wanted_shapes(checkpoint.config, checkpoint.folded).keys()
+    missing = [part for part in checkpoint.parts.values() if part.name not in found]
+    if missing:
+        others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{path}: no tensor {missing[0].name}{others}, which {_describe(checkpoint.config)} needs with shape "
+            f"{list(missing[0].shape)}; the checkpoint is incomplete or its configuration is another model's"
+        )
+    for part in checkpoint.parts.values():
+        got = found[part.name]
+        trimmed = checkpoint.trimmed and part.shape[1:] == got[1:] and got and got[0] > part.shape[0]
+        if got != part.shape and not (trimmed and part.shape[0] == checkpoint.config.vocab_size):
+            raise CheckpointError(
+                f"{path}: tensor {part.name} has shape {list(got)}, {_describe(checkpoint.config)} needs "
+                f"{list(part.shape)}; correct the configuration with --set FIELD=VALUE"
+            )
+    used = {part.name for part in checkpoint.parts.values()}
+    left = sorted(name for name in found if name not in used and not checkpoint.ignored(name))
+    if left:
+        others = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+        raise CheckpointError(
+            f"{path}: tensor {left[0]}{others} has no place in {_describe(checkpoint.config)}; "
+            "the model is of another architecture, and leaving weights out would change what it says"
+        )
+
+
+def _describe(config: ModelConfig) -> str:
+    values = dataclasses.asdict(config)
+    shown = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "memory_dim", "vocab_size")
+    return f"a decoder with {', '.join(f'{name}={values[name]}' for name in shown)}"

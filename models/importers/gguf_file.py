@@ -1,0 +1,270 @@
+"""GGUF files of the architectures llama, qwen2 and qwen3, read with the gguf package.
+
+Keys and tensor names are those of the GGUF specification; what they leave open is as llama.cpp has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf import GGUFEndian, GGUFReader
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..fold import ALL
+from .checkpoint import Checkpoint, CheckpointError, Part, make_config, wanted_shapes
+from .gguf_tokenizer import read_gguf_tokenizer
+
+_MAGIC = b"GGUF"
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_ROPE_FACTORS = "rope_freqs.weight"
+_AT_ONCE = 1 << 22  # values that are dequantised together: what is in memory beside the result
+
+_FIELDS = {
+    "layers": "block_count",
+    "hidden": "embedding_length",
+    "ffn": "feed_forward_length",
+    "heads": "attention.head_count",
+    "kv_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "context": "context_length",
+    "rope_theta": "rope.freq_base",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
+}
+"""Fields of ModelConfig and their keys, without the architecture's name before them."""
+_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+"""Of a layer's tensors: the decoder's and the file's."""
+_OUTER_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+
+
+class _Reader(GGUFReader):
+    """The library's reader, but the end of the file is an error: it would go on with empty values, without an end if
+    the length of an array is damaged."""
+
+    def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Any = None) -> npt.NDArray[Any]:
+        values: npt.NDArray[Any] = super()._get(offset, dtype, count, override_order)
+        if len(values) != count:
+            raise ValueError(f"it ends after {len(self.data)} bytes, in the middle of what is at {offset}")
+        return values
+
+
+class _Stored(NamedTuple):
+    """How a tensor lies in the file."""
+
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    offset: int
+    """Bytes."""
+
+
+class GgufFile:
+    """The metadata and the tensors of a GGUF file. Tensors are read, not mapped: what was read is not kept."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads the metadata. OSError; CheckpointError for a file that is no complete GGUF file."""
+        self.path = path
+        try:
+            reader = _Reader(path)
+            if reader.endianess == GGUFEndian.BIG:
+                raise CheckpointError(f"{path}: is big-endian, expected little-endian; run gguf-convert-endian on it")
+            self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
+        except CheckpointError:
+            raise
+        except (ValueError, LookupError, OverflowError) as error:
+            raise CheckpointError(
+                f"{path}: not a complete GGUF file of version 2 or 3: {error}; download or convert it again"
+            ) from error
+        self._stored = {
+            tensor.name: _Stored(tuple(reversed(tensor.shape.tolist())), tensor.tensor_type, tensor.data_offset)
+            for tensor in reader.tensors
+        }
+        self.shapes = {name: stored.shape for name, stored in self._stored.items()}
+        for name, stored in self._stored.items():
+            self._check_type(name, stored.type)
+
+    @property
+    def types(self) -> str:
+        """The types of the tensors, the one with the most values first, such as "Q4_K, F32"."""
+        values: dict[str, int] = {}
+        for stored in self._stored.values():
+            values[stored.type.name] = values.get(stored.type.name, 0) + int(np.prod(stored.shape))
+        return ", ".join(sorted(values, key=lambda name: -values[name]))
+
+    def number(self, key: str, default: float | None = None) -> Any:
+        """The value of `key`. CheckpointError if it is an array (of one value a layer) or a text."""
+        value = self.metadata.get(key, default)
+        if value is not None and type(value) not in (int, float):
+            raise CheckpointError(f"{self.path}: {key} is {value!r}; supported is one number")
+        return value
+
+    def read(self, name: str, rows: slice = ALL) -> Tensor:
+        """float32; those rows of dimension 0. Reads and dequantises no others."""
+        shape, type, offset = self._stored[name]
+        if len(shape) == 1:  # a row of its own
+            return self._read(type, offset, (1, *shape))[0][rows]
+        start, stop, _ = rows.indices(shape[0])
+        return self._read(type, offset + start * _bytes(type, shape[1:]), (stop - start, *shape[1:]))
+
+    def _read(self, type: GGMLQuantizationType, offset: int, shape: tuple[int, ...]) -> Tensor:
+        values = np.empty(shape, dtype=np.float32)
+        step = max(1, _AT_ONCE // int(np.prod(shape[1:])))
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            for block in (values[start : start + step] for start in range(0, shape[0], step)):
+                stored = np.fromfile(file, np.uint8, len(block) * _bytes(type, shape[1:]))
+                block[:] = dequantize(stored.reshape(*block.shape[:-1], -1), type)
+        return torch.from_numpy(values)
+
+    def _check_type(self, name: str, type: GGMLQuantizationType) -> None:
+        try:
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[type][1]), np.uint8), type)
+        except NotImplementedError as error:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} is stored as {type.name}, which the gguf package does not dequantise; "
+                "choose another quantisation of the model"
+            ) from error
+
+
+def _bytes(type: GGMLQuantizationType, shape: tuple[int, ...]) -> int:
+    values, size = GGML_QUANT_SIZES[type]
+    return int(np.prod(shape)) // values * size
+
+
+def is_gguf(path: Path) -> bool:
+    """By its first bytes or, so that a damaged file is named as such, by its name."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return path.suffix == ".gguf" or file.read(len(_MAGIC)) == _MAGIC
+
+
+def open_gguf(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
+    """The model in the file `path`. CheckpointError for what cannot be converted."""
+    file = GgufFile(path)
+    architecture = file.metadata.get("general.architecture")
+    if architecture not in _ARCHITECTURES:
+        raise CheckpointError(
+            f"{path}: general.architecture is {architecture!r}; supported are {', '.join(_ARCHITECTURES)}"
+        )
+    _check_supported(file, architecture)
+    config = make_config(path, _fields(file, architecture, overrides), overrides)
+    return Checkpoint(
+        path,
+        config,
+        file,
+        {name: _part(name, shape, config, architecture) for name, shape in wanted_shapes(config).items()},
+        read_tokenizer=lambda: read_gguf_tokenizer(path, file.metadata),
+        provenance=_provenance(file, architecture),
+        ignored=lambda name: name == _ROPE_FACTORS,
+        trimmed="vocab_size" in overrides,
+    )
+
+
+def _check_supported(file: GgufFile, architecture: str) -> None:
+    """CheckpointError for what this runtime does not compute."""
+    path = file.path
+    if (parts := file.number("split.count", 0)) > 1:
+        raise CheckpointError(f"{path}: is one of {parts} parts; merge them first (llama-gguf-split --merge)")
+    expected = {
+        "general.type": "model",
+        f"{architecture}.expert_count": 0,
+        f"{architecture}.attention.causal": True,
+        f"{architecture}.attention.scale": 0.0,  # that is, 1 / sqrt(head_dim)
+        f"{architecture}.rope.scaling.attn_factor": 1.0,
+    }
+    for key, value in expected.items():
+        if (got := file.metadata.get(key, value)) != value:
+            raise CheckpointError(f"{path}: {key} is {got!r}; supported is {value!r}")
+    window = file.number(f"{architecture}.attention.sliding_window", 0)
+    if 0 < window < file.number(f"{architecture}.context_length", window + 1):
+        raise CheckpointError(
+            f"{path}: {architecture}.attention.sliding_window is {window}; supported is attention to all positions"
+        )
+    projections = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
+    if bias := next((name for name in file.shapes if name.endswith(".bias") and not name.endswith(projections)), None):
+        raise CheckpointError(f"{path}: has the bias {bias}; supported are those of attn_q, attn_k and attn_v")
+
+
+def _fields(file: GgufFile, architecture: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of ModelConfig."""
+    stated = {field: file.number(f"{architecture}.{key}") for field, key in _FIELDS.items()}
+    values = {field: value for field, value in stated.items() if value is not None} | dict(overrides)
+    heads, hidden = values.get("heads"), values.get("hidden")
+    if heads and hidden:
+        values.setdefault("head_dim", hidden // heads)
+    head_dim = values.get("head_dim")
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (got := file.number(f"{architecture}.{key}", head_dim)) != head_dim:
+            raise CheckpointError(f"{file.path}: {architecture}.{key} is {got}; supported is head_dim, {head_dim}")
+    return {
+        "vocab_size": next(iter(file.shapes.get("token_embd.weight", ())), None),
+        "kv_heads": heads,
+        "rope_theta": 10_000.0,
+        "qk_norm": architecture == "qwen3",
+        "qkv_bias": "blk.0.attn_q.bias" in file.shapes,
+        "tied_embeddings": "output.weight" not in file.shapes,
+        "rope_factors": _rope_factors(file, architecture, head_dim or 0),
+        **values,
+    }
+
+
+def _rope_factors(file: GgufFile, architecture: str, head_dim: int) -> tuple[float, ...]:
+    """Divisors of the rotary frequencies, head_dim / 2 of them; none if all are 1."""
+    kind = file.metadata.get(f"{architecture}.rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise CheckpointError(
+            f"{file.path}: {architecture}.rope.scaling.type is {kind!r}; supported are 'none' and 'linear'"
+        )
+    factors = [1.0] * (head_dim // 2)
+    if (shape := file.shapes.get(_ROPE_FACTORS)) is not None:
+        if shape != (head_dim // 2,):
+            raise CheckpointError(f"{file.path}: {_ROPE_FACTORS} has shape {shape}, expected {(head_dim // 2,)}")
+        factors = file.read(_ROPE_FACTORS).tolist()
+    if kind == "linear":
+        factor = file.number(f"{architecture}.rope.scaling.factor", 0) or 1.0  # 0 says nothing
+        factors = [factor * value for value in factors]
+    return tuple(factors) if any(factor != 1.0 for factor in factors) else ()
+
+
+def _part(name: str, shape: tuple[int, ...], config: ModelConfig, architecture: str) -> Part:
+    """Where the decoder's weight `name` is found."""
+    stem, _, kind = name.rpartition(".")
+    if not stem.startswith("layers."):
+        return Part(f"{_OUTER_NAMES[stem]}.{kind}", shape)
+    _, layer, inner = stem.split(".", 2)
+    stored = f"blk.{layer}.{_NAMES[inner]}.{kind}" if inner in _NAMES else name
+    heads = {"self_attn.q_proj": config.heads, "self_attn.k_proj": config.kv_heads}.get(inner)
+    if heads is None or architecture != "llama":
+        return Part(stored, shape)
+    return Part(stored, shape, lambda tensor: _to_halves(tensor, heads))
+
+
+def _to_halves(tensor: Tensor, heads: int) -> Tensor:
+    """The rows of each head from rotated pairs (0, 1), (2, 3), ... to rotated halves (0, d/2), (1, d/2 + 1), ..."""
+    pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
+    return pairs.transpose(1, 2).reshape(tensor.shape)
+
+
+def _provenance(file: GgufFile, architecture: str) -> dict[str, str]:
+    texts = {"name": "general.name", "license": "general.license"}
+    stated = {field: str(file.metadata[key]) for field, key in texts.items() if key in file.metadata}
+    return {"source": file.path.name, "format": "gguf", "architecture": architecture, "types": file.types, **stated}

@@ -1,0 +1,196 @@
+"""The tokenizer of a GGUF file's metadata, rebuilt in the tokenizers library's form.
+
+The keys are those of the GGUF specification, section "Tokenizer"; what they leave open (defaults, which texts end a
+turn, what a pre-tokenizer's name stands for) is as llama.cpp has it, whose files these are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gguf import TokenType
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from ..tokenizer import TokenizerSpec
+from .checkpoint import CheckpointError
+
+_REMEDY = "give the model's tokenizer.json (--tokenizer)"
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace("{1,3}", "")
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# Patterns that cut a text one after the other, by what `tokenizer.ggml.pre` names. "default" is what llama.cpp does for
+# files that were made before pre-tokenizers had names.
+_PATTERNS: dict[str, Sequence[str]] = {
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+    "gpt-2": (_GPT2,),
+    "smollm": (r"\p{N}", _GPT2),
+    "starcoder": (r"\p{N}", _GPT2),
+    "refact": (r"\p{N}", _GPT2),
+    "llama-bpe": (_LLAMA3,),
+    "llama3": (_LLAMA3,),
+    "llama-v3": (_LLAMA3,),
+    "qwen2": (_QWEN2,),
+    "deepseek-r1-qwen": (_QWEN2,),
+    "tekken": (_TEKKEN,),
+}
+_NFC = {"qwen2"}  # the published tokenizers of Qwen2, 2.5 and 3 normalise; the file does not say
+# Of tiktoken's kind: a piece that is a token is that token, whatever the merges make of it. A text begins with BOS.
+_WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "tekken"}
+
+# Control tokens that end a turn or a text. eos_token_id alone misses one of the two that a chat model has.
+_END_TEXTS = {
+    "</s>",
+    "<EOT>",
+    "<end_of_turn>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<|end|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<｜end▁of▁sentence｜>",  # noqa: RUF001 (DeepSeek's bars are not ASCII)
+}
+_END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_TEMPLATE_TOKENS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+
+
+def read_gguf_tokenizer(path: Path, metadata: Mapping[str, Any]) -> TokenizerSpec | None:
+    """The tokenizer that `metadata` (a GGUF file's keys and values) describes; None if the file has none.
+
+    path: for messages. CheckpointError if it is of a kind that is not supported, or broken.
+    """
+    kind = metadata.get("tokenizer.ggml.model", "none")
+    if kind in ("none", "no_vocab"):
+        return None
+    values = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    try:
+        tokens, types = _vocabulary(values)
+        if kind == "gpt2":
+            tokenizer, begins = _byte_level(values, tokens)
+        elif kind == "llama":
+            tokenizer, begins = _sentencepiece(values, tokens, types)
+        else:
+            raise CheckpointError(f"tokenizer.ggml.model is {kind!r}; supported: 'gpt2', 'llama'")
+        _add_tokens(tokenizer, tokens, types)
+        named = {key: _token(values, tokens, key) for key in (*_END_IDS, *_TEMPLATE_TOKENS.values()) if key in values}
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}; {_REMEDY}") from error
+    texts = {name: tokens[named[key]] for name, key in _TEMPLATE_TOKENS.items() if key in named}
+    ends = [named[key] for key in _END_IDS if key in named]
+    ends += [id for id, token in enumerate(tokens) if token in _END_TEXTS and types[id] == TokenType.CONTROL]
+    return TokenizerSpec(
+        json=tokenizer.to_str().encode(),
+        bos_token_id=named.get("bos_token_id") if values.get("add_bos_token", begins) else None,
+        eos_token_ids=tuple(dict.fromkeys(ends)),
+        chat_template=metadata.get("tokenizer.chat_template"),
+        special_tokens=texts,
+    )
+
+
+def _vocabulary(values: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+    """The tokens and their types (gguf.TokenType), by id."""
+    tokens = _strings(values, "tokens")
+    types = values.get("token_type", [TokenType.NORMAL] * len(tokens))
+    if len(types) != len(tokens):
+        raise CheckpointError(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
+    ids = {token: id for id, token in enumerate(tokens)}
+    if len(ids) != len(tokens):
+        twice = next(id for id, token in enumerate(tokens) if ids[token] != id)
+        raise CheckpointError(f"tokenizer.ggml.tokens has {tokens[twice]!r} twice: {twice} and {ids[tokens[twice]]}")
+    return tokens, types
+
+
+def _strings(values: Mapping[str, Any], key: str) -> list[str]:
+    strings = values.get(key)
+    if not isinstance(strings, list) or not all(isinstance(string, str) for string in strings):
+        raise CheckpointError(f"tokenizer.ggml.{key} must be an array of strings, got {type(strings).__name__}")
+    return strings
+
+
+def _token(values: Mapping[str, Any], tokens: Sequence[str], key: str) -> int:
+    id = values[key]
+    if not isinstance(id, int) or not 0 <= id < len(tokens):
+        raise CheckpointError(f"tokenizer.ggml.{key} is {id!r}, but there are {len(tokens)} tokens")
+    return id
+
+
+def _byte_level(values: Mapping[str, Any], tokens: Sequence[str]) -> tuple[Tokenizer, bool]:
+    """BPE over bytes in GPT-2's alphabet, and whether a text begins with BOS where the file does not say."""
+    name = values.get("pre", "none")
+    if name not in _PATTERNS:
+        raise CheckpointError(f"tokenizer.ggml.pre is {name!r}; known: {', '.join(sorted(_PATTERNS))}")
+    merges = [tuple(merge.split(" ")) for merge in _strings(values, "merges")]
+    whole = name in _WHOLE_WORDS
+    tokenizer = _bpe(tokens, merges, ignore_merges=whole)
+    if name in _NFC:
+        tokenizer.normalizer = normalizers.NFC()
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _PATTERNS[name]]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, whole
+
+
+def _sentencepiece(values: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> tuple[Tokenizer, bool]:
+    """SentencePiece's BPE: characters, with bytes for those that are no token; spaces are U+2581."""
+    if values.get("remove_extra_whitespaces", False):
+        raise CheckpointError("tokenizer.ggml.remove_extra_whitespaces is true, which is not supported")
+    scores = values.get("scores", [])
+    if len(scores) != len(tokens):
+        raise CheckpointError(f"tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens")
+    unknown = _token({"unknown_token_id": 0} | dict(values), tokens, "unknown_token_id")
+    merges = _merges_of_scores(tokens, types, scores)
+    tokenizer = _bpe(tokens, merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True)
+    prefix = values.get("add_space_prefix", True)  # of every text, and of what follows a special token
+    spaces = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    return tokenizer, True
+
+
+def _merges_of_scores(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """Every pair of tokens that makes a token, the best score of the result first.
+
+    SentencePiece joins the adjacent pieces that make the token of the highest score; a list of pairs by rank says that.
+    """
+    ids = {token: id for id, token in enumerate(tokens) if types[id] == TokenType.NORMAL}
+    pairs = [
+        (-scores[id], ids[token[:cut]], ids[token[cut:]])
+        for token, id in ids.items()
+        for cut in range(1, len(token))
+        if token[:cut] in ids and token[cut:] in ids
+    ]
+    return [(tokens[left], tokens[right]) for _, left, right in sorted(pairs)]
+
+
+def _bpe(tokens: Sequence[str], merges: Sequence[tuple[str, ...]], **options: Any) -> Tokenizer:
+    try:
+        return Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, merges, **options))
+    except Exception as error:  # the library raises nothing more specific
+        raise CheckpointError(f"its tokens and merges make no BPE: {error}") from error
+
+
+def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
+    """Control tokens become special tokens (no text), user-defined ones are found in a text before it is cut."""
+    for type, special in ((TokenType.CONTROL, True), (TokenType.USER_DEFINED, False)):
+        chosen = [token for token, given in zip(tokens, types, strict=True) if given == type]
+        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in chosen])

@@ -1,0 +1,271 @@
+"""Hugging Face folders: config.json, safetensors, tokenizer.json. Dense decoders, and MeKi in the same layout."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..decoder import Decoder
+from ..files import replace_directory
+from ..fold import ALL
+from ..memory import MeKi
+from ..tokenizer import TokenizerSpec, read_tokenizer
+from .checkpoint import Checkpoint, CheckpointError, Part, checkpoint_source, make_config, wanted_shapes
+
+CONFIG = "config.json"
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_REOPEN_BYTES = 1 << 30  # mapped pages that were read stay resident until the file is closed
+
+_FEATURES: dict[str, dict[str, bool]] = {
+    "llama": {"qk_norm": False, "qkv_bias": False},
+    "qwen2": {"qk_norm": False, "qkv_bias": True},
+    "qwen3": {"qk_norm": True, "qkv_bias": False},
+}
+"""What the model types that have no flag for it do."""
+_MEKI = "meki"
+"""The model type of a decoder with a memory (docs/sources/huggingface.md)."""
+_MEKI_FIELDS = ("qk_norm", "qkv_bias", "memory_dim", "projector_norm", "rope_factors")
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "ffn": "intermediate_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "context": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tied_embeddings": "tie_word_embeddings",
+}
+"""Fields of ModelConfig and their names in config.json."""
+
+
+class SafetensorsFiles:
+    """The tensors of one or several safetensors files."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        """CheckpointError for a file that is missing or damaged, and for a tensor that is in two of them."""
+        self._files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._open_path: Path | None = None
+        self._bytes = 0
+        for path in paths:
+            self._open(path)
+            for name in self._handle.keys():  # noqa: SIM118 (not a mapping)
+                if name in self._files:
+                    raise CheckpointError(
+                        f"{path}: tensor {name} is also in {self._files[name].name}; expected it once"
+                    )
+                self._files[name] = path
+                self.shapes[name] = tuple(self._handle.get_slice(name).get_shape())
+
+    def read(self, name: str, rows: slice = ALL) -> Tensor:
+        path = self._files[name]
+        if path != self._open_path or self._bytes > _REOPEN_BYTES:
+            self._open(path)
+        stored = self._handle.get_tensor(name) if rows == ALL else self._handle.get_slice(name)[rows]
+        self._bytes += stored.nbytes
+        return torch.empty(stored.shape, dtype=torch.float32).copy_(stored)  # never a view of the mapping
+
+    def _open(self, path: Path) -> None:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file; the download is incomplete")
+        try:
+            self._handle = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: not a complete safetensors file: {error}; download it again") from error
+        self._open_path, self._bytes = path, 0
+
+
+def is_huggingface(path: Path) -> bool:
+    return (path / CONFIG).is_file()
+
+
+def open_huggingface(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
+    """The model in the folder `path`. CheckpointError for what cannot be converted."""
+    values = _read_json(path / CONFIG)
+    tensors = SafetensorsFiles(_weight_files(path))
+    config = make_config(path / CONFIG, _fields(path / CONFIG, values, "lm_head.weight" in tensors.shapes), overrides)
+    folded = any(name.endswith(".meki.folded_table") for name in tensors.shapes)
+    prefix = "model." if any(name.startswith("model.") for name in tensors.shapes) else ""
+    parts = {
+        name: Part(name if name == "lm_head.weight" else prefix + name, shape)
+        for name, shape in wanted_shapes(config, folded).items()
+    }
+    tokenizer = path / "tokenizer.json"
+    unused = {"lm_head.weight"} if config.tied_embeddings else set()  # some store a tied head all the same
+    return Checkpoint(
+        path,
+        config,
+        tensors,
+        parts,
+        read_tokenizer=lambda: read_tokenizer(tokenizer) if tokenizer.is_file() else None,
+        provenance={"source": path.resolve().name, "format": "huggingface", **_provenance(path / CONFIG, values)},
+        ignored=lambda name: name.endswith("rotary_emb.inv_freq") or name in unused,
+        folded=folded,
+        trimmed="vocab_size" in overrides,
+    )
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if (path / _INDEX).is_file():
+        listed = _read_json(path / _INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise CheckpointError(f"{path / _INDEX}: weight_map is not an object of file names; download it again")
+        return [path / name for name in sorted(set(listed.values()))]
+    if (path / _WEIGHTS).is_file():
+        return [path / _WEIGHTS]
+    raise CheckpointError(
+        f"{path}: neither {_WEIGHTS} nor {_INDEX} is there; expected the weights as safetensors, which transformers' "
+        "save_pretrained makes of a pytorch_model.bin"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}; download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: got a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _fields(path: Path, values: Mapping[str, Any], has_head: bool) -> dict[str, Any]:
+    """Fields of ModelConfig from a config.json. CheckpointError for what this runtime does not compute."""
+    kind = values.get("model_type")
+    if kind != _MEKI and kind not in _FEATURES:
+        raise CheckpointError(
+            f"{path}: model_type is {kind!r}; supported are {', '.join((*_FEATURES, _MEKI))}: dense decoders of the "
+            "Llama family and MeKi"
+        )
+    plain = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+    for name, expected in {**plain, "partial_rotary_factor": 1, "quantization_config": None}.items():
+        if (got := values.get(name)) not in (None, expected):
+            raise CheckpointError(f"{path}: {name} is {got!r}; supported is {expected!r}")
+    fields = {field: values.get(name) for field, name in _FIELDS.items()}
+    heads, hidden = fields["heads"], fields["hidden"]
+    if fields["kv_heads"] is None:
+        fields["kv_heads"] = heads
+    if fields["head_dim"] is None and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+        fields["head_dim"] = hidden // heads
+    if fields["tied_embeddings"] is None:
+        fields["tied_embeddings"] = not has_head
+    fields.update({name: values.get(name) for name in _MEKI_FIELDS} if kind == _MEKI else _FEATURES[kind])
+    return fields | _rope(path, values, fields)
+
+
+def _rope(path: Path, values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_theta and rope_factors. Newer configurations have both in rope_parameters, older in rope_scaling."""
+    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    # 10,000 is what Hugging Face's model types have where the configuration says nothing.
+    theta = scaling.get("rope_theta", values.get("rope_theta", 10_000.0))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    head_dim = fields["head_dim"]
+    if kind == "default" or not isinstance(head_dim, int):
+        return {"rope_theta": theta}
+    try:
+        if kind == "linear":
+            return {"rope_theta": theta, "rope_factors": [float(scaling["factor"])] * (head_dim // 2)}
+        if kind == "llama3":
+            return {"rope_theta": theta, "rope_factors": llama3_factors(head_dim, theta, scaling)}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: rope scaling {dict(scaling)!r} is incomplete: {error!r}") from error
+    raise CheckpointError(f"{path}: rope scaling {kind!r}; supported are default, linear and llama3")
+
+
+def llama3_factors(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> list[float]:
+    """What Llama 3.1 divides each rotary frequency by: nothing where a wave is short against the original context,
+    `factor` where it is long; in between 1 / ((1 - s) / factor + s), where s goes from 0 at the long end to 1."""
+    factor, context = float(scaling["factor"]), float(scaling["original_max_position_embeddings"])
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    factors = []
+    for index in range(0, head_dim, 2):
+        waves = context / (2 * math.pi * theta ** (index / head_dim))  # in the original context
+        smooth = min(1.0, max(0.0, (waves - low) / (high - low)))
+        factors.append(1 / ((1 - smooth) / factor + smooth))
+    return factors
+
+
+def _provenance(path: Path, values: Mapping[str, Any]) -> dict[str, str]:
+    """What a model saved by `save_pretrained` says about itself."""
+    stated = values.get("provenance", {})
+    if not isinstance(stated, dict) or not all(isinstance(value, str) for value in stated.values()):
+        raise CheckpointError(f"{path}: provenance is {stated!r}, expected an object of strings")
+    return stated
+
+
+def save_pretrained(
+    path: Path,
+    model: Decoder,
+    tokenizer: TokenizerSpec | None = None,
+    *,
+    provenance: Mapping[str, str],
+    dtype: torch.dtype = torch.float32,
+    folded: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Writes `model` as a folder that `open_huggingface` reads, and `transformers`, too, if it has no memory.
+
+    folded: the memories as folded tables, float32 before `dtype`, without what only training needs. provenance: what is
+    known about the training, kept in config.json. FileExistsError as `replace_directory`.
+    """
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if folded:
+        words = model.embed_tokens.weight.detach()
+        memories = [cast(MeKi, layer.meki) for layer in model.layers]
+        tables = {f"layers.{i}.meki.folded_table": memory.fold(words) for i, memory in enumerate(memories)}
+        wanted = wanted_shapes(model.config, folded=True)
+        state = {name: tensor for name, tensor in state.items() if name in wanted} | tables
+    named = {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in state.items()}
+    with replace_directory(path, CONFIG, overwrite) as directory:
+        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in named.items()}
+        save_torch_state_dict(tensors, directory, filename_pattern="model{suffix}.safetensors")
+        config = _config_json(model.config)
+        config |= {"dtype": str(dtype).removeprefix("torch."), "provenance": dict(provenance)}
+        if tokenizer is not None:
+            _save_tokenizer(directory, tokenizer)
+            config["eos_token_id"] = list(tokenizer.eos_token_ids)
+        (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _config_json(config: ModelConfig) -> dict[str, Any]:
+    values = {name: getattr(config, field) for field, name in _FIELDS.items()}
+    values |= {"rope_theta": config.rope_theta, "hidden_act": "silu", "attention_bias": False}
+    features = {"qk_norm": config.qk_norm, "qkv_bias": config.qkv_bias}
+    kinds = [kind for kind, its in _FEATURES.items() if its == features]
+    if config.memory_dim or config.rope_factors or not kinds:
+        own = {name: getattr(config, name) for name in _MEKI_FIELDS}
+        return {"model_type": _MEKI, "architectures": ["MeKiForCausalLM"], **values, **own}
+    return {"model_type": kinds[0], "architectures": [f"{kinds[0].capitalize()}ForCausalLM"], **values}
+
+
+def _save_tokenizer(directory: Path, tokenizer: TokenizerSpec) -> None:
+    (directory / "tokenizer.json").write_bytes(tokenizer.json)
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special_tokens}
+    config["add_bos_token"] = tokenizer.bos_token_id is not None
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if tokenizer.chat_template is not None:
+        (directory / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8", newline="")
+
+
+def load_model(path: Path) -> tuple[Decoder, dict[str, str]]:
+    """The model of a folder in PyTorch, float32, in training form, and its provenance. CheckpointError."""
+    checkpoint = open_huggingface(path, {})
+    if checkpoint.folded:
+        raise CheckpointError(f"{path}: the memories are folded, which cannot be undone; give the training form")
+    source = checkpoint_source(checkpoint)
+    with torch.device("meta"):
+        model = Decoder(checkpoint.config)
+    model.load_state_dict({name: torch.from_numpy(source.weights(name)) for name in checkpoint.parts}, assign=True)
+    return model, checkpoint.provenance

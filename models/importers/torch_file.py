@@ -1,0 +1,147 @@
+"""Files of torch.save: loaded without running what they hold, and their tensors read without keeping them in memory."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..fold import ALL
+from .checkpoint import CheckpointError
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class Inert:
+    """Stands in for a class or function that a checkpoint names: takes any arguments and any state, does nothing."""
+
+    def __new__(cls, *args: object) -> Inert:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def is_torch_zip(path: Path) -> bool:
+    """Whether `path` begins as torch.save's files do: a zip whose first member is NAME/data.pkl."""
+    with path.open("rb") as file:
+        header = file.read(30)
+        if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
+            return False
+        (length,) = struct.unpack_from("<H", header, 26)
+        return file.read(length).endswith(b"/data.pkl")
+
+
+def load_torch_file(path: Path, stand_ins: frozenset[str]) -> object:
+    """What torch.save wrote to `path`; its tensors are fakes that know their shapes and places alone.
+
+    stand_ins: qualified names that the file may use beside tensors and argparse.Namespace; each is an `Inert`.
+    CheckpointError for a file that names anything else, before anything is unpickled, and for a damaged one.
+    """
+    damaged = f"{path}: not a complete file of torch.save"
+    try:
+        _check_zip(path)
+        allowed = [(Inert, name) for name in sorted(stand_ins)]
+        with torch.serialization.safe_globals([argparse.Namespace, *allowed]):
+            unknown = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            if not unknown:
+                # No storage is read or mapped; the optimizer's state is some times the size of the model.
+                with FakeTensorMode():
+                    return torch.load(path, weights_only=True, map_location="cpu")
+    except OSError:
+        raise
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[-1]
+        raise CheckpointError(f"{path}: refused, its pickle does what weights do not need: {reason}") from error
+    except Exception as error:  # what a damaged pickle or zip raises is anything
+        raise CheckpointError(f"{damaged}: {str(error).splitlines()[0]}; copy it again") from error
+    raise CheckpointError(
+        f"{path}: refused, its pickle wants {', '.join(unknown)}; expected tensors, plain values and what Megatron-LM "
+        "0.12 stores. If you trust it, load it where it was trained and save only its model and args, as the "
+        "documentation of Megatron checkpoints shows"
+    )
+
+
+def _check_zip(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.filename.endswith("/byteorder") and archive.read(info) != b"little":
+                raise ValueError("written on a big-endian machine")
+
+
+def _records(path: Path) -> dict[int, int]:
+    """Where the uncompressed members of a zip begin, and their sizes in bytes."""
+    records = {}
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            if info.compress_type == zipfile.ZIP_STORED:
+                file.seek(info.header_offset + 26)
+                name, extra = struct.unpack("<HH", file.read(4))
+                records[info.header_offset + 30 + name + extra] = info.file_size
+    return records
+
+
+@dataclass(frozen=True)
+class _Place:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    """In elements."""
+    offset: int
+    """Of the first element, in bytes from the beginning of the file."""
+
+
+def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Elements from a tensor's first to its last."""
+    return 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if math.prod(shape) else 0
+
+
+class TorchFile:
+    """Tensors of a file of torch.save, read from it piece by piece: nothing is mapped, nothing stays resident."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """tensors: of `load_torch_file(path)`. CheckpointError for one that is no float tensor or not in the file."""
+        self._path = path
+        self._places = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        records = _records(path)
+        for name, tensor in tensors.items():
+            shape, stride = tuple(tensor.shape), tensor.stride()
+            if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
+                raise CheckpointError(
+                    f"{path}: tensor {name} is {tensor.dtype}, {tensor.layout}; expected a dense one of "
+                    f"{', '.join(map(str, _DTYPES))}"
+                )
+            first, storage = int(tensor.storage_offset()), tensor.untyped_storage()
+            begin = storage._checkpoint_offset or 0  # where FakeTensorMode found it
+            needed, there = (first + _extent(shape, stride)) * tensor.itemsize, records.get(begin, 0)
+            if needed > there:
+                raise CheckpointError(
+                    f"{path}: tensor {name} of shape {list(shape)} needs {needed} bytes, its member of the zip has "
+                    f"{there}; the file is damaged, copy it again"
+                )
+            self._places[name] = _Place(tensor.dtype, shape, stride, begin + first * tensor.itemsize)
+            self.shapes[name] = shape
+
+    def read(self, name: str, rows: slice = ALL) -> Tensor:
+        """float32 on the CPU; those rows of dimension 0."""
+        place = self._places[name]
+        shape, offset, size = place.shape, place.offset, place.dtype.itemsize
+        if shape:
+            start, stop, _ = rows.indices(shape[0])
+            shape, offset = (max(0, stop - start), *shape[1:]), offset + start * place.stride[0] * size
+        stored = torch.empty(_extent(shape, place.stride), dtype=place.dtype)
+        with self._path.open("rb") as file:
+            file.seek(offset)
+            if file.readinto(stored.view(torch.uint8).numpy()) != stored.nbytes:
+                raise CheckpointError(f"{self._path}: tensor {name} is cut off; the file changed while it was read")
+        return stored.as_strided(shape, place.stride).float()

@@ -1,0 +1,320 @@
+"""Hugging Face folders, against transformers as the independent reference and against the models they were made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from meki import Engine
+from meki.models.decoder import Decoder
+from meki.models.importers import CheckpointError, open_checkpoint
+from meki.models.importers.checkpoint import checkpoint_source
+from meki.models.importers.huggingface import load_model, save_pretrained
+from meki.models.package import export_package
+from meki.models.tokenizer import TokenizerSpec
+
+IDS = [0, 17, 299, 4, 4, 250, 31, 8, 100, 77, 3, 212, 90, 91, 92, 5]
+
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.2,  # so that logits differ far beyond rounding
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    # Short enough that the eight frequencies of these heads fall on both sides and in between.
+    "original_max_position_embeddings": 64,
+}
+
+
+def make_pretrained(kind: str, path: Path, **overrides: Any) -> torch.nn.Module:
+    """A random model of transformers, saved in `path`. Biases and gains are random, too."""
+    config = transformers.AutoConfig.for_model(kind, **{**SHAPE, **overrides})
+    torch.manual_seed(11)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(path)
+    return model.eval()
+
+
+def convert(source: Path, out: Path, tokenizer: TokenizerSpec, **overrides: Any) -> Path:
+    checkpoint = open_checkpoint(source, overrides)
+    options: dict[str, Any] = {"weights": "float32", "rows": "float32", "provenance": checkpoint.provenance}
+    export_package(checkpoint_source(checkpoint), checkpoint.read_tokenizer() or tokenizer, out, name="p", **options)
+    return out
+
+
+def logits_of(package: Path) -> np.ndarray:
+    return Engine(package, kv_type="float32", threads=1).logits(IDS)
+
+
+# Three layers of 64 in float32, summed in another order: some 1e-6 of logits that reach about 10.
+TOLERANCE = 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+        ("llama", {"rope_parameters": LLAMA3}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}}),
+        ("llama", {"head_dim": 32}),
+        ("qwen2", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+        ("qwen3", {"head_dim": 32}),
+        ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    ],
+)
+def test_logits_of_transformers(
+    kind: str, overrides: dict[str, Any], tokenizer_spec: TokenizerSpec, tmp_path: Path
+) -> None:
+    model = make_pretrained(kind, tmp_path / "source", **overrides)
+    package = convert(tmp_path / "source", tmp_path / "p", tokenizer_spec)
+    with torch.no_grad():
+        expected = model(torch.tensor([IDS])).logits[0].numpy()
+    assert expected.std() > 1
+    np.testing.assert_allclose(logits_of(package), expected, rtol=0, atol=TOLERANCE)
+
+
+def test_sharded_and_half_precision(tokenizer_spec: TokenizerSpec, tmp_path: Path) -> None:
+    """Shards and bfloat16 as large models are published; an older configuration's way to write the rotary base."""
+    model = make_pretrained("llama", tmp_path / "source").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    rounded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "shards", dtype=torch.float32)
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
+    edit_config(tmp_path / "shards", rope_parameters=None, rope_theta=10_000.0, torch_dtype="bfloat16")
+    package = convert(tmp_path / "shards", tmp_path / "p", tokenizer_spec)
+    with torch.no_grad():
+        expected = rounded(torch.tensor([IDS])).logits[0].numpy()
+    np.testing.assert_allclose(logits_of(package), expected, rtol=0, atol=TOLERANCE)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Sets keys of config.json; None removes one."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    kept = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"projector_norm": True},
+        {"memory_dim": 0},
+        {"qk_norm": False, "memory_dim": 0},
+        {"qk_norm": False, "qkv_bias": True, "memory_dim": 0, "tied_embeddings": False},
+        {"qkv_bias": True, "memory_dim": 0},
+        {"rope_factors": (1.0, 1.0, 1.5, 2.0, 2.5, 4.0, 8.0, 8.0), "tied_embeddings": False},
+    ],
+)
+def test_what_is_saved_comes_back(
+    make_model: Callable[..., Decoder], tmp_path: Path, overrides: dict[str, Any]
+) -> None:
+    model = make_model(**overrides)
+    save_pretrained(tmp_path / "saved", model, provenance={"data": "none"})
+    loaded, provenance = load_model(tmp_path / "saved")
+    assert loaded.config == model.config
+    assert provenance == {"source": "saved", "format": "huggingface", "data": "none"}
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_transformers_reads_what_is_saved(make_model: Callable[..., Decoder], tmp_path: Path, kind: str) -> None:
+    """Models without a memory are written as what they are."""
+    features = {"qk_norm": kind == "qwen3", "qkv_bias": kind == "qwen2", "tied_embeddings": kind == "qwen3"}
+    model = make_model(memory_dim=0, **features)
+    save_pretrained(tmp_path / "saved", model, provenance={})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert theirs.config.model_type == kind
+    ids = torch.tensor([IDS])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"projector_norm": True, "tied_embeddings": False}])
+@pytest.mark.parametrize("folded", [False, True])
+def test_memory_in_both_forms(
+    make_model: Callable[..., Decoder],
+    tokenizer_spec: TokenizerSpec,
+    tmp_path: Path,
+    overrides: dict[str, Any],
+    folded: bool,
+) -> None:
+    model = make_model(**overrides)
+    save_pretrained(tmp_path / "saved", model, tokenizer_spec, provenance={"weights": "random"}, folded=folded)
+    package = convert(tmp_path / "saved", tmp_path / "p", tokenizer_spec)
+    with torch.no_grad():
+        expected = model(torch.tensor([IDS]))[0].numpy()
+    np.testing.assert_allclose(logits_of(package), expected, rtol=0, atol=TOLERANCE)
+    assert Engine(package).random_weights
+    names = load_file(tmp_path / "saved" / "model.safetensors").keys()
+    assert ("model.layers.0.meki.folded_table" in names) == folded
+    assert ("model.layers.0.meki.alpha_scale" in names) != folded
+
+
+def test_folded_cannot_be_loaded_in_training_form(make_model: Callable[..., Decoder], tmp_path: Path) -> None:
+    save_pretrained(tmp_path / "saved", make_model(), provenance={}, folded=True)
+    with pytest.raises(CheckpointError, match="folded, which cannot be undone"):
+        load_model(tmp_path / "saved")
+
+
+def test_tokenizer_comes_along(make_model: Callable[..., Decoder], tokenizer_json: bytes, tmp_path: Path) -> None:
+    spec = TokenizerSpec(tokenizer_json, 0, (0, 5), "{{ bos_token }}{{ messages }}", {"bos_token": "<|story|>"})
+    save_pretrained(tmp_path / "saved", make_model(), spec, provenance={})
+    assert open_checkpoint(tmp_path / "saved", {}).read_tokenizer() == spec
+    (tmp_path / "saved" / "tokenizer.json").unlink()
+    assert open_checkpoint(tmp_path / "saved", {}).read_tokenizer() is None
+
+
+def test_names_without_prefix(make_model: Callable[..., Decoder], tmp_path: Path) -> None:
+    """As the base model alone is saved."""
+    save_pretrained(tmp_path / "saved", make_model(), provenance={})
+    file = tmp_path / "saved" / "model.safetensors"
+    save_file({name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}, file)
+    loaded, _ = load_model(tmp_path / "saved")
+    assert torch.equal(loaded.norm.weight, make_model().norm.weight)
+
+
+def test_trimmed_vocabulary(make_model: Callable[..., Decoder], tokenizer_spec: TokenizerSpec, tmp_path: Path) -> None:
+    """--set vocab_size: the rows beyond are left out, of the embedding, the head and every memory."""
+    model = make_model(vocab_size=320, tied_embeddings=False)
+    save_pretrained(tmp_path / "saved", model, provenance={})
+    package = convert(tmp_path / "saved", tmp_path / "p", tokenizer_spec, vocab_size=300)
+    with torch.no_grad():
+        expected = model(torch.tensor([IDS]))[0, :, :300].numpy()
+    np.testing.assert_allclose(logits_of(package), expected, rtol=0, atol=TOLERANCE)
+    with pytest.raises(CheckpointError, match=r"embed_tokens.weight has shape \[320, 64\], .* needs \[321, 64\]"):
+        checkpoint_source(open_checkpoint(tmp_path / "saved", {"vocab_size": 321}))
+
+
+@pytest.fixture
+def saved(make_model: Callable[..., Decoder], tmp_path: Path) -> Path:
+    save_pretrained(tmp_path / "saved", make_model(), provenance={})
+    return tmp_path / "saved"
+
+
+def test_missing_tensor(saved: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.2.meki.out_proj.weight"):
+        del tensors[name]
+    save_file(tensors, saved / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"no tensor model.layers.1.mlp.up_proj.weight \(and 1 more\), .*\[96, 64\]"
+    ):
+        checkpoint_source(open_checkpoint(saved, {}))
+
+
+def test_wrong_shape(saved: Path) -> None:
+    edit_config(saved, intermediate_size=128)
+    with pytest.raises(CheckpointError, match=r"mlp.gate_proj.weight has shape \[96, 64\], .* needs \[128, 64\]"):
+        checkpoint_source(open_checkpoint(saved, {}))
+    checkpoint_source(open_checkpoint(saved, {"ffn": 96}))
+
+
+def test_tensor_left_over(saved: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    tensors["model.layers.0.self_attn.sinks"] = torch.zeros(4)
+    save_file(tensors, saved / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"self_attn.sinks has no place in"):
+        checkpoint_source(open_checkpoint(saved, {}))
+    del tensors["model.layers.0.self_attn.sinks"]
+    # These two hold nothing that is not elsewhere: a tied head, and what follows from rope_theta.
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
+    save_file(tensors, saved / "model.safetensors")
+    checkpoint_source(open_checkpoint(saved, {}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt_neox"}, "model_type is 'gpt_neox'; supported are llama, qwen2, qwen3, meki"),
+        ({"model_type": None}, "model_type is None; supported"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported is 'silu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"use_sliding_window": True}, "use_sliding_window is True"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is .*gptq"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'; supported are default, linear"),
+        ({"rope_scaling": {"type": "linear"}}, "rope scaling .* is incomplete: KeyError"),
+        ({"hidden_size": None}, "does not say what hidden is; give it with --set hidden=VALUE"),
+        ({"num_attention_heads": 3}, "heads"),
+        ({"num_hidden_layers": "3"}, "layers must be a positive integer, got '3'"),
+        ({"provenance": "mine"}, "provenance is 'mine', expected an object"),
+    ],
+)
+def test_configurations_that_are_refused(saved: Path, changes: dict[str, Any], message: str) -> None:
+    edit_config(saved, **changes)
+    with pytest.raises(CheckpointError, match=f"{saved}/config.json: .*{message}"):
+        open_checkpoint(saved, {})
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\x00"])
+def test_configuration_that_is_none(saved: Path, text: str) -> None:
+    (saved / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config.json: (not valid JSON|got a JSON list)"):
+        open_checkpoint(saved, {})
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -1])
+def test_truncated_weights(saved: Path, size: int) -> None:
+    file = saved / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
+        open_checkpoint(saved, {})
+
+
+def test_weights_that_are_not_there(saved: Path) -> None:
+    (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"neither model.safetensors nor .* save_pretrained makes"):
+        open_checkpoint(saved, {})
+    index = saved / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"00001-of-00002.safetensors: no such file; the download is incomplete"):
+        open_checkpoint(saved, {})
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match="weight_map is not an object"):
+        open_checkpoint(saved, {})
+
+
+def test_a_tensor_twice(saved: Path) -> None:
+    save_file({"model.norm.weight": torch.ones(64)}, saved / "other.safetensors")
+    files = {"a": "model.safetensors", "model.norm.weight": "other.safetensors"}
+    (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(CheckpointError, match=r"model.norm.weight is also in model.safetensors"):
+        open_checkpoint(saved, {})
+
+
+def test_saving_replaces_only_what_is_a_model(make_model: Callable[..., Decoder], saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match="exists already"):
+        save_pretrained(saved, make_model(), provenance={})
+    save_pretrained(saved, make_model(memory_dim=0), provenance={}, overwrite=True)
+    assert load_model(saved)[0].config.memory_dim == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(FileExistsError, match=r"has no config.json"):
+        save_pretrained(other, make_model(), provenance={}, overwrite=True)

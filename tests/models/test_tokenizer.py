@@ -1,0 +1,89 @@
+"""A tokenizer.json and what stands beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from meki.models.tokenizer import END_OF_STORY, TokenizerSpec, read_tokenizer
+
+
+@pytest.fixture
+def folder(tokenizer_json: bytes, tmp_path: Path) -> Path:
+    """A tokenizer with two more special tokens, 300 and 301."""
+    tokenizer = Tokenizer.from_buffer(tokenizer_json)
+    assert tokenizer.get_vocab_size() == 300
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def write(folder: Path, name: str, value: Any) -> None:
+    (folder / name).write_text(json.dumps(value), encoding="utf-8")
+
+
+def test_alone(folder: Path) -> None:
+    spec = read_tokenizer(folder / "tokenizer.json")
+    assert spec == TokenizerSpec((folder / "tokenizer.json").read_bytes(), eos_token_ids=(0,))
+
+
+def test_alone_without_the_end_of_story(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace(END_OF_STORY, "<|other|>"))
+    assert read_tokenizer(path).eos_token_ids == ()
+
+
+def test_all_that_belongs_to_it(folder: Path) -> None:
+    special = {
+        "bos_token": {"content": "<|im_start|>", "special": True},
+        "eos_token": "<|im_end|>",
+        "pad_token": None,
+        "unk_token": "<|im_end|>",
+    }
+    write(folder, "tokenizer_config.json", {**special, "add_bos_token": True, "chat_template": "{{ Ünicode }}"})
+    write(folder, "generation_config.json", {"eos_token_id": [301, 7]})
+    write(folder, "config.json", {"eos_token_id": 8})
+    spec = read_tokenizer(folder / "tokenizer.json")
+    assert spec.bos_token_id == 300
+    assert spec.eos_token_ids == (301, 7, 8)
+    assert spec.chat_template == "{{ Ünicode }}"
+    assert spec.special_tokens == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|im_end|>"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"add_bos_token": False}, {"add_bos_token": None}])
+def test_beginning_that_is_not_added(folder: Path, settings: dict[str, Any]) -> None:
+    write(folder, "tokenizer_config.json", {"bos_token": "<|im_start|>", **settings})
+    assert read_tokenizer(folder / "tokenizer.json").bos_token_id is None
+
+
+def test_several_templates(folder: Path) -> None:
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    write(folder, "tokenizer_config.json", {"chat_template": named})
+    assert read_tokenizer(folder / "tokenizer.json").chat_template == "plain"
+    (folder / "chat_template.jinja").write_bytes(b"a file\r\nof its own")  # which comes first, byte for byte
+    assert read_tokenizer(folder / "tokenizer.json").chat_template == "a file\r\nof its own"
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "config.json"])
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_damaged_neighbours(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{folder / name}: (not valid JSON|got a JSON list)"):
+        read_tokenizer(folder / "tokenizer.json")
+
+
+def test_missing_and_damaged(folder: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"gone.json: no such tokenizer; name a tokenizer.json with --tokenizer"
+    ):
+        read_tokenizer(folder / "gone.json")
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template.jinja: not UTF-8"):
+        read_tokenizer(folder / "tokenizer.json")
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"{folder}/tokenizer.json: tokenizer: not in the tokenizers library"):
+        read_tokenizer(folder / "tokenizer.json")
