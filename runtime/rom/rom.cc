@@ -121,7 +121,19 @@ size_t Rom::copy_mapped(const Window& window, std::byte* out) const noexcept {
   const iovec to{out, window.bytes};
   const iovec from{source, window.bytes};
   const ssize_t got = ::process_vm_readv(::getpid(), &to, 1, &from, 1, 0);
+  unmap(window);
   return got < 0 ? 0 : static_cast<size_t>(got);
+}
+
+// Gives back the pages that a copy has mapped: left alone, they would add up to a resident ROM. They stay in the page
+// cache. With a page the kernel maps neighbours, as far as the page cache holds them in one piece, at most a page table.
+void Rom::unmap(const Window& window) const noexcept {
+  constexpr uintptr_t kPageTable = 2 << 20;
+  const auto mapped = reinterpret_cast<uintptr_t>(mapping_.data());
+  const uintptr_t first = mapped + window.offset;
+  const uintptr_t begin = std::max(round_down(first, kPageTable), mapped);
+  const uintptr_t end = std::min(round_up(first + window.bytes, kPageTable), mapped + mapping_.size());
+  ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
 }
 
 size_t Rom::copy_file(const Window& window, std::byte* out) const {

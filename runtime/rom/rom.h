@@ -80,6 +80,7 @@ class Rom {
   bool use_direct(std::byte* probe) const;
   void will_need(const Window& window) const noexcept;
   size_t copy_mapped(const Window& window, std::byte* out) const noexcept;
+  void unmap(const Window& window) const noexcept;
   size_t copy_file(const Window& window, std::byte* out) const;
 
   std::filesystem::path path_;

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from meki import Engine, _core
+from meki.bench.machine import resident_memory
 from meki.models.decoder import Decoder
 
 IDS = np.random.default_rng(11).integers(0, 300, 100).tolist()
@@ -116,6 +117,21 @@ def test_one_request_a_token_and_distinct_ids_in_prefill(make_package: Callable[
     assert len(stats.stall_ns) == decoded
     layers, memory_dim, checksum = 3, 32, 4
     assert stats.rom_bytes == (3 + decoded) * (layers * memory_dim * 2 + checksum)
+
+
+@pytest.mark.parametrize("access", ["mmap", "pread", "direct"])
+def test_the_rom_is_not_resident(make_package: Callable[..., Path], access: str) -> None:
+    """However many tokens were looked up: a bundle's pages are unmapped when it was copied."""
+    package = make_package(vocab_size=20_000, rows="float32", weights="int8")  # 28 MB
+    engine = Engine(package, rom_access=access)
+    session = engine.session(context=100)
+    for start in range(0, 20_000, 1000):
+        session.logits(range(start, start + 1000, 17))
+        session._core.rewind(0)
+    rom = package / "memory.rom"
+    memory = resident_memory(rom)
+    assert rom.stat().st_size > 8_000_000
+    assert memory is not None and memory["rom"] == 0
 
 
 @pytest.mark.parametrize("kv_type", ["float32", "float16", "int8", "int4"])

@@ -235,7 +235,7 @@ def run(contenders: list[Contender], plan: Plan, log: list[tuple], advance: Call
         log.append(("", "bandwidth", 0))
         return float(len(log))
 
-    return measure(contenders, plan, read_bandwidth=read_bandwidth, before_step=nothing, advance=advance)
+    return measure(contenders, plan, read_bandwidth=read_bandwidth, before_step=nothing, advance=advance, rom=None)
 
 
 def ran(log: list[tuple]) -> list[str]:

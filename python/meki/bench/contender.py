@@ -57,6 +57,11 @@ class Package:
         return self.manifest["memory"] is not None
 
     @property
+    def rom(self) -> Path | None:
+        """The file of the memory rows."""
+        return self.path / self.manifest["memory"]["file"] if self.has_memory else None
+
+    @property
     def context(self) -> int:
         """The longest sequence of the model, in tokens."""
         return int(self.manifest["architecture"]["context"])
@@ -75,11 +80,10 @@ class Package:
 
     def contender(self, engine: _core.Engine, *, memory: bool = True) -> Contender:
         """What `engine`, opened with the same `memory`, is in a measurement."""
-        on = memory and self.has_memory
         weights = self.manifest["weights"]
-        rom = self.path / self.manifest["memory"]["file"] if on else None
+        rom = self.rom if memory else None
         return Contender(
-            memory="meki" if on else "dense",
+            memory="meki" if rom else "dense",
             vocab_size=engine.vocab_size,
             weight_bytes=weights["decode_bytes" if memory else "dense_decode_bytes"],
             row_bytes=_core.Rom(str(rom)).info.bundle_bytes if rom else 0,

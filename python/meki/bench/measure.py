@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from .contender import Contender
 from .machine import resident_memory
@@ -87,8 +88,10 @@ def measure(
     read_bandwidth: Callable[[], float],
     before_step: Callable[[], None],
     advance: Callable[[str], None],
+    rom: Path | None,
 ) -> Measurement:
     """Runs every test once to warm up, then `plan.repetitions` rounds of all tests. `advance` is told what comes next.
+    rom: the file whose share of the resident memory is of interest.
 
     Round r runs every test once, so that a drift of the machine hits all alike; the contenders' order is reversed in
     every other round.
@@ -103,7 +106,7 @@ def measure(
         return results
 
     run_round("warm-up", False)
-    memory = resident_memory()  # before the buffer of the first bandwidth measurement
+    memory = resident_memory(rom)  # before the buffer of the first bandwidth measurement
     bandwidths = [read_bandwidth()]
     rounds = []
     for repetition in range(plan.repetitions):

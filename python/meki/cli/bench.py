@@ -215,6 +215,7 @@ def _measure(arguments: argparse.Namespace, package: Package, plan: Plan) -> Rep
             read_bandwidth=lambda: _core.read_bandwidth(engine.threads, _BANDWIDTH_BYTES),
             before_step=before_step,
             advance=advance,
+            rom=package.rom,
         )
         parts: list[dict[str, Any]] = []
         for memory, depth in profiled if arguments.parts else ():
