@@ -119,12 +119,13 @@ def checkpoint_source(checkpoint: Checkpoint) -> Source:
 def _check_tensors(checkpoint: Checkpoint) -> None:
     path, found = checkpoint.path, checkpoint.tensors.shapes
     assert checkpoint.parts.keys() == wanted_shapes(checkpoint.config, checkpoint.folded).keys()
-    missing = [part for part in checkpoint.parts.values() if part.name not in found]
+    missing = {part.name: part for part in checkpoint.parts.values() if part.name not in found}
     if missing:
+        first = next(iter(missing.values()))
         others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(
-            f"{path}: no tensor {missing[0].name}{others}, which {_describe(checkpoint.config)} needs with shape "
-            f"{list(missing[0].shape)}; the checkpoint is incomplete or its configuration is another model's"
+            f"{path}: no tensor {first.name}{others}, which {_describe(checkpoint.config)} needs with shape "
+            f"{list(first.shape)}; the checkpoint is incomplete or its configuration is another model's"
         )
     for part in checkpoint.parts.values():
         got = found[part.name]

@@ -83,16 +83,15 @@ class GgufFile:
         """Reads the metadata. OSError; CheckpointError for a file that is no complete GGUF file."""
         self.path = path
         try:
-            reader = _Reader(path)
-            if reader.endianess == GGUFEndian.BIG:
-                raise CheckpointError(f"{path}: is big-endian, expected little-endian; run gguf-convert-endian on it")
-            self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-        except CheckpointError:
-            raise
-        except (ValueError, LookupError, OverflowError) as error:
+            with np.errstate(all="raise"):  # of sizes that overflow
+                reader = _Reader(path)
+                self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
+        except (ValueError, LookupError, ArithmeticError, RecursionError) as error:
             raise CheckpointError(
                 f"{path}: not a complete GGUF file of version 2 or 3: {error}; download or convert it again"
             ) from error
+        if reader.endianess == GGUFEndian.BIG:
+            raise CheckpointError(f"{path}: is big-endian, expected little-endian; run gguf-convert-endian on it")
         self._stored = {
             tensor.name: _Stored(tuple(reversed(tensor.shape.tolist())), tensor.tensor_type, tensor.data_offset)
             for tensor in reader.tensors

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..fold import ALL
 from .checkpoint import CheckpointError
@@ -47,42 +48,42 @@ def load_torch_file(path: Path, stand_ins: frozenset[str]) -> object:
     stand_ins: qualified names that the file may use beside tensors and argparse.Namespace; each is an `Inert`.
     CheckpointError for a file that names anything else, before anything is unpickled, and for a damaged one.
     """
-    damaged = f"{path}: not a complete file of torch.save"
-    try:
-        _check_zip(path)
-        allowed = [(Inert, name) for name in sorted(stand_ins)]
-        with torch.serialization.safe_globals([argparse.Namespace, *allowed]):
-            unknown = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-            if not unknown:
-                # No storage is read or mapped; the optimizer's state is some times the size of the model.
-                with FakeTensorMode():
-                    return torch.load(path, weights_only=True, map_location="cpu")
-    except OSError:
-        raise
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[-1]
-        raise CheckpointError(f"{path}: refused, its pickle does what weights do not need: {reason}") from error
-    except Exception as error:  # what a damaged pickle or zip raises is anything
-        raise CheckpointError(f"{damaged}: {str(error).splitlines()[0]}; copy it again") from error
+    _records(path)  # is a complete zip, in this machine's byte order, which torch.load relies on
+    allowed = [(Inert, name) for name in sorted(stand_ins)]
+    with _damage_reported(path), torch.serialization.safe_globals([argparse.Namespace, *allowed]):
+        unknown = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        if not unknown:
+            # No storage is read or mapped; the optimizer's state is some times the size of the model.
+            with FakeTensorMode():
+                return torch.load(path, weights_only=True, map_location="cpu")
+    wanted = ", ".join(map(repr, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
     raise CheckpointError(
-        f"{path}: refused, its pickle wants {', '.join(unknown)}; expected tensors, plain values and what Megatron-LM "
+        f"{path}: refused, its pickle wants {wanted}; expected tensors, plain values and what Megatron-LM "
         "0.12 stores. If you trust it, load it where it was trained and save only its model and args, as the "
         "documentation of Megatron checkpoints shows"
     )
 
 
-def _check_zip(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            if info.filename.endswith("/byteorder") and archive.read(info) != b"little":
-                raise ValueError("written on a big-endian machine")
+@contextlib.contextmanager
+def _damage_reported(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        # The line between torch.load's advice to trust the file and its reference to the documentation.
+        reason = str(error).partition("\n\nCheck the documentation")[0].splitlines()[-1]
+        raise CheckpointError(f"{path}: refused, its pickle does what weights do not need: {reason}") from error
+    except Exception as error:  # what a damaged pickle or zip raises is anything
+        reason = str(error).partition("\n")[0] or repr(error)
+        raise CheckpointError(f"{path}: not a complete file of torch.save: {reason}; copy it again") from error
 
 
 def _records(path: Path) -> dict[int, int]:
-    """Where the uncompressed members of a zip begin, and their sizes in bytes."""
+    """Where the uncompressed members of a zip begin, and their sizes in bytes. CheckpointError."""
     records = {}
-    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+    with path.open("rb") as file, _damage_reported(path), zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
+            if info.filename.endswith("/byteorder") and archive.read(info) != b"little":
+                raise ValueError("written on a big-endian machine")
             if info.compress_type == zipfile.ZIP_STORED:
                 file.seek(info.header_offset + 26)
                 name, extra = struct.unpack("<HH", file.read(4))
@@ -115,15 +116,15 @@ class TorchFile:
         self.shapes: dict[str, tuple[int, ...]] = {}
         records = _records(path)
         for name, tensor in tensors.items():
-            shape, stride = tuple(tensor.shape), tensor.stride()
-            if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
+            if not isinstance(tensor, FakeTensor) or tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
                 raise CheckpointError(
-                    f"{path}: tensor {name} is {tensor.dtype}, {tensor.layout}; expected a dense one of "
-                    f"{', '.join(map(str, _DTYPES))}"
+                    f"{path}: tensor {name} is a {type(tensor).__name__} of {tensor.dtype}, {tensor.layout}; "
+                    f"expected a dense one of {', '.join(map(str, _DTYPES))}"
                 )
-            first, storage = int(tensor.storage_offset()), tensor.untyped_storage()
-            begin = storage._checkpoint_offset or 0  # where FakeTensorMode found it
-            needed, there = (first + _extent(shape, stride)) * tensor.itemsize, records.get(begin, 0)
+            shape, stride, first = tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
+            begin = tensor.untyped_storage()._checkpoint_offset or 0  # FakeTensorMode says where it is in the file
+            extent = _extent(shape, stride)
+            needed, there = (first + extent) * tensor.itemsize if extent else 0, records.get(begin, 0)
             if needed > there:
                 raise CheckpointError(
                     f"{path}: tensor {name} of shape {list(shape)} needs {needed} bytes, its member of the zip has "
@@ -142,6 +143,6 @@ class TorchFile:
         stored = torch.empty(_extent(shape, place.stride), dtype=place.dtype)
         with self._path.open("rb") as file:
             file.seek(offset)
-            if file.readinto(stored.view(torch.uint8).numpy()) != stored.nbytes:
+            if file.readinto(stored.view(torch.uint8).numpy().data) != stored.nbytes:
                 raise CheckpointError(f"{self._path}: tensor {name} is cut off; the file changed while it was read")
         return stored.as_strided(shape, place.stride).float()
