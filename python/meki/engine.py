@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
-from typing import TypeVar, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from . import _core
-from .generation import GenerationOptions, GenerationResult, TextStream, check_integer, check_options
+from .generation import (
+    CheckedOptions,
+    GenerationOptions,
+    GenerationResult,
+    TextStream,
+    check_integer,
+    check_options,
+)
 from .package import check_parsed_files, has_random_weights, read_manifest
+from .prompt import PromptEncoder
 from .registry import find_model
-
-T = TypeVar("T")
 
 
 class Engine:
     """A model, opened once. Immutable: any number of threads may use it, each generation has its own session.
 
-    The options of `generate` and `stream` are those of `meki.generation.GenerationOptions`.
+    The options of `generate`, `stream` and `chat` are those of `meki.generation.GenerationOptions`.
     """
 
     def __init__(
@@ -51,7 +58,10 @@ class Engine:
         self.manifest = read_manifest(self.path)
         check_parsed_files(self.path, self.manifest)
         self._core = _core.Engine.open(str(self.path), options)
-        self.tokenizer = _load_tokenizer(self.path / self.manifest["tokenizer"]["file"], self.vocab_size)
+        self._prompts = PromptEncoder(self.path, self.manifest)
+        self.tokenizer = self._prompts.tokenizer
+        self._lock = threading.Lock()
+        self._idle: tuple[tuple[int, bool], Session] | None = None  # of the last chat, by its context and prefetch
 
     @property
     def name(self) -> str:
@@ -83,6 +93,11 @@ class Engine:
         return self._core.rom_access
 
     @property
+    def can_chat(self) -> bool:
+        """Whether the package has a chat template."""
+        return self._prompts.chat_template is not None
+
+    @property
     def random_weights(self) -> bool:
         """True if nobody trained this model: its speed can be measured, its text means nothing."""
         return has_random_weights(self.manifest)
@@ -104,6 +119,34 @@ class Engine:
         """As `generate`, piece by piece: an iterator of str, with the `result` so far."""
         return self.session(context=context, prefetch=prefetch).stream(prompt, **options)
 
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        context: int = 0,
+        prefetch: bool = True,
+        **options: Unpack[GenerationOptions],
+    ) -> GenerationResult:
+        """The model's answer to a conversation; messages and errors as in `Session.stream_chat`.
+
+        The session of the last chat is kept, so that a conversation which goes on computes only what is new
+        (`cached_tokens` of the stats). That saves time and changes nothing else; it costs the memory of one KV cache
+        until the engine goes. Chats at the same moment have a session each, of which the last to end is kept. A chat
+        with another `context` or `prefetch` than the last begins a new session.
+        """
+        key = (context, prefetch)
+        with self._lock:
+            idle, self._idle = self._idle, None
+        session = idle[1] if idle is not None and idle[0] == key else None
+        del idle  # one that does not fit frees its memory before the new one takes some
+        if session is None:
+            session = self.session(context=context, prefetch=prefetch)
+        try:
+            return session.chat(messages, **options)
+        finally:
+            with self._lock:
+                self._idle = (key, session)
+
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """float32 [len(token_ids), vocab_size]: row i predicts the token after token_ids[: i + 1]. Nothing is added to
         the tokens. ValueError if there are none, too many for the model, or one is out of the vocabulary."""
@@ -113,14 +156,16 @@ class Engine:
 
 
 class Session:
-    """One sequence of tokens with its KV cache: each call goes on where the last one ended. For one thread at a time.
+    """One sequence of tokens with its KV cache: each call goes on where the last one ended; a chat also replaces
+    what is not its conversation. For one thread at a time.
 
     Made by `Engine.session`. What a stop string or an abandoned stream has generated stays in the sequence.
     """
 
     def __init__(self, engine: Engine, *, context: int = 0, prefetch: bool = True) -> None:
         capacity = check_integer("context", context, 2**31 - 1)
-        self._engine = engine
+        self._prompts = engine._prompts  # not the engine itself: it keeps a session, and a cycle would outlive both
+        self._rom_access = engine.rom_access
         self._core = _core.Session(engine._core, _core.SessionOptions(context=capacity, prefetch=prefetch))
         self._stream: TextStream | None = None
 
@@ -150,13 +195,39 @@ class Session:
         sequence is then as before.
         """
         checked = check_options(options)
-        token_ids = self._encode(prompt, first=not self._core.tokens)
+        token_ids = self._prompts.encode(prompt, first=not self._core.tokens)
         self._core.prompt(token_ids)  # the last that can refuse: from here on the earlier stream is over
-        self._begin()
-        self._core.start(checked.sampling, checked.max_new_tokens)
-        engine = self._engine
-        self._stream = TextStream(self._core, engine.tokenizer, engine.rom_access, len(token_ids), checked)
-        return self._stream
+        return self._generate(checked, prompt_tokens=len(token_ids), shared_tokens=0)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerationOptions]) -> GenerationResult:
+        """The model's answer to a conversation. Messages, options and errors as in `stream_chat`."""
+        stream = self.stream_chat(messages, **options)
+        for _ in stream:
+            pass
+        return stream.result
+
+    def stream_chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerationOptions]) -> TextStream:
+        """Answers a conversation while the result is iterated over; ends an earlier stream of this session.
+
+        messages: at least one {"role": "system" | "user" | "assistant", "content": str}; further roles and keys are the
+        chat template's concern. The sequence becomes the conversation as the template writes it, with the beginning of
+        an answer: what it has in common with the sequence before is not computed again. ValueError if the package has
+        no chat template, for messages that are not such or that the template refuses, for an option out of range and a
+        conversation that does not fit the context; the sequence is then as before.
+        """
+        checked = check_options(options)
+        token_ids = self._prompts.encode_chat(messages)
+        if len(token_ids) > self.context:
+            raise ValueError(
+                f"the conversation has {len(token_ids)} tokens, the context holds {self.context}; "
+                "leave out early messages or choose a larger context"
+            )
+        # The last token is computed in any case: the answer begins with its logits.
+        pairs = zip(self._core.tokens, token_ids[:-1], strict=False)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        self._core.rewind(shared)
+        self._core.prompt(token_ids[shared:])
+        return self._generate(checked, prompt_tokens=len(token_ids), shared_tokens=shared)
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Appends tokens as they are; float32 [len(token_ids), vocab_size], row i predicting the token after the i-th
@@ -168,53 +239,19 @@ class Session:
         # A token generated last is computed here too, but was not asked for.
         return self._core.logits()[-len(token_ids) :]
 
+    def _generate(self, options: CheckedOptions, *, prompt_tokens: int, shared_tokens: int) -> TextStream:
+        """Begins a generation after the sequence, which ends with the prompt."""
+        self._begin()
+        self._core.start(options.sampling, options.max_new_tokens)
+        self._stream = TextStream(
+            self._core, self._prompts.tokenizer, self._rom_access, prompt_tokens, shared_tokens, options
+        )
+        return self._stream
+
     def _begin(self) -> None:
         if self._stream is not None:
             self._stream.close()
         self._core.reset_stats()
-
-    def _encode(self, prompt: str, *, first: bool) -> list[int]:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the prompt is not valid Unicode: {error}; give text that UTF-8 can hold") from error
-        engine = self._engine
-        ids: list[int] = _guard_tokenizer(
-            engine.path, lambda: engine.tokenizer.encode(prompt, add_special_tokens=first).ids
-        )
-        if not first:
-            return ids
-        settings = self._engine.manifest["tokenizer"]
-        bos, eos = settings["bos_token_id"], settings["eos_token_ids"]
-        if bos is not None and ids[:1] != [bos]:
-            return [bos, *ids]
-        if not ids and not eos:
-            raise ValueError("the prompt is empty and the model has no token that begins a text; give a prompt")
-        return ids or eos[:1]
-
-
-def _guard_tokenizer(path: Path, work: Callable[[], T]) -> T:
-    """What `work` returns; PackageError for whatever the tokenizers library raises, be it a panic."""
-    try:
-        return work()
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # a panic is no Exception
-        raise _core.PackageError(f"{path}: the tokenizer fails: {error}; convert the model again") from error
-
-
-def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    tokenizer: Tokenizer = _guard_tokenizer(path, lambda: Tokenizer.from_file(str(path)))
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if largest >= vocab_size:
-        raise _core.PackageError(
-            f"{path}: its largest token id is {largest}, the model has {vocab_size} tokens; "
-            "convert with the model's tokenizer"
-        )
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    _guard_tokenizer(path, lambda: tokenizer.encode("A word, 1 number.\n"))  # what fails on any text fails here
-    return tokenizer
 
 
 def find_onnxruntime() -> Path:

@@ -22,7 +22,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 class GenerationOptions(TypedDict, total=False):
-    """Keyword arguments of `generate` and `stream`. ValueError for a value out of its range."""
+    """Keyword arguments of `generate`, `stream`, `chat` and `stream_chat`. ValueError for a value out of its range."""
 
     max_new_tokens: int
     """Default 256; 0: until the context is full."""
@@ -47,7 +47,10 @@ class GenerationStats:
     """What one generation did and how long it took. None: there was nothing to measure."""
 
     prompt_tokens: int
-    """Tokens of this prompt, with those that start a sequence."""
+    """Tokens of this prompt, with those that start a sequence; of a chat, the whole conversation."""
+    cached_tokens: int
+    """Prompt tokens that were not computed because their keys and values were in the cache: what a conversation has in
+    common with the session's sequence. 0 unless in a chat, as any other prompt is appended."""
     new_tokens: int
     seed: int
     time_to_first_token_s: float | None
@@ -123,7 +126,8 @@ def check_options(options: GenerationOptions) -> CheckedOptions:
 class TextStream(Iterator[str]):
     """The text of one generation, piece by piece as it is computed; no piece is empty.
 
-    Made by `Engine.stream` and `Session.stream`. Stop iterating at any time: nothing runs between two pieces.
+    Made by `Engine.stream`, `Session.stream` and `Session.stream_chat`. Stop iterating at any time: nothing runs
+    between two pieces.
     """
 
     def __init__(
@@ -132,14 +136,17 @@ class TextStream(Iterator[str]):
         tokenizer: Tokenizer,
         rom_access: str | None,
         prompt_tokens: int,
+        shared_tokens: int,
         options: CheckedOptions,
     ) -> None:
+        """shared_tokens: how many of the prompt's were in the sequence before, computed or not."""
         self._core = core
         self._rom_access = rom_access
         self._detokenizer = Detokenizer(tokenizer)
         self._stop = StopStrings(options.stop)
         self._seed = options.sampling.seed
         self._prompt_tokens = prompt_tokens
+        self._shared_tokens = shared_tokens
         self._pieces: list[str] = []
         self._token_ids: list[int] = []
         self._first_token_s: float | None = None
@@ -185,6 +192,8 @@ class TextStream(Iterator[str]):
         p50, p99 = np.percentile(stall_us, (50, 99)).tolist() if stall_us.size else (None, None)
         stats = GenerationStats(
             prompt_tokens=self._prompt_tokens,
+            # The last tokens of the sequence before may not have been computed: those are part of this prefill.
+            cached_tokens=max(0, min(self._shared_tokens, self._prompt_tokens - core.prefill_tokens)),
             new_tokens=len(self._token_ids),
             seed=self._seed,
             time_to_first_token_s=self._first_token_s,

@@ -32,10 +32,15 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     weights = manifest["weights"]
     check(isinstance(weights.get("type"), str), "weights.type", weights.get("type"), "a string")
     check(isinstance(weights.get("block", 0), int | None), "weights.block", weights.get("block"), "an integer or null")
-    bos, vocab_size = manifest["tokenizer"].get("bos_token_id"), manifest["architecture"]["vocab_size"]
+    tokenizer, vocab_size = manifest["tokenizer"], manifest["architecture"]["vocab_size"]
+    bos = tokenizer.get("bos_token_id", "missing")
     check(
         bos is None or (type(bos) is int and 0 <= bos < vocab_size), "tokenizer.bos_token_id", bos, "null or a token id"
     )
+    if tokenizer["chat_template"] is not None:
+        got = tokenizer["chat_template"].get("variables")
+        good = isinstance(got, dict) and all(isinstance(value, str) for value in got.values())
+        check(good, "tokenizer.chat_template.variables", got, "an object of strings")
     for name, entry in manifest["files"].items():
         got = entry.get("sha256")
         good = isinstance(got, str) and re.fullmatch("[0-9a-f]{64}", got) is not None
@@ -44,9 +49,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def check_parsed_files(directory: Path, manifest: dict[str, Any]) -> None:
-    """The SHA-256 sums of the files that go through a parser: graphs and tokenizer, which are small. PackageError."""
-    stages = [*manifest["stages"], *(manifest["dense_stages"] or [])]
-    for name in (*(stage["file"] for stage in stages), manifest["tokenizer"]["file"]):
+    """The SHA-256 sums of the files that go through a parser: graphs, tokenizer and chat template, which are small.
+    PackageError."""
+    tokenizer = manifest["tokenizer"]
+    parsed = [*manifest["stages"], *(manifest["dense_stages"] or []), tokenizer, tokenizer["chat_template"]]
+    for name in (entry["file"] for entry in parsed if entry is not None):
         check_sha256(directory / name, manifest["files"][name]["sha256"], lambda size: None)
 
 

@@ -27,6 +27,7 @@ def test_text(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "stage1.onnx",
         "provenance",
         "random",
+        "chat template     none",
     ):
         assert part in out
     for name, entry in manifest["files"].items():
@@ -46,6 +47,11 @@ def test_json(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert info["rom"]["weights"] == config.rom_weights
     assert info["rom"]["file_bytes"] == (package / "memory.rom").stat().st_size
     assert info["verified"] is True
+
+
+def test_a_chat_template(chat_package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(chat_package), "--verify"]) == 0
+    assert "chat template     chat_template.jinja\n" in capsys.readouterr().out
 
 
 def test_a_dense_package(make_package, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,8 +77,8 @@ def terminal(package: Path, *arguments: str) -> Iterator[Terminal]:
 @pytest.fixture
 def endless(make_package: Callable[..., Path], change_package: Callable[..., Path]) -> Path:
     """No token ends a text, and the context takes far longer to fill than any test lasts: only Ctrl-C ends one."""
-    no_end = {"tokenizer": {"file": "tokenizer.json", "bos_token_id": None, "eos_token_ids": []}}
-    return change_package(lambda manifest: manifest.update(no_end), make_package(context=200_000))
+    no_end = {"eos_token_ids": []}
+    return change_package(lambda manifest: manifest["tokenizer"].update(no_end), make_package(context=200_000))
 
 
 def test_turns_and_ctrl_d(package: Path) -> None:
@@ -130,3 +131,29 @@ def test_ctrl_c_without_interactive_exits_130(endless: Path) -> None:
         user.press(CTRL_C)
         assert user.process.wait(60) == 130
         assert b"Traceback" not in user.screen
+
+
+def test_ctrl_c_ends_an_answer_and_keeps_the_conversation(
+    make_package: Callable[..., Path], change_package: Callable[..., Path], with_template: Any
+) -> None:
+    def edit(manifest: dict[str, Any]) -> None:
+        with_template()(manifest)
+        manifest["tokenizer"]["eos_token_ids"] = []
+
+    package = change_package(edit, make_package(context=200_000))
+    with terminal(package, "--chat", "--max-tokens", "0", "--context", "200000", "--stats") as user:
+        user.wait_for_prompt()
+        user.press(b"\n")  # an empty line is no message
+        user.wait_for(lambda screen: screen.endswith(b"> "))
+        assert b"prompt" not in user.screen
+        user.press(b"Once\n")
+        user.wait_for(lambda screen: len(screen) > 200)  # it answers
+        user.press(CTRL_C)
+        user.wait_for_prompt()
+        user.press(b"And then?\n")
+        user.wait_for(lambda screen: len(screen) > 50)
+        user.press(CTRL_C)
+        user.wait_for_prompt()
+        assert b"Traceback" not in user.screen and b"new conversation" not in user.screen
+        user.press(CTRL_D)
+        assert user.process.wait(60) == 0

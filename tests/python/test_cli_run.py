@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
@@ -23,16 +22,6 @@ FIXED = ["--seed", "7", "--max-tokens", "12"]
 @pytest.fixture(scope="module")
 def text(engine: Engine) -> str:
     return engine.generate(PROMPT, seed=7, max_new_tokens=12).text
-
-
-@pytest.fixture
-def stdin(monkeypatch: pytest.MonkeyPatch):
-    def set_stdin(data: bytes, *, terminal: bool = False) -> None:
-        stream = io.TextIOWrapper(io.BytesIO(data))
-        monkeypatch.setattr(stream, "isatty", lambda: terminal)
-        monkeypatch.setattr(sys, "stdin", stream)
-
-    return set_stdin
 
 
 def run(package: Path, *arguments: str) -> int:

@@ -77,6 +77,8 @@ def _lines(info: dict[str, Any]) -> Iterator[str]:
     rows.append(
         ("tokenizer", f"{tokenizer['file']}, begin {tokenizer['bos_token_id']}, end {tokenizer['eos_token_ids']}")
     )
+    chat = tokenizer["chat_template"]
+    rows.append(("chat template", "none" if chat is None else chat["file"]))
     yield from _section(rows)
     stages = ((stage["file"], _rows_of(stage["rows"])) for stage in info["stages"])
     yield from _section(stages, "stages")

@@ -25,10 +25,11 @@ def print_stream(stream: TextStream) -> None:
 
 def print_stats(engine: Engine, stats: GenerationStats) -> None:
     """A table on stderr; what was not measured is left out."""
+    cached = f", {stats.cached_tokens:,} of them cached" if stats.cached_tokens else ""
     rows = [
         ("model", f"{engine.name} ({RANDOM_WEIGHTS})" if engine.random_weights else engine.name),
         ("seed", str(stats.seed)),
-        ("prompt", f"{stats.prompt_tokens:,} tokens" + _rate(stats.prefill_tokens_per_s)),
+        ("prompt", f"{stats.prompt_tokens:,} tokens{cached}" + _rate(stats.prefill_tokens_per_s)),
         ("generated", f"{stats.new_tokens:,} tokens" + _rate(stats.decode_tokens_per_s)),
     ]
     if stats.time_to_first_token_s is not None:

@@ -1,4 +1,4 @@
-"""meki-run: continues a text."""
+"""meki-run: continues a text, or answers a message."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import _core
-from ..engine import Engine
+from ..engine import Engine, Session
 from ..generation import DEFAULT_MAX_NEW_TOKENS, GenerationOptions, GenerationResult
-from .errors import run_command
-from .interactive import converse
+from ..prompt import no_chat_template
+from .errors import report, run_command
+from .interactive import Conversation, converse
 from .output import RANDOM_WEIGHTS, print_stats, print_stream
 
 
@@ -28,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     defaults = _core.SamplingOptions()
     parser = argparse.ArgumentParser(
         prog="meki-run",
-        description="Continue a text with a MeKi model.",
+        description="Continue a text, or answer a message, with a MeKi model.",
         epilog="Without a prompt, standard input is read if it is not a terminal. Reference: docs/cli.md",
         allow_abbrev=False,
     )
@@ -37,6 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("text", nargs="?", metavar="PROMPT", help="the text to continue; - reads standard input")
     prompt.add_argument("--prompt", help="the same, for texts that begin with a dash")
     prompt.add_argument("--file", metavar="FILE", help="read the prompt from a file; - reads standard input")
+    add = parser.add_argument_group("chat").add_argument
+    add("--chat", action="store_true", help="the prompt is a user's message: answer it (needs a chat template)")
+    add("--system", metavar="TEXT", help="with --chat: a system message before it")
     add = parser.add_argument_group("generation").add_argument
     add(
         "--max-tokens",
@@ -94,7 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-prefetch", action="store_true", help="read memory rows on the compute thread, for measurements")
     output = parser.add_argument_group("output")
     mode = output.add_mutually_exclusive_group()
-    mode.add_argument("--interactive", action="store_true", help="several turns in one session; a line is a turn")
+    mode.add_argument(
+        "--interactive",
+        action="store_true",
+        help="several turns in one session; a line is a turn, with --chat a message",
+    )
     mode.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument("--stats", action="store_true", help="speed and memory on standard error")
     return parser
@@ -105,6 +113,8 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
     engine = Engine(
         arguments.model, threads=arguments.threads, rom_access=arguments.rom_access, kv_type=arguments.kv_type
     )
+    if arguments.chat and not engine.can_chat:
+        raise no_chat_template(engine.path)
     if engine.random_weights:
         print(RANDOM_WEIGHTS, file=sys.stderr, flush=True)
     options = GenerationOptions(
@@ -117,17 +127,23 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
         seed=arguments.seed,
         stop=arguments.stop,
     )
-    context, prefetch = arguments.context, not arguments.no_prefetch
+
+    def begin() -> Session | Conversation:
+        session = engine.session(context=arguments.context, prefetch=not arguments.no_prefetch)
+        if not arguments.chat:
+            return session
+        return Conversation(session, arguments.system, lambda text: report(program, "note", text))
+
     if prompt is None:
-        converse(engine, options, context=context, prefetch=prefetch, show_stats=arguments.stats, program=program)
+        converse(engine, begin, options, show_stats=arguments.stats, program=program)
         return
-    stream = engine.stream(prompt, context=context, prefetch=prefetch, **options)
+    stream = begin().stream(prompt, **options)
     if arguments.json:
         for _ in stream:
             pass
         _print_json(engine, stream.result)
     else:
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and not arguments.chat:
             sys.stdout.write(prompt)
         print_stream(stream)
     if arguments.stats:
@@ -135,7 +151,9 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
 
 
 def _read_prompt(arguments: argparse.Namespace) -> str | None:
-    """The prompt, wherever it is given; None in interactive mode."""
+    """The prompt, wherever it is given; None: the turns come line by line."""
+    if arguments.system is not None and not arguments.chat:
+        raise ValueError("--system is a part of a conversation; add --chat, or leave it away")
     source = "-" if arguments.text == "-" else arguments.file
     text = arguments.prompt if arguments.text is None else arguments.text
     if arguments.interactive:
@@ -147,6 +165,8 @@ def _read_prompt(arguments: argparse.Namespace) -> str | None:
     if sys.stdin is None and source in (None, "-"):
         raise ValueError("no prompt: standard input is closed; give it as an argument or with --file")
     if source is None and sys.stdin.isatty():
+        if arguments.chat and not arguments.json:
+            return None
         raise ValueError("no prompt: give it as an argument, with --file or on standard input, or use --interactive")
     name = "standard input" if source in (None, "-") else f"prompt file {source}"
     try:

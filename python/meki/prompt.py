@@ -1,0 +1,99 @@
+"""From a prompt, or the messages of a conversation, to the tokens that the model is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tokenizers import Tokenizer
+
+from ._core import PackageError
+
+if TYPE_CHECKING:
+    from .chat import ChatTemplate
+
+T = TypeVar("T")
+
+
+class PromptEncoder:
+    """The tokenizer and the chat template of a package. Immutable and thread-safe."""
+
+    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+        """PackageError if a file of the package is not what it should be."""
+        settings = manifest["tokenizer"]
+        self._directory = directory
+        self._bos: int | None = settings["bos_token_id"]
+        self._eos: list[int] = settings["eos_token_ids"]
+        self.tokenizer = _load_tokenizer(directory / settings["file"], manifest["architecture"]["vocab_size"])
+        self.chat_template: ChatTemplate | None = None
+        """None: the package has none."""
+        if chat := settings["chat_template"]:
+            from .chat import ChatTemplate  # Jinja takes 0.1 s to load: only who needs it waits
+
+            self.chat_template = ChatTemplate(directory / chat["file"], chat["variables"])
+
+    def encode(self, prompt: str, *, first: bool) -> list[int]:
+        """The tokens of a prompt; first: with those that begin a sequence. ValueError for text that is not Unicode, and
+        for an empty first prompt where no token begins a text."""
+        ids = self._tokenize(prompt, add_special_tokens=first)
+        if not first:
+            return ids
+        if self._bos is not None and ids[:1] != [self._bos]:
+            return [self._bos, *ids]
+        if not ids and not self._eos:
+            raise ValueError("the prompt is empty and the model has no token that begins a text; give a prompt")
+        return ids or self._eos[:1]
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The tokens of a conversation, up to where the answer begins; nothing is added to what the template writes.
+        ValueError for messages that are refused (`ChatTemplate.render`), or if the package has no template."""
+        if self.chat_template is None:
+            raise no_chat_template(self._directory)
+        ids = self._tokenize(self.chat_template.render(messages), add_special_tokens=False)
+        if not ids:
+            raise ValueError(f"{self._directory}: the chat template makes no text of these messages; give others")
+        return ids
+
+    def _tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt is not valid Unicode: {error}; give text that UTF-8 can hold") from error
+        ids: list[int] = _guard_tokenizer(
+            self._directory, lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        )
+        return ids
+
+
+def no_chat_template(directory: Path) -> ValueError:
+    """What there is to say of a package that cannot chat."""
+    return ValueError(
+        f"{directory}: the package has no chat template, so how the model wants a conversation written is not known; "
+        "convert it again from a source that has one, or with tokenizer_config.json or chat_template.jinja beside "
+        "its tokenizer.json"
+    )
+
+
+def _guard_tokenizer(path: Path, work: Callable[[], T]) -> T:
+    """What `work` returns; PackageError for whatever the tokenizers library raises, be it a panic."""
+    try:
+        return work()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic is no Exception
+        raise PackageError(f"{path}: the tokenizer fails: {error}; convert the model again") from error
+
+
+def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    tokenizer: Tokenizer = _guard_tokenizer(path, lambda: Tokenizer.from_file(str(path)))
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= vocab_size:
+        raise PackageError(
+            f"{path}: its largest token id is {largest}, the model has {vocab_size} tokens; "
+            "convert with the model's tokenizer"
+        )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    _guard_tokenizer(path, lambda: tokenizer.encode("A word, 1 number.\n"))  # what fails on any text fails here
+    return tokenizer
