@@ -14,6 +14,16 @@ class ConfigError(ValueError):
     """A configuration that no model can have."""
 
 
+_WIDTH = 1 << 20
+_LIMITS = {
+    "vocab_size": 2**31 - 1,
+    "layers": 65_535,
+    "context": 2**31 - 1,
+    **dict.fromkeys(("hidden", "ffn", "heads", "kv_heads", "head_dim", "memory_dim"), _WIDTH),
+}
+"""The package format's."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder of the Llama family (RMSNorm, rotary positions, grouped queries, SwiGLU) with an optional MeKi memory.
@@ -47,12 +57,10 @@ class ModelConfig:
     """What the rotary frequencies are divided by, head_dim / 2 numbers (Llama 3's long context); empty: nothing."""
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "context"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{field} must be a positive integer, got {value!r}")
-        if not isinstance(self.memory_dim, int) or self.memory_dim < 0:
-            raise ConfigError(f"memory_dim must be an integer >= 0, got {self.memory_dim!r}")
+        for field, limit in _LIMITS.items():
+            value, least = getattr(self, field), 0 if field == "memory_dim" else 1
+            if type(value) is not int or not least <= value <= limit:
+                raise ConfigError(f"{field} must be an integer from {least} to {limit}, got {value!r}")
         for field in ("rope_theta", "norm_eps"):
             if not isinstance(getattr(self, field), int | float):
                 raise ConfigError(f"{field} must be a number, got {getattr(self, field)!r}")
@@ -66,7 +74,9 @@ class ModelConfig:
         if self.memory_dim and self.hidden % 2:
             raise ConfigError(f"hidden must be even for the memory projector (hidden / 2), got {self.hidden}")
         factors = self.rope_factors
-        if not all(isinstance(factor, int | float) and 0 < factor < float("inf") for factor in factors):
+        if not isinstance(factors, tuple) or not all(
+            isinstance(factor, int | float) and 0 < factor < float("inf") for factor in factors
+        ):
             raise ConfigError(f"rope_factors must be positive numbers, got {factors!r}")
         if len(factors) not in (0, self.head_dim // 2):
             raise ConfigError(f"rope_factors must be head_dim / 2 = {self.head_dim // 2} numbers, got {len(factors)}")
@@ -101,7 +111,8 @@ class ModelConfig:
         if unknown:
             raise ConfigError(f"unknown configuration keys {unknown}; known: {sorted(known)}")
         try:
-            return cls(**{**values, "rope_factors": tuple(values.get("rope_factors", ()))})
+            factors = values.get("rope_factors", ())
+            return cls(**{**values, "rope_factors": tuple(factors) if isinstance(factors, list) else factors})
         except TypeError as error:
             raise ConfigError(f"incomplete configuration: {error}") from error
 

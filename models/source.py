@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -28,7 +29,12 @@ class Source:
 def decoder_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the parameters of `Decoder(config)`."""
     with torch.device("meta"):  # shapes without storage
-        return {name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()}
+        state = Decoder(dataclasses.replace(config, layers=1)).state_dict()
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in state.items():
+        layers = range(config.layers) if name.startswith("layers.0.") else range(1)  # all layers are alike
+        shapes |= {name.replace("layers.0.", f"layers.{layer}.", 1): tuple(tensor.shape) for layer in layers}
+    return shapes
 
 
 def lazy_source(config: ModelConfig, read: Read, folded: bool = False) -> Source:

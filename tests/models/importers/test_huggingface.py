@@ -263,7 +263,7 @@ def test_tensor_left_over(saved: Path) -> None:
         ({"rope_scaling": {"type": "linear"}}, "rope scaling .* is incomplete: KeyError"),
         ({"hidden_size": None}, "does not say what hidden is; give it with --set hidden=VALUE"),
         ({"num_attention_heads": 3}, "heads"),
-        ({"num_hidden_layers": "3"}, "layers must be a positive integer, got '3'"),
+        ({"num_hidden_layers": "3"}, "layers must be an integer from 1 to 65535, got '3'"),
         ({"provenance": "mine"}, "provenance is 'mine', expected an object"),
     ],
 )

@@ -317,7 +317,7 @@ def test_without_args(write_megatron: Callable[..., Path], state: State, config:
 
 def test_arguments_that_are_no_plain_values(refused: Callable[..., str], megatron_classes: dict[str, Any]) -> None:
     kind = megatron_classes["RerunMode"].first
-    assert refused(num_layers=kind).startswith("layers must be a positive integer, got 'Inert'")
+    assert refused(num_layers=kind).startswith("layers must be an integer from 1 to 65535, got 'Inert'")
     assert refused(normalization=torch.ones(3)).startswith(
         "normalization is 'FakeTensor' in its args, expected 'RMSNorm'"
     )
