@@ -136,9 +136,9 @@ def _byte_level(values: Mapping[str, Any], tokens: Sequence[str]) -> tuple[Token
     name = values.get("pre", "none")
     if name not in _PATTERNS:
         raise CheckpointError(f"tokenizer.ggml.pre is {name!r}; known: {', '.join(sorted(_PATTERNS))}")
-    merges = [tuple(merge.split(" ")) for merge in _strings(values, "merges")]
+    pairs = (merge.partition(" ") for merge in _strings(values, "merges"))
     whole = name in _WHOLE_WORDS
-    tokenizer = _bpe(tokens, merges, ignore_merges=whole)
+    tokenizer = _bpe(tokens, [(left, right) for left, _, right in pairs], ignore_merges=whole)
     if name in _NFC:
         tokenizer.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _PATTERNS[name]]
@@ -182,7 +182,7 @@ def _merges_of_scores(tokens: Sequence[str], types: Sequence[int], scores: Seque
     return [(tokens[left], tokens[right]) for _, left, right in sorted(pairs)]
 
 
-def _bpe(tokens: Sequence[str], merges: Sequence[tuple[str, ...]], **options: Any) -> Tokenizer:
+def _bpe(tokens: Sequence[str], merges: Sequence[tuple[str, str]], **options: Any) -> Tokenizer:
     try:
         return Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, merges, **options))
     except Exception as error:  # the library raises nothing more specific
