@@ -36,8 +36,10 @@ def read_manifest(package: Path) -> dict[str, Any]:
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """GGUF tensors of the dense backbone by name, in file order: matrices [outputs, inputs], vectors [width].
 
-    The head is tied: llama.cpp uses token_embd.weight when there is no output.weight.
+    llama.cpp uses token_embd.weight as the head when there is no output.weight. ValueError for biases.
     """
+    if config.qkv_bias:
+        raise ValueError("the model has biases of query, key and value; compare one without")
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (config.vocab_size, config.hidden)}
     for i in range(config.layers):
@@ -56,6 +58,8 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             layer |= {"attn_q_norm": (config.head_dim,), "attn_k_norm": (config.head_dim,)}
         shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in layer.items()}
     shapes["output_norm.weight"] = (config.hidden,)
+    if not config.tied_embeddings:
+        shapes["output.weight"] = (config.vocab_size, config.hidden)
     return shapes
 
 
@@ -75,7 +79,7 @@ def random_q4_0(rng: np.random.Generator, rows: int, columns: int) -> NDArray[np
 def write_gguf(config: ModelConfig, path: Path, seed: int = 0) -> None:
     """Writes a GGUF model with random weights of `config`'s backbone, without a memory and without a tokenizer.
 
-    Every matrix is Q4_0 (4.5 bits a weight), the tied embedding too; every norm's gain is 1. The tensors are written
+    Every matrix is Q4_0 (4.5 bits a weight), the embedding too; every norm's gain is 1. The tensors are written
     one by one: the largest, the embedding, is all that is in memory. `path` appears when it is complete.
     """
     shapes = tensor_shapes(config)
@@ -126,7 +130,7 @@ def write_gguf(config: ModelConfig, path: Path, seed: int = 0) -> None:
 def cached_gguf(config: ModelConfig, directory: Path) -> Path:
     """The path of a model with `config`'s backbone in `directory`; writes it if it is not there yet."""
     backbone = dataclasses.replace(config, memory_dim=0, projector_norm=False)
-    digest = hashlib.sha256(f"{RECIPE} {backbone.to_json()}".encode()).hexdigest()[:12]
+    digest = hashlib.sha256(f"{RECIPE} {json.dumps(backbone.to_dict())}".encode()).hexdigest()[:12]
     path = directory / f"random-L{config.layers}-d{config.hidden}-q4_0-{digest}.gguf"
     if not path.is_file():
         write_gguf(config, path)

@@ -6,6 +6,7 @@ This module needs neither PyTorch nor ONNX, so that the command lines can name m
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +16,32 @@ class ConfigError(ValueError):
 
 
 _WIDTH = 1 << 20
-_LIMITS = {
+_SIZES = {
     "vocab_size": 2**31 - 1,
     "layers": 65_535,
     "context": 2**31 - 1,
     **dict.fromkeys(("hidden", "ffn", "heads", "kv_heads", "head_dim", "memory_dim"), _WIDTH),
 }
-"""The package format's."""
+"""The largest that the package format holds."""
+
+
+def check_field(name: str, value: object) -> None:
+    """ConfigError if a field of ModelConfig cannot have this value, whatever the others are."""
+
+    def positive(number: object) -> bool:
+        return isinstance(number, int | float) and type(number) is not bool and 0 < number < math.inf
+
+    if name in _SIZES:
+        least, most = 0 if name == "memory_dim" else 1, _SIZES[name]
+        good, expected = type(value) is int and least <= value <= most, f"an integer from {least} to {most}"
+    elif name in ("rope_theta", "norm_eps"):
+        good, expected = positive(value), "a positive number"
+    elif name == "rope_factors":
+        good, expected = isinstance(value, tuple) and all(map(positive, value)), "positive numbers"
+    else:
+        good, expected = isinstance(value, bool), "true or false"
+    if not good:
+        raise ConfigError(f"{name} must be {expected}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -57,31 +77,17 @@ class ModelConfig:
     """What the rotary frequencies are divided by, head_dim / 2 numbers (Llama 3's long context); empty: nothing."""
 
     def __post_init__(self) -> None:
-        for field, limit in _LIMITS.items():
-            value, least = getattr(self, field), 0 if field == "memory_dim" else 1
-            if type(value) is not int or not least <= value <= limit:
-                raise ConfigError(f"{field} must be an integer from {least} to {limit}, got {value!r}")
-        for field in ("rope_theta", "norm_eps"):
-            if not isinstance(getattr(self, field), int | float):
-                raise ConfigError(f"{field} must be a number, got {getattr(self, field)!r}")
-        for field in ("qk_norm", "projector_norm", "qkv_bias", "tied_embeddings"):
-            if not isinstance(getattr(self, field), bool):
-                raise ConfigError(f"{field} must be true or false, got {getattr(self, field)!r}")
+        for field in dataclasses.fields(self):
+            check_field(field.name, getattr(self, field.name))
         if self.heads % self.kv_heads:
             raise ConfigError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for RoPE, got {self.head_dim}")
         if self.memory_dim and self.hidden % 2:
             raise ConfigError(f"hidden must be even for the memory projector (hidden / 2), got {self.hidden}")
-        factors = self.rope_factors
-        if not isinstance(factors, tuple) or not all(
-            isinstance(factor, int | float) and 0 < factor < float("inf") for factor in factors
-        ):
-            raise ConfigError(f"rope_factors must be positive numbers, got {factors!r}")
-        if len(factors) not in (0, self.head_dim // 2):
-            raise ConfigError(f"rope_factors must be head_dim / 2 = {self.head_dim // 2} numbers, got {len(factors)}")
-        if not self.norm_eps > 0 or not self.rope_theta > 0:
-            raise ConfigError(f"norm_eps and rope_theta must be positive, got {self.norm_eps} and {self.rope_theta}")
+        factors = len(self.rope_factors)
+        if factors not in (0, self.head_dim // 2):
+            raise ConfigError(f"rope_factors must be head_dim / 2 = {self.head_dim // 2} numbers, got {factors}")
 
     @property
     def rom_weights(self) -> int:

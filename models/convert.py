@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .config import CONFIGS, ModelConfig
+from .config import CONFIGS, ConfigError, ModelConfig, check_field
 from .files import check_target
 from .importers import open_checkpoint
 from .importers.checkpoint import checkpoint_source
@@ -36,9 +36,18 @@ def setting(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"expected FIELD=VALUE with a FIELD out of {', '.join(known)}; got {text!r}")
     try:
         parsed = json.loads(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{name}: expected a number, true or false; got {value!r}") from None
-    return name, tuple(parsed) if isinstance(parsed, list) else parsed
+    except (ValueError, RecursionError):
+        parsed = value
+    parsed = tuple(parsed) if isinstance(parsed, list) else parsed
+    try:
+        check_field(name, parsed)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name, parsed
+
+
+class UsageError(ValueError):
+    """The command line asks for what cannot be."""
 
 
 class ProgressBars:
@@ -65,12 +74,18 @@ class ProgressBars:
 def open_source(args: argparse.Namespace) -> tuple[Source, TokenizerSpec, dict[str, str]]:
     """The model that the command line names, its tokenizer and its provenance."""
     overrides = dict(args.set)
+    tokenizer = None
+    if args.tokenizer:  # or the folder that has it
+        tokenizer = read_tokenizer(args.tokenizer / "tokenizer.json" if args.tokenizer.is_dir() else args.tokenizer)
     if args.random:
-        config = dataclasses.replace(CONFIGS[args.random], **overrides)
+        try:
+            config = dataclasses.replace(CONFIGS[args.random], **overrides)
+        except ConfigError as error:
+            raise UsageError(f"--set: {error}") from error
         provenance = {"weights": "random", "configuration": args.random}
-        return random_source(config), read_tokenizer(args.tokenizer or BUNDLED_TOKENIZER), provenance
+        return random_source(config), tokenizer or read_tokenizer(BUNDLED_TOKENIZER), provenance
     checkpoint = open_checkpoint(args.source, overrides)
-    tokenizer = read_tokenizer(args.tokenizer) if args.tokenizer else checkpoint.read_tokenizer()
+    tokenizer = tokenizer or checkpoint.read_tokenizer()
     if tokenizer is None:
         raise FileNotFoundError(f"{args.source}: has no tokenizer.json; name the model's with --tokenizer")
     return checkpoint_source(checkpoint), tokenizer, checkpoint.provenance
@@ -79,6 +94,11 @@ def open_source(args: argparse.Namespace) -> tuple[Source, TokenizerSpec, dict[s
 def convert(args: argparse.Namespace) -> dict[str, Any]:
     """Exports as the command line says and returns the manifest."""
     check_target(args.output, MANIFEST, args.overwrite)
+    name = args.name or args.output.resolve().name
+    if not name.isprintable():  # which names in other encodings than UTF-8 are not
+        raise UsageError(f"the model's name is {name!r}; give one of printable characters with --name")
+    if args.card and not args.card.is_file():
+        raise FileNotFoundError(f"{args.card}: no such model card")
     source, tokenizer, provenance = open_source(args)
     bars = ProgressBars()
     try:
@@ -86,7 +106,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
             source,
             tokenizer,
             args.output,
-            name=args.name or args.output.resolve().name,
+            name=name,
             weights=args.weights,
             rows=args.rows,
             provenance=provenance,
@@ -137,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tokenizer",
         type=Path,
-        help="tokenizer.json (default: the checkpoint's own; with --random, meki-tiny's)",
+        help="tokenizer.json, or the folder that has it (default: the checkpoint's own; with --random, meki-tiny's)",
     )
     parser.add_argument("--card", type=Path, help="model card, becomes the package's README.md")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing package")
@@ -147,11 +167,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("meki-convert: interrupted, nothing written", file=sys.stderr)
         return 130
-    except (FileNotFoundError, FileExistsError) as error:  # of the arguments
+    except (FileNotFoundError, FileExistsError, UsageError) as error:  # of the arguments
         print(f"meki-convert: error: {error}", file=sys.stderr)
         return 2
-    except (OSError, ValueError) as error:
-        print(f"meki-convert: error: {error}", file=sys.stderr)
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        print(f"meki-convert: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
     print(summary(args.output, manifest))
     return 0

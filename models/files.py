@@ -1,12 +1,14 @@
-"""Output that is there as a whole or not at all."""
+"""Files: output that is there as a whole or not at all, and JSON objects."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -24,13 +26,18 @@ def replace_file(path: Path) -> Iterator[Path]:
 def replace_directory(path: Path, marker: str, overwrite: bool) -> Iterator[Path]:
     """Yields a new directory beside `path`; renames it to `path` if the block succeeds, removes it otherwise.
 
-    FileExistsError if `path` exists, unless `overwrite` is set and it has a file `marker`, as what is replaced must.
+    FileExistsError if `path` exists, unless `overwrite` is set and it has a file `marker`, as what is replaced must. Of
+    a symbolic link, what it leads to is replaced.
     """
     check_target(path, marker, overwrite)
+    path = path.resolve()
     partial = path.with_name(f".{path.name}.partial")
     replaced = path.with_name(f".{path.name}.replaced")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be made: {error.strerror}; choose another path") from error
     try:
         yield partial
         if path.exists():
@@ -49,7 +56,20 @@ def replace_directory(path: Path, marker: str, overwrite: bool) -> Iterator[Path
 
 def check_target(path: Path, marker: str, overwrite: bool) -> None:
     """FileExistsError if `replace_directory` would refuse `path`."""
+    if path.is_symlink() and not path.exists():
+        raise FileExistsError(f"{path}: is a symbolic link to nothing; remove it or choose another path")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path}: exists already; choose another path, or overwrite it (--overwrite)")
     if path.exists() and not (path / marker).is_file():
         raise FileExistsError(f"{path}: exists, but has no {marker}, so it is not overwritten; remove it")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. ValueError, naming it, if there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}; download it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: got a JSON {type(value).__name__}, expected an object")
+    return value

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from meki.chat import parse_template
 from meki.package import file_sha256
 
 from .decoder import Decoder
@@ -77,6 +78,8 @@ def export_package(
     check_exportable(config, weights)
     layout = RomLayout(config.vocab_size, config.layers, config.memory_dim, rows) if config.memory_dim else None
     check_tokenizer(tokenizer, config.vocab_size)
+    if tokenizer.chat_template is not None:
+        parse_template(tokenizer.chat_template)
     report: PhaseProgress = progress or (lambda phase, done, total: None)
 
     with replace_directory(out, MANIFEST, overwrite) as directory:
@@ -128,5 +131,7 @@ def export_package(
             "quantization_error": quantization_error,
             "provenance": provenance,
         }
-        (directory / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (directory / MANIFEST).write_text(
+            json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        )
     return manifest

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from .files import read_object
 
 END_OF_STORY = "<|story|>"
 """Stands between two stories; the model emits it when a story is over."""
@@ -41,9 +42,10 @@ def parse_tokenizer(tokenizer_json: bytes) -> Tokenizer:
 def read_tokenizer(path: Path) -> TokenizerSpec:
     """A tokenizer.json with what stands beside it, as Hugging Face lays a model out.
 
-    tokenizer_config.json (special tokens, chat template), chat_template.jinja, generation_config.json and config.json
-    (end tokens) are all optional. Where no file names an end token, it is the end-of-story token, if there is one.
-    FileNotFoundError if `path` is not a file; ValueError, naming the file, for what cannot be read.
+    tokenizer_config.json and special_tokens_map.json (special tokens, chat template), chat_template.jinja,
+    generation_config.json and config.json (end tokens) are all optional. If none says what ends a text, it is the
+    end-of-story token, where there is one. FileNotFoundError if `path` is not a file; ValueError for what cannot be
+    read.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such tokenizer; name a tokenizer.json with --tokenizer")
@@ -52,33 +54,33 @@ def read_tokenizer(path: Path) -> TokenizerSpec:
         tokenizer = parse_tokenizer(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    config = _read_json(path.with_name("tokenizer_config.json"))
+    beside = {name: _read_beside(path, f"{name}.json") for name in _BESIDE}
+    config = {**beside["special_tokens_map"], **beside["tokenizer_config"]}
     special = {key: token for key in config if key.endswith("_token") and (token := _content(config[key])) is not None}
-    ends = [tokenizer.token_to_id(special["eos_token"])] if "eos_token" in special else []
-    for name in ("generation_config.json", "config.json"):
-        listed = _read_json(path.with_name(name)).get("eos_token_id")
-        ends += listed if isinstance(listed, list) else [listed]
-    ends = [token for token in ends if token is not None] or [tokenizer.token_to_id(END_OF_STORY)]
-    bos = tokenizer.token_to_id(special["bos_token"]) if "bos_token" in special else None
+    begins = config.get("add_bos_token") is True and "bos_token" in special
+    ends = [_token_id(path, tokenizer, special["eos_token"])] if "eos_token" in special else []
+    named = [beside[name]["eos_token_id"] for name in ("generation_config", "config") if "eos_token_id" in beside[name]]
+    for listed in named:
+        ends += listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if not named and "eos_token" not in config and (end := tokenizer.token_to_id(END_OF_STORY)) is not None:
+        ends = [end]
+    if wrong := [token for token in ends if type(token) is not int]:
+        raise ValueError(f"{path.parent}: eos_token_id has {wrong[0]!r}, expected token ids")
     return TokenizerSpec(
         text,
-        bos_token_id=bos if config.get("add_bos_token") is True else None,
-        eos_token_ids=tuple(dict.fromkeys(token for token in ends if token is not None)),
-        chat_template=_chat_template(path.with_name("chat_template.jinja"), config),
+        bos_token_id=_token_id(path, tokenizer, special["bos_token"]) if begins else None,
+        eos_token_ids=tuple(dict.fromkeys(ends)),
+        chat_template=_chat_template(path, config),
         special_tokens=special,
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: got a JSON {type(value).__name__}, expected an object")
-    return value
+_BESIDE = ("special_tokens_map", "tokenizer_config", "generation_config", "config")
+
+
+def _read_beside(path: Path, name: str) -> dict[str, Any]:
+    beside = path.with_name(name)
+    return read_object(beside) if beside.is_file() else {}
 
 
 def _content(token: object) -> str | None:
@@ -87,17 +89,27 @@ def _content(token: object) -> str | None:
     return content if isinstance(content, str) else None
 
 
+def _token_id(path: Path, tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise ValueError(f"{path}: has no token {token!r}, which the files beside it name")
+    return int(found)
+
+
 def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
-    if path.is_file():
+    file = path.with_name("chat_template.jinja")
+    if file.is_file():
         try:
-            return path.read_bytes().decode()
+            return file.read_bytes().decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8: {error}") from error
+            raise ValueError(f"{file}: not UTF-8: {error}") from error
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name, for tools and the like
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if not isinstance(template, str | None):
+        raise ValueError(f"{path.parent}: chat_template is a {type(template).__name__}, expected a string")
+    return template
 
 
 def train_tokenizer(stories: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -75,6 +75,13 @@ def wanted_shapes(config: ModelConfig, folded: bool = False) -> dict[str, tuple[
     return shapes | {f"layers.{layer}.meki.folded_table": table for layer in range(config.layers)}
 
 
+_STATED = (
+    *("vocab_size", "layers", "hidden", "ffn", "heads", "kv_heads", "head_dim"),
+    *("context", "rope_theta", "norm_eps"),  # whose defaults are the paper's, not this model's
+)
+"""Fields that a checkpoint or the user must give."""
+
+
 def make_config(path: Path, values: Mapping[str, Any], overrides: Mapping[str, Any]) -> ModelConfig:
     """A configuration of what the checkpoint says and what the user says instead.
 
@@ -82,10 +89,10 @@ def make_config(path: Path, values: Mapping[str, Any], overrides: Mapping[str, A
     nobody gives, and for a configuration that no model can have.
     """
     merged = {name: value for name, value in {**values, **overrides}.items() if value is not None}
-    for field in dataclasses.fields(ModelConfig):
-        if field.default is dataclasses.MISSING and field.name not in merged:
+    for name in _STATED:
+        if name not in merged:
             raise CheckpointError(
-                f"{path}: the checkpoint does not say what {field.name} is; give it with --set {field.name}=VALUE"
+                f"{path}: the checkpoint does not say what {name} is; give it with --set {name}=VALUE"
             )
     try:
         return ModelConfig.from_dict(merged)

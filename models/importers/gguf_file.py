@@ -239,7 +239,8 @@ def _rope_factors(file: GgufFile, architecture: str, head_dim: int) -> tuple[flo
             raise CheckpointError(f"{file.path}: {_ROPE_FACTORS} has shape {shape}, expected {(head_dim // 2,)}")
         factors = file.read(_ROPE_FACTORS).tolist()
     if kind == "linear":
-        factor = file.number(f"{architecture}.rope.scaling.factor", 0) or 1.0  # 0 says nothing
+        keys = ("rope.scaling.factor", "rope.scale_linear")  # the second is of older files; 0 says nothing
+        factor = next(filter(None, (file.number(f"{architecture}.{key}") for key in keys)), 1.0)
         factors = [factor * value for value in factors]
     return tuple(factors) if any(factor != 1.0 for factor in factors) else ()
 

@@ -90,16 +90,22 @@ def read_gguf_tokenizer(path: Path, metadata: Mapping[str, Any]) -> TokenizerSpe
             raise CheckpointError(f"tokenizer.ggml.model is {kind!r}; supported: 'gpt2', 'llama'")
         _add_tokens(tokenizer, tokens, types)
         named = {key: _token(values, tokens, key) for key in (*_END_IDS, *_TEMPLATE_TOKENS.values()) if key in values}
+        if not isinstance(begins := values.get("add_bos_token", begins), bool):
+            raise CheckpointError(f"tokenizer.ggml.add_bos_token is {begins!r}, expected true or false")
+        if not isinstance(template := metadata.get("tokenizer.chat_template"), str | None):
+            raise CheckpointError(f"tokenizer.chat_template is a {type(template).__name__}, expected a string")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}; {_REMEDY}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: the tokenizer's metadata is damaged: {error}; {_REMEDY}") from error
     texts = {name: tokens[named[key]] for name, key in _TEMPLATE_TOKENS.items() if key in named}
     ends = [named[key] for key in _END_IDS if key in named]
     ends += [id for id, token in enumerate(tokens) if token in _END_TEXTS and types[id] == TokenType.CONTROL]
     return TokenizerSpec(
         json=tokenizer.to_str().encode(),
-        bos_token_id=named.get("bos_token_id") if values.get("add_bos_token", begins) else None,
+        bos_token_id=named.get("bos_token_id") if begins else None,
         eos_token_ids=tuple(dict.fromkeys(ends)),
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=template,
         special_tokens=texts,
     )
 
@@ -108,6 +114,8 @@ def _vocabulary(values: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     """The tokens and their types (gguf.TokenType), by id."""
     tokens = _strings(values, "tokens")
     types = values.get("token_type", [TokenType.NORMAL] * len(tokens))
+    if not all(isinstance(type, int) for type in types):
+        raise CheckpointError("tokenizer.ggml.token_type must be an array of integers")
     if len(types) != len(tokens):
         raise CheckpointError(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
     ids = {token: id for id, token in enumerate(tokens)}

@@ -15,15 +15,17 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..decoder import Decoder
-from ..files import replace_directory
+from ..files import read_object, replace_directory
 from ..fold import ALL
 from ..memory import MeKi
-from ..tokenizer import TokenizerSpec, read_tokenizer
+from ..tokenizer import TokenizerSpec, parse_tokenizer, read_tokenizer
 from .checkpoint import Checkpoint, CheckpointError, Part, checkpoint_source, make_config, wanted_shapes
 
 CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_HEAD = "lm_head.weight"
+_ROWS_AT_ONCE = 4096
 _REOPEN_BYTES = 1 << 30  # mapped pages that were read stay resident until the file is closed
 
 _FEATURES: dict[str, dict[str, bool]] = {
@@ -93,58 +95,78 @@ def is_huggingface(path: Path) -> bool:
 
 def open_huggingface(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     """The model in the folder `path`. CheckpointError for what cannot be converted."""
-    values = _read_json(path / CONFIG)
+    file = path / CONFIG
+    values = _read_object(file)
     tensors = SafetensorsFiles(_weight_files(path))
-    config = make_config(path / CONFIG, _fields(path / CONFIG, values, "lm_head.weight" in tensors.shapes), overrides)
+    try:
+        fields = _fields(file, values, overrides, has_head=_HEAD in tensors.shapes)
+    except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{file}: has a value of another kind than expected: {error!r}") from error
+    config = make_config(file, fields, overrides)
     folded = any(name.endswith(".meki.folded_table") for name in tensors.shapes)
     prefix = "model." if any(name.startswith("model.") for name in tensors.shapes) else ""
     parts = {
-        name: Part(name if name == "lm_head.weight" else prefix + name, shape)
+        name: Part(name if name == _HEAD else prefix + name, shape)
         for name, shape in wanted_shapes(config, folded).items()
     }
+    if config.tied_embeddings:
+        _check_tied(file, tensors, parts["embed_tokens.weight"].name)
     tokenizer = path / "tokenizer.json"
-    unused = {"lm_head.weight"} if config.tied_embeddings else set()  # some store a tied head all the same
     return Checkpoint(
         path,
         config,
         tensors,
         parts,
         read_tokenizer=lambda: read_tokenizer(tokenizer) if tokenizer.is_file() else None,
-        provenance={"source": path.resolve().name, "format": "huggingface", **_provenance(path / CONFIG, values)},
-        ignored=lambda name: name.endswith("rotary_emb.inv_freq") or name in unused,
+        provenance={"source": path.resolve().name, "format": "huggingface", **_provenance(file, values)},
+        # The same as the embedding; what follows from rope_theta.
+        ignored=lambda name: name.endswith("rotary_emb.inv_freq") or (name == _HEAD and config.tied_embeddings),
         folded=folded,
         trimmed="vocab_size" in overrides,
     )
 
 
 def _weight_files(path: Path) -> list[Path]:
-    if (path / _INDEX).is_file():
-        listed = _read_json(path / _INDEX).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-            raise CheckpointError(f"{path / _INDEX}: weight_map is not an object of file names; download it again")
-        return [path / name for name in sorted(set(listed.values()))]
     if (path / _WEIGHTS).is_file():
         return [path / _WEIGHTS]
+    if (path / _INDEX).is_file():
+        listed = _read_object(path / _INDEX).get("weight_map")
+        # A name with directories would lead out of the model's folder.
+        if not isinstance(listed, dict) or any(Path(str(name)).name != name for name in listed.values()):
+            raise CheckpointError(f"{path / _INDEX}: weight_map is not an object of file names; download it again")
+        return [path / name for name in sorted(set(listed.values()))]
     raise CheckpointError(
         f"{path}: neither {_WEIGHTS} nor {_INDEX} is there; expected the weights as safetensors, which transformers' "
         "save_pretrained makes of a pytorch_model.bin"
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}; download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: got a JSON {type(value).__name__}, expected an object")
-    return value
+        raise CheckpointError(str(error)) from error
 
 
-def _fields(path: Path, values: Mapping[str, Any], has_head: bool) -> dict[str, Any]:
+def _check_tied(path: Path, tensors: SafetensorsFiles, embedding: str) -> None:
+    """CheckpointError if there is a head which is not the embedding, whatever the configuration says."""
+    if tensors.shapes.get(_HEAD) != tensors.shapes.get(embedding):
+        same = _HEAD not in tensors.shapes
+    else:
+        starts = range(0, tensors.shapes[_HEAD][0], _ROWS_AT_ONCE)
+        blocks = (slice(start, start + _ROWS_AT_ONCE) for start in starts)
+        same = all(torch.equal(tensors.read(_HEAD, rows), tensors.read(embedding, rows)) for rows in blocks)
+    if not same:
+        raise CheckpointError(
+            f"{path}: tie_word_embeddings is true, but {_HEAD} is not {embedding}; if the model was trained with a "
+            "head of its own, give --set tied_embeddings=false"
+        )
+
+
+def _fields(path: Path, values: Mapping[str, Any], overrides: Mapping[str, Any], has_head: bool) -> dict[str, Any]:
     """Fields of ModelConfig from a config.json. CheckpointError for what this runtime does not compute."""
     kind = values.get("model_type")
-    if kind != _MEKI and kind not in _FEATURES:
+    if kind not in (*_FEATURES, _MEKI):
         raise CheckpointError(
             f"{path}: model_type is {kind!r}; supported are {', '.join((*_FEATURES, _MEKI))}: dense decoders of the "
             "Llama family and MeKi"
@@ -153,38 +175,39 @@ def _fields(path: Path, values: Mapping[str, Any], has_head: bool) -> dict[str, 
     for name, expected in {**plain, "partial_rotary_factor": 1, "quantization_config": None}.items():
         if (got := values.get(name)) not in (None, expected):
             raise CheckpointError(f"{path}: {name} is {got!r}; supported is {expected!r}")
-    fields = {field: values.get(name) for field, name in _FIELDS.items()}
-    heads, hidden = fields["heads"], fields["hidden"]
-    if fields["kv_heads"] is None:
-        fields["kv_heads"] = heads
-    if fields["head_dim"] is None and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
-        fields["head_dim"] = hidden // heads
-    if fields["tied_embeddings"] is None:
-        fields["tied_embeddings"] = not has_head
-    fields.update({name: values.get(name) for name in _MEKI_FIELDS} if kind == _MEKI else _FEATURES[kind])
-    return fields | _rope(path, values, fields)
-
-
-def _rope(path: Path, values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta and rope_factors. Newer configurations have both in rope_parameters, older in rope_scaling."""
+    stated = {field: values.get(name) for field, name in _FIELDS.items()}
+    stated |= {name: values.get(name) for name in _MEKI_FIELDS} if kind == _MEKI else _FEATURES[kind]
+    fields = {field: value for field, value in stated.items() if value not in (None, [])} | dict(overrides)
+    if "heads" in fields:
+        fields.setdefault("kv_heads", fields["heads"])
+        if "hidden" in fields:
+            fields.setdefault("head_dim", fields["hidden"] // fields["heads"])
+    fields.setdefault("tied_embeddings", not has_head)
+    # Newer configurations have both in rope_parameters.
     scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    theta = scaling.get("rope_theta", values.get("rope_theta"))
     # 10,000 is what Hugging Face's model types have where the configuration says nothing.
-    theta = scaling.get("rope_theta", values.get("rope_theta", 10_000.0))
+    fields.setdefault("rope_theta", 10_000.0 if theta is None else theta)
+    fields.setdefault("rope_factors", _rope_factors(path, scaling, fields))
+    return fields
+
+
+def _rope_factors(path: Path, scaling: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[float, ...]:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    head_dim = fields["head_dim"]
-    if kind == "default" or not isinstance(head_dim, int):
-        return {"rope_theta": theta}
-    try:
-        if kind == "linear":
-            return {"rope_theta": theta, "rope_factors": [float(scaling["factor"])] * (head_dim // 2)}
-        if kind == "llama3":
-            return {"rope_theta": theta, "rope_factors": llama3_factors(head_dim, theta, scaling)}
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: rope scaling {dict(scaling)!r} is incomplete: {error!r}") from error
+    if any(isinstance(value, dict) for value in scaling.values()):
+        raise CheckpointError(
+            f"{path}: rotary positions differ between layers: {dict(scaling)!r}; supported is one kind"
+        )
+    if kind == "default":
+        return ()
+    if kind == "linear":
+        return (float(scaling["factor"]),) * (fields["head_dim"] // 2)
+    if kind == "llama3":
+        return llama3_factors(fields["head_dim"], fields["rope_theta"], scaling)
     raise CheckpointError(f"{path}: rope scaling {kind!r}; supported are default, linear and llama3")
 
 
-def llama3_factors(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> list[float]:
+def llama3_factors(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> tuple[float, ...]:
     """What Llama 3.1 divides each rotary frequency by: nothing where a wave is short against the original context,
     `factor` where it is long; in between 1 / ((1 - s) / factor + s), where s goes from 0 at the long end to 1."""
     factor, context = float(scaling["factor"]), float(scaling["original_max_position_embeddings"])
@@ -194,7 +217,7 @@ def llama3_factors(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> l
         waves = context / (2 * math.pi * theta ** (index / head_dim))  # in the original context
         smooth = min(1.0, max(0.0, (waves - low) / (high - low)))
         factors.append(1 / ((1 - smooth) / factor + smooth))
-    return factors
+    return tuple(factors)
 
 
 def _provenance(path: Path, values: Mapping[str, Any]) -> dict[str, str]:
@@ -227,7 +250,7 @@ def save_pretrained(
         tables = {f"layers.{i}.meki.folded_table": memory.fold(words) for i, memory in enumerate(memories)}
         wanted = wanted_shapes(model.config, folded=True)
         state = {name: tensor for name, tensor in state.items() if name in wanted} | tables
-    named = {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in state.items()}
+    named = {name if name == _HEAD else f"model.{name}": tensor for name, tensor in state.items()}
     with replace_directory(path, CONFIG, overwrite) as directory:
         tensors = {name: tensor.to(dtype).contiguous() for name, tensor in named.items()}
         save_torch_state_dict(tensors, directory, filename_pattern="model{suffix}.safetensors")
@@ -235,7 +258,6 @@ def save_pretrained(
         config |= {"dtype": str(dtype).removeprefix("torch."), "provenance": dict(provenance)}
         if tokenizer is not None:
             _save_tokenizer(directory, tokenizer)
-            config["eos_token_id"] = list(tokenizer.eos_token_ids)
         (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -253,8 +275,12 @@ def _config_json(config: ModelConfig) -> dict[str, Any]:
 def _save_tokenizer(directory: Path, tokenizer: TokenizerSpec) -> None:
     (directory / "tokenizer.json").write_bytes(tokenizer.json)
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special_tokens}
-    config["add_bos_token"] = tokenizer.bos_token_id is not None
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if tokenizer.bos_token_id is not None:
+        config["bos_token"] = parse_tokenizer(tokenizer.json).id_to_token(tokenizer.bos_token_id)
+        config["add_bos_token"] = True
+    ends = {"eos_token_id": list(tokenizer.eos_token_ids)}
+    for name, values in (("tokenizer_config.json", config), ("generation_config.json", ends)):
+        (directory / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if tokenizer.chat_template is not None:
         (directory / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8", newline="")
 

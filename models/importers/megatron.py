@@ -92,13 +92,7 @@ def open_megatron(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     args = _arguments(file, entries)
     tensors = TorchFile(file, _state_dict(file, entries))
     _check_names(file, tensors.shapes)
-    fields = _fields(file, args, tensors.shapes)
-    config = make_config(file, fields, overrides)
-    for field in ("context", "rope_theta", "norm_eps"):  # which have defaults, that need not be this model's
-        if fields[field] is None and overrides.get(field) is None:
-            raise CheckpointError(
-                f"{file}: the checkpoint does not say what {field} is; give it with --set {field}=VALUE"
-            )
+    config = make_config(file, _fields(file, args, tensors.shapes), overrides)
     iteration = entries.get("iteration")
     return Checkpoint(
         file,

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateSyntaxError, nodes
+from jinja2 import Template, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -28,10 +28,8 @@ class ChatTemplate:
         self._path = path
         self._variables = dict(variables)
         try:
-            self._template = _environment().from_string(path.read_bytes().decode())
-        except TemplateSyntaxError as error:
-            raise _broken(path, f"does not parse: line {error.lineno}: {error.message}") from error
-        except (ValueError, RecursionError, SyntaxError) as error:  # not UTF-8; too much for Python's compiler
+            self._template = parse_template(path.read_bytes().decode())
+        except ValueError as error:  # not UTF-8, too
             raise _broken(path, f"does not parse: {error}") from error
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -56,6 +54,16 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template is a program: it may raise anything
             raise _broken(self._path, f"fails on these messages: {error}") from error
+
+
+def parse_template(text: str) -> Template:
+    """The template in its environment; ValueError, saying where and why, if it is none."""
+    try:
+        return _environment().from_string(text)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"chat template, line {error.lineno}: {error.message}") from error
+    except (RecursionError, SyntaxError) as error:  # too much for Python's compiler
+        raise ValueError(f"chat template: {error}") from error
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

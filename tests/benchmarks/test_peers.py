@@ -1,4 +1,4 @@
-"""The comparison with other engines: its figures, its GGUF models, engines that fail. Scripts stand in for engines."""
+"""The comparison with other engines: its figures, engines that fail. Scripts stand in for engines."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import gguf
 import numpy as np
 import peer_engines
-import peer_models
 import peers
 import pytest
 from peer_engines import Genai, LlamaBench, Meki, PeerError, Setting, Workload, best_setting
@@ -99,112 +97,6 @@ def test_best_setting_is_the_best_median_of_a_short_run() -> None:
     assert set(seen) == {Workload("decode", 640, peer_engines.PROBE_DECODE)}
     best_setting(measure, Workload("prefill", 0, 3), settings)
     assert seen[-1] == Workload("prefill", 0, 3)
-
-
-# GGUF models
-
-
-def naive_q4_0(block: bytes) -> list[float]:
-    """The 32 values of one block: float16 scale, then 16 bytes; low nibbles are the first half of the values."""
-    scale = float(np.frombuffer(block[:2], "<f2")[0])
-    codes = [byte & 15 for byte in block[2:]] + [byte >> 4 for byte in block[2:]]
-    return [scale * (code - 8) for code in codes]
-
-
-def test_random_q4_0_has_mean_0_and_variance_1_over_columns() -> None:
-    rows, columns = 64, 256
-    packed = peer_models.random_q4_0(np.random.default_rng(3), rows, columns)
-    assert packed.shape == (rows, columns // 32 * 18)
-    values = np.array([naive_q4_0(block.tobytes()) for block in packed.reshape(-1, 18)])
-    # Scaled to variance 1, 16,384 values have a standard error of 0.008 in the mean and 0.007 in the mean square (which
-    # the scale's spread lifts by 1.3%): five of them, and room for the lift.
-    assert abs(values.mean() * columns**0.5) < 0.04
-    assert abs((values**2).mean() * columns - 1) < 0.05
-    assert len(np.unique(packed, axis=0)) == rows
-
-
-@pytest.mark.parametrize("qk_norm", [True, False])
-def test_gguf_reads_back(tmp_path: Path, qk_norm: bool) -> None:
-    config = ModelConfig(**{**asdict(SMALL), "qk_norm": qk_norm, "memory_dim": 0})
-    path = tmp_path / "deeper" / "model.gguf"
-    peer_models.write_gguf(config, path)
-    assert [file.name for file in path.parent.iterdir()] == ["model.gguf"]
-    reader = gguf.GGUFReader(path)
-
-    arch = "qwen3" if qk_norm else "llama"
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    expected = {
-        "general.architecture": arch,
-        "general.file_type": 2,  # mostly Q4_0
-        "tokenizer.ggml.model": "no_vocab",
-        f"{arch}.vocab_size": 96,
-        f"{arch}.context_length": 256,
-        f"{arch}.embedding_length": 64,
-        f"{arch}.block_count": 2,
-        f"{arch}.feed_forward_length": 96,
-        f"{arch}.attention.head_count": 4,
-        f"{arch}.attention.head_count_kv": 2,
-        f"{arch}.attention.key_length": 32,
-        f"{arch}.attention.value_length": 32,
-        f"{arch}.rope.dimension_count": 32,
-        f"{arch}.rope.freq_base": 500_000.0,
-    }
-    assert {name: fields[name] for name in expected} == expected
-    assert fields[f"{arch}.attention.layer_norm_rms_epsilon"] == np.float32(1e-6)
-
-    layer = {
-        "attn_norm": [64],
-        "attn_q": [64, 128],  # GGUF lists the inputs first
-        "attn_k": [64, 64],
-        "attn_v": [64, 64],
-        "attn_output": [128, 64],
-        "ffn_norm": [64],
-        "ffn_gate": [64, 96],
-        "ffn_up": [64, 96],
-        "ffn_down": [96, 64],
-    } | ({"attn_q_norm": [32], "attn_k_norm": [32]} if qk_norm else {})
-    shapes = {f"blk.{i}.{name}.weight": shape for i in range(2) for name, shape in layer.items()}
-    shapes |= {"token_embd.weight": [64, 96], "output_norm.weight": [64]}
-    assert {tensor.name: tensor.shape.tolist() for tensor in reader.tensors} == shapes
-    assert sum(tensor.n_elements for tensor in reader.tensors) == config.ram_parameters
-    for tensor in reader.tensors:
-        if len(tensor.shape) == 2:
-            assert tensor.tensor_type == gguf.GGMLQuantizationType.Q4_0
-            values = gguf.dequantize(tensor.data, tensor.tensor_type)
-            assert np.isfinite(values).all() and 0 < np.abs(values).max() < 1.0
-        else:
-            assert tensor.tensor_type == gguf.GGMLQuantizationType.F32 and (tensor.data == 1).all()
-
-
-def test_gguf_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"blk\.0\.ffn_down\.weight: 80 inputs, expected a multiple of 32"):
-        peer_models.write_gguf(ModelConfig(**{**asdict(SMALL), "ffn": 80}), tmp_path / "model.gguf")
-
-    def full(*_: object) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(peer_models, "random_q4_0", full)
-    with pytest.raises(OSError, match="no space"):
-        peer_models.write_gguf(SMALL, tmp_path / "model.gguf")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_models_are_cached_by_shape(tmp_path: Path) -> None:
-    path = peer_models.cached_gguf(SMALL, tmp_path)
-    path.write_bytes(b"kept")
-    # The memory is no part of the backbone.
-    assert peer_models.cached_gguf(ModelConfig(**{**asdict(SMALL), "memory_dim": 0}), tmp_path) == path
-    assert path.read_bytes() == b"kept"
-    other = peer_models.cached_gguf(ModelConfig(**{**asdict(SMALL), "kv_heads": 4}), tmp_path)
-    assert other != path and other.stat().st_size > 4
-
-
-@pytest.mark.parametrize("content", [None, b"{", b"[]", b"\xff", b'{"architecture": {}}', b'{"architecture": 1}'])
-def test_what_is_no_package_is_named(tmp_path: Path, content: bytes | None) -> None:
-    if content is not None:
-        (tmp_path / "manifest.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"manifest\.json: expected the manifest of a package"):
-        peer_models.read_manifest(tmp_path)
 
 
 # Ours

@@ -136,7 +136,19 @@ def test_settings(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "heads (3) must be a multiple of kv_heads (2)" in error
 
 
-@pytest.mark.parametrize("setting", ["contxt=64", "context", "context=many", "rope_factors=[1"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "contxt=64",
+        "context",
+        "context=many",
+        "context=null",
+        "layers=0",
+        "qk_norm=1",
+        "rope_factors=[1",
+        "norm_eps=NaN",
+    ],
+)
 def test_bad_settings(setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         convert.main([str(tmp_path), "-o", str(tmp_path / "out"), "--set", setting])
@@ -156,6 +168,53 @@ def test_tokenizer_too_large(checkpoint: Path, tmp_path: Path, capsys: pytest.Ca
     tokenizer.add_tokens([f"extra{i}" for i in range(100)])
     tokenizer.save(str(path))
     assert "the model's vocabulary has 300 tokens" in fails(capsys, tmp_path / "out", checkpoint)
+
+
+def test_settings_that_do_not_fit_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = fails(capsys, tmp_path / "out", "--random", "meki-tiny", "--set", "heads=7", code=2)
+    assert "--set: heads (7) must be a multiple of kv_heads (2)" in error
+
+
+def test_tokenizer_of_a_folder(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other, output = tmp_path / "other", tmp_path / "out"
+    other.mkdir()
+    assert "other/tokenizer.json: no such tokenizer" in fails(capsys, output, checkpoint, "--tokenizer", other, code=2)
+    (checkpoint / "tokenizer.json").rename(other / "tokenizer.json")
+    assert convert.main([str(checkpoint), "-o", str(output), "--tokenizer", str(other)]) == 0
+
+
+def test_template_that_does_not_parse(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (checkpoint / "chat_template.jinja").write_text("{% for %}")
+    assert "chat template, line 1: " in fails(capsys, tmp_path / "out", checkpoint)
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "\udcff"])
+def test_names_that_cannot_be_printed(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    output = tmp_path / "out"
+    if name:
+        assert "give one of printable characters" in fails(capsys, output, checkpoint, "--name", name, code=2)
+    else:
+        assert convert.main([str(checkpoint), "-o", str(output), "--name", name]) == 0
+        assert json.loads((output / "manifest.json").read_text())["name"] == "out"
+
+
+def test_output_that_cannot_be(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert "is a symbolic link to nothing" in fails(capsys, tmp_path / "link", checkpoint, code=2)
+    (tmp_path / "file").write_text("")
+    assert "file/out: cannot be made: Not a directory" in fails(capsys, tmp_path / "file" / "out", checkpoint)
+
+
+def test_overwriting_what_a_link_leads_to(checkpoint: Path, tmp_path: Path) -> None:
+    output, link = tmp_path / "out", tmp_path / "link"
+    assert convert.main([str(checkpoint), "-o", str(output)]) == 0
+    link.symlink_to(output)
+    assert convert.main([str(checkpoint), "-o", str(link), "--overwrite", "--weights", "float32"]) == 0
+    assert link.is_symlink()
+    assert json.loads((output / "manifest.json").read_text())["weights"]["type"] == "float32"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link", "out", "run"]
 
 
 def test_missing_card(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,31 @@ def test_all_that_belongs_to_it(folder: Path) -> None:
 def test_beginning_that_is_not_added(folder: Path, settings: dict[str, Any]) -> None:
     write(folder, "tokenizer_config.json", {"bos_token": "<|im_start|>", **settings})
     assert read_tokenizer(folder / "tokenizer.json").bos_token_id is None
+
+
+def test_end_tokens_that_are_stated(folder: Path) -> None:
+    """No guess where a file speaks, be it of none."""
+    write(folder, "generation_config.json", {"eos_token_id": []})
+    assert read_tokenizer(folder / "tokenizer.json").eos_token_ids == ()
+    write(folder, "special_tokens_map.json", {"eos_token": "<|im_end|>"})
+    assert read_tokenizer(folder / "tokenizer.json").eos_token_ids == (301,)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("tokenizer_config.json", {"eos_token": "<|gone|>"}, "has no token '<|gone|>', which the files beside it name"),
+        ("tokenizer_config.json", {"bos_token": "<|gone|>", "add_bos_token": True}, "has no token '<|gone|>'"),
+        ("tokenizer_config.json", {"chat_template": {"default": "x"}}, "chat_template is a dict, expected a string"),
+        ("tokenizer_config.json", {"chat_template": [{"name": "default", "template": 3}]}, "chat_template is a int"),
+        ("generation_config.json", {"eos_token_id": [[1]]}, "eos_token_id has [1], expected token ids"),
+        ("config.json", {"eos_token_id": "2"}, "eos_token_id has '2', expected token ids"),
+    ],
+)
+def test_neighbours_of_another_form(folder: Path, name: str, value: Any, message: str) -> None:
+    write(folder, name, value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_tokenizer(folder / "tokenizer.json")
 
 
 def test_several_templates(folder: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from .errors import INTERRUPTED
+
 
 def main(argv: list[str] | None = None) -> int:
     try:
@@ -15,4 +17,6 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    except KeyboardInterrupt:  # loading PyTorch takes seconds
+        return INTERRUPTED
     return convert(argv)

@@ -92,6 +92,7 @@ def converse(
                 else "turn starts a new session"
             )
             report(program, "note", f"the context of {session.context} tokens is full; the next {what}")
+            del session  # its cache goes before the new one comes
             session = begin()
 
 

@@ -368,7 +368,7 @@ def test_memory_is_bounded(make_model: MakeModel, tmp_path: Path, monkeypatch: p
         ("llama", {"llama.attention.head_count_kv": [2, 4, 2]}, r"head_count_kv is \[2, 4, 2\]; supported is one num"),
         ("llama", {"llama.block_count": "3"}, "llama.block_count is '3'; supported is one number"),
         ("llama", {"llama.block_count": None}, "does not say what layers is; give it with --set layers=VALUE"),
-        ("llama", {"llama.attention.layer_norm_rms_epsilon": 0.0}, "norm_eps and rope_theta must be positive"),
+        ("llama", {"llama.attention.layer_norm_rms_epsilon": 0.0}, "must be a positive number"),
         ("llama", {"llama.block_count": 2**31}, "layers must be an integer from 1 to 65535, got 2147483648"),
         ("llama", {"llama.block_count": 4}, r"no tensor blk.3.attn_norm.weight .*layers=4"),
         ("llama", {"llama.block_count": 2}, r"tensor blk.2.attn_k.weight .*has no place"),

@@ -17,7 +17,7 @@ from meki import Engine
 from meki.models.decoder import Decoder
 from meki.models.importers import CheckpointError, open_checkpoint
 from meki.models.importers.checkpoint import checkpoint_source
-from meki.models.importers.huggingface import load_model, save_pretrained
+from meki.models.importers.huggingface import llama3_factors, load_model, save_pretrained
 from meki.models.package import export_package
 from meki.models.tokenizer import TokenizerSpec
 
@@ -217,6 +217,39 @@ def saved(make_model: Callable[..., Decoder], tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
+def test_head_that_is_said_to_be_tied_and_is_not(
+    make_model: Callable[..., Decoder], tokenizer_spec: TokenizerSpec, tmp_path: Path
+) -> None:
+    model, folder = make_model(tied_embeddings=False), tmp_path / "saved"
+    save_pretrained(folder, model, provenance={})
+    edit_config(folder, tie_word_embeddings=True)
+    with pytest.raises(
+        CheckpointError, match=r"lm_head.weight is not model.embed_tokens.weight; .*tied_embeddings=false"
+    ):
+        open_checkpoint(folder, {})
+    package = convert(folder, tmp_path / "p", tokenizer_spec, tied_embeddings=False)
+    with torch.no_grad():
+        expected = model(torch.tensor([IDS]))[0].numpy()
+    np.testing.assert_allclose(logits_of(package), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "expected"),
+    [
+        ({"rope_theta": None}, {}, (10_000.0, ())),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, {}, (10_000.0, (2.0,) * 8)),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, {"rope_factors": ()}, (10_000.0, ())),
+        ({"rope_scaling": LLAMA3}, {"rope_theta": 1e4}, (1e4, llama3_factors(16, 1e4, LLAMA3))),
+        ({"rope_scaling": LLAMA3, "head_dim": None}, {}, (500_000.0, llama3_factors(16, 5e5, LLAMA3))),
+    ],
+)
+def test_rotary_settings(saved: Path, changes: dict[str, Any], overrides: dict[str, Any], expected: Any) -> None:
+    """What the user states comes before what follows from the configuration."""
+    edit_config(saved, **changes)
+    config = open_checkpoint(saved, overrides).config
+    assert (config.rope_theta, config.rope_factors) == expected
+
+
 def test_missing_tensor(saved: Path) -> None:
     tensors = load_file(saved / "model.safetensors")
     for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.2.meki.out_proj.weight"):
@@ -260,7 +293,15 @@ def test_tensor_left_over(saved: Path) -> None:
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is .*gptq"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'; supported are default, linear"),
-        ({"rope_scaling": {"type": "linear"}}, "rope scaling .* is incomplete: KeyError"),
+        ({"rope_scaling": {"type": "linear"}}, "value of another kind than expected: KeyError"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "another kind than expected: ZeroDivisionError"),
+        ({"rope_scaling": "linear"}, "another kind than expected: AttributeError"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rotary positions differ between layers"),
+        ({"model_type": []}, r"model_type is \[\]; supported"),
+        ({"num_hidden_layers": 10**9}, "layers must be an integer from 1 to 65535, got 1000000000"),
+        ({"max_position_embeddings": None}, "does not say what context is"),
+        ({"rms_norm_eps": None}, "does not say what norm_eps is"),
+        ({"rms_norm_eps": True}, "norm_eps must be a positive number, got True"),
         ({"hidden_size": None}, "does not say what hidden is; give it with --set hidden=VALUE"),
         ({"num_attention_heads": 3}, "heads"),
         ({"num_hidden_layers": "3"}, "layers must be an integer from 1 to 65535, got '3'"),
@@ -296,16 +337,18 @@ def test_weights_that_are_not_there(saved: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
     with pytest.raises(CheckpointError, match=r"00001-of-00002.safetensors: no such file; the download is incomplete"):
         open_checkpoint(saved, {})
-    index.write_text("{}")
-    with pytest.raises(CheckpointError, match="weight_map is not an object"):
-        open_checkpoint(saved, {})
+    for listed in (None, {"a": "../model.safetensors"}, {"a": 1}):
+        index.write_text(json.dumps({"weight_map": listed}))
+        with pytest.raises(CheckpointError, match=r"weight_map is not an object|1: no such file"):
+            open_checkpoint(saved, {})
 
 
 def test_a_tensor_twice(saved: Path) -> None:
     save_file({"model.norm.weight": torch.ones(64)}, saved / "other.safetensors")
-    files = {"a": "model.safetensors", "model.norm.weight": "other.safetensors"}
+    (saved / "model.safetensors").rename(saved / "first.safetensors")
+    files = {"a": "first.safetensors", "model.norm.weight": "other.safetensors"}
     (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    with pytest.raises(CheckpointError, match=r"model.norm.weight is also in model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"model.norm.weight is also in first.safetensors"):
         open_checkpoint(saved, {})
 
 
