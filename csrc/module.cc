@@ -136,8 +136,8 @@ void bind_options(py::module_& m) {
                                   parse_kv_type(kv_type), memory,  std::chrono::microseconds(rom_delay_us),
                                   std::move(profile)};
            }),
-           py::kw_only(), "onnxruntime"_a, "threads"_a = 0, "rom_access"_a = "mmap", "kv_type"_a = "int8",
-           "memory"_a = true, "rom_delay_us"_a = 0, "profile"_a = "")
+           py::kw_only(), "onnxruntime"_a, "threads"_a = 0, "rom_access"_a = name_of(EngineOptions().rom_access),
+           "kv_type"_a = "int8", "memory"_a = true, "rom_delay_us"_a = 0, "profile"_a = "")
       .def_property_readonly("onnxruntime", [](const EngineOptions& o) { return o.onnxruntime.string(); })
       .def_readonly("threads", &EngineOptions::threads)
       .def_property_readonly("rom_access", [](const EngineOptions& o) { return name_of(o.rom_access); })
@@ -185,7 +185,7 @@ void bind_rom(py::module_& m) {
              const py::gil_scoped_release release;
              return std::make_unique<Rom>(path, parse_rom_access(access));
            }),
-           "path"_a, "access"_a = "mmap")
+           "path"_a, "access"_a = name_of(EngineOptions().rom_access))
       .def_property_readonly("info", &Rom::header, py::return_value_policy::copy)
       .def_property_readonly("access", [](const Rom& rom) { return name_of(rom.access()); })
       .def("rows", &rom_rows, "token_ids"_a)

@@ -17,7 +17,7 @@ class EngineOptions:
     threads: int
     """Compute threads; 0: one per available core."""
     rom_access: str
-    """One of "mmap" (default), "pread" and "direct" (O_DIRECT)."""
+    """One of "pread" (default), "mmap" and "direct" (O_DIRECT)."""
     kv_type: str
     """How keys and values are stored: "float32", "float16", "int8" (default) or "int4"."""
     def __init__(
@@ -25,7 +25,7 @@ class EngineOptions:
         *,
         onnxruntime: str | PathLike[str],
         threads: int = 0,
-        rom_access: str = "mmap",
+        rom_access: str = "pread",
         kv_type: str = "int8",
         memory: bool = True,
         rom_delay_us: int = 0,
@@ -172,7 +172,7 @@ class RomInfo:
 class Rom:
     """A ROM file. Immutable and thread-safe."""
 
-    def __init__(self, path: str | PathLike[str], access: str = "mmap") -> None:
+    def __init__(self, path: str | PathLike[str], access: str = "pread") -> None:
         """PackageError if the file is not a valid ROM."""
     @property
     def info(self) -> RomInfo: ...

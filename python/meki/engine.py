@@ -38,12 +38,12 @@ class Engine:
         model: str | os.PathLike[str],
         *,
         threads: int = 0,
-        rom_access: str = "mmap",
+        rom_access: str = "pread",
         kv_type: str = "int8",
     ) -> None:
         """Opens a package by name or path.
 
-        threads: compute threads of one step, 0 for one per available core. rom_access: "mmap", "pread", or "direct"
+        threads: compute threads of one step, 0 for one per available core. rom_access: "pread", "mmap", or "direct"
         (past the page cache). kv_type: how keys and values are stored, "float32", "float16", "int8" or "int4". Raises
         ModelNotFoundError, PackageError for a package that cannot be used, ValueError for an option out of range,
         ImportError or RuntimeError if ONNX Runtime is missing or fails.

@@ -17,7 +17,7 @@ namespace meki {
 struct EngineOptions {
   std::filesystem::path onnxruntime;  // the ONNX Runtime shared library
   int threads = 0;                    // compute threads; 0: one per available core
-  RomAccess rom_access = RomAccess::mmap;
+  RomAccess rom_access = RomAccess::pread;
   KvType kv_type = KvType::int8;
   bool memory = true;                      // false: the package's backbone without its memory
   std::chrono::microseconds rom_delay{0};  // added to every bundle read, to imitate slow storage

@@ -36,16 +36,22 @@ class Sampler {
 
  private:
   struct Candidate {
-    double weight;  // logit, then probability relative to the most probable token's
+    float weight;  // probability relative to the most probable token's
     int32_t id;
   };
+  static bool more_probable(const Candidate& a, const Candidate& b) {
+    return a.weight != b.weight ? a.weight > b.weight : a.id < b.id;
+  }
 
-  void load(std::span<const float> logits, std::span<const int32_t> sequence);
-  int32_t draw(std::span<const Candidate> kept, double sum);
+  void weigh(std::span<const float> logits, std::span<const int32_t> sequence);
+  void keep_most_probable(bool by_count);
+  void keep_top_p();
+  int32_t draw();
 
   SamplingOptions options_;
   std::mt19937_64 random_;
-  std::vector<Candidate> candidates_;  // [vocab_size]
+  std::vector<float> weights_;         // [vocab_size], relative to the greatest
+  std::vector<Candidate> candidates_;  // capacity vocab_size
   std::vector<bool> penalised_;        // [vocab_size]
 };
 

@@ -126,7 +126,8 @@ size_t Rom::copy_mapped(const Window& window, std::byte* out) const noexcept {
 }
 
 // Gives back the pages that a copy has mapped: left alone, they would add up to a resident ROM. They stay in the page
-// cache. With a page the kernel maps neighbours, as far as the page cache holds them in one piece, at most a page table.
+// cache. With a page the kernel maps neighbours, as far as the page cache holds them in one piece, at most a page
+// table.
 void Rom::unmap(const Window& window) const noexcept {
   constexpr uintptr_t kPageTable = 2 << 20;
   const auto mapped = reinterpret_cast<uintptr_t>(mapping_.data());

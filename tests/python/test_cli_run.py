@@ -98,7 +98,7 @@ def test_every_option_reaches_the_engine(package: Path, engine: Engine, capsys) 
 def test_stats(package: Path, capsys) -> None:
     assert run(package, *FIXED, "--stats", PROMPT) == 0
     err = capsys.readouterr().err
-    for part in (RANDOM.strip(), "seed          7\n", "tokens/s", "memory rows", "mmap", "wait for rows", "MB"):
+    for part in (RANDOM.strip(), "seed          7\n", "tokens/s", "memory rows", "pread", "wait for rows", "MB"):
         assert part in err
 
 

@@ -58,7 +58,7 @@ def test_stats_count_this_generation(endless: Engine) -> None:
     stats = session.generate(" and a day", max_new_tokens=12, seed=5).stats
     prompt_tokens = len(endless.tokenizer.encode(" and a day").ids)
     assert (stats.prompt_tokens, stats.new_tokens, stats.seed) == (prompt_tokens, 12, 5)
-    assert stats.rom_access == "mmap"
+    assert stats.rom_access == "pread"
     # One bundle for each of the 11 decode steps, at least one for the prompt; no token is read twice for one step.
     assert 12 <= stats.rom_requests <= 11 + prompt_tokens + 1
     assert stats.rom_bytes > 0

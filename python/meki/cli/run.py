@@ -91,8 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--rom-access",
-        choices=("mmap", "pread", "direct"),
-        default="mmap",
+        choices=("pread", "mmap", "direct"),
+        default="pread",
         help="how memory rows are read (default: %(default)s)",
     )
     add("--no-prefetch", action="store_true", help="read memory rows on the compute thread, for measurements")
