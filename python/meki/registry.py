@@ -34,8 +34,9 @@ def find_model(name_or_path: str | os.PathLike[str]) -> Path:
     if name in CONFIGS:
         raise ModelNotFoundError(
             f"{name} is a known configuration, but nobody has published weights for it and none are installed; to make "
-            "a package: train or obtain a checkpoint, run `pip install 'meki[models]'` and "
-            "`meki-convert CHECKPOINT -o DIR`, then use the path DIR, as in `meki-run --model DIR`"
+            f"a package of a checkpoint: `pip install 'meki[models]'` and `meki-convert CHECKPOINT -o {name}` (or, to "
+            f"measure speed with random weights, `meki-convert --random {name} -o {name}`), then run it from the same "
+            "directory or give its path"
         )
     known = [f"{known} (bundled)" for known in sorted(bundled)]
     known += [f"{known} (configuration only)" for known in CONFIGS if known not in bundled]

@@ -35,7 +35,8 @@ def test_a_bundled_name(
 def test_a_configuration_without_weights_says_how_to_get_them(bundled: Path, name: str) -> None:
     with pytest.raises(ModelNotFoundError) as caught:
         find_model(name)
-    for part in (name, "nobody has published", "pip install 'meki[models]'", "meki-convert", "meki-run --model"):
+    commands = (f"meki-convert CHECKPOINT -o {name}", f"meki-convert --random {name} -o {name}")
+    for part in (name, "nobody has published", "pip install 'meki[models]'", *commands):
         assert part in str(caught.value)
 
 
