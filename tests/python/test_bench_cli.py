@@ -118,7 +118,7 @@ def test_a_cold_rom_is_dropped_before_every_step(package: Path, capsys, monkeypa
     # Warm-up and one round: a prefill, the start of a generation, a step that leads in, and 8 steps, if no text ends.
     assert len(drops) >= 2 * (1 + 1 + 1 + 8)
     out = capsys.readouterr().out
-    assert "cold ROM" in out and "(mmap, cold)" in out
+    assert "cold ROM" in out and "(pread, cold)" in out
     assert "from storage, bytes a token" in out
 
 
