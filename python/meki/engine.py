@@ -211,11 +211,12 @@ class Session:
 
         messages: at least one {"role": "system" | "user" | "assistant", "content": str}; further roles and keys are the
         chat template's concern. The sequence becomes the conversation as the template writes it, with the beginning of
-        an answer: what it has in common with the sequence before is not computed again. ValueError if the package has
-        no chat template, for messages that are not such or that the template refuses, for an option out of range and a
-        conversation that does not fit the context; the sequence is then as before.
+        an answer: what it has in common with the sequence before is not computed again. Without a `temperature` the
+        answer is the most probable one. ValueError if the package has no chat template, for messages that are not such
+        or that the template refuses, for an option out of range and a conversation that does not fit the context; the
+        sequence is then as before.
         """
-        checked = check_options(options)
+        checked = check_options({"temperature": 0.0, **options})
         token_ids = self._prompts.encode_chat(messages)
         if len(token_ids) > self.context:
             raise ValueError(

@@ -27,7 +27,7 @@ class GenerationOptions(TypedDict, total=False):
     max_new_tokens: int
     """Default 256; 0: until the context is full."""
     temperature: float
-    """Default 0.8; 0: always the most probable token."""
+    """Default 0.8, in a chat 0; 0: always the most probable token."""
     top_k: int
     """Keep the k most probable tokens. Default 0: all."""
     top_p: float

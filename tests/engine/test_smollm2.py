@@ -154,14 +154,14 @@ def test_perplexity(
 
 def test_chat_answers_paris(package: Convert) -> None:
     for weights, kv_type in (("float32", "float32"), ("int8", "int8")):
-        answer = Engine(package(weights), kv_type=kv_type).chat(QUESTION, temperature=0, max_new_tokens=40)
+        answer = Engine(package(weights), kv_type=kv_type).chat(QUESTION, max_new_tokens=40)
         assert "Paris" in answer.text
         assert answer.finish_reason == "eos"  # the end of the turn, not the limit
         assert BEGIN not in answer.text
 
 
 def test_chat_of_the_command_line(package: Convert, capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--model", str(package("int8")), "--chat", "--temperature", "0", "What is the capital of France?"]
+    arguments = ["--model", str(package("int8")), "--chat", "What is the capital of France?"]
     assert run(arguments) == 0
     assert "Paris" in capfd.readouterr().out
 

@@ -56,6 +56,16 @@ def one_by_one(engine: Engine) -> Session:
 QUESTION = user("The old lighthouse keeper counted the ships.")
 
 
+def test_an_answer_is_the_most_probable_one_by_default(chat_engine: Engine) -> None:
+    answers = [chat_engine.session().chat([QUESTION], max_new_tokens=12, seed=seed).token_ids for seed in range(3)]
+    assert answers == [chat_engine.session().chat([QUESTION], max_new_tokens=12, temperature=0).token_ids] * 3
+    sampled = [
+        chat_engine.session().chat([QUESTION], max_new_tokens=12, seed=seed, temperature=2.0).token_ids
+        for seed in range(3)
+    ]
+    assert len(set(map(tuple, sampled))) > 1
+
+
 def test_an_answer_goes_on_after_the_template(chat_engine: Engine) -> None:
     session = chat_engine.session()
     messages = [{"role": "system", "content": "A story."}, QUESTION]

@@ -52,9 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--temperature",
         type=float,
-        default=defaults.temperature,
         metavar="T",
-        help="default: %(default)s; 0: always the most probable token",
+        help=f"default: {defaults.temperature}, with --chat 0: always the most probable token",
     )
     add(
         "--top-k",
@@ -119,7 +118,6 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
         print(RANDOM_WEIGHTS, file=sys.stderr, flush=True)
     options = GenerationOptions(
         max_new_tokens=arguments.max_tokens,
-        temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         min_p=arguments.min_p,
@@ -127,6 +125,8 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
         seed=arguments.seed,
         stop=arguments.stop,
     )
+    if arguments.temperature is not None:
+        options["temperature"] = arguments.temperature
 
     def begin() -> Session | Conversation:
         session = engine.session(context=arguments.context, prefetch=not arguments.no_prefetch)
