@@ -127,6 +127,7 @@ def export_package(
                 "eos_token_ids": list(tokenizer.eos_token_ids),
                 "chat_template": chat_template,
             },
+            "sampling": dict(tokenizer.sampling),
             "files": _list_files(directory, lambda done, total: report("checksums", done, total)),
             "quantization_error": quantization_error,
             "provenance": provenance,

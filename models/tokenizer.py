@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from meki.generation import SAMPLING, GenerationOptions, check_options
 
 from .files import read_object
 
@@ -29,6 +31,8 @@ class TokenizerSpec:
     """Jinja, as Hugging Face's tokenizers have it."""
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     """Variables of the chat template: {"bos_token": "<s>", "eos_token": "</s>"}."""
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    """What the model's authors sample with: any of temperature, top_k, top_p, min_p, repetition_penalty."""
 
 
 def parse_tokenizer(tokenizer_json: bytes) -> Tokenizer:
@@ -43,9 +47,9 @@ def read_tokenizer(path: Path) -> TokenizerSpec:
     """A tokenizer.json with what stands beside it, as Hugging Face lays a model out.
 
     tokenizer_config.json and special_tokens_map.json (special tokens, chat template), chat_template.jinja,
-    generation_config.json and config.json (end tokens) are all optional. If none says what ends a text, it is the
-    end-of-story token, where there is one. FileNotFoundError if `path` is not a file; ValueError for what cannot be
-    read.
+    generation_config.json (end tokens, sampling) and config.json (end tokens) are all optional. If none says what ends
+    a text, it is the end-of-story token, where there is one. FileNotFoundError if `path` is not a file; ValueError for
+    what cannot be read.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such tokenizer; name a tokenizer.json with --tokenizer")
@@ -72,6 +76,7 @@ def read_tokenizer(path: Path) -> TokenizerSpec:
         eos_token_ids=tuple(dict.fromkeys(ends)),
         chat_template=_chat_template(path, config),
         special_tokens=special,
+        sampling=_sampling(path.with_name("generation_config.json"), beside["generation_config"]),
     )
 
 
@@ -94,6 +99,18 @@ def _token_id(path: Path, tokenizer: Tokenizer, token: str) -> int:
     if found is None:
         raise ValueError(f"{path}: has no token {token!r}, which the files beside it name")
     return int(found)
+
+
+def _sampling(path: Path, config: Mapping[str, Any]) -> dict[str, float]:
+    """Nothing, unless the file says that the model is to be sampled from."""
+    if config.get("do_sample") is not True:
+        return {}
+    stated = {name: config[name] for name in SAMPLING if config.get(name) is not None}
+    try:
+        check_options(cast(GenerationOptions, stated))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return stated
 
 
 def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from meki.generation import GenerationOptions, check_options
 
 from ..tokenizer import TokenizerSpec
 from .checkpoint import CheckpointError
@@ -106,8 +108,29 @@ def read_gguf_tokenizer(path: Path, metadata: Mapping[str, Any]) -> TokenizerSpe
         bos_token_id=named.get("bos_token_id") if begins else None,
         eos_token_ids=tuple(dict.fromkeys(ends)),
         chat_template=template,
+        sampling=_sampling(path, metadata),
         special_tokens=texts,
     )
+
+
+_SAMPLING = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
+
+
+def _sampling(path: Path, metadata: Mapping[str, Any]) -> dict[str, float]:
+    keys = {name: f"general.sampling.{key}" for name, key in _SAMPLING.items()}
+    # Stored as float32: 0.6 is meant, not 0.60000002.
+    stated = {name: round(metadata[key], 6) for name, key in keys.items() if type(metadata.get(key)) in (int, float)}
+    try:
+        check_options(cast(GenerationOptions, stated))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: general.sampling: {error}") from error
+    return stated
 
 
 def _vocabulary(values: Mapping[str, Any]) -> tuple[list[str], list[int]]:

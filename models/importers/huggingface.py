@@ -278,8 +278,10 @@ def _save_tokenizer(directory: Path, tokenizer: TokenizerSpec) -> None:
     if tokenizer.bos_token_id is not None:
         config["bos_token"] = parse_tokenizer(tokenizer.json).id_to_token(tokenizer.bos_token_id)
         config["add_bos_token"] = True
-    ends = {"eos_token_id": list(tokenizer.eos_token_ids)}
-    for name, values in (("tokenizer_config.json", config), ("generation_config.json", ends)):
+    generation: dict[str, Any] = {"eos_token_id": list(tokenizer.eos_token_ids)}
+    if tokenizer.sampling:
+        generation |= {"do_sample": True, **tokenizer.sampling}
+    for name, values in (("tokenizer_config.json", config), ("generation_config.json", generation)):
         (directory / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if tokenizer.chat_template is not None:
         (directory / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8", newline="")

@@ -164,6 +164,7 @@ class Session:
 
     def __init__(self, engine: Engine, *, context: int = 0, prefetch: bool = True) -> None:
         capacity = check_integer("context", context, 2**31 - 1)
+        self._sampling: GenerationOptions = engine.manifest["sampling"]
         self._prompts = engine._prompts  # not the engine itself: it keeps a session, and a cycle would outlive both
         self._rom_access = engine.rom_access
         self._core = _core.Session(engine._core, _core.SessionOptions(context=capacity, prefetch=prefetch))
@@ -194,7 +195,7 @@ class Session:
         out of range, a prompt that does not fit the context, and an empty one where there is no such token; the
         sequence is then as before.
         """
-        checked = check_options(options)
+        checked = check_options({**self._sampling, **options})
         token_ids = self._prompts.encode(prompt, first=not self._core.tokens)
         self._core.prompt(token_ids)  # the last that can refuse: from here on the earlier stream is over
         return self._generate(checked, prompt_tokens=len(token_ids), shared_tokens=0)
@@ -211,12 +212,12 @@ class Session:
 
         messages: at least one {"role": "system" | "user" | "assistant", "content": str}; further roles and keys are the
         chat template's concern. The sequence becomes the conversation as the template writes it, with the beginning of
-        an answer: what it has in common with the sequence before is not computed again. Without a `temperature` the
-        answer is the most probable one. ValueError if the package has no chat template, for messages that are not such
-        or that the template refuses, for an option out of range and a conversation that does not fit the context; the
-        sequence is then as before.
+        an answer: what it has in common with the sequence before is not computed again. Without a `temperature`, here
+        or in the package, the answer is the most probable one. ValueError if the package has no chat template, for
+        messages that are not such or that the template refuses, for an option out of range and a conversation that does
+        not fit the context; the sequence is then as before.
         """
-        checked = check_options({"temperature": 0.0, **options})
+        checked = check_options({"temperature": 0.0, **self._sampling, **options})
         token_ids = self._prompts.encode_chat(messages)
         if len(token_ids) > self.context:
             raise ValueError(

@@ -18,11 +18,15 @@ from . import _core
 from .text import Detokenizer, StopStrings
 
 DEFAULT_MAX_NEW_TOKENS = 256
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""Options that a package may have defaults of its own for."""
 
 
 class GenerationOptions(TypedDict, total=False):
-    """Keyword arguments of `generate`, `stream`, `chat` and `stream_chat`. ValueError for a value out of its range."""
+    """Keyword arguments of `generate`, `stream`, `chat` and `stream_chat`. ValueError for a value out of its range.
+
+    What the package's manifest says under "sampling" comes before the defaults below.
+    """
 
     max_new_tokens: int
     """Default 256; 0: until the context is full."""
@@ -107,7 +111,7 @@ def check_options(options: GenerationOptions) -> CheckedOptions:
     known = GenerationOptions.__annotations__.keys()
     if unknown := sorted(options.keys() - known):
         raise TypeError(f"unknown generation option {unknown[0]!r}; known: {', '.join(known)}")
-    values: dict[str, Any] = {name: value for name, value in options.items() if name in _SAMPLING}
+    values: dict[str, Any] = {name: value for name, value in options.items() if name in SAMPLING}
     if "top_k" in values:
         check_integer("top_k", values["top_k"], 2**31 - 1)
     seed = options.get("seed")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import _core
+from .generation import SAMPLING, check_options
 
 _BLOCK = 1 << 20
 
@@ -32,6 +33,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     weights = manifest["weights"]
     check(isinstance(weights.get("type"), str), "weights.type", weights.get("type"), "a string")
     check(isinstance(weights.get("block", 0), int | None), "weights.block", weights.get("block"), "an integer or null")
+    got = manifest.get("sampling")
+    check(isinstance(got, dict) and got.keys() <= set(SAMPLING), "sampling", got, f"an object of {', '.join(SAMPLING)}")
+    try:
+        check_options(manifest["sampling"])
+    except (TypeError, ValueError) as error:
+        check(False, "sampling", got, f"values in their ranges ({error})")
     tokenizer, vocab_size = manifest["tokenizer"], manifest["architecture"]["vocab_size"]
     bos = tokenizer.get("bos_token_id", "missing")
     check(

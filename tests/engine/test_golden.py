@@ -90,7 +90,7 @@ def golden_package(directory: Path, golden: dict[str, np.ndarray], hidden: np.nd
         "stages": [{"file": "stage0.onnx", "rows": None}, {"file": "stage1.onnx", "rows": [0, 1]}],
         "dense_stages": [{"file": "stage0.onnx"}], "weights": {"type": "float32", "block": None},
         "tokenizer": {"file": "tokenizer.json", "bos_token_id": None, "eos_token_ids": [], "chat_template": None},
-        "files": files, "quantization_error": {}, "provenance": {},
+        "files": files, "sampling": {}, "quantization_error": {}, "provenance": {},
     }  # fmt: skip
     (directory / "manifest.json").write_text(json.dumps(manifest))
 

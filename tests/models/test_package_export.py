@@ -63,6 +63,7 @@ def test_manifest(export: Callable[..., dict[str, Any]], make_model: Callable[..
             "eos_token_ids": [0],
             "chat_template": None,
         },
+        "sampling": {},
         "provenance": {"weights": "random"},
     }
 
@@ -81,7 +82,7 @@ def test_what_belongs_to_a_tokenizer(
     export: Callable[..., dict[str, Any]], tokenizer_json: bytes, tmp_path: Path
 ) -> None:
     template = "{{ bos_token }}\r\n{{ messages[0].content }} Ünicode"
-    spec = TokenizerSpec(tokenizer_json, 7, (3, 5), template, {"bos_token": "<s>"})
+    spec = TokenizerSpec(tokenizer_json, 7, (3, 5), template, {"bos_token": "<s>"}, {"top_k": 20})
     manifest = export(tokenizer=spec)
     assert manifest["tokenizer"] == {
         "file": "tokenizer.json",
@@ -90,7 +91,7 @@ def test_what_belongs_to_a_tokenizer(
         "chat_template": {"file": "chat_template.jinja", "variables": {"bos_token": "<s>"}},
     }
     assert (tmp_path / "p" / "chat_template.jinja").read_bytes() == template.encode()
-    assert "chat_template.jinja" in manifest["files"]
+    assert "chat_template.jinja" in manifest["files"] and manifest["sampling"] == {"top_k": 20}
 
 
 @pytest.mark.parametrize("field", ["bos_token_id", "eos_token_ids"])

@@ -46,12 +46,14 @@ def test_all_that_belongs_to_it(folder: Path) -> None:
         "unk_token": "<|im_end|>",
     }
     write(folder, "tokenizer_config.json", {**special, "add_bos_token": True, "chat_template": "{{ Ünicode }}"})
-    write(folder, "generation_config.json", {"eos_token_id": [301, 7]})
+    sampling = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": None, "max_length": 9}
+    write(folder, "generation_config.json", {"eos_token_id": [301, 7], "do_sample": True, **sampling})
     write(folder, "config.json", {"eos_token_id": 8})
     spec = read_tokenizer(folder / "tokenizer.json")
     assert spec.bos_token_id == 300
     assert spec.eos_token_ids == (301, 7, 8)
     assert spec.chat_template == "{{ Ünicode }}"
+    assert spec.sampling == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
     assert spec.special_tokens == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|im_end|>"}
 
 
@@ -76,6 +78,7 @@ def test_end_tokens_that_are_stated(folder: Path) -> None:
         ("tokenizer_config.json", {"bos_token": "<|gone|>", "add_bos_token": True}, "has no token '<|gone|>'"),
         ("tokenizer_config.json", {"chat_template": {"default": "x"}}, "chat_template is a dict, expected a string"),
         ("tokenizer_config.json", {"chat_template": [{"name": "default", "template": 3}]}, "chat_template is a int"),
+        ("generation_config.json", {"do_sample": True, "top_p": 2}, "generation_config.json: top_p is 2.0"),
         ("generation_config.json", {"eos_token_id": [[1]]}, "eos_token_id has [1], expected token ids"),
         ("config.json", {"eos_token_id": "2"}, "eos_token_id has '2', expected token ids"),
     ],

@@ -79,6 +79,7 @@ def _lines(info: dict[str, Any]) -> Iterator[str]:
     )
     chat = tokenizer["chat_template"]
     rows.append(("chat template", "none" if chat is None else chat["file"]))
+    rows.append(("sampling", _text(info["sampling"]) or "the runtime's defaults"))
     yield from _section(rows)
     stages = ((stage["file"], _rows_of(stage["rows"])) for stage in info["stages"])
     yield from _section(stages, "stages")

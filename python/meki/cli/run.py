@@ -8,10 +8,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from .. import _core
 from ..engine import Engine, Session
-from ..generation import DEFAULT_MAX_NEW_TOKENS, GenerationOptions, GenerationResult
+from ..generation import DEFAULT_MAX_NEW_TOKENS, SAMPLING, GenerationOptions, GenerationResult
 from ..prompt import no_chat_template
 from .errors import report, run_command
 from .interactive import Conversation, converse
@@ -41,7 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("chat").add_argument
     add("--chat", action="store_true", help="the prompt is a user's message: answer it (needs a chat template)")
     add("--system", metavar="TEXT", help="with --chat: a system message before it")
-    add = parser.add_argument_group("generation").add_argument
+    add = parser.add_argument_group(
+        "generation", "What the package says about sampling comes before the defaults here."
+    ).add_argument
     add(
         "--max-tokens",
         type=int,
@@ -53,30 +56,27 @@ def _parser() -> argparse.ArgumentParser:
         "--temperature",
         type=float,
         metavar="T",
-        help=f"default: {defaults.temperature}, with --chat 0: always the most probable token",
+        help=f"0: always the most probable token (default: {defaults.temperature}, with --chat 0)",
     )
     add(
         "--top-k",
         type=int,
-        default=defaults.top_k,
         metavar="K",
         help="keep the K most probable tokens (default: 0, all)",
     )
     add(
         "--top-p",
         type=float,
-        default=defaults.top_p,
         metavar="P",
-        help="keep the most probable tokens that sum to P (default: %(default)s)",
+        help=f"keep the most probable tokens that sum to P (default: {defaults.top_p})",
     )
     add(
         "--min-p",
         type=float,
-        default=defaults.min_p,
         metavar="P",
         help="drop tokens below P times the most probable one (default: 0, none)",
     )
-    add("--repetition-penalty", type=float, default=defaults.repetition_penalty, metavar="R", help="default: 1, off")
+    add("--repetition-penalty", type=float, metavar="R", help="default: 1, off")
     add("--seed", type=int, metavar="N", help="same seed, same text (default: a fresh one, shown by --stats)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     add = parser.add_argument_group("engine").add_argument
@@ -116,17 +116,9 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
         raise no_chat_template(engine.path)
     if engine.random_weights:
         print(RANDOM_WEIGHTS, file=sys.stderr, flush=True)
-    options = GenerationOptions(
-        max_new_tokens=arguments.max_tokens,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        min_p=arguments.min_p,
-        repetition_penalty=arguments.repetition_penalty,
-        seed=arguments.seed,
-        stop=arguments.stop,
-    )
-    if arguments.temperature is not None:
-        options["temperature"] = arguments.temperature
+    options = GenerationOptions(max_new_tokens=arguments.max_tokens, seed=arguments.seed, stop=arguments.stop)
+    given = {name: value for name in SAMPLING if (value := getattr(arguments, name)) is not None}
+    options.update(cast(GenerationOptions, given))
 
     def begin() -> Session | Conversation:
         session = engine.session(context=arguments.context, prefetch=not arguments.no_prefetch)

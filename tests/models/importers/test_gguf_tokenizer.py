@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -144,6 +145,16 @@ def test_bos(original: Tokenizer, pre: str, stated: bool | None, begins: bool) -
     bos = len(metadata["tokenizer.ggml.tokens"]) - 1
     assert read(change(metadata, bos_token_id=bos)).bos_token_id == (bos if begins else None)
     assert read(metadata).bos_token_id is None  # it does not say which
+
+
+def test_sampling(original: Tokenizer) -> None:
+    metadata = bpe_metadata(original)
+    assert read(metadata).sampling == {}
+    stated = {"temp": float(np.float32(0.6)), "top_k": 20, "top_p": float(np.float32(0.95)), "mirostat": 2}
+    metadata |= {f"general.sampling.{key}": value for key, value in stated.items()}
+    assert read(metadata).sampling == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    with pytest.raises(CheckpointError, match=r"general.sampling: min_p is 7"):
+        read({**metadata, "general.sampling.min_p": 7.0})
 
 
 def test_chat_template(original: Tokenizer) -> None:
