@@ -105,11 +105,15 @@ def _sampling(path: Path, config: Mapping[str, Any]) -> dict[str, float]:
     """Nothing, unless the file says that the model is to be sampled from."""
     if config.get("do_sample") is not True:
         return {}
-    stated = {name: config[name] for name in SAMPLING if config.get(name) is not None}
+    return checked_sampling(str(path), {name: config[name] for name in SAMPLING if config.get(name) is not None})
+
+
+def checked_sampling(where: str, stated: dict[str, float]) -> dict[str, float]:
+    """`stated`, if a generation takes these options; ValueError naming `where` otherwise."""
     try:
         check_options(cast(GenerationOptions, stated))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
     return stated
 
 

@@ -18,7 +18,8 @@ _EXPECTED = (
 
 
 def open_checkpoint(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
-    """Looks at `path` and opens what it finds; nothing is read but names, shapes and settings.
+    """Looks at `path` and opens what it finds. Names, shapes and settings are read, of the weights only a head that is
+    said to be the embedding.
 
     overrides: fields of ModelConfig that the user states. FileNotFoundError; CheckpointError.
     """

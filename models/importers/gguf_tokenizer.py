@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from meki.generation import GenerationOptions, check_options
-
-from ..tokenizer import TokenizerSpec
+from ..tokenizer import TokenizerSpec, checked_sampling
 from .checkpoint import CheckpointError
 
 _REMEDY = "give the model's tokenizer.json (--tokenizer)"
@@ -96,6 +94,7 @@ def read_gguf_tokenizer(path: Path, metadata: Mapping[str, Any]) -> TokenizerSpe
             raise CheckpointError(f"tokenizer.ggml.add_bos_token is {begins!r}, expected true or false")
         if not isinstance(template := metadata.get("tokenizer.chat_template"), str | None):
             raise CheckpointError(f"tokenizer.chat_template is a {type(template).__name__}, expected a string")
+        sampling = _sampling(metadata)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}; {_REMEDY}") from error
     except (TypeError, ValueError, AttributeError) as error:
@@ -108,7 +107,7 @@ def read_gguf_tokenizer(path: Path, metadata: Mapping[str, Any]) -> TokenizerSpe
         bos_token_id=named.get("bos_token_id") if begins else None,
         eos_token_ids=tuple(dict.fromkeys(ends)),
         chat_template=template,
-        sampling=_sampling(path, metadata),
+        sampling=sampling,
         special_tokens=texts,
     )
 
@@ -122,15 +121,11 @@ _SAMPLING = {
 }
 
 
-def _sampling(path: Path, metadata: Mapping[str, Any]) -> dict[str, float]:
+def _sampling(metadata: Mapping[str, Any]) -> dict[str, float]:
     keys = {name: f"general.sampling.{key}" for name, key in _SAMPLING.items()}
     # Stored as float32: 0.6 is meant, not 0.60000002.
-    stated = {name: round(metadata[key], 6) for name, key in keys.items() if type(metadata.get(key)) in (int, float)}
-    try:
-        check_options(cast(GenerationOptions, stated))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: general.sampling: {error}") from error
-    return stated
+    stated = {name: round(metadata[key], 6) for name, key in keys.items() if key in metadata}
+    return checked_sampling("general.sampling", stated)
 
 
 def _vocabulary(values: Mapping[str, Any]) -> tuple[list[str], list[int]]:

@@ -155,6 +155,8 @@ def test_sampling(original: Tokenizer) -> None:
     assert read(metadata).sampling == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
     with pytest.raises(CheckpointError, match=r"general.sampling: min_p is 7"):
         read({**metadata, "general.sampling.min_p": 7.0})
+    with pytest.raises(CheckpointError, match="metadata is damaged"):
+        read({**metadata, "general.sampling.min_p": "7"})
 
 
 def test_chat_template(original: Tokenizer) -> None:
