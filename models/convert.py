@@ -100,6 +100,8 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     if args.card and not args.card.is_file():
         raise FileNotFoundError(f"{args.card}: no such model card")
     source, tokenizer, provenance = open_source(args)
+    if args.rows and not source.config.memory_dim:
+        raise UsageError(f"--rows {args.rows}: the model has no memory and so no rows; leave it away")
     bars = ProgressBars()
     try:
         return export_package(
@@ -108,7 +110,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
             args.output,
             name=name,
             weights=args.weights,
-            rows=args.rows,
+            rows=args.rows or "float16",
             provenance=provenance,
             card=args.card.read_text(encoding="utf-8") if args.card else None,
             overwrite=args.overwrite,
@@ -152,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--name", help="the model's name (default: the name of the directory)")
     parser.add_argument("--weights", choices=WEIGHT_TYPES, default="int8", help="dense weights (default: %(default)s)")
     parser.add_argument(
-        "--rows", choices=tuple(ROW_TYPES), default="float16", help="memory rows (default: %(default)s)"
+        "--rows", choices=tuple(ROW_TYPES), help="memory rows (default: float16); not for a model without a memory"
     )
     parser.add_argument(
         "--tokenizer",

@@ -175,6 +175,18 @@ def test_settings_that_do_not_fit_together(tmp_path: Path, capsys: pytest.Captur
     assert "--set: heads (7) must be a multiple of kv_heads (2)" in error
 
 
+def test_rows_of_a_model_without_a_memory(
+    make_model: Callable[..., Decoder],
+    tokenizer_spec: TokenizerSpec,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_pretrained(tmp_path / "dense", make_model(memory_dim=0), tokenizer_spec, provenance={})
+    error = fails(capsys, tmp_path / "out", tmp_path / "dense", "--rows", "int8", code=2)
+    assert "--rows int8: the model has no memory" in error
+    assert convert.main([str(tmp_path / "dense"), "-o", str(tmp_path / "out")]) == 0
+
+
 def test_tokenizer_of_a_folder(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other, output = tmp_path / "other", tmp_path / "out"
     other.mkdir()
