@@ -30,7 +30,7 @@ from meki.models.decoder import Decoder
 from meki.models.importers.huggingface import load_model
 from meki.models.package import export_package
 from meki.models.quantize import ROW_TYPES
-from meki.models.tokenizer import END_OF_STORY, read_tokenizer
+from meki.models.tokenizer import END_OF_STORY, parse_tokenizer, read_tokenizer
 from meki.models.train import read_stories
 from meki.models.weights import WEIGHT_TYPES
 
@@ -94,7 +94,8 @@ def main() -> None:
     args = parser.parse_args()
 
     model, provenance = load_model(args.checkpoint)
-    tokenizer = Tokenizer.from_file(str(args.tokenizer))
+    spec = read_tokenizer(args.tokenizer)
+    tokenizer = parse_tokenizer(spec.json)
     held_out = load_held_out(args.held_out, tokenizer, model.config.context, args.stories)
     print(f"{held_out.tokens:,} tokens, {held_out.bytes:,} bytes, {len(held_out.windows)} windows\n")
 
@@ -109,7 +110,6 @@ def main() -> None:
     for weights, rows in itertools.product(WEIGHT_TYPES, ROW_TYPES):
         with tempfile.TemporaryDirectory() as directory:
             out = Path(directory) / "package"
-            spec = read_tokenizer(args.tokenizer)
             export_package(model, spec, out, name="measured", weights=weights, rows=rows, provenance=provenance)
             changes = []
             for kv_type in KV_TYPES:
