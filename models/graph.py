@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto, ValueInfoProto, helper
+from onnx import TensorProto
 
+from .builder import GraphBuilder
 from .config import ConfigError, ModelConfig
 from .decoder import rope_tables
 from .quantize import WEIGHT_BITS, WEIGHT_BLOCK
-from .weights import WEIGHT_TYPES, WEIGHTS_FILE, Progress, WeightErrors, Weights, WeightStore, tensor_bytes
+from .tensors import TensorFile, tensor_bytes
+from .weights import WEIGHT_TYPES, WEIGHTS_FILE, Progress, WeightErrors, Weights, WeightStore
 
 _DOMAIN = "meki"
-_OPSETS = [helper.make_opsetid("", 23), helper.make_opsetid(_DOMAIN, 1)]  # 23: the first with RMSNormalization
-_IR_VERSION = 11  # came with that opset
 _ROPE_TABLES = ("rope.cos", "rope.sin")
 _HEAD_DIM_MULTIPLE = 16  # of heads that Attention takes
 
@@ -51,41 +50,13 @@ def _ffn_norm(layer: int) -> str:
     return f"layers.{layer}.post_attention_layernorm"
 
 
-class Stage:
-    """One ONNX graph under construction. Methods add nodes; values go by name and are float32 [1, T, ..]."""
+class Stage(GraphBuilder):
+    """One stage under construction; values are float32 [1, T, ..]."""
 
     def __init__(self, config: ModelConfig, store: WeightStore) -> None:
+        super().__init__(_DOMAIN)
         self.config = config
         self.store = store
-        self.nodes: list[onnx.NodeProto] = []
-        self.made: set[str] = set()
-        self.initializers: dict[str, TensorProto] = {}
-        self.inputs: dict[str, ValueInfoProto] = {}
-        self.outputs: dict[str, ValueInfoProto] = {}
-
-    def op(
-        self, kind: str, inputs: Sequence[str], outputs: str | Sequence[str], /, domain: str = "", **attributes: Any
-    ) -> str:
-        """Adds a node and returns its first output."""
-        outputs = [outputs] if isinstance(outputs, str) else list(outputs)
-        node = helper.make_node(kind, inputs, outputs, name=outputs[0], domain=domain)
-        node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
-        self.nodes.append(node)
-        self.made.update(outputs)
-        return outputs[0]
-
-    def input(self, name: str, shape: Sequence[int | str], data_type: int = TensorProto.FLOAT) -> str:
-        self.inputs[name] = helper.make_tensor_value_info(name, data_type, shape)
-        self.made.add(name)
-        return name
-
-    def output(self, name: str, shape: Sequence[int | str], data_type: int = TensorProto.FLOAT) -> str:
-        self.outputs[name] = helper.make_tensor_value_info(name, data_type, shape)
-        return name
-
-    def constant(self, tensor: TensorProto) -> str:
-        self.initializers[tensor.name] = tensor
-        return tensor.name
 
     def linear(
         self,
@@ -245,16 +216,6 @@ class Stage:
         else:
             self.linear(selected, head, norm="norm", out=logits)
 
-    def save(self, path: Path) -> None:
-        graph = helper.make_graph(
-            self.nodes,
-            path.stem,
-            list(self.inputs.values()),
-            list(self.outputs.values()),
-            list(self.initializers.values()),
-        )
-        onnx.save(helper.make_model(graph, opset_imports=_OPSETS, ir_version=_IR_VERSION, producer_name="meki"), path)
-
 
 def _dense(config: ModelConfig, store: WeightStore) -> Stage:
     """The backbone without its memory."""
@@ -317,7 +278,7 @@ def write_graphs(
     """
     check_exportable(config, weight_type)
     with (directory / WEIGHTS_FILE).open("wb") as file:
-        store = WeightStore(weights, weight_type, file, config.ram_parameters, progress)
+        store = WeightStore(weights, weight_type, TensorFile(file, WEIGHTS_FILE), config.ram_parameters, progress)
         if not config.memory_dim:
             stage = _dense(config, store)
             stage.save(directory / "stage0.onnx")

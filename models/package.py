@@ -41,7 +41,8 @@ def check_tokenizer(tokenizer: TokenizerSpec, vocab_size: int) -> None:
                 raise ValueError(f"tokenizer: {field} has {token!r}, expected ids of 0 to {vocab_size - 1}")
 
 
-def _list_files(directory: Path, progress: Callable[[int, int], object]) -> dict[str, dict[str, Any]]:
+def list_files(directory: Path, progress: Callable[[int, int], object]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 sum of every file. progress: called with (bytes done, in all)."""
     paths = sorted(directory.iterdir())
     total, done = sum(path.stat().st_size for path in paths), 0
 
@@ -128,7 +129,7 @@ def export_package(
                 "chat_template": chat_template,
             },
             "sampling": dict(tokenizer.sampling),
-            "files": _list_files(directory, lambda done, total: report("checksums", done, total)),
+            "files": list_files(directory, lambda done, total: report("checksums", done, total)),
             "quantization_error": quantization_error,
             "provenance": provenance,
         }

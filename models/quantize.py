@@ -118,16 +118,23 @@ def quantize_weight(weight: Floats, bits: int, what: str) -> tuple[Codes, Floats
     return np.concatenate(packed, axis=-1), values
 
 
-def dequantize_weight(packed: Codes, bits: int, rows: int) -> Floats:
-    """The inverse of `quantize_weight`: float32 [rows, k]."""
+def unpack_weight(packed: Codes, bits: int, rows: int) -> tuple[NDArray[np.int8], Floats]:
+    """The inverse of `quantize_weight`: q int8 [rows, k / 32, 32] and scales float32 [rows, k / 32]."""
     panels, groups, _ = packed.shape
     codes, halves = np.split(packed, [PANEL * WEIGHT_BLOCK * bits // 8], axis=-1)
     if bits == 4:
         codes = np.concatenate((codes & 15, codes >> 4), axis=-1)
-    q = codes.reshape(panels, groups, WEIGHT_BLOCK // 4, PANEL, 4).astype(np.float32) - 2 ** (bits - 1)
-    scales = np.ascontiguousarray(halves).view("<f2").astype(np.float32)
-    values = (q * scales[:, :, None, :, None]).transpose(0, 3, 1, 2, 4)
-    return values.reshape(panels * PANEL, -1)[:rows]
+    fours = codes.reshape(panels, groups, WEIGHT_BLOCK // 4, PANEL, 4).transpose(0, 3, 1, 2, 4)
+    q = (fours.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8).reshape(panels * PANEL, groups, WEIGHT_BLOCK)
+    scales = np.ascontiguousarray(halves).view("<f2").astype(np.float32).transpose(0, 2, 1)
+    return q[:rows], scales.reshape(panels * PANEL, groups)[:rows]
+
+
+def dequantize_weight(packed: Codes, bits: int, rows: int) -> Floats:
+    """The values that packed weights stand for: float32 [rows, k]."""
+    q, scales = unpack_weight(packed, bits, rows)
+    values: Floats = (q * scales[..., None]).reshape(rows, -1)
+    return values
 
 
 def row_group(row_type: str, row_dim: int) -> int:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import BinaryIO
 
 import numpy as np
-from onnx import TensorProto, external_data_helper, helper, numpy_helper
+from onnx import TensorProto
 
 from .quantize import PANEL, WEIGHT_BITS, Codes, Floats, quantize_weight, require_finite
+from .tensors import TensorFile
 
 WEIGHT_TYPES = ("float32", *WEIGHT_BITS)
 WEIGHTS_FILE = "weights.bin"
-_PAGE = 4096  # mmap wants offsets that are multiples of it; smaller tensors that are not packed stay inside the graph
 _WEIGHTS_AT_ONCE = 1 << 17  # weights that a thread quantises together: what a core's cache holds a few copies of
 
 Weights = Callable[[str], Floats]
@@ -47,11 +45,6 @@ class WeightErrors:
             self.worst, self.worst_tensor = error, name
 
 
-def tensor_bytes(tensor: TensorProto) -> int:
-    """Bytes of an initialiser's values, in the graph or outside."""
-    return math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-
-
 def _quantize_rows(weight: Floats, bits: int, name: str, rows: slice) -> tuple[Codes, float, float]:
     """The panels of some rows, their squared error and their squared sum."""
     exact = weight[rows]
@@ -65,14 +58,13 @@ def _quantize_rows(weight: Floats, bits: int, name: str, rows: slice) -> tuple[C
 class WeightStore:
     """Initialisers for the graphs of one model.
 
-    Packed matrices, and other tensors of a page or more, go to `file`, page-aligned so that they can be mapped; smaller
-    ones go into the graphs. A tensor that several stages use is stored once. No tensor is in memory longer than it
-    takes to write it.
+    Packed matrices, and other tensors of a page or more, go to the file of `tensors`; smaller ones go into the graphs.
+    A tensor that several stages use is stored once. No tensor is in memory longer than it takes to write it.
     """
 
     weights: Weights
     weight_type: str
-    file: BinaryIO
+    tensors: TensorFile
     parameters: int
     """Of the whole model, for `progress`."""
     progress: Progress | None = None
@@ -84,7 +76,7 @@ class WeightStore:
     def constant(self, name: str, make: Callable[[], np.ndarray]) -> TensorProto:
         """The tensor `name`; `make` is called the first time only."""
         if name not in self._tensors:
-            self._tensors[name] = self._store(name, np.ascontiguousarray(make()))
+            self._tensors[name] = self.tensors.store(name, np.ascontiguousarray(make()))
         return self._tensors[name]
 
     def weight(self, name: str) -> TensorProto:
@@ -112,10 +104,10 @@ class WeightStore:
             return tensor, outputs
         panels = (rows // PANEL, *tensor.dims[1:])
         entries = {entry.key: entry.value for entry in tensor.external_data}
-        return self._external(name, TensorProto.UINT8, panels, int(entries["offset"])), rows
+        return self.tensors.external(name, TensorProto.UINT8, panels, int(entries["offset"])), rows
 
     def _pack(self, name: str, parts: Sequence[str]) -> tuple[TensorProto, int]:
-        bits, offset, outputs, shape = WEIGHT_BITS[self.weight_type], self._align(), 0, (0, 0)
+        bits, offset, outputs, shape = WEIGHT_BITS[self.weight_type], self.tensors.align(), 0, (0, 0)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for part in parts:
                 assert outputs % PANEL == 0, part
@@ -125,12 +117,12 @@ class WeightStore:
                 step = max(1, _WEIGHTS_AT_ONCE // (PANEL * weight.shape[1])) * PANEL
                 slices = [slice(start, start + step) for start in range(0, len(weight), step)]
                 for packed, *squares in pool.map(functools.partial(_quantize_rows, weight, bits, part), slices):
-                    self.file.write(packed.data)
+                    self.tensors.file.write(packed.data)
                     squared_error += squares[0]
                     squared_sum += squares[1]
                     shape = packed.shape[1:]
                 self.errors.add(part, squared_error, squared_sum)
-        return self._external(name, TensorProto.UINT8, (-(-outputs // PANEL), *shape), offset), outputs
+        return self.tensors.external(name, TensorProto.UINT8, (-(-outputs // PANEL), *shape), offset), outputs
 
     def _join(self, parts: Sequence[str]) -> Floats:
         return np.concatenate([self._fetch_finite(part) for part in parts])
@@ -146,23 +138,3 @@ class WeightStore:
         array = self._fetch(name)
         require_finite(array, name)
         return array
-
-    def _store(self, name: str, array: np.ndarray) -> TensorProto:
-        if array.nbytes < _PAGE:
-            return numpy_helper.from_array(array, name)
-        offset = self._align()
-        self.file.write(array.data)
-        return self._external(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape, offset)
-
-    def _align(self) -> int:
-        """Where the next tensor begins in the file."""
-        self.file.write(bytes(-self.file.tell() % _PAGE))
-        return self.file.tell()
-
-    def _external(self, name: str, data_type: int, shape: Sequence[int], offset: int) -> TensorProto:
-        """The tensor that lies in the file from `offset`."""
-        # set_external_data insists on raw_data, of which an external tensor has none.
-        tensor = TensorProto(name=name, dims=shape, data_type=data_type, raw_data=b"")
-        external_data_helper.set_external_data(tensor, WEIGHTS_FILE, offset, tensor_bytes(tensor))
-        tensor.ClearField("raw_data")
-        return tensor

@@ -17,6 +17,7 @@ from meki.models.config import ModelConfig
 from meki.models.graph import Stage
 from meki.models.memory import MeKi
 from meki.models.rom import RomLayout, write_rom
+from meki.models.tensors import TensorFile
 from meki.models.weights import WEIGHTS_FILE, WeightStore
 
 DATA = Path(__file__).parent.parent / "data"
@@ -49,7 +50,7 @@ def golden_package(directory: Path, golden: dict[str, np.ndarray], hidden: np.nd
         return stage.constant(numpy_helper.from_array(value, name))
 
     with (directory / WEIGHTS_FILE).open("wb") as file:
-        store = WeightStore(state.__getitem__, "float32", file, config.ram_parameters)
+        store = WeightStore(state.__getitem__, "float32", TensorFile(file, WEIGHTS_FILE), config.ram_parameters)
         stage = Stage(config, store)
         total = stage.input("total_sequence_length", [], TensorProto.INT32)
         ids = stage.input("token_ids", [1, "T"], TensorProto.INT64)

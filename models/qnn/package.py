@@ -1,0 +1,95 @@
+"""Adds the stages of a chip to a package: PACKAGE/qnn/CHIP/ and an entry of its manifest (docs/package-format.md)."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from meki.package import read_manifest
+
+from ..files import check_target, replace_directory, replace_file
+from ..package import MANIFEST, list_files
+from .chips import CHIPS
+from .compiler import Compiled, compile_stage
+from .graph import embedding
+from .stages import Options, StagePlan, plan, write_stage
+from .weights import PackageWeights
+
+EMBED = "embed.onnx"
+_LISTS = ("decode", "prefill", "dense_decode", "dense_prefill")
+
+Progress = Callable[[str, int, int], object]
+"""Called with (what is being done, stages done, stages in all)."""
+
+
+def target_directory(package: Path, soc: str) -> Path:
+    return package / "qnn" / soc
+
+
+def compile_package(
+    package: Path, soc: str, options: Options, *, overwrite: bool = False, progress: Progress | None = None
+) -> tuple[dict[str, Any], dict[str, Compiled]]:
+    """Compiles a package's stages for a chip of CHIPS; returns the manifest's entry and what became of each stage.
+
+    The package is unchanged until all stages are compiled. FileExistsError if it has stages for the chip already,
+    unless `overwrite` is set; PackageError, ConfigError or ValueError for what cannot be compiled, CompileError if the
+    compiler refuses or fails.
+    """
+    chip = CHIPS[soc]
+    manifest = read_manifest(package)
+    out = target_directory(package, soc)
+    overwrite = overwrite or soc not in manifest.get("qnn", {})  # a directory that nobody refers to is a leftover
+    check_target(out, EMBED, overwrite)
+    weights = PackageWeights(package, manifest)
+    options.check(weights)
+    plans = plan(weights, options)
+    total = sum(map(len, plans.values()))
+    report: Progress = progress or (lambda phase, done, total: None)
+    compiled: dict[str, Compiled] = {}
+
+    with replace_directory(out, EMBED, overwrite) as directory:
+        report("embedding", 0, total)
+        embedding(weights, directory / EMBED)
+        for stage in (stage for stages in plans.values() for stage in stages):
+            report(stage.name, len(compiled), total)
+            with tempfile.TemporaryDirectory(dir=out.parent, prefix=".stage.") as scratch:
+                source = write_stage(weights, stage, Path(scratch))
+                compiled[stage.name] = compile_stage(source, directory / source.name, chip)
+        report("checksums", total, total)
+        files = list_files(directory, lambda done, total: None)
+        entry = {
+            "chip": chip.name,
+            "soc_model": chip.soc_model,
+            "htp_arch": chip.htp_arch,
+            "precision": options.precision,
+            "context": options.context,
+            "chunk": options.chunk,
+            "embed": EMBED,
+            **{name: [_entry(stage) for stage in plans[name]] if name in plans else None for name in _LISTS},
+            "head": "head.onnx",
+            "nodes": sum(stage.nodes for stage in compiled.values()),
+            "files": files,
+            "tools": {name: version(name) for name in ("onnxruntime", "onnxruntime-qnn")},
+        }
+    manifest.setdefault("qnn", {})[soc] = entry
+    with replace_file(package / MANIFEST) as path:
+        text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
+    return entry, compiled
+
+
+def write_stages(package: Path, options: Options, directory: Path) -> list[Path]:
+    """Writes all stages as ONNX, not compiled, into `directory`; returns their paths. Errors as `compile_package`."""
+    weights = PackageWeights(package, read_manifest(package))
+    options.check(weights)
+    stages = [stage for stages in plan(weights, options).values() for stage in stages]
+    return [write_stage(weights, stage, directory) for stage in stages]
+
+
+def _entry(stage: StagePlan) -> dict[str, Any]:
+    rows = stage.layers.rows if stage.layers else None
+    return {"file": f"{stage.name}.onnx", "rows": None if rows is None else [rows.start, rows.stop]}

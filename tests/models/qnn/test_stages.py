@@ -1,0 +1,203 @@
+"""The static stages, as ONNX: cut where they should be, and in a naive loop equal to the PyTorch reference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from meki.models.config import ConfigError
+from meki.models.decoder import Decoder
+from meki.models.qnn import stages as stages_module
+from meki.models.qnn.graph import embedding
+from meki.models.qnn.package import write_stages
+from meki.models.qnn.stages import Layers, Options, cut, plan
+from meki.models.qnn.weights import PackageWeights
+
+CHUNK, CONTEXT = 6, 24
+
+
+def open_weights(package: Path) -> PackageWeights:
+    return PackageWeights(package, json.loads((package / "manifest.json").read_text()))
+
+
+def options(precision: str = "float16", **changes: Any) -> Options:
+    return Options(**{"context": CONTEXT, "chunk": CHUNK, "precision": precision, "dense": False, **changes})
+
+
+def folded_rows(model: Decoder, ids: list[int]) -> np.ndarray:
+    """float32 [layers, T, memory_dim]."""
+    tensor = torch.tensor(ids)
+    with torch.no_grad():
+        experts = [layer.meki.experts(tensor, model.embed_tokens(tensor)) for layer in model.layers]
+    return torch.stack(experts).numpy()
+
+
+@pytest.mark.parametrize(
+    ("precision", "weights", "overrides"),
+    [
+        ("float16", "float32", {}),
+        ("float16", "float32", {"memory_dim": 0, "qkv_bias": True, "qk_norm": False, "tied_embeddings": False}),
+        ("float16", "float32", {"layers": 1}),
+        ("float16", "float32", {"kv_heads": 1, "rope_factors": (1.0, 2.0, 2.0, 4.0, 4.0, 4.0, 8.0, 8.0)}),
+    ],
+)
+def test_decode_and_prefill_equal_pytorch(
+    precision: str,
+    weights: str,
+    overrides: dict[str, Any],
+    make_model: Callable[..., Decoder],
+    make_package: Callable[..., Path],
+    naive_stages: Any,
+    tmp_path: Path,
+) -> None:
+    model = make_model(**overrides)
+    package = make_package(weights, "float32", **overrides)
+    write_stages(package, options(precision), tmp_path)
+    plans = plan(open_weights(package), options(precision))
+    paths = {name: [tmp_path / f"{stage.name}.onnx" for stage in stages] for name, stages in plans.items()}
+    ids = [5, 17, 17, 250, 3, 99, 8, 1, 2, 120, 77]
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]))[0].numpy()
+    embedded = model.embed_tokens.weight.detach().numpy()[ids]
+    rows = folded_rows(model, ids) if model.config.memory_dim else None
+
+    naive = naive_stages(model.config, CONTEXT)
+    got = []
+    # A full chunk, one with two tokens of padding, then token by token.
+    for start, kept in ((0, CHUNK), (CHUNK, 2)):
+        index = [min(start + t, start + kept - 1) for t in range(CHUNK)]
+        chunk_rows = None if rows is None else rows[:, index]
+        got.append(naive.step(paths["prefill"], paths["head"][0], embedded[index], chunk_rows, kept))
+    for t in range(CHUNK + 2, len(ids)):
+        token_rows = None if rows is None else rows[:, [t]]
+        got.append(naive.step(paths["decode"], paths["head"][0], embedded[[t]], token_rows, 1))
+    # Values are rounded to 11 bits after every operator, some 60 of them in a row here: errors of 2^-12 that add up as
+    # a random walk are 8 * 2^-12 = 0.002 of the logits' own size.
+    scale = np.sqrt(np.mean(np.square(expected)))
+    # The largest of 3,300 logits deviates by four of these.
+    assert np.abs(np.concatenate(got) - expected).max() < 0.01 * scale
+    assert naive.length == len(ids)
+
+
+def test_what_lies_behind_the_sequence_is_never_seen(
+    make_model: Callable[..., Decoder], make_package: Callable[..., Path], naive_stages: Any, tmp_path: Path
+) -> None:
+    model, package = make_model(), make_package("float32", "float32")
+    write_stages(package, options(), tmp_path)
+    stages = sorted(tmp_path.glob("decode.*.onnx"))
+    ids = [5, 6, 7, 8]
+    embedded, rows = model.embed_tokens.weight.detach().numpy()[ids], folded_rows(model, ids)
+
+    def run(garbage: float) -> np.ndarray:
+        naive = naive_stages(model.config, CONTEXT)
+        for cache in (*naive.keys, *naive.values):
+            cache[:] = garbage
+        steps = [naive.step(stages, tmp_path / "head.onnx", embedded[[t]], rows[:, [t]], 1) for t in range(len(ids))]
+        return np.concatenate(steps)
+
+    np.testing.assert_array_equal(run(0), run(300))
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8", "int4"])
+def test_embedding_has_the_packages_table(weights: str, make_package: Callable[..., Path], tmp_path: Path) -> None:
+    source = open_weights(make_package(weights))
+    embedding(source, tmp_path / "embed.onnx")
+    graph = onnx.load(tmp_path / "embed.onnx").graph
+    assert [value.name for value in (*graph.input, *graph.output)] == ["token_ids", "embedding"]
+    table = onnx.numpy_helper.to_array(graph.initializer[0])
+    if weights == "float32":
+        np.testing.assert_array_equal(table, source.vector("embed_tokens.weight").astype(np.float16))
+    else:  # packed, byte for byte
+        np.testing.assert_array_equal(table, source.panels("embed_tokens"))
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantised_weights_keep_their_codes(weights: str, make_package: Callable[..., Path], tmp_path: Path) -> None:
+    """A matrix of the stage, dequantised as MatMulNBits is specified, is the package's, bit for bit."""
+    package = make_package(weights)
+    write_stages(package, options(weights), tmp_path)
+    graph = onnx.load(tmp_path / "decode.0.onnx").graph
+    node = next(node for node in graph.node if node.name == "layers.0.mlp.down_proj.out")
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    codes, scales = tensors[node.input[1]], tensors[node.input[2]]
+    rows, columns, bits = attributes["N"], attributes["K"], attributes["bits"]
+    got = np.zeros((rows, columns), np.float32)
+    for row in range(rows):
+        for column in range(columns):
+            block, place = divmod(column, 32)
+            code = codes[row, block, place] if bits == 8 else codes[row, block, place // 2] >> 4 * (place % 2) & 15
+            got[row, column] = (int(code) - 2 ** (bits - 1)) * np.float32(scales[row * (columns // 32) + block])
+    exact = open_weights(make_package("float32")).matrix("layers.0.mlp.down_proj", 0, rows).values
+    assert exact is not None
+    block_scales = np.repeat(scales.reshape(rows, -1).astype(np.float32), 32, axis=1)
+    # int8 never clips, int4 clips up to a step and a half beyond its range.
+    assert (np.abs(got - exact) <= block_scales * (0.5001 if bits == 8 else 2)).all()
+    packed = open_weights(package).matrix("layers.0.mlp.down_proj", 0, rows)
+    assert packed.codes is not None and packed.scales is not None
+    np.testing.assert_array_equal(got, (packed.codes * packed.scales[..., None]).reshape(rows, columns))
+
+
+def test_layer_0_stands_alone_and_rows_go_to_the_stages_that_inject_them(
+    make_package: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = open_weights(make_package("float32"))  # 3 layers
+    assert cut(weights, "float16", memory=True) == [Layers(0, 1, True), Layers(1, 3, True)]
+    assert [part.rows for part in cut(weights, "float16", memory=True)] == [None, range(0, 3)]
+    assert cut(weights, "float16", memory=False) == [Layers(0, 3, False)]
+    config = weights.config
+    layer_bytes = 2 * (config.ram_parameters - config.vocab_size * config.hidden) / config.layers
+    monkeypatch.setattr(stages_module, "SHARD_BYTES", 1.5 * layer_bytes)
+    parts = cut(weights, "float16", memory=True)
+    assert parts == [Layers(0, 1, True), Layers(1, 2, True), Layers(2, 3, True)]
+    assert [part.rows for part in parts] == [None, range(0, 2), range(2, 3)]
+
+
+def test_shards_equal_the_whole(
+    make_model: Callable[..., Decoder],
+    make_package: Callable[..., Path],
+    naive_stages: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, package = make_model(), make_package("float32", "float32")
+    embedded, rows = model.embed_tokens.weight.detach().numpy()[[9]], folded_rows(model, [9])
+    logits = []
+    for limit in (stages_module.SHARD_BYTES, 1):
+        directory = tmp_path / str(limit)
+        directory.mkdir()
+        monkeypatch.setattr(stages_module, "SHARD_BYTES", limit)
+        write_stages(package, options(), directory)
+        stages = sorted(directory.glob("decode.*.onnx"))
+        naive = naive_stages(model.config, CONTEXT)
+        logits.append(naive.step(stages, directory / "head.onnx", embedded, rows, 1))
+    assert len(stages) == 3
+    # Between stages stands float16 as float32; but the CPU provider keeps some values in float32 within a stage.
+    np.testing.assert_allclose(*logits, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context": 1}, "context is 1, this model's can be 2 to 128 tokens"),
+        ({"context": 129}, "context is 129"),
+        ({"chunk": 1}, "chunk is 1, expected 2 to the context of 24 tokens"),
+        ({"chunk": 25}, "chunk is 25"),
+        ({"precision": "int4"}, "the package has float32 weights, which can be compiled as float16"),
+    ],
+)
+def test_options_that_cannot_be(changes: dict[str, Any], message: str, make_package: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match=message):
+        options(**changes).check(open_weights(make_package("float32")))
+
+
+def test_dense_models_have_no_dense_variant(make_package: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match="no memory and is dense as it is"):
+        options(dense=True).check(open_weights(make_package("float32", memory_dim=0)))
