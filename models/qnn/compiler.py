@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import resource
+import signal
+import subprocess
+import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class Compiled:
     graph: Path
     """ONNX with one node, which refers to the binary."""
     binary: Path
+    binary_bytes: int
     nodes: int
     """Of the stage, after ONNX Runtime's optimisations; all of them are on the NPU."""
     seconds: float
@@ -36,35 +38,45 @@ class Compiled:
     """Of the compiler's process."""
 
 
-def compile_stage(stage: Path, out: Path, chip: Chip) -> Compiled:
-    """Compiles the ONNX graph `stage` for `chip` to `out` (.onnx) and a binary beside it, NAME_qnn.bin.
-
-    CompileError, naming the nodes, if the NPU does not take all of them; if the compiler fails, or dies.
-    """
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(max_workers=1, mp_context=context) as process:
-            compiled = process.submit(_compile, stage, out, chip).result()
-    except BrokenProcessPool as error:
-        raise CompileError(
-            f"{stage.name}: the compiler's process died, most likely for lack of memory; close other programs, or "
-            "choose a smaller --context or --chunk"
-        ) from error
-    size = compiled.binary.stat().st_size
-    if size >= _BINARY_LIMIT:
-        raise CompileError(f"{stage.name}: its binary has {size:,} bytes, an NPU loads less than {_BINARY_LIMIT:,}")
-    return compiled
-
-
-def provider_options(chip: Chip) -> dict[str, str]:
-    """What the QNN provider is told when it compiles for `chip`."""
+def provider_options(chip: Chip, optimization: int = 3) -> dict[str, str]:
+    """What the QNN provider is told when it compiles for `chip`. optimization: 1 (least) to 3."""
     return {
         "backend_type": "htp",
         "htp_arch": str(chip.htp_arch),
         "soc_model": str(chip.soc_model),
         "vtcm_mb": str(chip.vtcm_mb),
-        "htp_graph_finalization_optimization_mode": "3",
+        "htp_graph_finalization_optimization_mode": str(optimization),
     }
+
+
+def compile_stage(stage: Path, out: Path, chip: Chip, optimization: int = 3) -> Compiled:
+    """Compiles the ONNX graph `stage` for `chip` to `out` (.onnx) and a binary beside it, NAME_qnn.bin.
+
+    CompileError, naming the nodes, if the NPU does not take all of them; if the compiler fails, or dies.
+    """
+    options = {**provider_options(chip, optimization), "enable_htp_prepare_only": "1"}
+    command = [sys.executable, "-m", __name__, str(stage), str(out), json.dumps(options)]
+    process = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if process.returncode:
+        end = f"exit code {process.returncode}"
+        if process.returncode < 0:
+            end = signal.Signals(-process.returncode).name
+        lines = process.stderr.strip().splitlines() or ["no message"]
+        raise CompileError(
+            f"{stage.name}: the compiler's process ended with {end} ({lines[-1]}); if memory was short, close other "
+            "programs, or choose a smaller --context or --chunk"
+        )
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])  # the provider greets in a line before it
+    if "error" in result:
+        raise CompileError(f"{stage.name}: {result['error']}")
+    if result["elsewhere"]:
+        names = ", ".join(result["elsewhere"])
+        raise CompileError(f"{stage.name}: {chip.name} does not take the nodes {names}; this model cannot run there")
+    binary = out.with_name(f"{out.stem}_qnn.bin")
+    size = binary.stat().st_size
+    if size >= _BINARY_LIMIT:
+        raise CompileError(f"{stage.name}: its binary has {size:,} bytes, an NPU loads less than {_BINARY_LIMIT:,}")
+    return Compiled(out, binary, size, result["nodes"], result["seconds"], result["peak_bytes"])
 
 
 def open_provider() -> list[Any]:
@@ -77,7 +89,8 @@ def open_provider() -> list[Any]:
     return [device for device in onnxruntime.get_ep_devices() if device.ep_name == PROVIDER]
 
 
-def _compile(stage: Path, out: Path, chip: Chip) -> Compiled:
+def _compile(stage: str, out: str, provider: dict[str, str]) -> dict[str, Any]:
+    """In the compiler's process. What ONNX Runtime refuses is an "error"; "elsewhere" are nodes not on the NPU."""
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(4)  # what fails is raised with the same text
@@ -85,23 +98,26 @@ def _compile(stage: Path, out: Path, chip: Chip) -> Compiled:
     for key, value in {
         "session.record_ep_graph_assignment_info": "1",
         "ep.context_enable": "1",
-        "ep.context_file_path": str(out),
+        "ep.context_file_path": out,
         "ep.context_embed_mode": "0",
     }.items():
         options.add_session_config_entry(key, value)
-    options.add_provider_for_devices(open_provider(), {**provider_options(chip), "enable_htp_prepare_only": "1"})
+    options.add_provider_for_devices(open_provider(), provider)
     begin = time.monotonic()
     try:
-        session = onnxruntime.InferenceSession(str(stage), options)
-    except Exception as error:  # ONNX Runtime's own types do not survive the way to the parent
-        raise CompileError(f"{stage.name}: {' '.join(str(error).split())}") from None
+        session = onnxruntime.InferenceSession(stage, options)
+    except Exception as error:  # ONNX Runtime's types have no other base
+        return {"error": " ".join(str(error).split())}
     seconds = time.monotonic() - begin
     assigned = session.get_provider_graph_assignment_info()
     elsewhere = [node for part in assigned if part.ep_name != PROVIDER for node in part.get_nodes()]
-    if elsewhere:
-        names = ", ".join(f"{node.name} ({node.op_type})" for node in elsewhere)
-        raise CompileError(f"{stage.name}: {chip.name} does not take the nodes {names}; this model cannot run there")
-    nodes = sum(len(part.get_nodes()) for part in assigned)
-    binary = out.with_name(f"{out.stem}_qnn.bin")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Compiled(out, binary, nodes, seconds, peak)
+    return {
+        "elsewhere": [f"{node.name} ({node.op_type})" for node in elsewhere],
+        "nodes": sum(len(part.get_nodes()) for part in assigned),
+        "seconds": seconds,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(_compile(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))), flush=True)

@@ -126,17 +126,21 @@ class StaticStage(GraphBuilder):
             self.op("Concat", [rows] * (self.config.heads // self.config.kv_heads), "mask", axis=1)
         position = self.op("Add", [self.array("steps", np.arange(tokens, dtype=np.int32)), past], "position")
         for name in ("cos", "sin"):
-            table = self.half(f"rope.{name}", self.weights.vector(f"rope.{name}")[:context])
-            self.op("Gather", [table, position], name, axis=0)
+            # The padding of the last chunk may stand behind the context: it gets a line, whichever.
+            table = np.pad(self.weights.vector(f"rope.{name}")[:context], ((0, tokens), (0, 0)), "edge")
+            self.op("Gather", [self.half(f"rope.{name}", table), position], name, axis=0)
         return "mask", "cos", "sin"
 
-    def rotate(self, x: str, prefix: str, norm: str) -> str:
+    def rotate(self, x: str, heads: int, prefix: str, norm: str) -> str:
         """[T, heads, head_dim] -> the same heads, normed if the model does that, and rotated: [heads, T, head_dim]."""
         _, cos, sin = self.positions()
+        tokens, dim = self.shape.tokens, self.config.head_dim
         if self.config.qk_norm:
-            x = self.norm(x, norm, f"{prefix}.normed")
+            # QAIRT 2.51 norms wrongly over some shapes whose first dimension is not 1, such as [16, 2, 32].
+            x = self.norm(self.reshape(x, f"{prefix}.rows", 1, tokens * heads, dim), norm, f"{prefix}.normed")
+            x = self.reshape(x, f"{prefix}.normed.heads", tokens, heads, dim)
         x = self.op("Transpose", [x], f"{prefix}.heads", perm=[1, 0, 2])
-        half = self.config.head_dim // 2
+        half = dim // 2
         a, b = self.split(x, [f"{prefix}.a", f"{prefix}.b"], [half, half], axis=-1)
 
         def turned(kind: str, u: str, v: str, out: str) -> str:
@@ -162,7 +166,8 @@ class StaticStage(GraphBuilder):
         names = [f"{prefix}.{part}" for part in "qkv"]
         qkv = self.reshape(qkv, f"{prefix}.qkv.heads", tokens, total, dim)
         q, k, v = self.split(qkv, names, [heads, kv_heads, kv_heads], axis=1)
-        q, k = self.rotate(q, q, f"{prefix}.q_norm"), self.rotate(k, k, f"{prefix}.k_norm")
+        q = self.rotate(q, heads, q, f"{prefix}.q_norm")
+        k = self.rotate(k, kv_heads, k, f"{prefix}.k_norm")
         key = self.op("Transpose", [k], f"new_key.{layer}", perm=[0, 2, 1])
         value = self.op("Transpose", [v], f"new_value.{layer}", perm=[1, 0, 2])
         self.output(key, [kv_heads, dim, tokens], TensorProto.FLOAT16)

@@ -20,6 +20,7 @@ from .stages import Options, StagePlan, plan, write_stage
 from .weights import PackageWeights
 
 EMBED = "embed.onnx"
+_PREFILL_OPTIMIZATION = 2  # 3 takes three times as long, and the binary has the same size
 _LISTS = ("decode", "prefill", "dense_decode", "dense_prefill")
 
 Progress = Callable[[str, int, int], object]
@@ -58,7 +59,8 @@ def compile_package(
             report(stage.name, len(compiled), total)
             with tempfile.TemporaryDirectory(dir=out.parent, prefix=".stage.") as scratch:
                 source = write_stage(weights, stage, Path(scratch))
-                compiled[stage.name] = compile_stage(source, directory / source.name, chip)
+                optimization = 3 if stage.shape.tokens == 1 else _PREFILL_OPTIMIZATION
+                compiled[stage.name] = compile_stage(source, directory / source.name, chip, optimization)
         report("checksums", total, total)
         files = list_files(directory, lambda done, total: None)
         entry = {

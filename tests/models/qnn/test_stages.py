@@ -62,7 +62,8 @@ def test_decode_and_prefill_equal_pytorch(
     write_stages(package, options(precision), tmp_path)
     plans = plan(open_weights(package), options(precision))
     paths = {name: [tmp_path / f"{stage.name}.onnx" for stage in stages] for name, stages in plans.items()}
-    ids = [5, 17, 17, 250, 3, 99, 8, 1, 2, 120, 77]
+    ids = [5, 17, 17, 250, 3, 99, 8, 1, 2, 120, 77, 4, 4, 260, 18, 19, 20, 7, 7, 31, 64, 0, 199, 45]
+    assert len(ids) == CONTEXT
     with torch.no_grad():
         expected = model(torch.tensor([ids]))[0].numpy()
     embedded = model.embed_tokens.weight.detach().numpy()[ids]
@@ -70,14 +71,19 @@ def test_decode_and_prefill_equal_pytorch(
 
     naive = naive_stages(model.config, CONTEXT)
     got = []
-    # A full chunk, one with two tokens of padding, then token by token.
-    for start, kept in ((0, CHUNK), (CHUNK, 2)):
+
+    def prefill(start: int, kept: int) -> None:
         index = [min(start + t, start + kept - 1) for t in range(CHUNK)]
         chunk_rows = None if rows is None else rows[:, index]
         got.append(naive.step(paths["prefill"], paths["head"][0], embedded[index], chunk_rows, kept))
-    for t in range(CHUNK + 2, len(ids)):
+
+    # A full chunk, one with padding, some tokens one by one, and a chunk whose padding exceeds the context.
+    prefill(0, CHUNK)
+    prefill(CHUNK, 2)
+    for t in range(CHUNK + 2, CONTEXT - 3):
         token_rows = None if rows is None else rows[:, [t]]
         got.append(naive.step(paths["decode"], paths["head"][0], embedded[[t]], token_rows, 1))
+    prefill(CONTEXT - 3, 3)
     # Values are rounded to 11 bits after every operator, some 60 of them in a row here: errors of 2^-12 that add up as
     # a random walk are 8 * 2^-12 = 0.002 of the logits' own size.
     scale = np.sqrt(np.mean(np.square(expected)))

@@ -1,0 +1,149 @@
+"""Compiles a package for the NPU of a Snapdragon, ahead of time; PACKAGE/qnn/CHIP/ is what `--provider qnn` runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from meki._core import PackageError
+from meki.package import read_manifest
+from meki.registry import ModelNotFoundError, find_model
+
+from .check import Difference, compare
+from .chips import CHIPS
+from .compiler import Compiled, CompileError
+from .graph import PRECISIONS
+from .package import compile_package, target_directory
+from .stages import Options, precisions
+from .weights import PackageWeights
+
+DEFAULT_CONTEXT, DEFAULT_CHUNK, DEFAULT_CHECK = 10_240, 128, 16
+SMALL_MODEL = 50_000_000
+"""Parameters up to which the result is checked by default: the simulator takes seconds a token for a larger one."""
+
+
+class ProgressBar:
+    """One bar on stderr, a step for each stage."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+
+    def update(self, phase: str, done: int, total: int) -> None:
+        if self.bar is None:
+            self.bar = tqdm(total=total, unit="stage", file=sys.stderr, disable=None)  # None: no terminal
+        self.bar.set_description(phase)
+        self.bar.update(done - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def read_options(args: argparse.Namespace, package: Path) -> tuple[Options, int]:
+    """What to compile, and how many tokens to check it with."""
+    weights = PackageWeights(package, read_manifest(package))
+    context = min(DEFAULT_CONTEXT, weights.config.context) if args.context is None else args.context
+    options = Options(
+        context=context,
+        chunk=min(DEFAULT_CHUNK, context) if args.chunk is None else args.chunk,
+        precision=args.precision or precisions(weights)[0],
+        dense=args.dense,
+    )
+    options.check(weights)
+    small = weights.config.ram_parameters <= SMALL_MODEL
+    check = min(DEFAULT_CHECK, context) * small if args.check is None else args.check
+    if not 0 <= check <= context:
+        raise ValueError(f"--check is {check}, expected 0 to the context of {context} tokens")
+    return options, check
+
+
+def summary(entry: dict[str, Any], compiled: dict[str, Compiled], directory: Path) -> str:
+    """What was compiled, for people."""
+    lines = [
+        f"{directory}: {entry['chip']}, {entry['precision']} weights, context {entry['context']:,}, prefill in chunks "
+        f"of {entry['chunk']}; all {entry['nodes']:,} nodes on the NPU"
+    ]
+    for name, stage in compiled.items():
+        lines.append(
+            f"  {name:<16} {stage.nodes:6,} nodes {stage.binary_bytes / 1e6:10,.1f} MB"
+            f" {stage.seconds:8,.1f} s {stage.peak_bytes / 1e9:6.2f} GB of memory"
+        )
+    size = sum(file["bytes"] for file in entry["files"].values())
+    lines.append(f"  {'in all':<16} {size / 1e6:23,.1f} MB {sum(c.seconds for c in compiled.values()):8,.1f} s")
+    return "\n".join(lines)
+
+
+def difference_line(name: str, difference: Difference) -> str:
+    return (
+        f"  {name}, HTP simulator against the CPU over {difference.tokens} tokens: logits differ by "
+        f"{difference.rms:.4f} (RMS; the logits themselves {difference.rms_logits:.2f}), at most "
+        f"{difference.largest:.3f}; the most probable token is the same {difference.same_choice} times"
+    )
+
+
+def run(args: argparse.Namespace) -> str:
+    """Compiles as the command line says and returns the summary."""
+    package = find_model(args.package)
+    options, check = read_options(args, package)
+    bar = ProgressBar()
+    try:
+        entry, compiled = compile_package(package, args.soc, options, overwrite=args.overwrite, progress=bar.update)
+    finally:
+        bar.close()
+    lines = [summary(entry, compiled, target_directory(package, args.soc))]
+    if not check:
+        lines.append("  logits not compared with the CPU's: --check N does it, in the HTP simulator")
+    for name, memory in (("memory on", True), ("dense", False))[: 1 + options.dense if check else 0]:
+        lines.append(difference_line(name, compare(package, args.soc, check, memory=memory)))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command `meki-compile`. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    chips = ", ".join(f"{soc} ({chip.name})" for soc, chip in CHIPS.items())
+    parser = argparse.ArgumentParser(prog="meki-compile", description=__doc__, epilog="Reference: docs/qnn.md")
+    parser.add_argument("package", metavar="PACKAGE", help="name or directory of a package")
+    parser.add_argument("--soc", choices=CHIPS, required=True, metavar="CHIP", help=chips)
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help=f"capacity of the KV cache in tokens (default: {DEFAULT_CONTEXT:,}, or the model's if that is less)",
+    )
+    parser.add_argument("--chunk", type=int, metavar="N", help=f"tokens of a prefill step (default: {DEFAULT_CHUNK})")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="of the weights (default: the package's own; float32 becomes float16)"
+    )
+    parser.add_argument("--dense", action="store_true", help="the backbone without its memory too, to compare with")
+    parser.add_argument(
+        "--check",
+        type=int,
+        metavar="N",
+        help=f"tokens to compare logits with the CPU's over (default: {DEFAULT_CHECK} for models of up to "
+        f"{SMALL_MODEL // 10**6} million parameters, else 0)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is compiled for this chip")
+    args = parser.parse_args(argv)
+    try:
+        print(run(args))
+    except KeyboardInterrupt:
+        print("meki-compile: interrupted, the package is unchanged", file=sys.stderr)
+        return 130
+    except (ModelNotFoundError, FileExistsError) as error:
+        print(f"meki-compile: error: {error}", file=sys.stderr)
+        return 2
+    except (PackageError, CompileError, ImportError, MemoryError, RuntimeError) as error:
+        print(f"meki-compile: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 1
+    except (OSError, ValueError) as error:
+        print(f"meki-compile: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if isinstance(error, OSError) else 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
