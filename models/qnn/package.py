@@ -84,14 +84,6 @@ def compile_package(
     return entry, compiled
 
 
-def write_stages(package: Path, options: Options, directory: Path) -> list[Path]:
-    """Writes all stages as ONNX, not compiled, into `directory`; returns their paths. Errors as `compile_package`."""
-    weights = PackageWeights(package, read_manifest(package))
-    options.check(weights)
-    stages = [stage for stages in plan(weights, options).values() for stage in stages]
-    return [write_stage(weights, stage, directory) for stage in stages]
-
-
 def _entry(stage: StagePlan) -> dict[str, Any]:
     rows = stage.layers.rows if stage.layers else None
     return {"file": f"{stage.name}.onnx", "rows": None if rows is None else [rows.start, rows.stop]}

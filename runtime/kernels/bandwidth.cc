@@ -28,7 +28,7 @@ double read_bandwidth(size_t threads, size_t bytes) {
   std::atomic<uint64_t> sink{0};  // keeps the reading from being optimised away
   std::vector<Clock::time_point> begin(threads);
   std::vector<Clock::time_point> end(threads);
-  std::vector<std::jthread> workers;
+  std::vector<std::thread> workers;  // not jthread, which Android's libc++ counts as experimental
   for (size_t index = 0; index < threads; ++index) {
     workers.emplace_back([&, index] {
       uint64_t* const words = buffer.as<uint64_t>() + index * share;
@@ -43,7 +43,7 @@ double read_bandwidth(size_t threads, size_t bytes) {
       for (const uint64_t sum : sums) sink += sum;
     });
   }
-  workers.clear();
+  for (std::thread& worker : workers) worker.join();
   const auto elapsed = *std::max_element(end.begin(), end.end()) - *std::min_element(begin.begin(), begin.end());
   return static_cast<double>(buffer.size()) / std::chrono::duration<double>(elapsed).count();
 }

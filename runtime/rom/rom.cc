@@ -25,6 +25,11 @@ inline uint16_t load_u16(const std::byte* at) {
   return value;
 }
 
+uint64_t page_bytes() {  // 4 KiB, or 16 on some phones
+  static const auto bytes = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
+  return bytes;
+}
+
 uint64_t round_down(uint64_t value, uint64_t unit) { return value / unit * unit; }
 uint64_t round_up(uint64_t value, uint64_t unit) { return round_down(value + unit - 1, unit); }
 
@@ -109,8 +114,7 @@ Rom::Window Rom::window(uint32_t token) const noexcept {
 size_t Rom::request_bytes(uint32_t token) const { return window(token).bytes; }
 
 void Rom::will_need(const Window& window) const noexcept {
-  static const auto page_bytes = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
-  const uint64_t page = round_down(window.offset, page_bytes);
+  const uint64_t page = round_down(window.offset, page_bytes());
   ::madvise(mapping_.data() + page, window.bytes + (window.offset - page), MADV_WILLNEED);
 }
 
@@ -129,11 +133,11 @@ size_t Rom::copy_mapped(const Window& window, std::byte* out) const noexcept {
 // cache. With a page the kernel maps neighbours, as far as the page cache holds them in one piece, at most a page
 // table.
 void Rom::unmap(const Window& window) const noexcept {
-  constexpr uintptr_t kPageTable = 2 << 20;
+  const uintptr_t table = page_bytes() / sizeof(void*) * page_bytes();  // what one page table maps
   const auto mapped = reinterpret_cast<uintptr_t>(mapping_.data());
   const uintptr_t first = mapped + window.offset;
-  const uintptr_t begin = std::max(round_down(first, kPageTable), mapped);
-  const uintptr_t end = std::min(round_up(first + window.bytes, kPageTable), mapped + mapping_.size());
+  const uintptr_t begin = std::max(round_down(first, table), mapped);
+  const uintptr_t end = std::min(round_up(first + window.bytes, table), mapped + mapping_.size());
   ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
 }
 

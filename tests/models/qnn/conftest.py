@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import onnxruntime
 import pytest
 
 from meki.models.config import ModelConfig
+from meki.models.qnn.stages import Options, plan, write_stage
+from meki.models.qnn.weights import PackageWeights
 
 Run = Callable[[Path, dict[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -69,6 +72,17 @@ class NaiveStages:
         self.length += kept
         final = hidden["final"]
         return np.concatenate([self.run(head, {"final": final[:, t : t + 1]})["logits"] for t in range(kept)])
+
+
+def open_weights(package: Path) -> PackageWeights:
+    return PackageWeights(package, json.loads((package / "manifest.json").read_text()))
+
+
+def write_stages(package: Path, options: Options, directory: Path) -> list[Path]:
+    """All stages as ONNX, not compiled."""
+    weights = open_weights(package)
+    stages = [stage for stages in plan(weights, options).values() for stage in stages]
+    return [write_stage(weights, stage, directory) for stage in stages]
 
 
 @pytest.fixture

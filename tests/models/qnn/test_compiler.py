@@ -19,8 +19,9 @@ from meki.models.builder import GraphBuilder
 from meki.models.decoder import Decoder
 from meki.models.qnn.chips import CHIPS
 from meki.models.qnn.compiler import CompileError, compile_stage, open_provider, provider_options
-from meki.models.qnn.package import write_stages
 from meki.models.qnn.stages import Options
+
+from .conftest import write_stages
 
 ELITE = CHIPS["sm8750"]
 CONTEXT, CHUNK = 24, 6

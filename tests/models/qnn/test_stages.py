@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,11 @@ from meki.models.config import ConfigError
 from meki.models.decoder import Decoder
 from meki.models.qnn import stages as stages_module
 from meki.models.qnn.graph import embedding
-from meki.models.qnn.package import write_stages
 from meki.models.qnn.stages import Layers, Options, cut, plan
-from meki.models.qnn.weights import PackageWeights
+
+from .conftest import open_weights, write_stages
 
 CHUNK, CONTEXT = 6, 24
-
-
-def open_weights(package: Path) -> PackageWeights:
-    return PackageWeights(package, json.loads((package / "manifest.json").read_text()))
 
 
 def options(precision: str = "float16", **changes: Any) -> Options:
