@@ -131,17 +131,31 @@ void bind_errors(py::module_& m) {
 void bind_options(py::module_& m) {
   py::class_<EngineOptions>(m, "EngineOptions")
       .def(py::init([](std::filesystem::path onnxruntime, int threads, const std::string& rom_access,
-                       const std::string& kv_type, bool memory, int64_t rom_delay_us, std::filesystem::path profile) {
-             return EngineOptions{std::move(onnxruntime), threads, parse_rom_access(rom_access),
-                                  parse_kv_type(kv_type), memory,  std::chrono::microseconds(rom_delay_us),
-                                  std::move(profile)};
+                       const std::optional<std::string>& kv_type, bool memory, int64_t rom_delay_us,
+                       std::filesystem::path profile, const std::string& provider, std::filesystem::path qnn_library,
+                       std::string soc) {
+             return EngineOptions{.onnxruntime = std::move(onnxruntime),
+                                  .threads = threads,
+                                  .rom_access = parse_rom_access(rom_access),
+                                  .kv_type = kv_type ? std::optional(parse_kv_type(*kv_type)) : std::nullopt,
+                                  .memory = memory,
+                                  .rom_delay = std::chrono::microseconds(rom_delay_us),
+                                  .profile = std::move(profile),
+                                  .provider = parse_provider(provider),
+                                  .qnn_library = std::move(qnn_library),
+                                  .soc = std::move(soc)};
            }),
            py::kw_only(), "onnxruntime"_a, "threads"_a = 0, "rom_access"_a = name_of(EngineOptions().rom_access),
-           "kv_type"_a = "int8", "memory"_a = true, "rom_delay_us"_a = 0, "profile"_a = "")
+           "kv_type"_a = py::none(), "memory"_a = true, "rom_delay_us"_a = 0, "profile"_a = "",
+           "provider"_a = name_of(EngineOptions().provider), "qnn_library"_a = "", "soc"_a = "")
       .def_property_readonly("onnxruntime", [](const EngineOptions& o) { return o.onnxruntime.string(); })
       .def_readonly("threads", &EngineOptions::threads)
       .def_property_readonly("rom_access", [](const EngineOptions& o) { return name_of(o.rom_access); })
-      .def_property_readonly("kv_type", [](const EngineOptions& o) { return name_of(o.kv_type); });
+      .def_property_readonly(
+          "kv_type",
+          [](const EngineOptions& o) { return o.kv_type ? std::optional(name_of(*o.kv_type)) : std::nullopt; })
+      .def_property_readonly("provider", [](const EngineOptions& o) { return name_of(o.provider); })
+      .def_readonly("soc", &EngineOptions::soc);
 
   const SessionOptions session;
   py::class_<SessionOptions>(m, "SessionOptions")
@@ -212,13 +226,17 @@ void bind_engine(py::module_& m) {
           },
           "path"_a, "options"_a, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("vocab_size", [](const Engine& e) { return e.manifest().architecture.vocab_size; })
-      .def_property_readonly("context", [](const Engine& e) { return e.manifest().architecture.context; })
+      .def_property_readonly("context", [](const Engine& e) { return e.context(); })
       .def_property_readonly("eos_token_ids", [](const Engine& e) { return e.manifest().eos_token_ids; })
       .def_property_readonly(
           "rom_access",
           [](const Engine& e) { return e.rom() ? std::optional(name_of(e.rom()->access())) : std::nullopt; })
       .def_property_readonly("threads", &Engine::threads)
       .def_property_readonly("kv_type", [](const Engine& e) { return name_of(e.kv_type()); })
+      .def_property_readonly("provider", [](const Engine& e) { return name_of(e.provider()); })
+      .def_property_readonly("simulated", &Engine::simulated)
+      .def_property_readonly("soc",
+                             [](const Engine& e) { return e.soc().empty() ? std::nullopt : std::optional(e.soc()); })
       .def("drop_rom_cache", [](const Engine& e) {
         if (e.rom()) e.rom()->drop_cache();
       });
@@ -288,10 +306,15 @@ PYBIND11_MODULE(_core, m) {
   m.def("read_bandwidth", &meki::read_bandwidth, "threads"_a, "bytes"_a, py::call_guard<py::gil_scoped_release>());
   m.def(
       "read_manifest",
-      [](const std::filesystem::path& path) {
+      [](const std::filesystem::path& path, const std::string& provider, const std::string& soc) {
         const meki::Manifest manifest = meki::Manifest::open(path);
+        if (meki::parse_provider(provider) == meki::Provider::qnn) {
+          manifest.check_target_files(soc);
+        } else {
+          manifest.check_files();
+        }
         meki::open_rom(manifest, meki::RomAccess::pread);
         return manifest.json;
       },
-      "path"_a, py::call_guard<py::gil_scoped_release>());
+      "path"_a, "provider"_a = "cpu", "soc"_a = "", py::call_guard<py::gil_scoped_release>());
 }

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import platform
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +54,25 @@ def random_model(config: ModelConfig, seed: int = 7) -> Decoder:
             else:  # gains, alpha and beta
                 parameter.uniform_(0.5, 1.5, generator=generator)
     return model
+
+
+@functools.cache
+def qnn_is_missing() -> str | None:
+    """Why Qualcomm's compiler and simulator do not run here."""
+    if platform.machine() != "x86_64":
+        return f"Qualcomm's simulator runs on x86-64 alone, this is {platform.machine()}"
+    if find_spec("onnxruntime_qnn") is None:
+        return "onnxruntime-qnn is not installed: pip install 'meki[qnn]'"
+    try:
+        ctypes.CDLL("libatomic.so.1")
+    except OSError:
+        return "libatomic.so.1, which Qualcomm's libraries need, is not there: apt install libatomic1"
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("qnn") and (reason := qnn_is_missing()):
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

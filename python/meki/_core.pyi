@@ -18,32 +18,41 @@ class EngineOptions:
     """Compute threads; 0: one per available core."""
     rom_access: str
     """One of "pread" (default), "mmap" and "direct" (O_DIRECT)."""
-    kv_type: str
-    """How keys and values are stored: "float32", "float16", "int8" (default) or "int4"."""
+    kv_type: str | None
+    """How keys and values are stored: "float32", "float16", "int8" or "int4"; None: int8 with the provider "cpu", and
+    float16 with "qnn", which has no other."""
+    provider: str
+    """What computes: "cpu" (default), or "qnn": the stages that are compiled for a chip, on its NPU."""
+    soc: str
+    """The compiled chip, by its name in the manifest; empty: the only one there is."""
     def __init__(
         self,
         *,
         onnxruntime: str | PathLike[str],
         threads: int = 0,
         rom_access: str = "pread",
-        kv_type: str = "int8",
+        kv_type: str | None = None,
         memory: bool = True,
         rom_delay_us: int = 0,
         profile: str | PathLike[str] = "",
+        provider: str = "cpu",
+        qnn_library: str | PathLike[str] = "",
+        soc: str = "",
     ) -> None:
         """memory: False runs the package's backbone without its memory. rom_delay_us: microseconds that every bundle
         read takes longer, to imitate slow storage. profile: ONNX Runtime writes a trace of each stage, in Chrome's
-        format, into a file whose name begins so; complete when the engine and its sessions are gone."""
+        format, into a file whose name begins so; complete when the engine and its sessions are gone. qnn_library:
+        libonnxruntime_providers_qnn.so, for the provider "qnn"."""
 
 class SessionOptions:
     """What one session needs."""
 
     context: int
-    """Capacity of the KV cache in tokens; 0: the model's context, at most 4096."""
+    """Capacity of the KV cache in tokens; 0: the engine's context, at most 4096."""
     prefetch: bool
     """Read rows on the I/O thread ahead of their use; False reads them on the compute thread."""
     chunk: int
-    """Prompt tokens of one prefill step."""
+    """Prompt tokens of one prefill step; with the provider "qnn" at most those it is compiled for."""
     def __init__(self, *, context: int = 0, prefetch: bool = True, chunk: int = 256) -> None: ...
 
 class SamplingOptions:
@@ -102,13 +111,13 @@ class Engine:
 
     @staticmethod
     def open(path: str | PathLike[str], options: EngineOptions) -> Engine:
-        """PackageError if the package is unusable; ValueError for bad options; RuntimeError if ONNX Runtime cannot be
-        loaded."""
+        """PackageError if the package is unusable; ValueError for bad options, such as a chip that the package is not
+        compiled for; RuntimeError if ONNX Runtime or its provider cannot be loaded."""
     @property
     def vocab_size(self) -> int: ...
     @property
     def context(self) -> int:
-        """Longest sequence that the model supports, in tokens."""
+        """Longest sequence that the model supports, in tokens; compiled stages may support less."""
     @property
     def eos_token_ids(self) -> list[int]: ...
     @property
@@ -118,6 +127,14 @@ class Engine:
     def threads(self) -> int: ...
     @property
     def kv_type(self) -> str: ...
+    @property
+    def provider(self) -> str: ...
+    @property
+    def simulated(self) -> bool:
+        """Whether a simulator of the NPU computes: results as on the chip, speed is not."""
+    @property
+    def soc(self) -> str | None:
+        """The chip whose compiled stages run; None with the provider "cpu"."""
     def drop_rom_cache(self) -> None:
         """Asks the system to forget its cached pages of the ROM, so that the next reads go to storage. Best effort."""
 
@@ -191,5 +208,6 @@ def cpu_kernels() -> str:
 def read_bandwidth(threads: int, bytes: int) -> float:
     """Bytes per second that `threads` threads read together, once through a buffer of `bytes` bytes in memory."""
 
-def read_manifest(path: str | PathLike[str]) -> str:
-    """Checks the package at `path` as Engine.open does, without loading its graph; returns the manifest's JSON text."""
+def read_manifest(path: str | PathLike[str], provider: str = "cpu", soc: str = "") -> str:
+    """Checks the package at `path` as Engine.open does with this provider and chip, without loading a graph; returns
+    the manifest's JSON text. With "cpu" the compiled files may be missing, with "qnn" all but those and the ROM."""

@@ -22,7 +22,7 @@ from .generation import (
     check_integer,
     check_options,
 )
-from .package import check_parsed_files, has_random_weights, read_manifest
+from .package import check_parsed_files, compiled_targets, has_random_weights, read_manifest
 from .prompt import PromptEncoder
 from .registry import find_model
 
@@ -39,14 +39,19 @@ class Engine:
         *,
         threads: int = 0,
         rom_access: str = "pread",
-        kv_type: str = "int8",
+        kv_type: str | None = None,
+        provider: str = "cpu",
+        soc: str | None = None,
     ) -> None:
         """Opens a package by name or path.
 
         threads: compute threads of one step, 0 for one per available core. rom_access: "pread", "mmap", or "direct"
-        (past the page cache). kv_type: how keys and values are stored, "float32", "float16", "int8" or "int4". Raises
-        ModelNotFoundError, PackageError for a package that cannot be used, ValueError for an option out of range,
-        ImportError or RuntimeError if ONNX Runtime is missing or fails.
+        (past the page cache). kv_type: how keys and values are stored, "float32", "float16", "int8" or "int4"; None:
+        "int8", and with the provider "qnn" "float16", which has no other. provider: "cpu", or "qnn" for what
+        meki-compile has made of the package: it runs on the NPU of a Qualcomm chip, on x86-64 in its simulator. soc:
+        the compiled chip, such as "sm8750"; None: the only one there is. Raises ModelNotFoundError, PackageError for a
+        package that cannot be used, ValueError for an option out of range or a chip that the package is not compiled
+        for, ImportError or RuntimeError if ONNX Runtime or its provider is missing or fails.
         """
         self.path = find_model(model)
         options = _core.EngineOptions(
@@ -54,9 +59,13 @@ class Engine:
             threads=check_integer("threads", threads, 1024),
             rom_access=rom_access,
             kv_type=kv_type,
+            provider=provider,
+            qnn_library=str(find_qnn_provider()) if provider == "qnn" else "",
+            soc=soc or "",
         )
-        self.manifest = read_manifest(self.path)
-        check_parsed_files(self.path, self.manifest)
+        self.manifest = read_manifest(self.path, provider, options.soc)
+        chip = options.soc or next(iter(compiled_targets(self.manifest))) if provider == "qnn" else None
+        check_parsed_files(self.path, self.manifest, chip)
         self._core = _core.Engine.open(str(self.path), options)
         self._prompts = PromptEncoder(self.path, self.manifest)
         self.tokenizer = self._prompts.tokenizer
@@ -74,8 +83,23 @@ class Engine:
 
     @property
     def context(self) -> int:
-        """The longest sequence that the model supports, in tokens."""
+        """The longest sequence that the model supports, or is compiled for, in tokens."""
         return self._core.context
+
+    @property
+    def provider(self) -> str:
+        """What computes: "cpu" or "qnn"."""
+        return self._core.provider
+
+    @property
+    def soc(self) -> str | None:
+        """The chip whose compiled stages run; None with the provider "cpu"."""
+        return self._core.soc
+
+    @property
+    def simulated(self) -> bool:
+        """True if a simulator of the chip's NPU computes: results are as on the chip, speed is not."""
+        return self._core.simulated
 
     @property
     def threads(self) -> int:
@@ -103,7 +127,7 @@ class Engine:
         return has_random_weights(self.manifest)
 
     def session(self, *, context: int = 0, prefetch: bool = True) -> Session:
-        """A new sequence. context: capacity in tokens, 0 for the model's own, at most 4096. prefetch: read rows ahead
+        """A new sequence. context: capacity in tokens, 0 for the engine's, at most 4096. prefetch: read rows ahead
         on the I/O thread; False reads them on the compute thread, which is for measurements."""
         return Session(self, context=context, prefetch=prefetch)
 
@@ -267,3 +291,14 @@ def find_onnxruntime() -> Path:
             f"ONNX Runtime's libonnxruntime.so not found ({where}); run `pip install --force-reinstall onnxruntime`"
         )
     return libraries[0]
+
+
+def find_qnn_provider() -> Path:
+    """The shared library of ONNX Runtime's QNN provider, in the distribution `onnxruntime-qnn`."""
+    try:
+        import onnxruntime_qnn
+    except ImportError as error:
+        raise ImportError(
+            "the provider qnn needs the package onnxruntime-qnn; run `pip install 'meki[qnn]'`"
+        ) from error
+    return Path(onnxruntime_qnn.get_library_path())

@@ -15,10 +15,12 @@ from .generation import SAMPLING, check_options
 _BLOCK = 1 << 20
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The checked manifest: the engine checks what it runs by, this function what only Python reads. PackageError."""
+def read_manifest(directory: Path, provider: str = "cpu", soc: str = "") -> dict[str, Any]:
+    """The checked manifest: the engine checks what it runs by, this function what only Python reads. PackageError, and
+    ValueError for a chip that the package is not compiled for."""
+    text = _core.read_manifest(str(directory), provider, soc)
     try:
-        manifest: dict[str, Any] = json.loads(_core.read_manifest(str(directory)))
+        manifest: dict[str, Any] = json.loads(text)
     except ValueError as error:  # what Python's parser does not take: a byte-order mark
         raise _core.PackageError(f"{directory / 'manifest.json'}: not valid JSON: {error}") from error
 
@@ -48,20 +50,39 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         got = tokenizer["chat_template"].get("variables")
         good = isinstance(got, dict) and all(isinstance(value, str) for value in got.values())
         check(good, "tokenizer.chat_template.variables", got, "an object of strings")
-    for name, entry in manifest["files"].items():
-        got = entry.get("sha256")
-        good = isinstance(got, str) and re.fullmatch("[0-9a-f]{64}", got) is not None
-        check(good, f'files["{name}"].sha256', got, "64 hexadecimal digits")
+    targets = compiled_targets(manifest)
+    parts = {"": manifest, **{f"qnn.{chip}.": target for chip, target in targets.items()}}
+    for where, part in parts.items():
+        for name, entry in part["files"].items():
+            got = entry.get("sha256")
+            good = isinstance(got, str) and re.fullmatch("[0-9a-f]{64}", got) is not None
+            check(good, f'{where}files["{name}"].sha256', got, "64 hexadecimal digits")
     return manifest
 
 
-def check_parsed_files(directory: Path, manifest: dict[str, Any]) -> None:
-    """The SHA-256 sums of the files that go through a parser: graphs, tokenizer and chat template, which are small.
-    PackageError."""
+def compiled_targets(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the package is compiled for, by chip."""
+    targets: dict[str, dict[str, Any]] = manifest.get("qnn", {})
+    return targets
+
+
+def target_directory(directory: Path, chip: str) -> Path:
+    """Where the files of a compiled target are."""
+    return directory / "qnn" / chip
+
+
+def check_parsed_files(directory: Path, manifest: dict[str, Any], chip: str | None = None) -> None:
+    """The SHA-256 sums of the files that go through a parser: tokenizer, chat template, and the graphs, with a `chip`
+    those that are compiled for it (not their binaries). All are small. PackageError."""
     tokenizer = manifest["tokenizer"]
-    parsed = [*manifest["stages"], *(manifest["dense_stages"] or []), tokenizer, tokenizer["chat_template"]]
+    parsed = [tokenizer, tokenizer["chat_template"]]
+    if chip is None:
+        parsed += [*manifest["stages"], *(manifest["dense_stages"] or [])]
     for name in (entry["file"] for entry in parsed if entry is not None):
         check_sha256(directory / name, manifest["files"][name]["sha256"], lambda size: None)
+    files = compiled_targets(manifest)[chip]["files"] if chip is not None else {}
+    for name in (name for name in files if name.endswith(".onnx")):
+        check_sha256(target_directory(directory, chip or "") / name, files[name]["sha256"], lambda size: None)
 
 
 def check_sha256(path: Path, expected: str, advance: Callable[[int], object]) -> None:

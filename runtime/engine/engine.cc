@@ -3,11 +3,14 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <array>
+#include <span>
 #include <stdexcept>
 
 #include "base/error.h"
 #include "engine/session.h"
 #include "engine/stage_io.h"
+#include "graph/qnn.h"
 
 namespace meki {
 namespace {
@@ -31,18 +34,60 @@ Manifest without_memory(Manifest manifest) {
   manifest.stages = std::move(manifest.dense_stages);
   manifest.memory.reset();
   manifest.architecture.memory_dim = 0;
+  for (auto& [name, target] : manifest.qnn) {
+    target.decode = std::move(target.dense_decode);
+    target.prefill = std::move(target.dense_prefill);
+  }
   return manifest;
 }
 
-// One token through all stages: ONNX Runtime checks every type and shape that the manifest promised, and the weights
-// that the first real step needs are brought into memory.
+// One token through all stages, and compiled ones with two tokens as well: ONNX Runtime checks every type and shape
+// that the manifest promised, and the weights that the first real step needs are brought into memory.
 void run_once(const std::shared_ptr<const Engine>& engine) {
-  const Architecture& architecture = engine->manifest().architecture;
-  Session session(engine, {.context = std::min<size_t>(architecture.context, 8), .chunk = 1});
-  const int64_t token = 0;
-  session.prompt({&token, 1});
-  const Mapping logits = Mapping::zeroed(architecture.vocab_size * sizeof(float));
-  session.logits(logits.as<float>());
+  const Mapping logits = Mapping::zeroed(2 * engine->manifest().architecture.vocab_size * sizeof(float));
+  const std::array<int64_t, 2> tokens = {0, 0};
+  Session session(engine, {.context = std::min<size_t>(engine->context(), 8), .chunk = 2});
+  const bool prefill = engine->provider() == Provider::qnn && session.context() > 1;
+  for (size_t count = prefill ? 2 : 1; count > 0; --count) {
+    session.rewind(0);
+    session.prompt(std::span(tokens).first(count));
+    session.logits(logits.as<float>());
+  }
+}
+
+std::shared_ptr<const Engine> open_cpu(Manifest manifest, const EngineOptions& options, int threads) {
+  const KvType kv_type = options.kv_type.value_or(KvType::int8);
+  manifest.check_files();
+  if (!options.memory) manifest = without_memory(std::move(manifest));
+  // A choice that the model's heads do not allow is an error of the caller, not of the package.
+  static_cast<void>(KvLayout(kv_type, manifest.architecture.kv_heads, manifest.architecture.head_dim));
+  auto rom = open_rom(manifest, options.rom_access, options.rom_delay);
+  const GraphLoader load = onnxruntime_loader(options.onnxruntime, {threads, kv_type, options.profile});
+  return std::make_shared<const Engine>(std::move(manifest), std::move(rom), load, threads, kv_type);
+}
+
+std::shared_ptr<const Engine> open_qnn(Manifest manifest, const EngineOptions& options, int threads) {
+  if (options.kv_type.value_or(KvType::float16) != KvType::float16) {
+    throw std::invalid_argument("kv_type is " + std::string(name_of(*options.kv_type)) +
+                                ", expected float16: compiled stages keep keys and values in no other type");
+  }
+  const std::string soc = manifest.find_target(options.soc);
+  manifest.check_target_files(soc);
+  const QnnTarget target = manifest.qnn.at(soc);
+  if (!options.memory) {
+    if (manifest.memory && target.dense_decode.empty()) {
+      const std::string package = manifest.directory.string();
+      throw std::invalid_argument(package + ": compiled without its dense variant; run meki-compile " + package +
+                                  " --soc " + soc + " --dense");
+    }
+    manifest = without_memory(std::move(manifest));
+  }
+  auto rom = open_rom(manifest, options.rom_access, options.rom_delay);
+  const GraphLoader cpu = onnxruntime_loader(options.onnxruntime, {threads, KvType::float16, options.profile});
+  const GraphLoader qnn =
+      qnn_loader(options.onnxruntime, options.qnn_library, {target.soc_model, target.htp_arch, options.profile});
+  StaticModel model = load_static_model(manifest, soc, qnn_is_simulated(), cpu, qnn);
+  return std::make_shared<const Engine>(std::move(manifest), std::move(rom), std::move(model), threads);
 }
 
 }  // namespace
@@ -67,19 +112,28 @@ std::shared_ptr<const Rom> open_rom(const Manifest& manifest, RomAccess access, 
   return rom;
 }
 
+std::string_view name_of(Provider provider) { return provider == Provider::qnn ? "qnn" : "cpu"; }
+
+Provider parse_provider(std::string_view name) {
+  for (const Provider provider : {Provider::cpu, Provider::qnn}) {
+    if (name == name_of(provider)) return provider;
+  }
+  throw std::invalid_argument("provider is \"" + std::string(name) + "\", expected cpu or qnn");
+}
+
 std::shared_ptr<const Engine> Engine::open(const std::filesystem::path& directory, const EngineOptions& options) {
   const int threads = resolve_threads(options.threads);
   if (options.rom_delay.count() < 0) {
     throw std::invalid_argument("rom_delay is " + std::to_string(options.rom_delay.count()) +
                                 " microseconds, expected at least 0");
   }
+  const bool qnn = options.provider == Provider::qnn;
+  if (!qnn && !options.soc.empty()) {
+    throw std::invalid_argument("soc is \"" + options.soc + "\", which only the provider qnn can run on");
+  }
   Manifest manifest = Manifest::open(directory);
-  if (!options.memory) manifest = without_memory(std::move(manifest));
-  // A choice that the model's heads do not allow is an error of the caller, not of the package.
-  static_cast<void>(KvLayout(options.kv_type, manifest.architecture.kv_heads, manifest.architecture.head_dim));
-  auto rom = open_rom(manifest, options.rom_access, options.rom_delay);
-  const GraphLoader load = onnxruntime_loader(options.onnxruntime, {threads, options.kv_type, options.profile});
-  auto engine = std::make_shared<const Engine>(std::move(manifest), std::move(rom), load, threads, options.kv_type);
+  const auto engine =
+      qnn ? open_qnn(std::move(manifest), options, threads) : open_cpu(std::move(manifest), options, threads);
   run_once(engine);
   return engine;
 }
@@ -91,5 +145,12 @@ Engine::Engine(Manifest manifest, std::shared_ptr<const Rom> rom, const GraphLoa
   }
   hidden_names_ = check_stages(manifest_, stages_);
 }
+
+Engine::Engine(Manifest manifest, std::shared_ptr<const Rom> rom, StaticModel model, int threads)
+    : manifest_(std::move(manifest)),
+      rom_(std::move(rom)),
+      static_model_(std::move(model)),
+      threads_(threads),
+      kv_type_(KvType::float16) {}
 
 }  // namespace meki

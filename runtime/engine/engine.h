@@ -4,9 +4,12 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
+#include "engine/static_model.h"
 #include "graph/graph.h"
 #include "kernels/kv_cache.h"
 #include "package/manifest.h"
@@ -14,20 +17,24 @@
 
 namespace meki {
 
+// What computes: the package's graphs on the CPU, or those that are compiled for a chip on its NPU.
+enum class Provider { cpu, qnn };
+
+std::string_view name_of(Provider provider);
+// Throws std::invalid_argument.
+Provider parse_provider(std::string_view name);
+
 struct EngineOptions {
   std::filesystem::path onnxruntime;  // the ONNX Runtime shared library
   int threads = 0;                    // compute threads; 0: one per available core
   RomAccess rom_access = RomAccess::pread;
-  KvType kv_type = KvType::int8;
+  std::optional<KvType> kv_type{};         // none: int8 on the CPU, float16 of compiled stages, which have no other
   bool memory = true;                      // false: the package's backbone without its memory
   std::chrono::microseconds rom_delay{0};  // added to every bundle read, to imitate slow storage
   std::filesystem::path profile{};         // as in GraphOptions
-};
-
-// A stage of the model, ready to be bound.
-struct Stage {
-  std::unique_ptr<Graph> graph;
-  std::optional<LayerRange> rows;  // memory rows that it takes
+  Provider provider = Provider::cpu;
+  std::filesystem::path qnn_library{};  // libonnxruntime_providers_qnn.so; with Provider::qnn
+  std::string soc{};                    // the compiled chip, by its name in the manifest; empty: the only one there is
 };
 
 // An opened package: what all its sessions share. Immutable and thread-safe.
@@ -40,20 +47,33 @@ class Engine {
   // From parts; `open` and tests use it. `rom` is what open_rom(manifest) gave: null exactly for a dense model. Throws
   // PackageError if the stages do not fit the manifest.
   Engine(Manifest manifest, std::shared_ptr<const Rom> rom, const GraphLoader& load, int threads, KvType kv_type);
+  // The same with Provider::qnn.
+  Engine(Manifest manifest, std::shared_ptr<const Rom> rom, StaticModel model, int threads);
 
   const Manifest& manifest() const { return manifest_; }
   const std::shared_ptr<const Rom>& rom() const { return rom_; }
   const std::vector<Stage>& stages() const { return stages_; }
   // Names of the float32 [1, T, hidden] tensors that pass from stage to stage.
   const std::vector<std::string>& hidden_names() const { return hidden_names_; }
+  // What runs with Provider::qnn, where there are no stages(); null on the CPU.
+  const StaticModel* static_model() const { return static_model_ ? &*static_model_ : nullptr; }
+  // The longest sequence that a session can hold, in tokens.
+  size_t context() const { return static_model_ ? static_model_->context : manifest_.architecture.context; }
   int threads() const { return threads_; }
   KvType kv_type() const { return kv_type_; }
+
+  Provider provider() const { return static_model_ ? Provider::qnn : Provider::cpu; }
+  // Whether Qualcomm's simulator of the NPU computes: results as on the chip, speed is not.
+  bool simulated() const { return static_model_ && static_model_->simulated; }
+  // The chip that runs; empty with Provider::cpu.
+  std::string soc() const { return static_model_ ? static_model_->soc : std::string(); }
 
  private:
   Manifest manifest_;
   std::shared_ptr<const Rom> rom_;
   std::vector<Stage> stages_;
   std::vector<std::string> hidden_names_;
+  std::optional<StaticModel> static_model_;
   int threads_;
   KvType kv_type_;
 };

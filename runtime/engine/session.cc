@@ -2,11 +2,8 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
 #include <stdexcept>
 #include <string>
-
-#include "base/error.h"
 
 namespace meki {
 namespace {
@@ -28,16 +25,18 @@ class Timer {
 };
 
 size_t resolve_context(const Engine& engine, size_t context) {
-  const size_t limit = engine.manifest().architecture.context;
+  const size_t limit = engine.context();
   if (context > limit) {
-    throw std::invalid_argument("context is " + std::to_string(context) + " tokens, the model supports at most " +
-                                std::to_string(limit));
+    const char* what = engine.provider() == Provider::qnn ? " tokens, the model is compiled for at most "
+                                                          : " tokens, the model supports at most ";
+    throw std::invalid_argument("context is " + std::to_string(context) + what + std::to_string(limit));
   }
   return context > 0 ? context : std::min(limit, SessionOptions::kDefaultContext);
 }
 
-size_t resolve_chunk(size_t chunk, size_t context) {
+size_t resolve_chunk(const Engine& engine, size_t chunk, size_t context) {
   if (chunk == 0) throw std::invalid_argument("chunk is 0 tokens, expected at least 1");
+  if (engine.static_model() != nullptr) chunk = std::min(chunk, engine.static_model()->chunk);
   return std::min(chunk, context);
 }
 
@@ -46,25 +45,17 @@ size_t resolve_chunk(size_t chunk, size_t context) {
 Session::Session(std::shared_ptr<const Engine> engine, const SessionOptions& options)
     : engine_(std::move(engine)),
       context_(resolve_context(*engine_, options.context)),
-      chunk_(resolve_chunk(options.chunk, context_)),
-      buffers_(*engine_, context_, chunk_),
-      // Pages that nobody writes take no memory: a vocabulary that no stage confirms costs nothing.
-      logits_(Mapping::zeroed(vocab_size() * sizeof(float))) {
-  if (engine_->rom() != nullptr) {
-    prefetcher_ = std::make_unique<Prefetcher>(engine_->rom(), chunk_, options.prefetch);
-  }
-  decode_bindings_ = buffers_.bind({.tokens = 1, .rows = rows(0), .logit_rows = 1, .logits = logits_.as<float>()});
+      chunk_(resolve_chunk(*engine_, options.chunk, context_)),
+      steps_(make_steps(*engine_, context_, chunk_, options.prefetch)) {
   tokens_.reserve(context_);
 }
-
-const float* Session::rows(int slot) const { return prefetcher_ != nullptr ? prefetcher_->rows(slot) : nullptr; }
 
 void Session::check_room(size_t count) const {
   if (count <= context_ - tokens_.size()) return;
   throw std::invalid_argument("the sequence would have " + std::to_string(tokens_.size() + count) +
                               " tokens, the context holds " + std::to_string(context_) +
-                              "; shorten the prompt or choose a larger context (this model supports up to " +
-                              std::to_string(engine_->manifest().architecture.context) + ")");
+                              "; shorten the prompt or choose a larger context (up to " +
+                              std::to_string(engine_->context()) + " here)");
 }
 
 void Session::prompt(std::span<const int64_t> ids) {
@@ -125,13 +116,13 @@ std::optional<int32_t> Session::next(const Poll& poll) {
 int32_t Session::sample(bool decoding) {
   uint64_t unused = 0;
   const Timer timer(decoding ? stats_.sample_ns : unused);
-  return sampler_->sample({logits_.as<float>(), vocab_size()}, tokens_);
+  return sampler_->sample(steps_->last_logits(), tokens_);
 }
 
 void Session::fill_synthetic(size_t count) {
   if (pending() > 0) throw std::invalid_argument("tokens are pending; compute them before filling the cache");
   check_room(count);
-  buffers_.fill_cache(tokens_.size(), tokens_.size() + count);
+  steps_->fill_cache(tokens_.size(), tokens_.size() + count);
   for (size_t i = 0; i < count; ++i) {  // a stride that visits the vocabulary far apart, as text does
     tokens_.push_back(static_cast<int32_t>((tokens_.size() * 7919) % vocab_size()));
   }
@@ -156,16 +147,15 @@ void Session::rewind(size_t length) {
 }
 
 void Session::request_rows(int slot, size_t first, size_t count) {
-  if (prefetcher_ != nullptr) prefetcher_->begin(slot, std::span(tokens_).subspan(first, count));
+  steps_->request(slot, std::span(tokens_).subspan(first, count));
 }
 
-// One step of one token with the bindings that were made once.
 void Session::decode() {
   if (!rows_begun_) request_rows(0, computed_, 1);
   rows_begun_ = false;
-  const uint64_t stall = run(decode_bindings_, 1, {logits_.as<float>(), vocab_size()}, 0);
+  const uint64_t stall = run(1, 0, nullptr);
   ++stats_.decode_tokens;
-  if (prefetcher_ != nullptr) stats_.stall_ns.push_back(stall);  // start() made room
+  if (steps_->has_rows()) stats_.stall_ns.push_back(stall);  // start() made room
 }
 
 // Computes all pending tokens in chunks; the rows of the next chunk are read while one is computed.
@@ -179,46 +169,19 @@ void Session::prefill(float* all_logits, const Poll& poll) {
   while (computed_ < end) {
     const size_t count = count_at(computed_);
     if (computed_ + count < end) request_rows(1 - slot, computed_ + count, count_at(computed_ + count));
-    const size_t logit_rows = all_logits != nullptr ? count : 1;
-    float* target = all_logits != nullptr ? all_logits : logits_.as<float>();
-    const auto bindings =
-        buffers_.bind({.tokens = count, .rows = rows(slot), .logit_rows = logit_rows, .logits = target});
-    stats_.prefill_stall_ns += run(bindings, count, {target, logit_rows * vocab_size()}, slot);
+    stats_.prefill_stall_ns += run(count, slot, all_logits);
     stats_.prefill_tokens += count;
-    if (all_logits != nullptr) {
-      all_logits += count * vocab_size();
-      std::memcpy(logits_.data(), all_logits - vocab_size(), vocab_size() * sizeof(float));
-    }
+    if (all_logits != nullptr) all_logits += count * vocab_size();
     slot = 1 - slot;
     if (poll) poll();
   }
 }
 
-// Runs the next `tokens` tokens through all stages; the rows come from `slot`, into which they were requested. `logits`
-// is what the bindings write: those of the last tokens, [any number, vocab_size]. Returns the nanoseconds spent waiting
-// for rows.
-uint64_t Session::run(const Bindings& bindings, size_t tokens, std::span<const float> logits, int slot) {
-  const size_t logit_rows = logits.size() / vocab_size();
-  std::copy_n(tokens_.begin() + static_cast<std::ptrdiff_t>(computed_), tokens, buffers_.token_ids());
-  for (size_t row = 0; row < logit_rows; ++row) {
-    buffers_.logit_index()[row] = static_cast<int64_t>(tokens - logit_rows + row);
-  }
-  *buffers_.total_sequence_length() = static_cast<int32_t>(computed_ + tokens);
+// Runs the next `tokens` tokens through all stages; the rows come from `slot`, into which they were requested. Returns
+// the nanoseconds spent waiting for rows.
+uint64_t Session::run(size_t tokens, int slot, float* all_logits) {
   logits_valid_ = false;
-  uint64_t stall = 0;
-  bool waiting = prefetcher_ != nullptr;
-  for (size_t index = 0; index < bindings.size(); ++index) {
-    if (waiting && engine_->stages()[index].rows) {
-      stall = prefetcher_->wait(slot);
-      waiting = false;
-    }
-    bindings[index]->run();
-  }
-  if (waiting) prefetcher_->wait(slot);  // no stage took rows: end the request all the same
-  if (has_nan(logits)) {
-    throw PackageError(engine_->manifest().directory.string() +
-                       ": the model computed NaN; its weights or memory rows are damaged: convert the model again");
-  }
+  const uint64_t stall = steps_->run({std::span(tokens_).subspan(computed_, tokens), computed_, slot, all_logits});
   computed_ += tokens;
   logits_valid_ = true;
   return stall;
@@ -226,17 +189,15 @@ uint64_t Session::run(const Bindings& bindings, size_t tokens, std::span<const f
 
 Stats Session::stats() const {
   Stats stats = stats_;
-  if (prefetcher_ != nullptr) {
-    const RomCounters now = prefetcher_->counters();
-    stats.rom = {now.requests - rom_base_.requests, now.bytes - rom_base_.bytes};
-  }
+  const RomCounters now = steps_->rom_counters();
+  stats.rom = {now.requests - rom_base_.requests, now.bytes - rom_base_.bytes};
   return stats;
 }
 
 void Session::reset_stats() {
   stats_ = Stats();
   stats_.stall_ns.reserve(remaining_);
-  if (prefetcher_ != nullptr) rom_base_ = prefetcher_->counters();
+  rom_base_ = steps_->rom_counters();
 }
 
 }  // namespace meki

@@ -8,18 +8,17 @@
 #include <span>
 #include <vector>
 
-#include "engine/buffers.h"
 #include "engine/engine.h"
 #include "engine/sampler.h"
 #include "engine/stats.h"
-#include "rom/prefetcher.h"
+#include "engine/steps.h"
 
 namespace meki {
 
 struct SessionOptions {
-  size_t context = 0;    // capacity of the KV cache in tokens; 0: the model's context, at most kDefaultContext
+  size_t context = 0;    // capacity of the KV cache in tokens; 0: the engine's context, at most kDefaultContext
   bool prefetch = true;  // read rows on the I/O thread ahead of their use; false: on the compute thread when needed
-  size_t chunk = 256;    // prompt tokens of one prefill step
+  size_t chunk = 256;    // prompt tokens of one prefill step; with Provider::qnn at most those compiled
 
   static constexpr size_t kDefaultContext = 4096;
 };
@@ -72,35 +71,29 @@ class Session {
   // tokens are pending.
   void fill_synthetic(size_t count);
   // Bytes of the KV cache, all layers together, that a step reads after `tokens` tokens.
-  size_t kv_bytes(size_t tokens) const { return buffers_.cache_bytes(tokens); }
+  size_t kv_bytes(size_t tokens) const { return steps_->cache_bytes(tokens); }
 
   Stats stats() const;
   void reset_stats();
 
  private:
-  using Bindings = std::vector<std::unique_ptr<Binding>>;
-
   void request_rows(int slot, size_t first, size_t count);
-  const float* rows(int slot) const;
   void check_room(size_t count) const;
   size_t vocab_size() const { return engine_->manifest().architecture.vocab_size; }
   void decode();
   int32_t sample(bool decoding);
   void prefill(float* all_logits, const Poll& poll);
-  uint64_t run(const Bindings& bindings, size_t tokens, std::span<const float> logits, int slot);
+  uint64_t run(size_t tokens, int slot, float* all_logits);
 
   const std::shared_ptr<const Engine> engine_;
   const size_t context_;
   const size_t chunk_;
-  Buffers buffers_;
-  const Mapping logits_;                    // of the last computed token, float32 [vocab_size]
-  std::unique_ptr<Prefetcher> prefetcher_;  // null in a dense model
-  Bindings decode_bindings_;
+  const std::unique_ptr<Steps> steps_;
 
   std::vector<int32_t> tokens_;
   size_t computed_ = 0;        // tokens whose keys and values are in the cache
   bool rows_begun_ = false;    // the rows of the one pending token are being read into slot 0
-  bool logits_valid_ = false;  // logits_ are those of token computed_ - 1
+  bool logits_valid_ = false;  // the last logits are those of token computed_ - 1
 
   std::optional<Sampler> sampler_;
   size_t remaining_ = 0;     // tokens that the generation may still make

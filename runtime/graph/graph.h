@@ -12,7 +12,7 @@
 
 namespace meki {
 
-enum class ElementType { float32, uint8, int32, int64 };
+enum class ElementType { float32, float16, uint8, int32, int64 };
 
 // A named view of memory that a graph reads or writes. The memory outlives the binding it is given to.
 struct Tensor {
@@ -55,5 +55,8 @@ struct GraphOptions {
 // process ends. Throws std::runtime_error if it cannot be loaded or is too old; the loader throws PackageError for a
 // file that ONNX Runtime refuses.
 GraphLoader onnxruntime_loader(const std::filesystem::path& library, const GraphOptions& options);
+
+// The version of the ONNX Runtime library at `library`, such as "1.24.0", which is loaded as above.
+std::string onnxruntime_version(const std::filesystem::path& library);
 
 }  // namespace meki

@@ -27,6 +27,8 @@ struct KernelContext;
 struct TensorShape;
 struct ShapeInference;
 struct CustomOp;
+struct EpDevice;
+struct HardwareDevice;
 
 // The API version asked for: that of ONNX Runtime 1.24, the oldest that the stages run on.
 inline constexpr uint32_t kApiVersion = 24;
@@ -35,8 +37,9 @@ enum LoggingLevel : int { kLogFatal = 4 };
 enum GraphOptimization : int { kOptimizeAll = 99 };
 enum AllocatorType : int { kDeviceAllocator = 0 };
 enum MemoryType : int { kMemoryDefault = 0 };
-enum ElementCode : int { kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7 };
+enum ElementCode : int { kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
 enum ErrorCode : int { kFail = 1 };
+enum HardwareType : int { kHardwareCpu = 0, kHardwareGpu = 1, kHardwareNpu = 2 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 
 // position, name, result, parameters
@@ -84,7 +87,16 @@ enum Characteristic : int { kRequired = 0, kOptional = 1 };
   F(137, BindOutput, Status*, (IoBinding*, const char* name, const Value*))                                           \
   F(230, KernelInfo_GetInputCount, Status*, (const KernelInfo*, size_t*))                                             \
   F(232, KernelInfo_GetInputName, Status*, (const KernelInfo*, size_t index, char* name, size_t* size))               \
-  F(249, KernelInfoGetConstantInput_tensor, Status*, (const KernelInfo*, size_t index, int* is_constant, const Value**))
+  F(249, KernelInfoGetConstantInput_tensor, Status*,                                                                  \
+    (const KernelInfo*, size_t index, int* is_constant, const Value**))                                               \
+  F(301, RegisterExecutionProviderLibrary, Status*, (Env*, const char* name, const char* path))                       \
+  F(303, GetEpDevices, Status*, (const Env*, const EpDevice* const** devices, size_t* count))                         \
+  F(304, SessionOptionsAppendExecutionProvider_V2, Status*,                                                           \
+    (SessionOptions*, Env*, const EpDevice* const* devices, size_t device_count, const char* const* keys,             \
+     const char* const* values, size_t option_count))                                                                 \
+  F(307, HardwareDevice_Type, HardwareType, (const HardwareDevice*))                                                  \
+  F(312, EpDevice_EpName, const char*, (const EpDevice*))                                                             \
+  F(316, EpDevice_Device, const HardwareDevice*, (const EpDevice*))
 
 struct Api {
 #define MEKI_ORT_MEMBER(position, name, result, parameters) result(*name) parameters;

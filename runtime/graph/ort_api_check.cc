@@ -29,11 +29,16 @@ using LoggingLevel = OrtLoggingLevel;
 using GraphOptimization = GraphOptimizationLevel;
 using AllocatorType = OrtAllocatorType;
 using MemoryType = OrtMemType;
+using EpDevice = OrtEpDevice;
+using HardwareDevice = OrtHardwareDevice;
+using HardwareType = OrtHardwareDeviceType;
 using ElementCode = ONNXTensorElementDataType;
 
 #define MEKI_ORT_CHECK(position, name, result, parameters)                                              \
   static_assert(offsetof(OrtApi, name) == (position) * sizeof(void*), #name " is at another position"); \
-  static_assert(std::is_convertible_v<decltype(OrtApi::name), result(*) parameters>, #name " has another signature");
+  static_assert(                                                                                        \
+      requires(const OrtApi& api, result(*function) parameters) { function = api.name; },               \
+      #name " has another signature");
 MEKI_ORT_FUNCTIONS(MEKI_ORT_CHECK)
 #undef MEKI_ORT_CHECK
 
@@ -71,6 +76,10 @@ static_assert(ORT_ENABLE_ALL == static_cast<int>(meki::ort::kOptimizeAll));
 static_assert(OrtDeviceAllocator == static_cast<int>(meki::ort::kDeviceAllocator));
 static_assert(OrtMemTypeDefault == static_cast<int>(meki::ort::kMemoryDefault));
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT == static_cast<int>(meki::ort::kFloat));
+static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 == static_cast<int>(meki::ort::kFloat16));
+static_assert(OrtHardwareDeviceType_CPU == static_cast<int>(meki::ort::kHardwareCpu));
+static_assert(OrtHardwareDeviceType_GPU == static_cast<int>(meki::ort::kHardwareGpu));
+static_assert(OrtHardwareDeviceType_NPU == static_cast<int>(meki::ort::kHardwareNpu));
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 == static_cast<int>(meki::ort::kInt32));
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 == static_cast<int>(meki::ort::kInt64));
 

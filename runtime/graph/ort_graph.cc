@@ -1,9 +1,6 @@
-// With ort_ops.cc the only place that knows ONNX Runtime.
-
-#include <dlfcn.h>
+// Stages that ONNX Runtime executes, and the loader for those on its CPU provider.
 
 #include <memory>
-#include <mutex>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -12,57 +9,13 @@
 #include "base/error.h"
 #include "graph/graph.h"
 #include "graph/ort_api.h"
+#include "graph/ort_library.h"
 #include "graph/ort_ops.h"
 
 namespace meki {
 namespace {
 
-// The library with its function table and its one environment.
-struct Library {
-  ort::Api api;
-  ort::Env* env = nullptr;
-  ort::MemoryInfo* cpu = nullptr;
-};
-
-const void* load_api(const std::filesystem::path& path) {
-  void* handle = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  const char* reason = handle == nullptr ? ::dlerror() : nullptr;
-  if (handle == nullptr) {
-    throw std::runtime_error("cannot load ONNX Runtime from " + path.string() + ": " +
-                             (reason != nullptr ? reason : "unknown reason") +
-                             "; install the package onnxruntime >= 1.24");
-  }
-  using GetApiBase = const ort::ApiBase* (*)();
-  const auto get_base = reinterpret_cast<GetApiBase>(::dlsym(handle, "OrtGetApiBase"));
-  if (get_base == nullptr) throw std::runtime_error(path.string() + ": not an ONNX Runtime library (no OrtGetApiBase)");
-  const ort::ApiBase* base = get_base();
-  const void* api = base->GetApi(ort::kApiVersion);
-  if (api == nullptr) {
-    throw std::runtime_error(path.string() + ": ONNX Runtime " + base->GetVersionString() +
-                             ", expected 1.24 or newer; upgrade the package onnxruntime");
-  }
-  return api;
-}
-
-// Loaded once and never unloaded: its threads and static state do not survive a dlclose.
-const Library& library_at(const std::filesystem::path& path) {
-  static std::mutex mutex;
-  static std::filesystem::path loaded;
-  static const Library* library = nullptr;
-  const std::lock_guard lock(mutex);
-  if (library == nullptr) {
-    // Only fatal errors are logged: all others are exceptions with the same text.
-    auto made = std::make_unique<Library>(Library{ort::Api(load_api(path))});
-    made->api.check(made->api.CreateEnv(ort::kLogFatal, "meki", &made->env));
-    made->api.check(made->api.CreateCpuMemoryInfo(ort::kDeviceAllocator, ort::kMemoryDefault, &made->cpu));
-    library = made.release();
-    loaded = path;
-  } else if (path != loaded) {
-    throw std::runtime_error("ONNX Runtime is already loaded from " + loaded.string() + ", cannot load " +
-                             path.string() + " as well; use one library a process");
-  }
-  return *library;
-}
+using ort::Library;
 
 struct TypeTraits {
   ort::ElementCode code;
@@ -72,6 +25,7 @@ struct TypeTraits {
 TypeTraits traits_of(ElementType type) {
   switch (type) {
     case ElementType::float32: return {ort::kFloat, 4};
+    case ElementType::float16: return {ort::kFloat16, 2};
     case ElementType::uint8: return {ort::kUint8, 1};
     case ElementType::int32: return {ort::kInt32, 4};
     case ElementType::int64: return {ort::kInt64, 8};
@@ -79,25 +33,29 @@ TypeTraits traits_of(ElementType type) {
   throw std::logic_error("unknown element type");
 }
 
-// Runs `work`; what ONNX Runtime refuses becomes a PackageError that names the stage.
-template <class Work>
-void for_stage(const std::filesystem::path& path, Work work) {
-  try {
-    work();
-  } catch (const std::runtime_error& error) {
-    throw PackageError(
-        path.string() + ": " + error.what() +
-        "; the stage, its weights or the manifest are damaged, or memory is short: convert the model again");
+// What a stage is called in messages, and what helps against them.
+struct Subject {
+  std::filesystem::path path;
+  std::string remedy;
+
+  // Runs `work`; what ONNX Runtime refuses becomes a PackageError that names the stage.
+  template <class Work>
+  void guard(Work work) const {
+    try {
+      work();
+    } catch (const std::runtime_error& error) {
+      throw PackageError(path.string() + ": " + error.what() + "; " + remedy);
+    }
   }
-}
+};
 
 class OrtBinding final : public Binding {
  public:
-  // `path` names the stage in messages and outlives the binding, as `library` and `session` do.
-  OrtBinding(const Library& library, const std::filesystem::path& path, ort::Session* session,
-             const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs)
-      : library_(library), path_(path), session_(session), binding_(nullptr, library.api.ReleaseIoBinding) {
-    for_stage(path_, [&] {
+  // All that is passed outlives the binding, but for the names and shapes of the tensors.
+  OrtBinding(const Library& library, const Subject& subject, ort::Session* session, const std::vector<Tensor>& inputs,
+             const std::vector<Tensor>& outputs)
+      : library_(library), subject_(subject), session_(session), binding_(nullptr, library.api.ReleaseIoBinding) {
+    subject_.guard([&] {
       ort::IoBinding* binding = nullptr;
       library_.api.check(library_.api.CreateIoBinding(session_, &binding));
       binding_.reset(binding);
@@ -111,7 +69,7 @@ class OrtBinding final : public Binding {
   }
 
   void run() override {
-    for_stage(path_, [this] { library_.api.check(library_.api.RunWithBinding(session_, nullptr, binding_.get())); });
+    subject_.guard([this] { library_.api.check(library_.api.RunWithBinding(session_, nullptr, binding_.get())); });
   }
 
  private:
@@ -127,35 +85,31 @@ class OrtBinding final : public Binding {
   }
 
   const Library& library_;
-  const std::filesystem::path& path_;
+  const Subject& subject_;
   ort::Session* session_;
   std::unique_ptr<ort::IoBinding, void (*)(ort::IoBinding*)> binding_;
 };
 
 class OrtGraph final : public Graph {
  public:
-  OrtGraph(const Library& library, std::shared_ptr<const OrtOperators> operators, const std::filesystem::path& path,
-           const GraphOptions& settings)
+  OrtGraph(const Library& library, Subject subject, ort::Configure configure, const std::filesystem::path& profile)
       : library_(library),
-        operators_(std::move(operators)),
-        path_(path),
+        configure_(std::move(configure)),
+        subject_(std::move(subject)),
         session_(nullptr, library.api.ReleaseSession) {
     const ort::Api& api = library_.api;
     ort::SessionOptions* options = nullptr;
     library_.api.check(api.CreateSessionOptions(&options));
     const std::unique_ptr<ort::SessionOptions, void (*)(ort::SessionOptions*)> owner(options,
                                                                                      api.ReleaseSessionOptions);
-    library_.api.check(api.SetIntraOpNumThreads(options, settings.threads));
-    library_.api.check(api.SetSessionGraphOptimizationLevel(options, ort::kOptimizeAll));
-    // What decode lives from has threads of its own (OrtOperators): these must not spin on the same cores.
-    library_.api.check(api.AddSessionConfigEntry(options, "session.intra_op.allow_spinning", "0"));
-    operators_->add_to(options);
-    if (!settings.profile.empty()) {
-      const std::string prefix = settings.profile.string() + "." + path.stem().string();
+    configure_(options);
+    if (!profile.empty()) {
+      const std::string prefix = profile.string() + "." + subject_.path.stem().string();
       library_.api.check(api.EnableProfiling(options, prefix.c_str()));
     }
     ort::Session* session = nullptr;
-    for_stage(path_, [&] { library_.api.check(api.CreateSession(library_.env, path_.c_str(), options, &session)); });
+    subject_.guard(
+        [&] { library_.api.check(api.CreateSession(library_.env, subject_.path.c_str(), options, &session)); });
     session_.reset(session);
     inputs_ = names(api.SessionGetInputCount, api.SessionGetInputName);
     outputs_ = names(api.SessionGetOutputCount, api.SessionGetOutputName);
@@ -165,7 +119,7 @@ class OrtGraph final : public Graph {
   const std::vector<std::string>& outputs() const override { return outputs_; }
 
   std::unique_ptr<Binding> bind(const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) const override {
-    return std::make_unique<OrtBinding>(library_, path_, session_.get(), inputs, outputs);
+    return std::make_unique<OrtBinding>(library_, subject_, session_.get(), inputs, outputs);
   }
 
  private:
@@ -186,8 +140,8 @@ class OrtGraph final : public Graph {
   }
 
   const Library& library_;
-  const std::shared_ptr<const OrtOperators> operators_;
-  const std::filesystem::path path_;
+  const ort::Configure configure_;  // outlives the session
+  const Subject subject_;
   std::unique_ptr<ort::Session, void (*)(ort::Session*)> session_;
   std::vector<std::string> inputs_;
   std::vector<std::string> outputs_;
@@ -195,12 +149,29 @@ class OrtGraph final : public Graph {
 
 }  // namespace
 
+std::unique_ptr<Graph> ort::load_graph(const Library& library, const std::filesystem::path& path, Configure configure,
+                                       const std::string& remedy, const std::filesystem::path& profile) {
+  return std::make_unique<OrtGraph>(library, Subject{path, remedy}, std::move(configure), profile);
+}
+
+std::string onnxruntime_version(const std::filesystem::path& library) { return ort::library_at(library).version; }
+
 GraphLoader onnxruntime_loader(const std::filesystem::path& library, const GraphOptions& options) {
-  const Library& loaded = library_at(library);
-  auto operators =
+  const Library& loaded = ort::library_at(library);
+  const auto operators =
       std::make_shared<const OrtOperators>(loaded.api, options.kv_type, static_cast<size_t>(options.threads));
-  return [&loaded, operators, options](const std::filesystem::path& path) -> std::unique_ptr<Graph> {
-    return std::make_unique<OrtGraph>(loaded, operators, path, options);
+  const auto configure = [&api = loaded.api, operators, threads = options.threads](ort::SessionOptions* session) {
+    api.check(api.SetIntraOpNumThreads(session, threads));
+    api.check(api.SetSessionGraphOptimizationLevel(session, ort::kOptimizeAll));
+    // What decode lives from has threads of its own (OrtOperators): these must not spin on the same cores.
+    api.check(api.AddSessionConfigEntry(session, "session.intra_op.allow_spinning", "0"));
+    operators->add_to(session);
+  };
+  return [&loaded, configure, profile = options.profile](const std::filesystem::path& path) {
+    return ort::load_graph(loaded, path, configure,
+                           "the stage, its weights or the manifest are damaged, or memory is short: convert the model "
+                           "again",
+                           profile);
   };
 }
 

@@ -2,77 +2,21 @@
 
 #include <fcntl.h>
 
-#include <algorithm>
-#include <nlohmann/json.hpp>
-#include <set>
+#include <stdexcept>
 
 #include "base/error.h"
 #include "base/file.h"
+#include "package/node.h"
+#include "package/parse.h"
 
 namespace meki {
 namespace {
 
-using Json = nlohmann::json;
+using Json = Node::Json;
 
 constexpr size_t kMaxManifestBytes = 16 << 20;
 constexpr uint64_t kVersion = 3;
 constexpr int kMaxDepth = 64;  // of nested JSON values; the format needs 4
-
-// A JSON value together with where it stands, for messages.
-class Node {
- public:
-  Node(const Json& value, std::string where) : value_(value), where_(std::move(where)) {}
-
-  [[noreturn]] void fail(const std::string& expected) const {
-    std::string got = value_.dump(-1, ' ', true, Json::error_handler_t::replace);
-    if (got.size() > 80) got = got.substr(0, 77) + "...";
-    throw PackageError(where_ + " is " + got + ", expected " + expected + "; convert the model again");
-  }
-  Node at(const std::string& key) const {
-    if (!value_.is_object()) fail("an object");
-    const auto found = value_.find(key);
-    if (found == value_.end()) throw PackageError(where_ + " has no \"" + key + "\"; convert the model again");
-    return {*found, where_ + "." + key};
-  }
-  std::vector<Node> items() const {
-    if (!value_.is_array()) fail("an array");
-    std::vector<Node> nodes;
-    for (size_t i = 0; i < value_.size(); ++i) nodes.emplace_back(value_[i], where_ + "[" + std::to_string(i) + "]");
-    return nodes;
-  }
-  std::vector<std::pair<std::string, Node>> members() const {
-    if (!value_.is_object()) fail("an object");
-    std::vector<std::pair<std::string, Node>> nodes;
-    for (const auto& [key, value] : value_.items()) nodes.emplace_back(key, Node(value, where_ + "." + key));
-    return nodes;
-  }
-  bool is_null() const { return value_.is_null(); }
-  std::string string() const {
-    if (!value_.is_string()) fail("a string");
-    return value_.get<std::string>();
-  }
-  uint64_t integer(uint64_t low, uint64_t high) const {
-    const std::string expected = "an integer from " + std::to_string(low) + " to " + std::to_string(high);
-    if (!value_.is_number_unsigned()) fail(expected);
-    const auto number = value_.get<uint64_t>();
-    if (number < low || number > high) fail(expected);
-    return number;
-  }
-  // A plain name: the file stands in the package's own directory.
-  std::string file_name() const {
-    std::string name = string();
-    const bool plain = !name.empty() && name.size() <= 255 && name != "." && name != ".." &&
-                       std::none_of(name.begin(), name.end(), [](char c) {
-                         return c == '/' || c == '\\' || static_cast<unsigned char>(c) < 32 || c == 127;
-                       });
-    if (!plain) fail("a plain file name without directories");
-    return name;
-  }
-
- private:
-  const Json& value_;
-  std::string where_;
-};
 
 Architecture parse_architecture(const Node& node) {
   constexpr uint64_t kMaxWidth = 1 << 20;
@@ -101,24 +45,6 @@ std::optional<MemoryInfo> parse_memory(const Node& node, const Architecture& arc
   return MemoryInfo{node.at("file").file_name(), node.at("row_type").string(), node.at("content_id").string()};
 }
 
-std::vector<StageInfo> parse_stages(const Node& node, const Architecture& architecture) {
-  std::vector<StageInfo> stages;
-  for (const Node& item : node.items()) {
-    StageInfo stage{item.at("file").file_name(), std::nullopt};
-    if (const Node rows = item.at("rows"); !rows.is_null()) {
-      const auto ends = rows.items();
-      if (ends.size() != 2) rows.fail("null or [first layer, last layer + 1]");
-      const auto first = static_cast<uint32_t>(ends[0].integer(0, architecture.layers - 1));
-      const auto last = static_cast<uint32_t>(ends[1].integer(first + 1, architecture.layers));
-      if (architecture.memory_dim == 0) rows.fail("null in a package without a memory");
-      stage.rows = LayerRange{first, last};
-    }
-    stages.push_back(std::move(stage));
-  }
-  if (stages.empty()) node.fail("at least one stage");
-  return stages;
-}
-
 std::vector<StageInfo> parse_dense_stages(const Node& node, const Architecture& architecture) {
   if (node.is_null() != (architecture.memory_dim == 0)) {
     node.fail("null exactly when architecture.memory_dim is 0");
@@ -137,27 +63,11 @@ std::vector<std::string> parse_tokenizer_files(const Node& node) {
   return files;
 }
 
-void check_files(const Node& node, const Manifest& manifest, const std::vector<std::string>& tokenizer_files) {
-  std::set<std::string> listed;
-  for (const auto& [name, entry] : node.members()) {
-    const Json name_value(name);
-    Node(name_value, "manifest.json: a name in files").file_name();
-    const uint64_t expected = entry.at("bytes").integer(0, INT64_MAX);
-    const std::filesystem::path path = manifest.directory / name;
-    const uint64_t got = File(path, O_NONBLOCK).size(path);
-    if (got != expected) {
-      throw PackageError(path.string() + ": " + std::to_string(got) + " bytes, the manifest says " +
-                         std::to_string(expected) + "; the file is truncated or belongs to another package");
-    }
-    listed.insert(name);
-  }
-  const auto require = [&](const std::string& name) {
-    if (!listed.contains(name)) node.fail("an entry for \"" + name + "\"");
-  };
-  for (const StageInfo& stage : manifest.stages) require(stage.file);
-  for (const StageInfo& stage : manifest.dense_stages) require(stage.file);
-  if (manifest.memory) require(manifest.memory->file);
-  for (const std::string& file : tokenizer_files) require(file);
+void check_size(const std::filesystem::path& path, uint64_t expected) {
+  const uint64_t got = File(path, O_NONBLOCK).size(path);
+  if (got == expected) return;
+  throw PackageError(path.string() + ": " + std::to_string(got) + " bytes, the manifest says " +
+                     std::to_string(expected) + "; the file is truncated or belongs to another package");
 }
 
 }  // namespace
@@ -196,8 +106,38 @@ Manifest Manifest::open(const std::filesystem::path& directory) {
   for (const Node& id : tokenizer.at("eos_token_ids").items()) {
     manifest.eos_token_ids.push_back(static_cast<int32_t>(id.integer(0, manifest.architecture.vocab_size - 1)));
   }
-  check_files(root.at("files"), manifest, parse_tokenizer_files(tokenizer));
+  const Node files = root.at("files");
+  manifest.files = parse_files(files);
+  for (const StageInfo& stage : manifest.stages) require_file(files, stage.file);
+  for (const StageInfo& stage : manifest.dense_stages) require_file(files, stage.file);
+  if (manifest.memory) require_file(files, manifest.memory->file);
+  for (const std::string& file : parse_tokenizer_files(tokenizer)) require_file(files, file);
+  if (json.contains("qnn")) manifest.qnn = parse_qnn(root.at("qnn"), manifest);
   return manifest;
+}
+
+void Manifest::check_files() const {
+  for (const auto& [file, bytes] : files) check_size(directory / file, bytes);
+}
+
+void Manifest::check_target_files(const std::string& soc) const {
+  const QnnTarget& target = qnn.at(find_target(soc));
+  if (memory) check_size(directory / memory->file, files.at(memory->file));
+  for (const auto& [file, bytes] : target.files) check_size(target.directory / file, bytes);
+}
+
+std::string Manifest::find_target(const std::string& soc) const {
+  if (qnn.contains(soc)) return soc;
+  if (soc.empty() && qnn.size() == 1) return qnn.begin()->first;
+  std::string compiled;
+  for (const auto& [chip, target] : qnn) compiled += (compiled.empty() ? "" : ", ") + chip;
+  const std::string package = directory.string();
+  if (soc.empty() && !qnn.empty()) {
+    throw std::invalid_argument(package + ": compiled for " + compiled + "; choose one of these chips");
+  }
+  throw std::invalid_argument(package + ": not compiled for " + (soc.empty() ? "any chip" : "\"" + soc + "\"") +
+                              (compiled.empty() ? "" : ", only for " + compiled) + "; run meki-compile " + package +
+                              " --soc " + (soc.empty() ? "sm8750" : soc));
 }
 
 }  // namespace meki

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -36,6 +37,27 @@ struct StageInfo {
   std::optional<LayerRange> rows;
 };
 
+// File names and their sizes in bytes.
+using FileSizes = std::map<std::string, uint64_t>;
+
+// The model compiled for one chip: static shapes, one token or `chunk` of them, over a KV cache of `context` tokens.
+struct QnnTarget {
+  std::filesystem::path directory;  // where its files are
+  std::string chip;                 // for people
+  std::string precision;            // for people
+  uint32_t soc_model = 0;           // Qualcomm's numbers of the chip and of its NPU
+  uint32_t htp_arch = 0;
+  uint32_t context = 0;
+  uint32_t chunk = 0;
+  std::string embed;  // token ids to hidden states, on the CPU
+  std::string head;   // one hidden state to logits
+  std::vector<StageInfo> decode;
+  std::vector<StageInfo> prefill;       // cut as decode is
+  std::vector<StageInfo> dense_decode;  // both without the memory; empty where they were not compiled
+  std::vector<StageInfo> dense_prefill;
+  FileSizes files;
+};
+
 // A checked manifest.json (docs/package-format.md). Passive data.
 struct Manifest {
   std::filesystem::path directory;
@@ -45,11 +67,22 @@ struct Manifest {
   std::vector<StageInfo> stages;
   std::vector<StageInfo> dense_stages;  // the backbone without its memory; empty in a dense package
   std::vector<int32_t> eos_token_ids;
-  std::string json;  // the text of the file
+  FileSizes files;
+  std::map<std::string, QnnTarget> qnn;  // by chip; empty: nothing is compiled
+  std::string json;                      // the text of the file
 
-  // Reads and checks `directory`/manifest.json: format, limits, file names, and that every file is there with its
-  // stated size. Throws PackageError.
+  // Reads and checks `directory`/manifest.json alone: format, limits, names. Throws PackageError.
   static Manifest open(const std::filesystem::path& directory);
+
+  // What a run on the CPU needs: every file of the package is there with its stated size. Throws PackageError.
+  void check_files() const;
+  // What a run on the chip `soc` needs, and no more: the ROM and the target's own files. Throws as find_target, and
+  // PackageError.
+  void check_target_files(const std::string& soc) const;
+
+  // The key in `qnn` for a chip's name; an empty one stands for the only one there is. Throws std::invalid_argument
+  // with the chips that the package is compiled for, and how to compile it.
+  std::string find_target(const std::string& soc) const;
 };
 
 }  // namespace meki

@@ -24,10 +24,10 @@ struct Package {
     manifest = test::write_package_files(path);
     write_manifest(path, manifest);
   }
-  // What Manifest::open says to `changed`.
+  // What is said to `changed` by whoever opens the package to run it on the CPU.
   std::string error_with(const json& changed) const {
     write_manifest(path, changed);
-    return error_of<PackageError>([this] { Manifest::open(path); });
+    return error_of<PackageError>([this] { Manifest::open(path).check_files(); });
   }
   std::string error_with_text(std::string_view text) const {
     test::write_file(path / "manifest.json", text);
@@ -243,7 +243,8 @@ TEST_CASE("manifest: files that are missing, of another size, or no files are er
   const auto damaged = [](const std::string& name, auto damage) {
     const Package package;
     damage(package.path / name);
-    check_names(error_of<PackageError>([&] { Manifest::open(package.path); }), (package.path / name).string());
+    check_names(error_of<PackageError>([&] { Manifest::open(package.path).check_files(); }),
+                (package.path / name).string());
   };
   using std::filesystem::path;
   for (const std::string name : {"manifest.json", "memory.rom", "stage0.onnx", "weights.bin", "tokenizer.json"}) {

@@ -1,6 +1,6 @@
 #pragma once
 
-// Helpers of the tests that drive sessions of a FakeModel.
+// Helpers of the tests that drive sessions of a FakeModel or FakeCompiledModel.
 
 #include <cstdint>
 #include <optional>
@@ -42,7 +42,8 @@ inline std::vector<float> pending_logits(Session& session) {
 }
 
 // The expected logits of tokens `first` and later. Exact: the fake computes in integers.
-inline std::vector<float> expected_logits(const FakeModel& model, const Ids& tokens, size_t first = 0) {
+template <class Model>
+std::vector<float> expected_logits(const Model& model, const Ids& tokens, size_t first = 0) {
   std::vector<float> out;
   for (size_t end = first + 1; end <= tokens.size(); ++end) {
     const std::vector<float> row = model.logits(std::span(tokens).first(end));

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import _core
 from ..models.config import ConfigError, ModelConfig
-from ..package import read_manifest
+from ..package import compiled_targets, read_manifest, target_directory
 from ..registry import find_model
 from .errors import run_command
 from .verify import verify_package
@@ -32,6 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     path = find_model(arguments.model)
     manifest = read_manifest(path)
+    # A copy for the CPU alone may leave out what is compiled for a chip, as a whole; what is there must be complete.
+    # The other way round is no package to describe: what goes to a phone is for the engine there.
+    for chip in compiled_targets(manifest):
+        if target_directory(path, chip).exists():
+            read_manifest(path, "qnn", chip)
     info = _describe(path, manifest)
     if arguments.verify:
         verify_package(path, manifest)
@@ -49,7 +54,12 @@ def _describe(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     if manifest["memory"] is not None:
         header = _core.Rom(str(path / manifest["memory"]["file"])).info
         rom = {"weights": config.rom_weights, "file_bytes": header.file_bytes, "bundle_bytes": header.bundle_bytes}
-    return {"path": str(path), **manifest, "ram_parameters": config.ram_parameters, "rom": rom}
+    info = {"path": str(path), **manifest, "ram_parameters": config.ram_parameters, "rom": rom}
+    if targets := compiled_targets(manifest):
+        info["qnn"] = {
+            chip: {**target, "present": target_directory(path, chip).exists()} for chip, target in targets.items()
+        }
+    return info
 
 
 def _lines(info: dict[str, Any]) -> Iterator[str]:
@@ -87,10 +97,24 @@ def _lines(info: dict[str, Any]) -> Iterator[str]:
     yield from _section(
         ((name, f"{file['bytes']:>15,} bytes  sha256 {file['sha256'][:12]}") for name, file in files), "files"
     )
+    for chip, target in compiled_targets(info).items():
+        yield from _section(_target_rows(target), f"compiled for {chip}")
     for title in ("quantization_error", "provenance"):
         yield from _section(((key, _text(value)) for key, value in info[title].items()), title.replace("_", " "))
     if info["verified"]:
         yield "\nverified: all SHA-256 sums" + ("" if rom is None else " and all bundle checksums") + " are right"
+
+
+def _target_rows(target: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "chip", target["chip"]
+    yield "precision", target["precision"]
+    yield "context", f"{target['context']:,} tokens, prefill in chunks of {target['chunk']:,}"
+    yield "without memory", "also compiled" if target["dense_decode"] else "not compiled"
+    size = sum(file["bytes"] for file in target["files"].values())
+    yield (
+        "size",
+        f"{size:,} bytes in {len(target['files'])} files" + ("" if target["present"] else ", not in this copy"),
+    )
 
 
 def _section(rows: Any, title: str | None = None) -> Iterator[str]:

@@ -8,6 +8,7 @@ from ..engine import Engine
 from ..generation import GenerationStats, TextStream
 
 RANDOM_WEIGHTS = "random weights: the text means nothing"
+SIMULATED = "HTP simulator: results as on the chip, speed is not"
 
 
 def print_stream(stream: TextStream) -> None:
@@ -28,6 +29,7 @@ def print_stats(engine: Engine, stats: GenerationStats) -> None:
     cached = f", {stats.cached_tokens:,} of them cached" if stats.cached_tokens else ""
     rows = [
         ("model", f"{engine.name} ({RANDOM_WEIGHTS})" if engine.random_weights else engine.name),
+        *([("provider", f"qnn, {engine.soc}" + (f" ({SIMULATED})" if engine.simulated else ""))] if engine.soc else []),
         ("seed", str(stats.seed)),
         ("prompt", f"{stats.prompt_tokens:,} tokens{cached}" + _rate(stats.prefill_tokens_per_s)),
         ("generated", f"{stats.new_tokens:,} tokens" + _rate(stats.decode_tokens_per_s)),

@@ -16,7 +16,7 @@ from ..generation import DEFAULT_MAX_NEW_TOKENS, SAMPLING, GenerationOptions, Ge
 from ..prompt import no_chat_template
 from .errors import report, run_command
 from .interactive import Conversation, converse
-from .output import RANDOM_WEIGHTS, print_stats, print_stream
+from .output import RANDOM_WEIGHTS, SIMULATED, print_stats, print_stream
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,8 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--kv-type",
         choices=("float32", "float16", "int8", "int4"),
-        default="int8",
-        help="how keys and values are stored (default: %(default)s)",
+        help="how keys and values are stored (default: int8; with --provider qnn float16, and no other)",
     )
     add(
         "--rom-access",
@@ -94,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
         default="pread",
         help="how memory rows are read (default: %(default)s)",
     )
+    add(
+        "--provider",
+        choices=("cpu", "qnn"),
+        default="cpu",
+        help="what computes; qnn: the NPU of a chip that meki-compile compiled the package for (default: %(default)s)",
+    )
+    add("--soc", metavar="NAME", help="with --provider qnn: the chip, such as sm8750 (default: the only one compiled)")
     add("--no-prefetch", action="store_true", help="read memory rows on the compute thread, for measurements")
     output = parser.add_argument_group("output")
     mode = output.add_mutually_exclusive_group()
@@ -110,12 +116,19 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace, program: str) -> None:
     prompt = _read_prompt(arguments)
     engine = Engine(
-        arguments.model, threads=arguments.threads, rom_access=arguments.rom_access, kv_type=arguments.kv_type
+        arguments.model,
+        threads=arguments.threads,
+        rom_access=arguments.rom_access,
+        kv_type=arguments.kv_type,
+        provider=arguments.provider,
+        soc=arguments.soc,
     )
     if arguments.chat and not engine.can_chat:
         raise no_chat_template(engine.path)
     if engine.random_weights:
         print(RANDOM_WEIGHTS, file=sys.stderr, flush=True)
+    if engine.simulated:
+        print(SIMULATED, file=sys.stderr, flush=True)
     options = GenerationOptions(max_new_tokens=arguments.max_tokens, seed=arguments.seed, stop=arguments.stop)
     given = {name: value for name in SAMPLING if (value := getattr(arguments, name)) is not None}
     options.update(cast(GenerationOptions, given))
@@ -175,6 +188,8 @@ def _print_json(engine: Engine, result: GenerationResult) -> None:
     fields = {"model": engine.name, **dataclasses.asdict(result)}
     if engine.random_weights:
         fields["random_weights"] = True
+    if engine.soc is not None:
+        fields.update(provider=engine.provider, soc=engine.soc, simulated=engine.simulated)
     print(json.dumps(fields, indent=2))
 
 

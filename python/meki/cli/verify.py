@@ -8,20 +8,24 @@ from typing import Any
 from tqdm import tqdm
 
 from .. import _core
-from ..package import check_sha256
+from ..package import check_sha256, compiled_targets, target_directory
 
 _STEP = 1 << 20
 """Bytes of bundles read between two signs of progress."""
 
 
 def verify_package(directory: Path, manifest: dict[str, Any]) -> None:
-    """PackageError for the first file whose SHA-256 sum, or ROM bundle whose CRC-32C, is not what it should be. Shows
-    progress on stderr if that is a terminal."""
-    files: dict[str, dict[str, Any]] = manifest["files"]
+    """PackageError for the first file whose SHA-256 sum, or ROM bundle whose CRC-32C, is not what it should be;
+    compiled targets that were left out of this copy are passed over. Shows progress on stderr if that is a terminal."""
+    files: dict[Path, dict[str, Any]] = {directory / name: entry for name, entry in manifest["files"].items()}
+    for chip, target in compiled_targets(manifest).items():
+        root = target_directory(directory, chip)
+        if root.exists():
+            files.update((root / name, entry) for name, entry in target["files"].items())
     total = sum(entry["bytes"] for entry in files.values())
     with tqdm(total=total, desc="SHA-256", unit="B", unit_scale=True, leave=False, disable=None) as progress:
-        for name, entry in files.items():
-            check_sha256(directory / name, entry["sha256"], progress.update)
+        for path, entry in files.items():
+            check_sha256(path, entry["sha256"], progress.update)
     if manifest["memory"] is not None:
         _verify_rom(directory / manifest["memory"]["file"])
 

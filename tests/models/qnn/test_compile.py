@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("onnxruntime_qnn", reason="onnxruntime-qnn is not installed: pip install 'meki[qnn]'")
-
 from meki.cli.compile import main
 from meki.models.qnn import package as package_module
 from meki.models.qnn.compiler import Compiled, CompileError
 from meki.package import read_manifest
+
+pytestmark = pytest.mark.qnn
 
 
 @pytest.fixture
