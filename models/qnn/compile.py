@@ -10,14 +10,14 @@ from typing import Any
 from tqdm import tqdm
 
 from meki._core import PackageError
-from meki.package import read_manifest
+from meki.package import read_manifest, target_directory
 from meki.registry import ModelNotFoundError, find_model
 
 from .check import Difference, compare
 from .chips import CHIPS
 from .compiler import Compiled, CompileError
 from .graph import PRECISIONS
-from .package import compile_package, target_directory
+from .package import compile_package
 from .stages import Options, precisions
 from .weights import PackageWeights
 

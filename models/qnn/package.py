@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from meki.package import read_manifest
+from meki.package import read_manifest, target_directory
 
 from ..files import check_target, replace_directory, replace_file
 from ..package import MANIFEST, list_files
@@ -25,10 +25,6 @@ _LISTS = ("decode", "prefill", "dense_decode", "dense_prefill")
 
 Progress = Callable[[str, int, int], object]
 """Called with (what is being done, stages done, stages in all)."""
-
-
-def target_directory(package: Path, soc: str) -> Path:
-    return package / "qnn" / soc
 
 
 def compile_package(
