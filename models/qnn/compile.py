@@ -9,18 +9,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from meki._core import PackageError
+from meki.cli.errors import report, run_command
 from meki.package import read_manifest, target_directory
-from meki.registry import ModelNotFoundError, find_model
+from meki.registry import find_model
 
 from .check import Difference, compare
 from .chips import CHIPS
-from .compiler import Compiled, CompileError
+from .compiler import Compiled
 from .graph import PRECISIONS
 from .package import compile_package
 from .stages import Options, precisions
 from .weights import PackageWeights
 
+PROGRAM = "meki-compile"
 DEFAULT_CONTEXT, DEFAULT_CHUNK, DEFAULT_CHECK = 10_240, 128, 16
 SMALL_MODEL = 50_000_000
 """Parameters up to which the result is checked by default: the simulator takes seconds a token for a larger one."""
@@ -85,27 +86,32 @@ def difference_line(name: str, difference: Difference) -> str:
     )
 
 
-def run(args: argparse.Namespace) -> str:
-    """Compiles as the command line says and returns the summary."""
+def run(args: argparse.Namespace) -> None:
+    """Compiles as the command line says, compares, and prints both."""
     package = find_model(args.package)
     options, check = read_options(args, package)
     bar = ProgressBar()
     try:
         entry, compiled = compile_package(package, args.soc, options, overwrite=args.overwrite, progress=bar.update)
+    except KeyboardInterrupt:
+        report(PROGRAM, "note", "interrupted, the package is unchanged")
+        raise
+    except FileExistsError as error:
+        raise ValueError(error) from error
     finally:
         bar.close()
-    lines = [summary(entry, compiled, target_directory(package, args.soc))]
+    print(summary(entry, compiled, target_directory(package, args.soc)), flush=True)
     if not check:
-        lines.append("  logits not compared with the CPU's: --check N does it, in the HTP simulator")
-    for name, memory in (("memory on", True), ("dense", False))[: 1 + options.dense if check else 0]:
-        lines.append(difference_line(name, compare(package, args.soc, check, memory=memory)))
-    return "\n".join(lines)
+        print("  logits not compared with the CPU's: --check N does it, in the HTP simulator")
+        return
+    for name, memory in (("memory on", True), ("dense", False))[: 1 + options.dense]:
+        print(difference_line(name, compare(package, args.soc, check, memory=memory)), flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command `meki-compile`. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """The exit code: 0, 1 failure, 2 usage, 130 interrupted, 141 output closed."""
     chips = ", ".join(f"{soc} ({chip.name})" for soc, chip in CHIPS.items())
-    parser = argparse.ArgumentParser(prog="meki-compile", description=__doc__, epilog="Reference: docs/qnn.md")
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, epilog="Reference: docs/qnn.md")
     parser.add_argument("package", metavar="PACKAGE", help="name or directory of a package")
     parser.add_argument("--soc", choices=CHIPS, required=True, metavar="CHIP", help=chips)
     parser.add_argument(
@@ -128,21 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is compiled for this chip")
     args = parser.parse_args(argv)
-    try:
-        print(run(args))
-    except KeyboardInterrupt:
-        print("meki-compile: interrupted, the package is unchanged", file=sys.stderr)
-        return 130
-    except (ModelNotFoundError, FileExistsError) as error:
-        print(f"meki-compile: error: {error}", file=sys.stderr)
-        return 2
-    except (PackageError, CompileError, ImportError, MemoryError, RuntimeError) as error:
-        print(f"meki-compile: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        return 1
-    except (OSError, ValueError) as error:
-        print(f"meki-compile: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1 if isinstance(error, OSError) else 2
-    return 0
+    return run_command(PROGRAM, lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -12,15 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import CompileError
 from .chips import Chip
 
 PROVIDER = "QNNExecutionProvider"
 """Under exactly this name: it is written into compiled models."""
 _BINARY_LIMIT = 2 << 30
-
-
-class CompileError(RuntimeError):
-    """A stage that cannot run on the NPU."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +86,19 @@ def open_provider() -> list[Any]:
     return [device for device in onnxruntime.get_ep_devices() if device.ep_name == PROVIDER]
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _compile(stage: str, out: str, provider: dict[str, str]) -> dict[str, Any]:
     """In the compiler's process. What ONNX Runtime refuses is an "error"; "elsewhere" are nodes not on the NPU."""
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(4)  # what fails is raised with the same text
+    try:
+        devices = open_provider()
+    except Exception as error:  # ONNX Runtime's types have no other base
+        return {"error": f"{_one_line(error)}; Qualcomm's libraries need libatomic.so.1 (apt install libatomic1)"}
     options = onnxruntime.SessionOptions()
     for key, value in {
         "session.record_ep_graph_assignment_info": "1",
@@ -102,12 +107,12 @@ def _compile(stage: str, out: str, provider: dict[str, str]) -> dict[str, Any]:
         "ep.context_embed_mode": "0",
     }.items():
         options.add_session_config_entry(key, value)
-    options.add_provider_for_devices(open_provider(), provider)
+    options.add_provider_for_devices(devices, provider)
     begin = time.monotonic()
     try:
         session = onnxruntime.InferenceSession(stage, options)
-    except Exception as error:  # ONNX Runtime's types have no other base
-        return {"error": " ".join(str(error).split())}
+    except Exception as error:
+        return {"error": _one_line(error)}
     seconds = time.monotonic() - begin
     assigned = session.get_provider_graph_assignment_info()
     elsewhere = [node for part in assigned if part.ep_name != PROVIDER for node in part.get_nodes()]

@@ -33,8 +33,8 @@ def compile_package(
     """Compiles a package's stages for a chip of CHIPS; returns the manifest's entry and what became of each stage.
 
     The package is unchanged until all stages are compiled. FileExistsError if it has stages for the chip already,
-    unless `overwrite` is set; PackageError, ConfigError or ValueError for what cannot be compiled, CompileError if the
-    compiler refuses or fails.
+    unless `overwrite` is set; PackageError for a damaged package, ConfigError for options that do not suit it,
+    CompileError if the compiler refuses or fails.
     """
     chip = CHIPS[soc]
     manifest = read_manifest(package)
@@ -73,6 +73,7 @@ def compile_package(
             "files": files,
             "tools": {name: version(name) for name in ("onnxruntime", "onnxruntime-qnn")},
         }
+    manifest = json.loads((package / MANIFEST).read_text(encoding="utf-8"))  # another chip may have come meanwhile
     manifest.setdefault("qnn", {})[soc] = entry
     with replace_file(package / MANIFEST) as path:
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)

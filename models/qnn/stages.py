@@ -114,7 +114,7 @@ def plan(weights: PackageWeights, options: Options) -> dict[str, list[StagePlan]
 def write_stage(weights: PackageWeights, stage: StagePlan, directory: Path) -> Path:
     """Writes the stage as `directory`/NAME.onnx, its large tensors beside it as NAME.bin; returns the path.
 
-    ValueError for a weight that float16 does not hold.
+    CompileError for a weight that float16 does not hold.
     """
     path = directory / f"{stage.name}.onnx"
     with (directory / file_name(path)).open("wb") as file:

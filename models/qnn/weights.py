@@ -14,6 +14,7 @@ from onnx import TensorProto
 from ..config import ModelConfig
 from ..quantize import WEIGHT_BITS, Codes, Floats, unpack_weight
 from ..tensors import read_tensor
+from . import CompileError
 
 Halves = NDArray[np.float16]
 
@@ -28,7 +29,7 @@ class Matrix:
     """float32 [n, k / 32], of values that float16 holds."""
 
     def float16(self, what: str) -> Halves:
-        """The values, [n, k]. ValueError, naming `what`, if float16 does not hold them."""
+        """The values, [n, k]. CompileError, naming `what`, if float16 does not hold them."""
         if self.values is not None:
             return to_float16(self.values, what)
         assert self.codes is not None and self.scales is not None
@@ -41,11 +42,11 @@ class Matrix:
 
 
 def to_float16(values: NDArray[np.floating], what: str) -> Halves:
-    """ValueError, naming `what`, for values beyond float16."""
+    """CompileError, naming `what`, for values beyond float16."""
     with np.errstate(over="ignore"):
         halves = values.astype(np.float16)
     if not np.isfinite(halves).all():
-        raise ValueError(f"{what}: largest magnitude {np.abs(values).max():g} is beyond float16's 65504")
+        raise CompileError(f"{what}: largest magnitude {np.abs(values).max():g} is beyond float16's 65504")
     return halves
 
 

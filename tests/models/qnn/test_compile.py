@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from meki.cli.compile import main
+from meki.models.qnn import CompileError
 from meki.models.qnn import package as package_module
-from meki.models.qnn.compiler import Compiled, CompileError
+from meki.models.qnn.compiler import Compiled
 from meki.package import read_manifest
 
 pytestmark = pytest.mark.qnn
@@ -117,7 +119,7 @@ def test_a_failure_leaves_the_package_as_it_was(
     monkeypatch.setattr(package_module, "compile_stage", fail)
     interrupted = isinstance(failure, KeyboardInterrupt)
     assert main([str(package), "--soc", "sm8750"]) == (130 if interrupted else 1)
-    message = "interrupted, the package is unchanged" if interrupted else "error: head.onnx: no"
+    message = "note: interrupted, the package is unchanged" if interrupted else "error: head.onnx: no"
     assert capsys.readouterr().err.splitlines()[-1] == f"meki-compile: {message}"
     assert listing(package) == before
 
@@ -163,3 +165,29 @@ def test_the_missing_provider_names_its_extra(
     monkeypatch.setitem(sys.modules, "onnxruntime_qnn", None)
     assert main([str(package), "--soc", "sm8750"]) == 1
     assert re.search(r"'onnxruntime_qnn' is missing; .*pip install 'meki\[models,qnn\]'", capsys.readouterr().err)
+
+
+def test_entries_that_come_meanwhile_are_kept(package: Path, fake_compiler: list[str]) -> None:
+    """Two chips compiled at the same time: here the other one's run ends while this one compiles."""
+    compile_stage = package_module.compile_stage
+
+    def compile_other_first(*arguments: Any) -> Compiled:
+        if len(fake_compiler) == 0:
+            fake_compiler.append("sm8550 begins")
+            assert main([str(package), "--soc", "sm8550", "--check", "0"]) == 0
+        return compile_stage(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(package_module, "compile_stage", compile_other_first)
+        assert main([str(package), "--soc", "sm8750", "--check", "0"]) == 0
+    assert set(read_manifest(package)["qnn"]) == {"sm8550", "sm8750"}
+
+
+def test_weights_beyond_float16(make_package: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    package = Path(shutil.copytree(make_package("float32"), tmp_path / "large"))
+    data = np.fromfile(package / "weights.bin", np.float32)
+    data[:] = 1e6
+    data.tofile(package / "weights.bin")
+    assert main([str(package), "--soc", "sm8750"]) == 1
+    assert re.search(r"largest magnitude 1e\+06 is beyond float16's 65504", capsys.readouterr().err)
+    assert "qnn" not in read_manifest(package)

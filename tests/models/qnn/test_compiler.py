@@ -14,8 +14,9 @@ import torch
 
 from meki.models.builder import GraphBuilder
 from meki.models.decoder import Decoder
+from meki.models.qnn import CompileError
 from meki.models.qnn.chips import CHIPS
-from meki.models.qnn.compiler import CompileError, compile_stage, open_provider, provider_options
+from meki.models.qnn.compiler import compile_stage, open_provider, provider_options
 from meki.models.qnn.stages import Options
 
 from .conftest import write_stages
