@@ -13,6 +13,7 @@ from meki.cli.errors import report, run_command
 from meki.package import read_manifest, target_directory
 from meki.registry import find_model
 
+from ..config import ModelConfig
 from .check import Difference, compare
 from .chips import CHIPS
 from .compiler import Compiled
@@ -55,14 +56,20 @@ def read_options(args: argparse.Namespace, package: Path) -> tuple[Options, int]
         dense=args.dense,
     )
     options.check(weights)
-    small = weights.config.ram_parameters <= SMALL_MODEL
-    check = min(DEFAULT_CHECK, context) * small if args.check is None else args.check
+    check = args.check
+    if check is None:
+        check = min(DEFAULT_CHECK, context) if weights.config.ram_parameters <= SMALL_MODEL else 0
     if not 0 <= check <= context:
         raise ValueError(f"--check is {check}, expected 0 to the context of {context} tokens")
     return options, check
 
 
-def summary(entry: dict[str, Any], compiled: dict[str, Compiled], directory: Path) -> str:
+def cache_bytes(entry: dict[str, Any], config: ModelConfig) -> int:
+    """Of the KV cache, float16."""
+    return 2 * 2 * config.layers * config.kv_heads * config.head_dim * int(entry["context"])
+
+
+def summary(entry: dict[str, Any], compiled: dict[str, Compiled], config: ModelConfig, directory: Path) -> str:
     """What was compiled, for people."""
     lines = [
         f"{directory}: {entry['chip']}, {entry['precision']} weights, context {entry['context']:,}, prefill in chunks "
@@ -75,6 +82,11 @@ def summary(entry: dict[str, Any], compiled: dict[str, Compiled], directory: Pat
         )
     size = sum(file["bytes"] for file in entry["files"].values())
     lines.append(f"  {'in all':<16} {size / 1e6:23,.1f} MB {sum(c.seconds for c in compiled.values()):8,.1f} s")
+    loaded = sum(stage.binary_bytes for name, stage in compiled.items() if not name.startswith("dense_"))
+    lines.append(
+        f"  loaded together: {loaded / 1e6:,.1f} MB, decode and prefill having the weights each; the KV cache takes "
+        f"{cache_bytes(entry, config) / 1e6:,.1f} MB more"
+    )
     return "\n".join(lines)
 
 
@@ -100,12 +112,14 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(error) from error
     finally:
         bar.close()
-    print(summary(entry, compiled, target_directory(package, args.soc)), flush=True)
+    config = ModelConfig.from_dict(read_manifest(package)["architecture"])
+    print(summary(entry, compiled, config, target_directory(package, args.soc)), flush=True)
     if not check:
         print("  logits not compared with the CPU's: --check N does it, in the HTP simulator")
         return
-    for name, memory in (("memory on", True), ("dense", False))[: 1 + options.dense]:
-        print(difference_line(name, compare(package, args.soc, check, memory=memory)), flush=True)
+    print(difference_line(package.name, compare(package, args.soc, check)), flush=True)
+    if options.dense:
+        print(difference_line("without its memory", compare(package, args.soc, check, memory=False)), flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -98,7 +98,8 @@ def _compile(stage: str, out: str, provider: dict[str, str]) -> dict[str, Any]:
     try:
         devices = open_provider()
     except Exception as error:  # ONNX Runtime's types have no other base
-        return {"error": f"{_one_line(error)}; Qualcomm's libraries need libatomic.so.1 (apt install libatomic1)"}
+        remedy = "; install it (Debian, Ubuntu: apt install libatomic1)" if "libatomic" in str(error) else ""
+        return {"error": _one_line(error) + remedy}
     options = onnxruntime.SessionOptions()
     for key, value in {
         "session.record_ep_graph_assignment_info": "1",

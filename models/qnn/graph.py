@@ -1,7 +1,7 @@
 """The stages of a decoder for an NPU: static shapes, float16 values, a KV cache that is only read (docs/qnn.md).
 
 T, the tokens of a step, is 1 in decode and the chunk's length in prefill; C is the capacity of the cache. Attention
-over the cache and over the step's own tokens meet in the softmax only: the cache is never copied, and what a stage
+over the cache and over the step's own tokens meet in the softmax only: no node copies the cache, and what a stage
 gives back is the new keys and values alone. Everything is an operator that Qualcomm's compiler takes.
 """
 

@@ -9,10 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from meki.package import read_manifest, target_directory
+from meki.package import check_parsed_files, check_sha256, read_manifest, target_directory
 
 from ..files import check_target, replace_directory, replace_file
 from ..package import MANIFEST, list_files
+from ..weights import WEIGHTS_FILE
 from .chips import CHIPS
 from .compiler import Compiled, compile_stage
 from .graph import embedding
@@ -47,18 +48,21 @@ def compile_package(
     total = sum(map(len, plans.values()))
     report: Progress = progress or (lambda phase, done, total: None)
     compiled: dict[str, Compiled] = {}
+    report("checksums", 0, total)
+    check_parsed_files(package, manifest)
+    check_sha256(package / WEIGHTS_FILE, manifest["files"][WEIGHTS_FILE]["sha256"], lambda size: None)
 
-    with replace_directory(out, EMBED, overwrite) as directory:
+    # The manifest's text is on the disk before the directory is renamed into place, and is renamed right after it.
+    with replace_file(package / MANIFEST) as new_manifest, replace_directory(out, EMBED, overwrite) as directory:
         report("embedding", 0, total)
         embedding(weights, directory / EMBED)
         for stage in (stage for stages in plans.values() for stage in stages):
             report(stage.name, len(compiled), total)
-            with tempfile.TemporaryDirectory(dir=out.parent, prefix=".stage.") as scratch:
+            with tempfile.TemporaryDirectory(dir=directory, prefix=".stage.") as scratch:
                 source = write_stage(weights, stage, Path(scratch))
                 optimization = 3 if stage.shape.tokens == 1 else _PREFILL_OPTIMIZATION
                 compiled[stage.name] = compile_stage(source, directory / source.name, chip, optimization)
         report("checksums", total, total)
-        files = list_files(directory, lambda done, total: None)
         entry = {
             "chip": chip.name,
             "soc_model": chip.soc_model,
@@ -70,14 +74,13 @@ def compile_package(
             **{name: [_entry(stage) for stage in plans[name]] if name in plans else None for name in _LISTS},
             "head": "head.onnx",
             "nodes": sum(stage.nodes for stage in compiled.values()),
-            "files": files,
+            "files": list_files(directory, lambda done, total: None),
             "tools": {name: version(name) for name in ("onnxruntime", "onnxruntime-qnn")},
         }
-    manifest = json.loads((package / MANIFEST).read_text(encoding="utf-8"))  # another chip may have come meanwhile
-    manifest.setdefault("qnn", {})[soc] = entry
-    with replace_file(package / MANIFEST) as path:
+        manifest = json.loads((package / MANIFEST).read_text(encoding="utf-8"))  # another chip may have come meanwhile
+        manifest.setdefault("qnn", {})[soc] = entry
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        new_manifest.write_text(text + "\n", encoding="utf-8")
     return entry, compiled
 
 

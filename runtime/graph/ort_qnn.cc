@@ -53,7 +53,8 @@ std::string remedy_for(std::string_view reason) {
   const auto has = [reason](const char* text) { return reason.find(text) != std::string_view::npos; };
   if (has("libatomic.so.1")) return "install the system's libatomic.so.1 (Debian, Ubuntu: apt install libatomic1)";
   if (has("CreateEpFactories")) return "it is no provider library, or one of onnxruntime-qnn before 2.0";
-  return "install the package onnxruntime-qnn >= 2.7";
+  return kSimulated ? "install the package onnxruntime-qnn >= 2.7"
+                    : "use libraries of one release of onnxruntime-qnn, 2.7 or newer, all in one directory";
 }
 
 [[noreturn]] void fail_to_load(const std::filesystem::path& path, const std::string& reason) {

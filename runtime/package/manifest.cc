@@ -56,6 +56,8 @@ std::vector<StageInfo> parse_dense_stages(const Node& node, const Architecture& 
   return stages;
 }
 
+constexpr const char* kCompileAgain = "compile the package again (meki-compile with --overwrite)";
+
 // The files that make text and tokens of each other; what is in them is the caller's concern.
 std::vector<std::string> parse_tokenizer_files(const Node& node) {
   std::vector<std::string> files = {node.at("file").file_name()};
@@ -64,6 +66,10 @@ std::vector<std::string> parse_tokenizer_files(const Node& node) {
 }
 
 void check_size(const std::filesystem::path& path, uint64_t expected) {
+  if (std::error_code error; !std::filesystem::exists(path, error)) {
+    throw PackageError(path.string() + ": no such file, but the manifest names it; the package was copied in part: " +
+                       "copy all of it, or make it again");
+  }
   const uint64_t got = File(path, O_NONBLOCK).size(path);
   if (got == expected) return;
   throw PackageError(path.string() + ": " + std::to_string(got) + " bytes, the manifest says " +
@@ -112,7 +118,7 @@ Manifest Manifest::open(const std::filesystem::path& directory) {
   for (const StageInfo& stage : manifest.dense_stages) require_file(files, stage.file);
   if (manifest.memory) require_file(files, manifest.memory->file);
   for (const std::string& file : parse_tokenizer_files(tokenizer)) require_file(files, file);
-  if (json.contains("qnn")) manifest.qnn = parse_qnn(root.at("qnn"), manifest);
+  if (json.contains("qnn")) manifest.qnn = parse_qnn(root.at("qnn").with_remedy(kCompileAgain), manifest);
   return manifest;
 }
 

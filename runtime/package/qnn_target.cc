@@ -77,7 +77,8 @@ std::map<std::string, QnnTarget> parse_qnn(const Node& node, const Manifest& man
   for (const auto& [name, target] : node.members()) {
     if (!is_chip_name(name)) {
       const Node::Json value(name);
-      Node(value, node.where() + ": a name").fail("a chip's name of 1 to 64 lower-case letters, digits and dashes");
+      Node(value, node.where() + ": a name", "compile the package again")
+          .fail("a chip's name of 1 to 64 lower-case letters, digits and dashes");
     }
     targets[name] = parse_target(name, target, manifest);
   }

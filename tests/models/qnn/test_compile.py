@@ -55,7 +55,8 @@ def test_compiles_and_compares(package: Path, capsys: pytest.CaptureFixture[str]
     assert re.search(r"Snapdragon 8 Elite, int8 weights, context 40, prefill in chunks of 8; all [\d,]+ nodes", out)
     for name in ("decode.0", "decode.1", "prefill.0", "prefill.1", "dense_decode.0", "dense_prefill.0", "head"):
         assert re.search(rf"^  {name} +\d+ nodes +[\d.]+ MB +[\d.]+ s +[\d.]+ GB of memory$", out, re.MULTILINE)
-    for name in ("memory on", "dense"):
+    assert re.search(r"^  loaded together: [\d.]+ MB, .* the KV cache takes 0.0 MB more$", out, re.MULTILINE)
+    for name in ("small", "without its memory"):
         line = rf"^  {name}, HTP simulator against the CPU over 12 tokens: logits differ by 0\.\d+ \(RMS.* 1\d times$"
         assert re.search(line, out, re.MULTILINE)
 
@@ -183,11 +184,21 @@ def test_entries_that_come_meanwhile_are_kept(package: Path, fake_compiler: list
     assert set(read_manifest(package)["qnn"]) == {"sm8550", "sm8750"}
 
 
+def test_damaged_weights(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (package / "weights.bin").open("r+b") as file:
+        file.write(b"x")
+    assert main([str(package), "--soc", "sm8750"]) == 1
+    assert re.search(r"weights.bin: SHA-256 is .*the file is damaged", capsys.readouterr().err)
+
+
 def test_weights_beyond_float16(make_package: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
     package = Path(shutil.copytree(make_package("float32"), tmp_path / "large"))
     data = np.fromfile(package / "weights.bin", np.float32)
     data[:] = 1e6
     data.tofile(package / "weights.bin")
+    manifest = json.loads((package / "manifest.json").read_text())
+    manifest["files"]["weights.bin"]["sha256"] = hashlib.sha256(data.tobytes()).hexdigest()
+    (package / "manifest.json").write_text(json.dumps(manifest))
     assert main([str(package), "--soc", "sm8750"]) == 1
     assert re.search(r"largest magnitude 1e\+06 is beyond float16's 65504", capsys.readouterr().err)
     assert "qnn" not in read_manifest(package)

@@ -52,14 +52,19 @@ def random_inputs(stage: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("soc", CHIPS)
-def test_binaries_are_for_the_chip(soc: str, make_package: Callable[..., Path], tmp_path: Path) -> None:
-    write_stages(make_package("float32"), Options(CONTEXT, CHUNK, "float16", dense=False), tmp_path)
-    compiled = compile_stage(tmp_path / "head.onnx", tmp_path / "out.onnx", CHIPS[soc])
-    assert compiled.graph == tmp_path / "out.onnx" and compiled.binary == tmp_path / "out_qnn.bin"
-    assert compiled.nodes >= 4  # casts, norm and product
-    assert f"arch={CHIPS[soc].htp_arch}".encode() in compiled.binary.read_bytes()
-    (node,) = onnx.load(compiled.graph).graph.node
-    assert node.op_type == "EPContext"
+@pytest.mark.parametrize(("weights", "precision"), [("float32", "float16"), ("int4", "int4")])
+def test_every_chip_takes_all_nodes(
+    soc: str, weights: str, precision: str, make_package: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_stages(make_package(weights), Options(CONTEXT, CHUNK, precision, dense=False), tmp_path)
+    for name in ("decode.1", "prefill.1", "head"):  # in the second stage all kinds of nodes are
+        compiled = compile_stage(tmp_path / f"{name}.onnx", tmp_path / f"{name}.out.onnx", CHIPS[soc])
+        assert compiled.graph == tmp_path / f"{name}.out.onnx"
+        assert compiled.binary == tmp_path / f"{name}.out_qnn.bin"
+        assert compiled.nodes >= 4  # the head: casts, norm and product
+        assert f"arch={CHIPS[soc].htp_arch}".encode() in compiled.binary.read_bytes()
+        (node,) = onnx.load(compiled.graph).graph.node
+        assert node.op_type == "EPContext"
 
 
 @pytest.mark.parametrize(("weights", "precision"), [("float32", "float16"), ("int4", "int4")])
