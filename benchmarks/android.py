@@ -24,7 +24,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
-from android_device import AndroidError, Device, Phone, check_phone, find_device
+from android_device import TRANSFER_TIMEOUT, AndroidError, Device, Phone, check_phone, find_device
 from android_files import (
     ONNXRUNTIME,
     PROGRAM,
@@ -82,8 +82,19 @@ def check_lengths(args: argparse.Namespace, context: int) -> None:
         )
 
 
+def check_paths(args: argparse.Namespace) -> None:
+    """ValueError for an option whose file or directory is not there."""
+    named = [("--bench", args.bench, "1, builds it"), ("--onnxruntime", args.onnxruntime, "2, says where to get it")]
+    for option, path, step in named:
+        if not path.is_file():
+            raise ValueError(f"{option} {path}: no such file; docs/android.md, step {step}")
+    if args.qnn and not args.qnn.is_dir():
+        raise ValueError(f"--qnn {args.qnn}: no such directory; docs/android.md, step 2, fills one")
+
+
 def prepare(args: argparse.Namespace) -> Job:
     """Checks the phone, the package and all files, before anything is pushed."""
+    check_paths(args)
     manifest = read_manifest(args.package)
     check_elf(args.bench)
     check_elf(args.onnxruntime)
@@ -121,6 +132,7 @@ def push(job: Job) -> None:
         desc="pushing", total=sum(item.bytes for item in missing), unit="B", unit_scale=True, disable=None
     ) as bar:
         push_items(job.device, missing, bar.update)
+    job.device.check("sync", TRANSFER_TIMEOUT)  # pages that are not written back cannot be dropped for a cold ROM
 
 
 def cool_down(device: Device, minutes: float, say: Callable[[str], None]) -> None:
@@ -203,14 +215,15 @@ def run(args: argparse.Namespace) -> int:
         notes=notes(args, job),
         failure=failure,
     )
-    if args.json:
-        write_file(args.json, (json.dumps(report, indent=2) + "\n").encode())
+    written = args.json if runs else None  # nothing does not replace the figures of an earlier call
+    if written:
+        write_file(written, (json.dumps(report, indent=2) + "\n").encode())
     if runs:
         print(to_markdown(report))
     if failure:
         print(f"android.py: error: {failure}", file=sys.stderr)
-        if args.json:
-            print(f"android.py: {len(runs)} runs before that are in {args.json}", file=sys.stderr)
+        if written:
+            print(f"android.py: {len(runs)} runs before that are in {written}", file=sys.stderr)
     return code
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from android_device import TRANSFER_TIMEOUT, AndroidError, Device, Phone, disk_full
 
-from meki.package import check_sha256, file_sha256
+from meki.package import check_sha256, compiled_targets, file_sha256, target_directory
 
 REMOTE = "/data/local/tmp/meki"
 PROGRAM, ONNXRUNTIME, QNN_PROVIDER = "meki_bench", "libonnxruntime.so", "libonnxruntime_providers_qnn.so"
@@ -50,7 +50,7 @@ class Target:
 
 def find_target(manifest: dict[str, Any], package: Path, phone: Phone, soc: str | None) -> Target:
     """The compiled target for `soc`, or for the phone's chip."""
-    compiled: dict[str, Any] = manifest.get("qnn") or {}
+    compiled = compiled_targets(manifest)
     key = soc or phone.chip.lower()
     if not key:
         raise AndroidError(f"{phone.model} does not name its chip (ro.soc.model): name the target with --soc")
@@ -60,10 +60,7 @@ def find_target(manifest: dict[str, Any], package: Path, phone: Phone, soc: str 
             f"{package}: {has}, expected {key} ({phone.model}): run `meki-compile {shlex.quote(str(package))} --soc "
             f"{key} --dense`, or name a target that runs on this chip with --soc"
         )
-    target = compiled[key]
-    if not {"context", "htp_arch", "files", "dense_decode"} <= target.keys():
-        raise AndroidError(f"{package}: qnn.{key} of its manifest is incomplete: compile it again with meki-compile")
-    return Target(key, target)
+    return Target(key, compiled[key])
 
 
 def package_items(package: Path, manifest: dict[str, Any], target: Target | None, remote: str) -> list[Item]:
@@ -75,7 +72,8 @@ def package_items(package: Path, manifest: dict[str, Any], target: Target | None
     if target:
         rom = manifest["memory"] and manifest["memory"]["file"]
         files = {rom: files[rom]} if rom else {}
-        files |= {f"qnn/{target.soc}/{name}": entry for name, entry in target.members["files"].items()}
+        compiled = target_directory(Path(), target.soc)
+        files |= {str(compiled / name): entry for name, entry in target.members["files"].items()}
     items = [Item(package / name, f"{remote}/{name}", entry["bytes"], entry["sha256"]) for name, entry in files.items()]
     return [*items, local_item(package / "manifest.json", f"{remote}/manifest.json")]
 

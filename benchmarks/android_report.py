@@ -11,6 +11,7 @@ from android_device import HOT_CELSIUS, Phone
 from android_run import Run, Variant
 
 from meki.bench.stats import median_interval, percentiles
+from meki.cli.output import SIMULATED
 
 Report = dict[str, Any]
 
@@ -131,13 +132,18 @@ def _comparison(test: str, variant: Variant, runs: Sequence[Run], dense: Sequenc
 def _labels(runs: Sequence[Run]) -> list[str]:
     labels = []
     if any(run.report["simulated"] for run in runs):
-        labels.append("HTP simulator: results as on the chip, speed is not")
+        labels.append(SIMULATED)
     if any(run.report["random_weights"] for run in runs):
         labels.append("random weights: speed can be measured, the text means nothing")
     if any(run.report["synthetic_depth"] for run in runs):
         labels.append("synthetic depth: the cache was filled, not computed")
-    if any(run.variant.rom == "cold" for run in runs):
+    if cold := [run.report.get("storage_bytes_per_token") for run in runs if run.variant.rom == "cold"]:
         labels.append("cold ROM: dropped from the page cache before every step; the system may keep pages")
+        if unseen := sum(not fetched for fetched in cold):  # 0 or unknown
+            labels.append(
+                f"cold ROM: storage reads not seen in {unseen} of {len(cold)} runs: the system kept the pages, so that "
+                "these were warm, or does not count reads"
+            )
     if hot := sum(run.before.hot for run in runs):
         labels.append(f"hot: {hot} of {len(runs)} runs began throttled or with a battery of {HOT_CELSIUS:g} C or more")
     if any(run.before.thermal_status is None and run.before.battery_celsius is None for run in runs):
@@ -157,8 +163,8 @@ def to_markdown(report: Report) -> str:
     lines = [
         f"## {it['model']} on {phone['model']} ({phone['chip'] or 'unknown chip'})",
         "",
-        f"- provider {it['provider']}, {it['precision'] or it['weights']} weights, {it['kv_type']} KV cache, "
-        f"{it['threads']} threads, {it['simd']} kernels",
+        f"- provider {it['provider']}, {it['precision'] or it['weights']} weights, {it['kv_type']} KV cache"
+        + (f", {it['threads']} threads, {it['simd']} kernels" if it["provider"] == "cpu" else ""),
         f"- meki_bench {it['version']}, onnxruntime {it['onnxruntime']}, Android {phone['release']}, {it['started']}",
         f"- medians (p10 to p90); ratios with 95% confidence interval over {report['protocol']['rounds']} interleaved "
         "rounds",
@@ -175,10 +181,10 @@ def _table(report: Report) -> Iterator[str]:
     ratios = {entry["rom"]: entry for entry in report["compare"] if entry["test"] == "decode"}
     depth = decodes[0]["depth"] if decodes else 0
     yield (
-        f"| | decode at {depth:,}, tokens/s | to dense | prefill, tokens/s | wait p50, us | wait p99, us | battery, mA "
-        "| battery, C |"
+        f"| | decode at {depth:,}, tokens/s | to dense | prefill, tokens/s | wait p50, us | wait p99, us "
+        "| from storage, bytes a token | battery, mA | battery, C |"
     )
-    yield f"| --- |{' ---: |' * 7}"
+    yield f"| --- |{' ---: |' * 8}"
     for result in decodes:
         stall = result["stall_us"] or {}
         cells = [
@@ -187,6 +193,7 @@ def _table(report: Report) -> Iterator[str]:
             _ratio(ratios.get(result["rom"])),
             _spread(prefills.get(result["rom"])),
             *(_number(stall.get(rank), ".1f") for rank in ("p50", "p99")),
+            _number(result["storage_bytes_per_token"], ",.0f"),
             _number(result["battery_ma"], ",.0f"),
             _number(result["battery_celsius"], ".1f"),
         ]

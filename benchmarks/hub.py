@@ -134,7 +134,7 @@ def make_report(
             "chunk": entry["chunk"],
             "device": device,
             "device_os": sorted({jobs[stage.name][-1].device.os for stage in profiled}),
-            "tools": entry["tools"],
+            "tools": entry.get("tools"),
             "qai_hub": metadata.version("qai-hub"),
             "meki": metadata.version("meki"),
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",

@@ -187,7 +187,12 @@ class Hub:
                 "job_id",
             )
             jobs.append((key, job))
-            model = job.get_target_model()  # is named before the job has run: AI Hub chains the two
+            with hub_errors(f"job {job.job_id}"):
+                model = job.get_target_model()  # is named before the job has run: AI Hub chains the two
+            if model is None:
+                self._status(job, jobs)  # if it failed, it says why
+                self.ledger.forget(key)
+                raise HubError(f"compile job {job.job_id} names no compiled model ({job.url})")
         key = f"profile {model.model_id} on {self.device.name}, {profile_options}"
         try:
             job = self._once(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from hub_client import HubError
 from tqdm import tqdm
 
-from meki.package import check_sha256
+from meki.package import check_sha256, compiled_targets, read_manifest, target_directory
 
 GRAPHS = ("decode", "prefill", "head", "dense_decode", "dense_prefill")
 
@@ -54,39 +53,22 @@ class Target:
 
 
 def read_target(package: Path, soc: str | None) -> Target:
-    """HubError for a package that is not compiled or not valid, ValueError for a `soc` that is not among its own."""
-    path = package / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        _ = manifest["name"], manifest["memory"], manifest["provenance"].get("weights")
-        targets = dict(manifest.get("qnn") or {})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HubError(f"{path}: expected the manifest of a package, got {error!r}") from error
-    if not targets:
-        raise HubError(f"{package} is not compiled for any chip: meki-compile {package} --soc sm8750")
-    if soc is None and len(targets) > 1:
-        raise ValueError(f"{package} is compiled for {', '.join(targets)}: choose one with --soc")
+    """PackageError for a package that is not valid, ValueError for one that is not compiled for `soc`, or without a
+    `soc` not for exactly one chip."""
+    manifest = read_manifest(package, "qnn", soc or "")
+    targets = compiled_targets(manifest)
     soc = soc or next(iter(targets))
-    if soc not in targets:
-        raise ValueError(f"{package} is compiled for {', '.join(targets)}, not for {soc!r}; compile it for that too")
-    try:
-        entry = targets[soc]
-        _ = entry["chip"], entry["htp_arch"], entry["precision"], entry["context"], entry["chunk"], entry["tools"]
-        parts = {graph: entry[graph] for graph in GRAPHS} | {"head": [{"file": entry["head"]}]}
-        graphs = {
-            graph: [_stage(package / "qnn" / soc, graph, part["file"], entry["files"]) for part in parts[graph]]
-            for graph in GRAPHS
-            if parts[graph] is not None
-        }
-    except (KeyError, TypeError) as error:
-        raise HubError(f"{path}: qnn.{soc} lacks or has a wrong {error}; compile the package again") from error
+    entry, directory = targets[soc], target_directory(package, soc)
+    parts = {graph: entry[graph] for graph in GRAPHS} | {"head": [{"file": entry["head"]}]}
+    graphs = {
+        graph: [_stage(directory, graph, Path(part["file"]).stem, entry["files"]) for part in parts[graph]]
+        for graph in GRAPHS
+        if parts[graph] is not None
+    }
     return Target(package, manifest, soc, entry, graphs)
 
 
-def _stage(directory: Path, graph: str, file: str, files: dict[str, Any]) -> Stage:
-    name = Path(file).stem
-    if f"{name}.onnx" != file:  # a path could lead out of the package, and what it leads to would be uploaded
-        raise HubError(f"{directory}: stage {file!r}, expected a plain name with .onnx; compile the package again")
+def _stage(directory: Path, graph: str, name: str, files: dict[str, Any]) -> Stage:
     binary = f"{name}_qnn.bin"
     return Stage(name, graph, directory / binary, files[binary]["bytes"], files[binary]["sha256"])
 

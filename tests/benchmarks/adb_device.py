@@ -110,6 +110,7 @@ class Phone:
             self._script(name, f'cat "{root}/{name}/$1" 2>/dev/null || true')
             (root / name).mkdir()
         self._script("df", f'cat "{root}/df"')
+        self._script("sync", ":")  # the host's own would wait for everything that is written on it
         self._port = 0
         self.plug()
         self.serial = f"127.0.0.1:{self._port}"

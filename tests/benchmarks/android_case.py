@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -27,12 +26,13 @@ call = len(open("calls").readlines())
 rom = options.get("--rom")
 repetitions, tokens = int(options["--repetitions"]), int(options["--tokens"])
 prefill = int(options.get("--prefill", 512))
+cpu = options["--provider"] == "cpu"
 base = {None: 10.0, "warm": 9.0, "cold": 8.0}[rom] * (1 + call / 100)
 report = {
     "program": "meki_bench", "version": "0.1.0", "model": "small", "random_weights": True, "simulated": False,
     "provider": options["--provider"], "soc": options.get("--soc"), "precision": "float16", "weights": None,
     "memory": "meki" if options["--memory"] == "on" else "dense", "rom": rom, "rom_access": rom and "pread",
-    "kv_type": "float16", "threads": 8, "simd": "neon_i8mm", "onnxruntime": "1.29.0",
+    "kv_type": "float16", "threads": 8 if cpu else None, "simd": "neon_i8mm" if cpu else None, "onnxruntime": "1.29.0",
     "depth": int(options.get("--depth", 479)), "synthetic_depth": True, "tokens": tokens,
     "prefill_tokens": prefill, "repetitions": repetitions, "load_s": 0.0,
     "decode_tokens_per_s": [base + i / 10 for i in range(repetitions)],
@@ -45,35 +45,6 @@ HOOK
 with open(options["--json"], "w") as file:
     json.dump(report, file)
 """
-
-
-def entry(data: bytes) -> dict[str, Any]:
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def compiled_package(source: Path, path: Path, *, dense: bool = True) -> Path:
-    """A copy of a package with 3 layers, compiled for sm8750; what the compiler would write holds text."""
-    shutil.copytree(source, path)
-    manifest = json.loads((path / "manifest.json").read_text())
-    memory = manifest["memory"] is not None
-    stages = [{"file": "decode.0.onnx", "rows": [0, 3] if memory else None}]
-    plain = [{"file": "dense.0.onnx", "rows": None}] if dense and memory else None
-    names = [stage["file"] for stage in [*stages, *(plain or [])]]
-    names += ["decode.0_qnn.bin", "embed.onnx", "head.onnx"]
-    files = {name: f"compiled {name}".encode() * 1000 for name in names}
-    manifest["qnn"] = {
-        "sm8750": {
-            **{"chip": "Snapdragon 8 Elite", "soc_model": 69, "htp_arch": 79, "precision": "float16", "context": 512},
-            **{"chunk": 128, "embed": "embed.onnx", "head": "head.onnx", "decode": stages, "prefill": stages},
-            **{"dense_decode": plain, "dense_prefill": plain, "tools": {}},
-            "files": {name: entry(data) for name, data in files.items()},
-        }
-    }
-    (path / "qnn/sm8750").mkdir(parents=True)
-    for name, data in files.items():
-        (path / "qnn/sm8750" / name).write_bytes(data)
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    return path
 
 
 class Case:

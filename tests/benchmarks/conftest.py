@@ -1,4 +1,4 @@
-"""An adb server of this test run's own, and the stand-in phone that it is connected to."""
+"""An adb server of this test run's own, and the stand-in phone that it is connected to; a stand-in for AI Hub."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import android_files
 import pytest
 
 from .adb_device import Phone
-from .android_case import Case, compiled_package
+from .android_case import Case
+from .compiled import compiled_package
+
+if TYPE_CHECKING:
+    from .hub_stub import StubHub
 
 TIMEOUT = 20.0  # seconds; what is waited for here takes milliseconds
 
@@ -126,7 +131,8 @@ def phone(phones: Callable[[], Phone]) -> Phone:
 
 @pytest.fixture
 def case(tmp_path: Path, make_package: Callable[..., Path]) -> Case:
-    return Case(tmp_path, compiled_package(make_package("int8", context=600), tmp_path / "my small model"))
+    package = compiled_package(make_package("int8", context=600), tmp_path / "my small model", context=512)
+    return Case(tmp_path, package)
 
 
 @pytest.fixture
@@ -134,3 +140,17 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> int:
     """Bytes of a piece, so small that the ROM has several."""
     monkeypatch.setattr(android_files, "PIECE", 1 << 14)
     return 1 << 14
+
+
+@pytest.fixture
+def package(tmp_path: Path, make_package: Callable[..., Path]) -> Path:
+    """A small package with a memory, compiled with the dense backbone."""
+    return compiled_package(make_package(), tmp_path / "package")
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
+    from .hub_case import running_stub  # needs AI Hub's client
+
+    with running_stub(tmp_path, monkeypatch) as server:
+        yield server

@@ -76,6 +76,7 @@ class StubHub:
         """Why jobs fail, by kind and the last word of their names."""
         self.job_limit: int | None = None
         self.polls_in_a_state = 1
+        self.names_compiled_models = True
         self.bucket: str | None = None
         """Uploads go to this bucket of S3, which is here as well, with credentials."""
         self.bucket_refuses = False
@@ -253,7 +254,8 @@ class StubHub:
             target = pb.Model(name=inner.name, model_type=pb.MODEL_TYPE_QNN_CONTEXT_BINARY, producer_id=identity)
             target.model_id = f"m{len(self.models)}"
             self.models[target.model_id] = Upload(target, producer=identity)
-            inner.target_model.CopyFrom(target)
+            if self.names_compiled_models:
+                inner.target_model.CopyFrom(target)
         else:
             inner.inference_job_id = identity
         self.jobs[identity] = Job(kind, message, inner.model.model_id)

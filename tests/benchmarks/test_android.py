@@ -10,7 +10,8 @@ import android
 import pytest
 
 from .adb_device import Phone, elf
-from .android_case import LIBRARIES, REMOTE, Case, calls, compiled_package
+from .android_case import LIBRARIES, REMOTE, Case, calls
+from .compiled import compiled_package
 from .conftest import battery, connect
 
 
@@ -59,13 +60,22 @@ def test_npu_from_nothing_to_the_table(phone: Phone, case: Case, capsys: pytest.
     assert report["environment"]["rom_access"] == "pread"
     assert report["memory"]["MeKi, cold ROM"] == {"resident_bytes": 1012, "peak_resident_bytes": 2012}
 
+    # Everything is on the phone's storage before the first run: a page that is not could not be dropped.
+    first = next(i for i, command in enumerate(phone.commands) if "./meki_bench " in command)
+    last = max(i for i, command in enumerate(phone.commands[:first]) if command.startswith("sync:"))
+    assert any("( sync\n)" in command for command in phone.commands[last:first])
+
     table = capsys.readouterr().out
     rows = [line for line in table.splitlines() if line.startswith("| ") and "---" not in line]
     assert [row.split(" | ")[0] for row in rows[1:]] == ["| dense", "| MeKi, warm ROM", "| MeKi, cold ROM"]
     assert "decode at 479" in rows[0]
     assert f"| {warm['median']:.1f} ({warm['p10']:.1f} to {warm['p90']:.1f}) |" in rows[2]
+    column = rows[0].split(" | ").index("from storage, bytes a token")
+    assert [row.split(" | ")[column] for row in rows[1:]] == ["-", "0", "4,096"]
     for label in ("random weights", "synthetic depth", "cold ROM"):
         assert f"- **{label}" in table
+    assert "storage reads not seen" not in table
+    assert "- provider qnn, float16 weights, float16 KV cache\n" in table  # no cores, no kernels of the CPU
 
 
 def test_second_time_nothing_is_sent(phone: Phone, case: Case) -> None:
@@ -77,7 +87,7 @@ def test_second_time_nothing_is_sent(phone: Phone, case: Case) -> None:
     assert phone.path(f"{REMOTE}/bin/libQnnHtp.so").read_bytes() == (case.qnn / "libQnnHtp.so").read_bytes()
 
 
-def test_cpu_needs_no_npu(phone: Phone, case: Case) -> None:
+def test_cpu_needs_no_npu(phone: Phone, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     phone.set("getprop", ro__soc__model="Tensor G9")
     assert case.run("--provider", "cpu", "--prefill", "0", "--depth", "100") == 0
     there = phone.path(f"{REMOTE}/packages/my small model")
@@ -85,6 +95,7 @@ def test_cpu_needs_no_npu(phone: Phone, case: Case) -> None:
     assert {path.name for path in there.rglob("*") if path.is_file()} == {"manifest.json", *manifest["files"]}
     assert not any("--soc" in call[0] or "--qnn-library" in call[0] for call in calls(phone))
     assert [result["depth"] for result in case.report()["results"]] == [100] * 3
+    assert ", 8 threads, neon_i8mm kernels\n" in capsys.readouterr().out
 
 
 def test_package_without_dense_graphs_or_without_memory(
@@ -169,6 +180,14 @@ def test_hot_phone_is_waited_for(
     labels = case.report()["labels"]
     for start_ in ("hot: 6 of 6 runs", "plugged in", "battery below 20%"):
         assert any(label.startswith(start_) for label in labels)
+
+
+@pytest.mark.parametrize("fetched", [0, None])
+def test_cold_runs_that_read_nothing_from_storage(phone: Phone, case: Case, fetched: int | None) -> None:
+    case.hook(f"if call == 3: report['storage_bytes_per_token'] = {fetched}")
+    case.install(phone)
+    assert case.run() == 0
+    assert any(label.startswith("cold ROM: storage reads not seen in 1 of 2 runs") for label in case.report()["labels"])
 
 
 def test_phone_that_tells_nothing(phone: Phone, case: Case) -> None:

@@ -107,6 +107,19 @@ def test_run_that_fails(phone: Phone, case: Case, death: str, capsys: pytest.Cap
     assert "| dense |" in captured.out
 
 
+def test_first_run_that_fails_keeps_the_figures_of_an_earlier_call(
+    phone: Phone, case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case.hook("sys.exit(1)")
+    case.install(phone)
+    case.json.write_text("earlier figures")
+    assert case.run() == 1
+    captured = capsys.readouterr()
+    assert "exit status 1" in captured.err and "runs before that" not in captured.err
+    assert captured.out == ""
+    assert case.json.read_text() == "earlier figures"
+
+
 def test_unplugged_during_a_run(phone: Phone, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     case.hook("if call == 2: open('there', 'w').close(); time.sleep(60)")
     case.install(phone)

@@ -14,6 +14,8 @@ from android_files import check_elf, qnn_libraries
 from android_report import make_report, to_markdown
 from android_run import REPETITIONS, Run, Variant, order, parse_power
 
+from meki.cli.output import SIMULATED
+
 from .adb_device import elf
 
 DENSE, WARM, COLD = Variant("dense", None), Variant("meki", "warm"), Variant("meki", "cold")
@@ -95,7 +97,7 @@ def test_power_lines() -> None:
 def run(variant: Variant, number: int, speed: float, **changes: Any) -> Run:
     report: dict[str, Any] = {
         "model": "m", "random_weights": False, "provider": "qnn", "simulated": False, "soc": "sm8750",
-        "precision": "float16", "kv_type": "float16", "threads": 8, "simd": "neon", "onnxruntime": "1", "version": "0",
+        "precision": "float16", "kv_type": "float16", "threads": None, "simd": None, "onnxruntime": "1", "version": "0",
         "load_s": 1.5, "depth": 64, "tokens": 4, "prefill_tokens": 512, "synthetic_depth": False,
         "decode_tokens_per_s": [speed] * REPETITIONS,
         "prefill_tokens_per_s": [100 * speed] * REPETITIONS, "stall_us": [5.0] if variant.rom else [],
@@ -145,9 +147,7 @@ def test_current_is_that_after_loading() -> None:
 
 
 def test_simulated_figures_say_so() -> None:
-    assert (
-        "HTP simulator: results as on the chip, speed is not" in make([run(DENSE, 1, 10.0, simulated=True)])["labels"]
-    )
+    assert SIMULATED in make([run(DENSE, 1, 10.0, simulated=True)])["labels"]
 
 
 # Usage
@@ -167,3 +167,21 @@ def test_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture
         main(["package", "--bench", "b", "--onnxruntime", "o", *arguments])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("--bench", "no such file; docs/android.md, step 1"),
+        ("--onnxruntime", "no such file; docs/android.md, step 2"),
+        ("--qnn", "no such directory; docs/android.md, step 2"),
+    ],
+)
+def test_files_that_are_not_there(
+    tmp_path: Path, missing: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = tmp_path / "there"
+    there.write_bytes(elf())
+    paths = {"--bench": there, "--onnxruntime": there, "--qnn": tmp_path} | {missing: tmp_path / "missing"}
+    assert main(["package", *(str(part) for option in paths.items() for part in option)]) == 2
+    assert f"android.py: error: {missing} {tmp_path / 'missing'}: {message}" in capsys.readouterr().err

@@ -208,10 +208,13 @@ def test_a_signal_ends_it_without_a_file(bench: Any, tmp_path: Path, number: sig
     output = tmp_path / "out.json"
     command = bench.arguments(TINY, "--tokens", 400, "--repetitions", 10**9, "--json", output)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while not catches(process, number):  # it has begun
-            assert process.poll() is None
-        process.send_signal(number)
-        printed = process.communicate(timeout=60)
+        try:
+            while not catches(process, number):  # it has begun
+                assert process.poll() is None
+            process.send_signal(number)
+            printed = process.communicate(timeout=60)
+        finally:
+            process.kill()  # or leaving the context would wait for all repetitions
     assert (process.returncode, *printed) == (130, "", "")
     assert list(tmp_path.iterdir()) == []
 
