@@ -52,18 +52,27 @@ def constant(graph: GraphBuilder, name: str, values: np.ndarray | np.generic) ->
     return graph.constant(numpy_helper.from_array(np.asarray(values, order="C"), name))
 
 
+def to_float16(graph: GraphBuilder, x: str) -> str:
+    return graph.op("Cast", [x], f"{x}.float16", to=TensorProto.FLOAT16)
+
+
+def to_float32(graph: GraphBuilder, x: str) -> str:
+    return graph.op("Cast", [x], f"{x}.float32", to=TensorProto.FLOAT)
+
+
 def float16(graph: GraphBuilder, x: str, weight: Floats, _inputs: Floats, _outputs: Floats) -> str:
-    return graph.op("MatMul", [x, constant(graph, "w", weight.T.astype(np.float16))], "product")
+    product = graph.op("MatMul", [to_float16(graph, x), constant(graph, "w", weight.T.astype(np.float16))], "product")
+    return to_float32(graph, product)
 
 
 def matmul_nbits(graph: GraphBuilder, x: str, weight: Floats, _inputs: Floats, _outputs: Floats) -> str:
     q, scales = quantize(weight, BLOCK)
     codes = (q + np.int8(8)).astype(np.uint8)
     packed = constant(graph, "w", codes[..., ::2] | codes[..., 1::2] << 4)
-    inputs = [x, packed, constant(graph, "scales", scales.astype(np.float16).reshape(-1))]
+    inputs = [to_float16(graph, x), packed, constant(graph, "scales", scales.astype(np.float16).reshape(-1))]
     rows, columns = weight.shape
     attributes = {"K": columns, "N": rows, "bits": 4, "block_size": BLOCK}
-    return graph.op("MatMulNBits", inputs, "product", domain="com.microsoft", **attributes)
+    return to_float32(graph, graph.op("MatMulNBits", inputs, "product", domain="com.microsoft", **attributes))
 
 
 def qdq(graph: GraphBuilder, x: str, weight: Floats, inputs: Floats, outputs: Floats) -> str:
@@ -96,12 +105,8 @@ def simulate(kind: str, weight: Floats, inputs: Floats, outputs: Floats, directo
     """The layer's outputs [T, n] for inputs [T, k]; `outputs` are the exact ones."""
     graph = GraphBuilder("com.microsoft")
     x = graph.input("x", (1, *inputs.shape))  # MatMulNBits is not placed with two dimensions
-    if kind != "A16W4 QDQ":
-        x = graph.op("Cast", [x], "x.float16", to=TensorProto.FLOAT16)
     y = KINDS[kind](graph, x, weight, inputs, outputs)
-    graph.op("Identity" if kind == "A16W4 QDQ" else "Cast", [y], graph.output("y", (1, *outputs.shape)), **(
-        {} if kind == "A16W4 QDQ" else {"to": TensorProto.FLOAT}
-    ))  # fmt: skip
+    graph.op("Identity", [y], graph.output("y", (1, *outputs.shape)))
     graph.save(directory / "layer.onnx")
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
