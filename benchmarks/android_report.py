@@ -53,13 +53,24 @@ def make_report(
 
 
 def _environment(runs: Sequence[Run], phone: Phone) -> dict[str, Any]:
-    names = ("model", "random_weights", "provider", "simulated", "soc", "precision", "weights", "kv_type", "threads")
+    names = (
+        "model",
+        "random_weights",
+        "provider",
+        "simulated",
+        "shared_memory",
+        "soc",
+        "precision",
+        "weights",
+        "kv_type",
+        "threads",
+    )
     reports = [run.report for run in runs]
     found = {
         name: next(
             (report[name] for report in reports if report.get(name) is not None), None
         )  # dense has no rom_access
-        for name in (*names, "simd", "rom_access", "onnxruntime", "version")
+        for name in (*names, "rom_access", "onnxruntime", "version")
     }
     return {"phone": dataclasses.asdict(phone), **found}
 
@@ -137,6 +148,11 @@ def _labels(runs: Sequence[Run]) -> list[str]:
         labels.append("random weights: speed can be measured, the text means nothing")
     if any(run.report["synthetic_depth"] for run in runs):
         labels.append("synthetic depth: the cache was filled, not computed")
+    if unshared := sum(run.report["provider"] == "qnn" and not run.report["shared_memory"] for run in runs):
+        labels.append(
+            f"KV cache copied: in {unshared} of {len(runs)} runs the NPU did not share its memory, and all of it was "
+            "copied every step"
+        )
     if cold := [run.report.get("storage_bytes_per_token") for run in runs if run.variant.rom == "cold"]:
         labels.append("cold ROM: dropped from the page cache before every step; the system may keep pages")
         if unseen := sum(not fetched for fetched in cold):  # 0 or unknown

@@ -180,7 +180,7 @@ def parse_report(path: Path, variant: Variant, settings: Settings) -> dict[str, 
     check(_numbers(report.get("prefill_tokens_per_s"), prefills), "prefill_tokens_per_s", f"{prefills} speeds")
     steps = REPETITIONS * settings.tokens if variant.rom else 0
     check(_numbers(report.get("stall_us"), steps, least=0.0), "stall_us", f"{steps} times")
-    for name in ("random_weights", "simulated", "synthetic_depth"):
+    for name in ("random_weights", "simulated", "shared_memory", "synthetic_depth"):
         check(isinstance(report.get(name), bool), name, "true or false")
     return report
 

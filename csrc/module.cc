@@ -235,6 +235,7 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("kv_type", [](const Engine& e) { return name_of(e.kv_type()); })
       .def_property_readonly("provider", [](const Engine& e) { return name_of(e.provider()); })
       .def_property_readonly("simulated", &Engine::simulated)
+      .def_property_readonly("shared_memory", &Engine::shared_memory)
       .def_property_readonly("soc",
                              [](const Engine& e) { return e.soc().empty() ? std::nullopt : std::optional(e.soc()); })
       .def("drop_rom_cache", [](const Engine& e) {

@@ -133,6 +133,9 @@ class Engine:
     def simulated(self) -> bool:
         """Whether a simulator of the NPU computes: results as on the chip, speed is not."""
     @property
+    def shared_memory(self) -> bool:
+        """Whether the KV cache is in memory that the NPU shares; if not, an NPU copies all of it each step."""
+    @property
     def soc(self) -> str | None:
         """The chip whose compiled stages run; None with the provider "cpu"."""
     def drop_rom_cache(self) -> None:

@@ -102,6 +102,11 @@ class Engine:
         return self._core.simulated
 
     @property
+    def shared_memory(self) -> bool:
+        """True if the KV cache is in memory that the NPU shares. If not, an NPU copies all of it each step."""
+        return self._core.shared_memory
+
+    @property
     def threads(self) -> int:
         """Compute threads of one step."""
         return self._core.threads

@@ -55,7 +55,7 @@ void run_once(const std::shared_ptr<const Engine>& engine) {
   }
 }
 
-std::shared_ptr<const Engine> open_cpu(Manifest manifest, const EngineOptions& options, int threads) {
+std::shared_ptr<Engine> open_cpu(Manifest manifest, const EngineOptions& options, int threads) {
   const KvType kv_type = options.kv_type.value_or(KvType::int8);
   manifest.check_files();
   if (!options.memory) manifest = without_memory(std::move(manifest));
@@ -63,10 +63,10 @@ std::shared_ptr<const Engine> open_cpu(Manifest manifest, const EngineOptions& o
   static_cast<void>(KvLayout(kv_type, manifest.architecture.kv_heads, manifest.architecture.head_dim));
   auto rom = open_rom(manifest, options.rom_access, options.rom_delay);
   const GraphLoader load = onnxruntime_loader(options.onnxruntime, {threads, kv_type, options.profile});
-  return std::make_shared<const Engine>(std::move(manifest), std::move(rom), load, threads, kv_type);
+  return std::make_shared<Engine>(std::move(manifest), std::move(rom), load, threads, kv_type);
 }
 
-std::shared_ptr<const Engine> open_qnn(Manifest manifest, const EngineOptions& options, int threads) {
+std::shared_ptr<Engine> open_qnn(Manifest manifest, const EngineOptions& options, int threads) {
   if (options.kv_type.value_or(KvType::float16) != KvType::float16) {
     throw std::invalid_argument("kv_type is " + std::string(name_of(*options.kv_type)) +
                                 ", expected float16: compiled stages keep keys and values in no other type");
@@ -84,10 +84,13 @@ std::shared_ptr<const Engine> open_qnn(Manifest manifest, const EngineOptions& o
   }
   auto rom = open_rom(manifest, options.rom_access, options.rom_delay);
   const GraphLoader cpu = onnxruntime_loader(options.onnxruntime, {threads, KvType::float16, options.profile});
-  const GraphLoader qnn =
-      qnn_loader(options.onnxruntime, options.qnn_library, {target.soc_model, target.htp_arch, options.profile});
+  const GraphLoader qnn = qnn_loader(options.onnxruntime, options.qnn_library,
+                                     {.soc_model = target.soc_model,
+                                      .htp_arch = target.htp_arch,
+                                      .shared_memory = !qnn_is_simulated(),  // the simulator has none
+                                      .profile = options.profile});
   StaticModel model = load_static_model(manifest, soc, qnn_is_simulated(), cpu, qnn);
-  return std::make_shared<const Engine>(std::move(manifest), std::move(rom), std::move(model), threads);
+  return std::make_shared<Engine>(std::move(manifest), std::move(rom), std::move(model), threads);
 }
 
 }  // namespace
@@ -132,8 +135,18 @@ std::shared_ptr<const Engine> Engine::open(const std::filesystem::path& director
     throw std::invalid_argument("soc is \"" + options.soc + "\", which only the provider qnn can run on");
   }
   Manifest manifest = Manifest::open(directory);
-  const auto engine =
-      qnn ? open_qnn(std::move(manifest), options, threads) : open_cpu(std::move(manifest), options, threads);
+  return tried(qnn ? open_qnn(std::move(manifest), options, threads) : open_cpu(std::move(manifest), options, threads));
+}
+
+std::shared_ptr<const Engine> Engine::tried(std::shared_ptr<Engine> engine) {
+  if (engine->shared_memory()) {
+    try {
+      run_once(engine);
+      return engine;
+    } catch (const std::runtime_error&) {  // not allocated, not registered, or an error that comes again
+      engine->static_model_->shared_memory = false;
+    }
+  }
   run_once(engine);
   return engine;
 }

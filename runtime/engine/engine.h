@@ -44,6 +44,10 @@ class Engine {
   // Runtime cannot be loaded.
   static std::shared_ptr<const Engine> open(const std::filesystem::path& directory, const EngineOptions& options);
 
+  // What `open` does at last, and tests do: one step of each kind, which finds what does not fit the manifest. If the
+  // NPU does not take the memory that it shares, sessions have ordinary memory from here on. Throws PackageError.
+  static std::shared_ptr<const Engine> tried(std::shared_ptr<Engine> engine);
+
   // From parts; `open` and tests use it. `rom` is what open_rom(manifest) gave: null exactly for a dense model. Throws
   // PackageError if the stages do not fit the manifest.
   Engine(Manifest manifest, std::shared_ptr<const Rom> rom, const GraphLoader& load, int threads, KvType kv_type);
@@ -65,6 +69,9 @@ class Engine {
   Provider provider() const { return static_model_ ? Provider::qnn : Provider::cpu; }
   // Whether Qualcomm's simulator of the NPU computes: results as on the chip, speed is not.
   bool simulated() const { return static_model_ && static_model_->simulated; }
+  // Whether sessions keep the KV cache in memory that they share with the NPU. If not, an NPU copies all of it each
+  // step.
+  bool shared_memory() const { return static_model_ && static_model_->shared_memory; }
   // The chip that runs; empty with Provider::cpu.
   std::string soc() const { return static_model_ ? static_model_->soc : std::string(); }
 

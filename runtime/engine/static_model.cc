@@ -126,6 +126,8 @@ StaticModel load_static_model(const Manifest& manifest, const std::string& soc, 
   model.head = qnn(path(target.head));
   check_names(*model.head, path(target.head), {kFinal}, {"logits"});
   model.hidden_names.assign(hidden.begin(), hidden.end());
+  // Whether there is any is known once some is given.
+  model.shared_memory = model.decode.front().graph->allocate_shared(1) != nullptr;
   return model;
 }
 

@@ -21,7 +21,8 @@ struct Stage {
 // KV cache of `context` tokens that they read and do not write (docs/package-format.md, "Compiled stages").
 struct StaticModel {
   std::string soc;
-  bool simulated = false;  // not on the chip
+  bool simulated = false;      // not on the chip
+  bool shared_memory = false;  // the stages take the KV cache in memory that they share with the NPU
   size_t context = 0;
   size_t chunk = 0;
   std::unique_ptr<Graph> embed{};  // token ids to hidden states; takes any number of them

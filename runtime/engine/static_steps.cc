@@ -63,9 +63,7 @@ StaticSteps::StaticSteps(const Engine& engine, bool prefetch)
     const auto layer_bytes = checked_mul(token_bytes, tokens);
     return layer_bytes ? checked_mul(*layer_bytes, a.layers) : std::nullopt;
   };
-  // Zeros: what lies behind the sequence is masked, but multiplied.
-  cache_ = allocate(bytes(model_.context), "the KV cache of " + std::to_string(model_.context) + " tokens");
-  cache_.prefer_huge_pages();
+  allocate_cache(bytes(model_.context));
   added_ = allocate(bytes(model_.chunk), "a step of the model");
   for (const std::string& name : model_.hidden_names) {
     hidden_[name] = allocate(checked_mul(model_.chunk * sizeof(float), a.hidden), "a step of the model");
@@ -75,15 +73,37 @@ StaticSteps::StaticSteps(const Engine& engine, bool prefetch)
   padded_.reserve(model_.chunk);
   const size_t row = kv_heads_ * head_dim_;
   for (size_t layer = 0; layer < a.layers; ++layer) {
-    uint16_t* const cache = cache_.as<uint16_t>() + layer * 2 * row * model_.context;
     uint16_t* const added = added_.as<uint16_t>() + layer * 2 * row * model_.chunk;
-    layers_.push_back({cache, cache + row * model_.context, added, added + row * model_.chunk});
+    layers_.push_back({cache(2 * layer), cache(2 * layer + 1), added, added + row * model_.chunk});
   }
   open_rows(model_.chunk, prefetch);
   bind(decode_);
   bind(prefill_);
   head_ = model_.head->bind({hidden(kFinal, 1)},
                             {{"logits", ElementType::float32, {1, int64_t{a.vocab_size}}, logits_.data()}});
+}
+
+// Zeros: what lies behind the sequence is masked, but multiplied. Shared memory is for one tensor a piece.
+void StaticSteps::allocate_cache(std::optional<uint64_t> bytes) {
+  const std::string what = "the KV cache of " + std::to_string(model_.context) + " tokens";
+  const size_t tensors = size_t{2} * engine_.manifest().architecture.layers;
+  if (model_.shared_memory && bytes) {
+    while (shared_cache_.size() < tensors) {
+      shared_cache_.push_back(model_.decode.front().graph->allocate_shared(*bytes / tensors));
+      if (shared_cache_.back() != nullptr) continue;
+      throw std::runtime_error(what + " needs " + std::to_string(*bytes >> 20) +
+                               " MiB that the NPU shares, which the system does not give; close other sessions");
+    }
+  } else {
+    cache_ = allocate(bytes, what);
+    cache_.prefer_huge_pages();
+  }
+  cache_bytes_ = *bytes;
+}
+
+uint16_t* StaticSteps::cache(size_t tensor) const {
+  if (model_.shared_memory) return reinterpret_cast<uint16_t*>(shared_cache_[tensor].get());
+  return cache_.as<uint16_t>() + tensor * kv_heads_ * head_dim_ * model_.context;
 }
 
 void StaticSteps::request(int slot, std::span<const int32_t> tokens) {
@@ -172,10 +192,15 @@ Tensor StaticSteps::input(const std::string& name, const Stage& stage, size_t wi
                static_cast<int64_t>(memory_dim)},
               rows(slot) + stage.rows->first * width * memory_dim};
     }
-    case StaticIoKind::past_key: return keys(name, layers_[io.layer].keys, model_.context);
-    case StaticIoKind::past_value: return values(name, layers_[io.layer].values, model_.context);
+    case StaticIoKind::past_key: return cached(keys(name, layers_[io.layer].keys, model_.context));
+    case StaticIoKind::past_value: return cached(values(name, layers_[io.layer].values, model_.context));
     default: return hidden(name, width);
   }
+}
+
+Tensor StaticSteps::cached(Tensor tensor) const {
+  tensor.shared = model_.shared_memory;
+  return tensor;
 }
 
 Tensor StaticSteps::output(const std::string& name, size_t width) const {
@@ -204,7 +229,7 @@ Tensor StaticSteps::hidden(const std::string& name, size_t width) const {
           hidden_.at(name).data()};
 }
 
-size_t StaticSteps::cache_bytes(size_t) const { return cache_.size(); }
+size_t StaticSteps::cache_bytes(size_t) const { return cache_bytes_; }
 
 void StaticSteps::fill_cache(size_t first, size_t last) {
   NoisePool noise;

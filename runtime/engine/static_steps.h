@@ -44,9 +44,14 @@ class StaticSteps final : public Steps {
     uint16_t* new_values = nullptr;  // [kv_heads, T, head_dim]
   };
 
+  void allocate_cache(std::optional<uint64_t> bytes);
+  // The memory of a layer's keys (2 * layer) or values (2 * layer + 1).
+  uint16_t* cache(size_t tensor) const;
+
   void bind(Pass& pass) const;
   Tensor input(const std::string& name, const Stage& stage, size_t width, int slot) const;
   Tensor output(const std::string& name, size_t width) const;
+  Tensor cached(Tensor tensor) const;
   Tensor keys(const std::string& name, uint16_t* data, size_t tokens) const;
   Tensor values(const std::string& name, uint16_t* data, size_t tokens) const;
   Tensor hidden(const std::string& name, size_t width) const;
@@ -58,7 +63,9 @@ class StaticSteps final : public Steps {
   const StaticModel& model_;
   const size_t kv_heads_;
   const size_t head_dim_;
-  Mapping cache_;
+  Mapping cache_;                           // all tensors of the cache, or, where the NPU shares them,
+  std::vector<SharedMemory> shared_cache_;  // each
+  size_t cache_bytes_ = 0;
   Mapping added_;        // new keys and values of all layers
   Mapping token_ids_;    // int64 [chunk]
   Mapping past_length_;  // int32 [1]

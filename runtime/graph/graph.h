@@ -20,7 +20,12 @@ struct Tensor {
   ElementType type = ElementType::float32;
   std::vector<int64_t> shape;
   void* data = nullptr;
+  bool shared = false;  // `data` is a SharedMemory
 };
+
+// Memory for one tensor that a graph's device works on in place, while it copies all other memory at every run. It goes
+// after the bindings to it and before the graph that gave it.
+using SharedMemory = std::unique_ptr<std::byte, std::function<void(std::byte*)>>;
 
 // A graph together with the memory of its inputs and outputs. Use from one thread at a time.
 class Binding {
@@ -40,6 +45,9 @@ class Graph {
   // The graph must outlive the binding.
   virtual std::unique_ptr<Binding> bind(const std::vector<Tensor>& inputs,
                                         const std::vector<Tensor>& outputs) const = 0;
+  // That many bytes, zeroed, for bindings of this graph and of all others of its loader. Null if there are none: a
+  // graph on the CPU needs none, and a device may have no more.
+  virtual SharedMemory allocate_shared(size_t) const { return nullptr; }
 };
 
 // How a stage is loaded: the seam between the engine and what executes graphs.

@@ -65,7 +65,9 @@ enum Characteristic : int { kRequired = 0, kOptional = 1 };
   F(61, GetDimensionsCount, Status*, (const TensorShape*, size_t*))                                                   \
   F(62, GetDimensions, Status*, (const TensorShape*, int64_t* dimensions, size_t count))                              \
   F(65, GetTensorTypeAndShape, Status*, (const Value*, TensorShape**))                                                \
+  F(68, CreateMemoryInfo, Status*, (const char* name, AllocatorType, int id, MemoryType, MemoryInfo**))               \
   F(69, CreateCpuMemoryInfo, Status*, (AllocatorType, MemoryType, MemoryInfo**))                                      \
+  F(75, AllocatorAlloc, Status*, (Allocator*, size_t bytes, void**))                                                  \
   F(76, AllocatorFree, Status*, (Allocator*, void*))                                                                  \
   F(78, GetAllocatorWithDefaultOptions, Status*, (Allocator**))                                                       \
   F(85, KernelInfoGetAttribute_float, Status*, (const KernelInfo*, const char* name, float*))                         \
@@ -73,6 +75,7 @@ enum Characteristic : int { kRequired = 0, kOptional = 1 };
   F(90, KernelContext_GetInput, Status*, (const KernelContext*, size_t index, const Value**))                         \
   F(91, KernelContext_GetOutput, Status*, (KernelContext*, size_t index, const int64_t* shape, size_t rank, Value**)) \
   F(93, ReleaseStatus, void, (Status*))                                                                               \
+  F(94, ReleaseMemoryInfo, void, (MemoryInfo*))                                                                       \
   F(95, ReleaseSession, void, (Session*))                                                                             \
   F(96, ReleaseValue, void, (Value*))                                                                                 \
   F(99, ReleaseTensorTypeAndShapeInfo, void, (TensorShape*))                                                          \
@@ -80,6 +83,8 @@ enum Characteristic : int { kRequired = 0, kOptional = 1 };
   F(101, ReleaseCustomOpDomain, void, (CustomOpDomain*))                                                              \
   F(110, SessionEndProfiling, Status*, (Session*, Allocator*, char** file))                                           \
   F(130, AddSessionConfigEntry, Status*, (SessionOptions*, const char* key, const char* value))                       \
+  F(131, CreateAllocator, Status*, (const Session*, const MemoryInfo*, Allocator**))                                  \
+  F(132, ReleaseAllocator, void, (Allocator*))                                                                        \
   F(133, RunWithBinding, Status*, (Session*, const RunOptions*, const IoBinding*))                                    \
   F(134, CreateIoBinding, Status*, (Session*, IoBinding**))                                                           \
   F(135, ReleaseIoBinding, void, (IoBinding*))                                                                        \

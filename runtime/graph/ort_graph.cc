@@ -1,5 +1,6 @@
 // Stages that ONNX Runtime executes, and the loader for those on its CPU provider.
 
+#include <cstring>
 #include <memory>
 #include <numeric>
 #include <stdexcept>
@@ -52,9 +53,13 @@ struct Subject {
 class OrtBinding final : public Binding {
  public:
   // All that is passed outlives the binding, but for the names and shapes of the tensors.
-  OrtBinding(const Library& library, const Subject& subject, ort::Session* session, const std::vector<Tensor>& inputs,
-             const std::vector<Tensor>& outputs)
-      : library_(library), subject_(subject), session_(session), binding_(nullptr, library.api.ReleaseIoBinding) {
+  OrtBinding(const Library& library, const Subject& subject, ort::Session* session, const ort::MemoryInfo* shared,
+             const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs)
+      : library_(library),
+        subject_(subject),
+        session_(session),
+        shared_(shared),
+        binding_(nullptr, library.api.ReleaseIoBinding) {
     subject_.guard([&] {
       ort::IoBinding* binding = nullptr;
       library_.api.check(library_.api.CreateIoBinding(session_, &binding));
@@ -79,24 +84,28 @@ class OrtBinding final : public Binding {
     const int64_t elements = std::accumulate(tensor.shape.begin(), tensor.shape.end(), int64_t{1}, std::multiplies<>());
     ort::Value* value = nullptr;
     library_.api.check(library_.api.CreateTensorWithDataAsOrtValue(
-        library_.cpu, tensor.data, static_cast<size_t>(elements) * element_bytes, tensor.shape.data(),
-        tensor.shape.size(), code, &value));
+        tensor.shared ? shared_ : library_.cpu, tensor.data, static_cast<size_t>(elements) * element_bytes,
+        tensor.shape.data(), tensor.shape.size(), code, &value));
     return {value, library_.api.ReleaseValue};
   }
 
   const Library& library_;
   const Subject& subject_;
   ort::Session* session_;
+  const ort::MemoryInfo* shared_;
   std::unique_ptr<ort::IoBinding, void (*)(ort::IoBinding*)> binding_;
 };
 
 class OrtGraph final : public Graph {
  public:
-  OrtGraph(const Library& library, Subject subject, ort::Configure configure, const std::filesystem::path& profile)
+  OrtGraph(const Library& library, Subject subject, ort::Configure configure, const std::filesystem::path& profile,
+           const std::string& shared_memory)
       : library_(library),
         configure_(std::move(configure)),
         subject_(std::move(subject)),
-        session_(nullptr, library.api.ReleaseSession) {
+        session_(nullptr, library.api.ReleaseSession),
+        shared_(nullptr, library.api.ReleaseMemoryInfo),
+        allocator_(nullptr, library.api.ReleaseAllocator) {
     const ort::Api& api = library_.api;
     ort::SessionOptions* options = nullptr;
     library_.api.check(api.CreateSessionOptions(&options));
@@ -113,16 +122,40 @@ class OrtGraph final : public Graph {
     session_.reset(session);
     inputs_ = names(api.SessionGetInputCount, api.SessionGetInputName);
     outputs_ = names(api.SessionGetOutputCount, api.SessionGetOutputName);
+    if (!shared_memory.empty()) open_shared(shared_memory);
   }
 
   const std::vector<std::string>& inputs() const override { return inputs_; }
   const std::vector<std::string>& outputs() const override { return outputs_; }
 
   std::unique_ptr<Binding> bind(const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) const override {
-    return std::make_unique<OrtBinding>(library_, subject_, session_.get(), inputs, outputs);
+    return std::make_unique<OrtBinding>(library_, subject_, session_.get(), shared_.get(), inputs, outputs);
+  }
+
+  SharedMemory allocate_shared(size_t bytes) const override {
+    void* memory = nullptr;
+    if (allocator_ == nullptr || !done(library_.api.AllocatorAlloc(allocator_.get(), bytes, &memory))) return nullptr;
+    std::memset(memory, 0, bytes);
+    return {static_cast<std::byte*>(memory),
+            [this](std::byte* data) { done(library_.api.AllocatorFree(allocator_.get(), data)); }};
   }
 
  private:
+  // Whether a call succeeded that may fail.
+  bool done(ort::Status* status) const {
+    if (status != nullptr) library_.api.ReleaseStatus(status);
+    return status == nullptr;
+  }
+
+  void open_shared(const std::string& name) {
+    const ort::Api& api = library_.api;
+    ort::MemoryInfo* info = nullptr;
+    api.check(api.CreateMemoryInfo(name.c_str(), ort::kDeviceAllocator, 0, ort::kMemoryDefault, &info));
+    shared_.reset(info);
+    ort::Allocator* allocator = nullptr;
+    if (done(api.CreateAllocator(session_.get(), info, &allocator))) allocator_.reset(allocator);
+  }
+
   template <class Count, class Name>
   std::vector<std::string> names(Count get_count, Name get_name) const {
     ort::Allocator* allocator = nullptr;
@@ -143,6 +176,8 @@ class OrtGraph final : public Graph {
   const ort::Configure configure_;  // outlives the session
   const Subject subject_;
   std::unique_ptr<ort::Session, void (*)(ort::Session*)> session_;
+  std::unique_ptr<ort::MemoryInfo, void (*)(ort::MemoryInfo*)> shared_;   // of shared memory; null: has none
+  std::unique_ptr<ort::Allocator, void (*)(ort::Allocator*)> allocator_;  // of it; goes before the session
   std::vector<std::string> inputs_;
   std::vector<std::string> outputs_;
 };
@@ -150,8 +185,9 @@ class OrtGraph final : public Graph {
 }  // namespace
 
 std::unique_ptr<Graph> ort::load_graph(const Library& library, const std::filesystem::path& path, Configure configure,
-                                       const std::string& remedy, const std::filesystem::path& profile) {
-  return std::make_unique<OrtGraph>(library, Subject{path, remedy}, std::move(configure), profile);
+                                       const std::string& remedy, const std::filesystem::path& profile,
+                                       const std::string& shared_memory) {
+  return std::make_unique<OrtGraph>(library, Subject{path, remedy}, std::move(configure), profile, shared_memory);
 }
 
 std::string onnxruntime_version(const std::filesystem::path& library) { return ort::library_at(library).version; }

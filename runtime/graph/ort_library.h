@@ -27,8 +27,9 @@ const Library& library_at(const std::filesystem::path& path);
 using Configure = std::function<void(SessionOptions*)>;
 
 // A stage from a file. `remedy` ends the message of a PackageError. With a `profile`, the stage leaves a trace in a
-// file whose name begins so.
+// file whose name begins so. `shared_memory` is the provider's name of memory that its device shares; empty: none.
 std::unique_ptr<Graph> load_graph(const Library& library, const std::filesystem::path& path, Configure configure,
-                                  const std::string& remedy, const std::filesystem::path& profile);
+                                  const std::string& remedy, const std::filesystem::path& profile,
+                                  const std::string& shared_memory = {});
 
 }  // namespace meki::ort

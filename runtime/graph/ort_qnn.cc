@@ -25,6 +25,8 @@ using Devices = std::vector<const ort::EpDevice*>;
 
 // Compiled models refer to their provider by this name.
 constexpr const char* kName = "QNNExecutionProvider";
+// And memory that the NPU shares has this one.
+constexpr const char* kSharedMemory = "QnnHtpShared";
 
 #ifdef __x86_64__
 constexpr bool kSimulated = true;
@@ -133,6 +135,15 @@ Devices devices_of(const Library& library, const std::filesystem::path& path) {
   return devices;
 }
 
+// Whether the NPU's driver shares memory by the functions that the provider needs: without one of them, the provider
+// loads no stage at all when it is asked for shared memory.
+bool driver_shares_memory() {
+  void* driver = ::dlopen("libcdsprpc.so", RTLD_NOW | RTLD_LOCAL);
+  if (driver == nullptr) return false;
+  const auto has = [driver](const char* name) { return ::dlsym(driver, name) != nullptr; };
+  return has("rpcmem_alloc") && has("rpcmem_free") && has("rpcmem_to_fd") && has("remote_register_buf_attr2");
+}
+
 void add_provider(const Library& library, const Devices& devices, const QnnOptions& options,
                   ort::SessionOptions* session) {
   const std::string soc_model = std::to_string(options.soc_model);
@@ -143,6 +154,10 @@ void add_provider(const Library& library, const Devices& devices, const QnnOptio
     keys.push_back("htp_performance_mode");
     values.push_back("burst");
   }
+  if (options.shared_memory) {
+    keys.push_back("enable_htp_shared_memory_allocator");
+    values.push_back("1");
+  }
   const ort::Api& api = library.api;
   api.check(api.SetIntraOpNumThreads(session, 1));
   api.check(api.AddSessionConfigEntry(session, "session.disable_cpu_ep_fallback", "1"));
@@ -152,17 +167,17 @@ void add_provider(const Library& library, const Devices& devices, const QnnOptio
 
 }  // namespace
 
-GraphLoader qnn_loader(const std::filesystem::path& onnxruntime, const std::filesystem::path& qnn,
-                       const QnnOptions& options) {
+GraphLoader qnn_loader(const std::filesystem::path& onnxruntime, const std::filesystem::path& qnn, QnnOptions options) {
   const Library& library = ort::library_at(onnxruntime);
+  options.shared_memory = options.shared_memory && driver_shares_memory();
   const auto configure = [&library, devices = devices_of(library, qnn), options](ort::SessionOptions* session) {
     add_provider(library, devices, options, session);
   };
-  return [&library, configure, profile = options.profile](const std::filesystem::path& path) {
+  return [&library, configure, options](const std::filesystem::path& path) {
     return ort::load_graph(library, path, configure,
                            "the stage is damaged, or compiled by another version or for another chip, or memory is "
                            "short: run meki-compile again",
-                           profile);
+                           options.profile, options.shared_memory ? kSharedMemory : "");
   };
 }
 

@@ -30,6 +30,7 @@ cpu = options["--provider"] == "cpu"
 base = {None: 10.0, "warm": 9.0, "cold": 8.0}[rom] * (1 + call / 100)
 report = {
     "program": "meki_bench", "version": "0.1.0", "model": "small", "random_weights": True, "simulated": False,
+    "shared_memory": not cpu,
     "provider": options["--provider"], "soc": options.get("--soc"), "precision": "float16", "weights": None,
     "memory": "meki" if options["--memory"] == "on" else "dense", "rom": rom, "rom_access": rom and "pread",
     "kv_type": "float16", "threads": 8 if cpu else None, "simd": "neon_i8mm" if cpu else None, "onnxruntime": "1.29.0",

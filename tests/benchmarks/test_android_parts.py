@@ -96,7 +96,8 @@ def test_power_lines() -> None:
 
 def run(variant: Variant, number: int, speed: float, **changes: Any) -> Run:
     report: dict[str, Any] = {
-        "model": "m", "random_weights": False, "provider": "qnn", "simulated": False, "soc": "sm8750",
+        "model": "m", "random_weights": False, "provider": "qnn", "simulated": False, "shared_memory": True,
+        "soc": "sm8750",
         "precision": "float16", "kv_type": "float16", "threads": None, "simd": None, "onnxruntime": "1", "version": "0",
         "load_s": 1.5, "depth": 64, "tokens": 4, "prefill_tokens": 512, "synthetic_depth": False,
         "decode_tokens_per_s": [speed] * REPETITIONS,

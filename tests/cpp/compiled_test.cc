@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <set>
 #include <stdexcept>
 
 #include "allocations.h"
@@ -238,6 +239,68 @@ TEST_CASE("compiled: what an engine says of itself") {
   CHECK(parse_provider("qnn") == Provider::qnn);
   CHECK(parse_provider(name_of(Provider::cpu)) == Provider::cpu);
   check_names(error_of<std::invalid_argument>([] { parse_provider("npu"); }), "npu");
+}
+
+// An engine of the model's stages as `open` gives it.
+std::shared_ptr<const Engine> tried(const FakeCompiledModel& model) {
+  const Engine& parts = *model.engine;
+  return Engine::tried(std::make_shared<Engine>(parts.manifest(), parts.rom(), model.load(), 1));
+}
+
+TEST_CASE("compiled: the cache is in memory that the NPU shares, each tensor in a piece of its own") {
+  const FakeCompiledModel model(Kind::three_stages);
+  CHECK_FALSE(model.engine->shared_memory());
+  model.fault.shared_room = 12;
+  {
+    const auto engine = tried(model);
+    CHECK(engine->shared_memory());
+    CHECK(model.fault.shared.empty());
+    Session first(engine, {});
+    std::set<const void*> pieces;
+    for (const auto& [name, memory] : model.fault.shared_inputs) {
+      CHECK((name.starts_with("past_key.") || name.starts_with("past_value.")));
+      pieces.insert(memory);
+    }
+    CHECK(pieces.size() == 6);  // 3 layers, keys and values: the same ones for all graphs and slots
+    CHECK(model.fault.shared.size() == 6);
+    {
+      Session second(engine, {});
+      CHECK(model.fault.shared.size() == 12);
+      for (Session* session : {&first, &second}) {
+        session->prompt(kPrompt);
+        CHECK(pending_logits(*session) == expected_logits(model, kPrompt));
+        CHECK(session->kv_bytes(0) == 3 * 2 * 2 * 4 * 24 * 2);
+      }
+      // No silent change of what an engine has said of itself.
+      check_names(error_of<std::runtime_error>([&] { Session(engine, {}); }), "24 tokens needs 0 MiB that the NPU");
+    }
+    CHECK(model.fault.shared.size() == 6);
+    first.start(kGreedy, 3);
+    CHECK(drain(first) == model.greedy(kPrompt, 3));
+  }
+  CHECK(model.fault.shared.empty());
+  CHECK(model.fault.misuses == 0);
+}
+
+TEST_CASE("compiled: without enough memory that the NPU shares and takes, the cache is in ordinary memory") {
+  const FakeCompiledModel model(Kind::two_stages);
+  for (const size_t room : {0, 1, 5, 6}) {
+    CAPTURE(room);
+    model.fault.shared_room = room;
+    model.fault.refuses_shared = room == 6;
+    const auto engine = tried(model);
+    CHECK_FALSE(engine->shared_memory());
+    CHECK(model.fault.shared.empty());
+    Session session(engine, {});
+    CHECK(model.fault.shared.empty());
+    session.prompt(kPrompt);
+    CHECK(pending_logits(session) == expected_logits(model, kPrompt));
+  }
+  model.fault.refuses_shared = false;
+  model.fault.nan = true;  // an error that has nothing to do with it
+  check_names(error_of<PackageError>([&] { tried(model); }), "NaN");
+  CHECK(model.fault.shared.empty());
+  CHECK(model.fault.misuses == 0);
 }
 
 TEST_CASE("compiled: every step reads the whole cache") {

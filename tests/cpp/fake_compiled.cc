@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <string_view>
 
+#include "base/error.h"
+
 namespace meki::test {
 namespace {
 
@@ -63,8 +65,14 @@ class FakeBinding final : public Binding {
     for (const Tensor& tensor : outputs) bind_output(tensor);
     require(hidden_out_ != nullptr || logits_ != nullptr, " makes nothing", file_);
   }
+  FakeBinding(const FakeBinding&) = delete;
+  FakeBinding& operator=(const FakeBinding&) = delete;
+  ~FakeBinding() override {
+    for (const void* memory : shared_) fault_.misuses += !fault_.shared.contains(memory);
+  }
 
   void run() override {
+    if (fault_.refuses_shared && !shared_.empty()) throw PackageError("fake refusal of shared memory");
     if (fault_.on_run) fault_.on_run(file_);
     if (fault_.countdown > 0 && --fault_.countdown == 0) throw std::runtime_error("fake fault");
     if (logits_ != nullptr) {
@@ -93,6 +101,11 @@ class FakeBinding final : public Binding {
 
   void bind_input(const Tensor& tensor) {
     const std::string& name = tensor.name;
+    if (tensor.shared) {
+      require(fault_.shared.contains(tensor.data), " is not the start of shared memory", name);
+      shared_.push_back(tensor.data);
+      fault_.shared_inputs[name] = tensor.data;
+    }
     if (name == "token_ids") {
       width_ = tensor.shape.at(1);  // of dynamic shape
       expect(tensor, ElementType::int64, {1, width_});
@@ -197,16 +210,31 @@ class FakeBinding final : public Binding {
   float* hidden_out_ = nullptr;
   float* logits_ = nullptr;
   std::map<uint32_t, Cache> caches_;
+  std::vector<const void*> shared_;
 };
 
 class FakeCompiledGraph final : public Graph {
  public:
   FakeCompiledGraph(std::string file, int64_t width, FakeCompiledModel::Names names, CompiledFault& fault)
       : file_(std::move(file)), width_(width), names_(std::move(names)), fault_(fault) {}
+  FakeCompiledGraph(const FakeCompiledGraph&) = delete;
+  FakeCompiledGraph& operator=(const FakeCompiledGraph&) = delete;
+  ~FakeCompiledGraph() override {
+    for (const auto& [memory, graph] : fault_.shared) fault_.misuses += graph == this;
+  }
   const std::vector<std::string>& inputs() const override { return names_.first; }
   const std::vector<std::string>& outputs() const override { return names_.second; }
   std::unique_ptr<Binding> bind(const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) const override {
     return std::make_unique<FakeBinding>(file_, width_, inputs, outputs, fault_);
+  }
+  SharedMemory allocate_shared(size_t bytes) const override {
+    if (fault_.shared.size() >= fault_.shared_room) return nullptr;
+    auto* const memory = new std::byte[bytes]();
+    fault_.shared[memory] = this;
+    return {memory, [&fault = fault_](std::byte* data) {
+              fault.misuses += fault.shared.erase(data) != 1;
+              delete[] data;
+            }};
   }
 
  private:

@@ -5,6 +5,7 @@
 // row of the sequence and on their order, and a plain recurrence gives the expected ones.
 
 #include <functional>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -19,6 +20,13 @@ namespace meki::test {
 struct CompiledFault : Fault {
   bool infinite = false;                                  // a new key or value is infinite
   std::function<void(const std::string& file)> on_run{};  // before each run of a graph
+
+  // Memory that the device shares.
+  size_t shared_room = 0;                            // pieces that it has
+  bool refuses_shared = false;                       // a run with it fails
+  std::map<const void*, const void*> shared{};       // what is allocated, and the graph that gave it
+  std::map<std::string, const void*> shared_inputs;  // those that were bound last
+  size_t misuses = 0;                                // freed twice, before a binding to it, or not before its graph
 };
 
 class FakeCompiledModel {
@@ -41,8 +49,8 @@ class FakeCompiledModel {
   using Names = std::pair<std::vector<std::string>, std::vector<std::string>>;
   StaticModel load(const std::function<void(const std::string& file, Names&)>& spoil = {}) const;
 
+  mutable CompiledFault fault;  // outlives the graphs
   std::shared_ptr<const Engine> engine;
-  mutable CompiledFault fault;
 
  private:
   struct Layers {  // of one stage

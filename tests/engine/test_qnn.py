@@ -151,6 +151,7 @@ def test_greedy_text_is_the_cpus(compiled: Callable[[str], Path]) -> None:
     expected = Engine(package, kv_type="float32").generate(STORY[:60], max_new_tokens=32, temperature=0)
     engine = Engine(package, provider="qnn")
     assert (engine.provider, engine.soc, engine.simulated, engine.kv_type) == ("qnn", SOC, True, "float16")
+    assert not engine.shared_memory  # the simulator has none
     got = engine.generate(STORY[:60], max_new_tokens=32, temperature=0)
     assert got.token_ids == expected.token_ids and len(got.token_ids) == 32
     assert got.stats.rom_requests == expected.stats.rom_requests  # one a token, on either provider

@@ -53,6 +53,7 @@ def test_report(bench: Any) -> None:
         "random_weights": False,
         "provider": "cpu",
         "simulated": False,
+        "shared_memory": False,
         "soc": None,
         "precision": None,
         "weights": manifest["weights"]["type"],

@@ -47,6 +47,7 @@ def test_report_names_no_cores_or_kernels(bench: Any, compiled: Path) -> None:
     expected = {
         "provider": "qnn",
         "simulated": True,
+        "shared_memory": False,
         "soc": SOC,
         "precision": "float16",
         "weights": None,

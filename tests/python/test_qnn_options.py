@@ -139,6 +139,7 @@ def test_each_provider_needs_its_own_files(compiled: Path, provider: Path) -> No
     (compiled / "qnn" / "sm8750" / "head_qnn.bin").unlink()
     engine = Engine(compiled, threads=1)
     assert (engine.provider, engine.soc, engine.simulated, engine.kv_type) == ("cpu", None, False, "int8")
+    assert not engine.shared_memory
     with pytest.raises(_core.PackageError, match=r"head_qnn\.bin"):
         read_manifest(compiled, "qnn")
 
