@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from meki.bench.machine import resident_memory
 
 from . import CompileError
 from .chips import Chip
@@ -116,12 +117,14 @@ def _compile(stage: str, out: str, provider: dict[str, str]) -> dict[str, Any]:
         return {"error": _one_line(error)}
     seconds = time.monotonic() - begin
     assigned = session.get_provider_graph_assignment_info()
+    memory = resident_memory(None)  # not getrusage, which after a fork counts the parent's
+    assert memory is not None, "the compiler runs on Linux alone"
     elsewhere = [node for part in assigned if part.ep_name != PROVIDER for node in part.get_nodes()]
     return {
         "elsewhere": [f"{node.name} ({node.op_type})" for node in elsewhere],
         "nodes": sum(len(part.get_nodes()) for part in assigned),
         "seconds": seconds,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": memory["peak"],
     }
 
 
