@@ -53,25 +53,14 @@ def make_report(
 
 
 def _environment(runs: Sequence[Run], phone: Phone) -> dict[str, Any]:
-    names = (
-        "model",
-        "random_weights",
-        "provider",
-        "simulated",
-        "shared_memory",
-        "soc",
-        "precision",
-        "weights",
-        "kv_type",
-        "threads",
-    )
     reports = [run.report for run in runs]
-    found = {
-        name: next(
-            (report[name] for report in reports if report.get(name) is not None), None
-        )  # dense has no rom_access
-        for name in (*names, "rom_access", "onnxruntime", "version")
-    }
+
+    def find(name: str) -> Any:
+        """What the runs say; those of the dense model know nothing of the ROM."""
+        return next((report[name] for report in reports if report.get(name) is not None), None)
+
+    names = "model random_weights provider simulated shared_memory soc precision weights kv_type threads simd"
+    found = {name: find(name) for name in (*names.split(), "rom_access", "onnxruntime", "version")}
     return {"phone": dataclasses.asdict(phone), **found}
 
 
