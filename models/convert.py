@@ -16,10 +16,10 @@ from typing import Any
 from tqdm import tqdm
 
 from .config import CONFIGS, ConfigError, ModelConfig, check_field
-from .files import check_target
+from .files import MANIFEST, check_target
 from .importers import open_checkpoint
 from .importers.checkpoint import checkpoint_source
-from .package import MANIFEST, export_package
+from .package import export_package
 from .quantize import ROW_TYPES
 from .source import Source, random_source
 from .tokenizer import TokenizerSpec, read_tokenizer

@@ -1,4 +1,4 @@
-"""Files: output that is there as a whole or not at all, and JSON objects."""
+"""Files: output that is there as a whole or not at all, JSON objects, and the files of a package."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from meki.package import file_sha256
+
+MANIFEST = "manifest.json"
 
 
 @contextlib.contextmanager
@@ -73,3 +77,16 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: got a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def list_files(directory: Path, progress: Callable[[int, int], object]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 sum of every file. progress: called with (bytes done, in all)."""
+    paths = sorted(directory.iterdir())
+    total, done = sum(path.stat().st_size for path in paths), 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, total)
+
+    return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path, advance)} for path in paths}

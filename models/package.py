@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from meki.chat import parse_template
-from meki.package import file_sha256
 
 from .decoder import Decoder
-from .files import check_target, replace_directory
+from .files import MANIFEST, check_target, list_files, replace_directory
 from .graph import check_exportable, write_graphs
 from .quantize import WEIGHT_BLOCK
 from .rom import RomLayout, write_rom
@@ -20,7 +19,6 @@ from .tokenizer import TokenizerSpec, parse_tokenizer
 
 FORMAT = "meki-package"
 VERSION = 3
-MANIFEST = "manifest.json"
 
 PhaseProgress = Callable[[str, int, int], object]
 """Called with (what is being written, done, in all)."""
@@ -39,19 +37,6 @@ def check_tokenizer(tokenizer: TokenizerSpec, vocab_size: int) -> None:
         for token in ids:
             if token is not None and not (type(token) is int and 0 <= token < vocab_size):
                 raise ValueError(f"tokenizer: {field} has {token!r}, expected ids of 0 to {vocab_size - 1}")
-
-
-def list_files(directory: Path, progress: Callable[[int, int], object]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 sum of every file. progress: called with (bytes done, in all)."""
-    paths = sorted(directory.iterdir())
-    total, done = sum(path.stat().st_size for path in paths), 0
-
-    def advance(size: int) -> None:
-        nonlocal done
-        done += size
-        progress(done, total)
-
-    return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path, advance)} for path in paths}
 
 
 def export_package(

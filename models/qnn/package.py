@@ -11,8 +11,7 @@ from typing import Any
 
 from meki.package import check_parsed_files, check_sha256, read_manifest, target_directory
 
-from ..files import check_target, replace_directory, replace_file
-from ..package import MANIFEST, list_files
+from ..files import MANIFEST, check_target, list_files, replace_directory, replace_file
 from ..weights import WEIGHTS_FILE
 from .chips import CHIPS
 from .compiler import Compiled, compile_stage

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,19 @@ def test_rewinding_is_exact(compiled: Callable[[str], Path]) -> None:
     other.logits([5, 6, 7])
     np.testing.assert_array_equal(again, other.logits([8, 9]))
     np.testing.assert_allclose(again, first[3:], atol=0.02)
+
+
+def test_sessions_on_threads_do_not_disturb_each_other(compiled: Callable[[str], Path]) -> None:
+    engine = Engine(compiled("small"), provider="qnn")
+    prompts = [[first, *range(2, CHUNK + 4)] for first in range(3)]  # two chunks each
+
+    def compute(prompt: list[int]) -> np.ndarray:
+        return engine.session().logits(prompt)
+
+    alone = [compute(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        for one, together in zip(alone, pool.map(compute, prompts), strict=True):
+            np.testing.assert_array_equal(one, together)
 
 
 def test_context_ends_where_it_was_compiled(compiled: Callable[[str], Path]) -> None:
