@@ -45,9 +45,8 @@ class ProgressBar:
             self.bar.close()
 
 
-def read_options(args: argparse.Namespace, package: Path) -> tuple[Options, int]:
+def read_options(args: argparse.Namespace, weights: PackageWeights) -> tuple[Options, int]:
     """What to compile, and how many tokens to check it with."""
-    weights = PackageWeights(package, read_manifest(package))
     context = min(DEFAULT_CONTEXT, weights.config.context) if args.context is None else args.context
     options = Options(
         context=context,
@@ -101,7 +100,8 @@ def difference_line(name: str, difference: Difference) -> str:
 def run(args: argparse.Namespace) -> None:
     """Compiles as the command line says, compares, and prints both."""
     package = find_model(args.package)
-    options, check = read_options(args, package)
+    weights = PackageWeights(package, read_manifest(package))
+    options, check = read_options(args, weights)
     bar = ProgressBar()
     try:
         entry, compiled = compile_package(package, args.soc, options, overwrite=args.overwrite, progress=bar.update)
@@ -112,8 +112,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(error) from error
     finally:
         bar.close()
-    config = ModelConfig.from_dict(read_manifest(package)["architecture"])
-    print(summary(entry, compiled, config, target_directory(package, args.soc)), flush=True)
+    print(summary(entry, compiled, weights.config, target_directory(package, args.soc)), flush=True)
     if not check:
         print("  logits not compared with the CPU's: --check N does it, in the HTP simulator")
         return

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from meki.package import check_parsed_files, check_sha256, read_manifest, target_directory
+from meki.package import check_parsed_files, check_sha256, compiled_targets, read_manifest, target_directory
 
 from ..files import MANIFEST, check_target, list_files, replace_directory, replace_file
 from ..weights import WEIGHTS_FILE
@@ -39,7 +39,7 @@ def compile_package(
     chip = CHIPS[soc]
     manifest = read_manifest(package)
     out = target_directory(package, soc)
-    overwrite = overwrite or soc not in manifest.get("qnn", {})  # a directory that nobody refers to is a leftover
+    overwrite = overwrite or soc not in compiled_targets(manifest)  # a directory that nobody refers to is a leftover
     check_target(out, EMBED, overwrite)
     weights = PackageWeights(package, manifest)
     options.check(weights)
