@@ -12,15 +12,15 @@
 #include <string>
 #include <vector>
 
-#include "base/error.h"
-#include "base/file.h"
-#include "engine/engine.h"
-#include "engine/sampler.h"
-#include "engine/session.h"
-#include "kernels/bandwidth.h"
-#include "kernels/simd.h"
-#include "package/manifest.h"
-#include "rom/rom.h"
+#include "runtime/base/error.h"
+#include "runtime/base/file.h"
+#include "runtime/engine/engine.h"
+#include "runtime/engine/sampler.h"
+#include "runtime/engine/session.h"
+#include "runtime/kernels/simd/simd.h"
+#include "runtime/measure/bandwidth.h"
+#include "runtime/package/manifest.h"
+#include "runtime/rows/token_table.h"
 
 namespace py = pybind11;
 using namespace py::literals;

@@ -15,8 +15,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from meki.package.files import MANIFEST, check_target
+
 from .config import CONFIGS, ConfigError, ModelConfig, check_field
-from .files import MANIFEST, check_target
 from .importers import open_checkpoint
 from .importers.checkpoint import checkpoint_source
 from .package import export_package

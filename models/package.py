@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from meki.chat import parse_template
+from meki.package.files import MANIFEST, check_target, list_files, replace_directory
 
 from .decoder import Decoder
-from .files import MANIFEST, check_target, list_files, replace_directory
 from .graph import check_exportable, write_graphs
 from .quantize import WEIGHT_BLOCK
 from .rom import RomLayout, write_rom

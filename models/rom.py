@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from crc32c import crc32c
 
-from .files import replace_file
+from meki.package.files import replace_file
+
 from .quantize import ROW_TYPES, Codes, Floats, quantize_rows, row_bytes, row_group
 
 MAGIC = b"MEKIROM\n"

@@ -9,9 +9,8 @@ from typing import Any, cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from meki.generation import SAMPLING, GenerationOptions, check_options
-
-from .files import read_object
+from meki.options import SAMPLING, GenerationOptions, check_options
+from meki.package.files import read_object
 
 END_OF_STORY = "<|story|>"
 """Stands between two stories; the model emits it when a story is over."""

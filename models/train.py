@@ -22,9 +22,10 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from meki.package.files import replace_file
+
 from .config import CONFIGS
 from .decoder import Decoder
-from .files import replace_file
 from .importers.huggingface import save_pretrained
 from .tokenizer import END_OF_STORY, read_tokenizer, train_tokenizer
 

@@ -13,9 +13,10 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from meki.package.files import read_object, replace_directory
+
 from ..config import ModelConfig
 from ..decoder import Decoder
-from ..files import read_object, replace_directory
 from ..fold import ALL
 from ..memory import MeKi
 from ..tokenizer import TokenizerSpec, parse_tokenizer, read_tokenizer

@@ -10,8 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from meki.cli.errors import report, run_command
-from meki.package import read_manifest, target_directory
-from meki.registry import find_model
+from meki.package import find_model, read_manifest, target_directory
 
 from ..config import ModelConfig
 from .check import Difference, compare

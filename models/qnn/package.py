@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from meki.package import check_parsed_files, check_sha256, compiled_targets, read_manifest, target_directory
+from meki.package.files import MANIFEST, check_target, list_files, replace_directory, replace_file
 
-from ..files import MANIFEST, check_target, list_files, replace_directory, replace_file
 from ..weights import WEIGHTS_FILE
 from .chips import CHIPS
 from .compiler import Compiled, compile_stage

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from ._core import PackageError
 from .engine import Engine, Session
 from .generation import GenerationResult, GenerationStats
-from .registry import ModelNotFoundError
+from .package import ModelNotFoundError
 
 __all__ = [
     "Engine",

@@ -14,23 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from .generation import (
-    CheckedOptions,
-    GenerationOptions,
-    GenerationResult,
-    TextStream,
-    check_integer,
-    check_options,
-)
-from .package import check_parsed_files, compiled_targets, has_random_weights, read_manifest
+from .generation import GenerationResult, TextStream
+from .options import CheckedOptions, GenerationOptions, check_integer, check_options
+from .package import check_parsed_files, compiled_targets, find_model, has_random_weights, read_manifest
 from .prompt import PromptEncoder
-from .registry import find_model
 
 
 class Engine:
     """A model, opened once. Immutable: any number of threads may use it, each generation has its own session.
 
-    The options of `generate`, `stream` and `chat` are those of `meki.generation.GenerationOptions`.
+    The options of `generate`, `stream` and `chat` are those of `meki.options.GenerationOptions`.
     """
 
     def __init__(

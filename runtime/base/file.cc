@@ -1,4 +1,4 @@
-#include "base/file.h"
+#include "runtime/base/file.h"
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -10,7 +10,7 @@
 #include <system_error>
 #include <utility>
 
-#include "base/error.h"
+#include "runtime/base/error.h"
 
 namespace meki {
 

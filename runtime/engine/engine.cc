@@ -1,4 +1,4 @@
-#include "engine/engine.h"
+#include "runtime/engine/engine.h"
 
 #include <sched.h>
 
@@ -7,10 +7,10 @@
 #include <span>
 #include <stdexcept>
 
-#include "base/error.h"
-#include "engine/session.h"
-#include "engine/stage_io.h"
-#include "graph/qnn.h"
+#include "runtime/base/error.h"
+#include "runtime/engine/session.h"
+#include "runtime/executor/stage_io.h"
+#include "runtime/graph/qnn.h"
 
 namespace meki {
 namespace {

@@ -9,11 +9,11 @@
 #include <string_view>
 #include <vector>
 
-#include "engine/static_model.h"
-#include "graph/graph.h"
-#include "kernels/kv_cache.h"
-#include "package/manifest.h"
-#include "rom/rom.h"
+#include "runtime/executor/static_model.h"
+#include "runtime/graph/graph.h"
+#include "runtime/kernels/kv_cache.h"
+#include "runtime/package/manifest.h"
+#include "runtime/rows/token_table.h"
 
 namespace meki {
 

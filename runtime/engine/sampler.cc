@@ -1,4 +1,4 @@
-#include "engine/sampler.h"
+#include "runtime/engine/sampler.h"
 
 #include <algorithm>
 #include <array>

@@ -1,4 +1,4 @@
-#include "engine/session.h"
+#include "runtime/engine/session.h"
 
 #include <algorithm>
 #include <chrono>

@@ -8,10 +8,10 @@
 #include <span>
 #include <vector>
 
-#include "engine/engine.h"
-#include "engine/sampler.h"
-#include "engine/stats.h"
-#include "engine/steps.h"
+#include "runtime/engine/engine.h"
+#include "runtime/engine/sampler.h"
+#include "runtime/engine/stats.h"
+#include "runtime/executor/steps.h"
 
 namespace meki {
 

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "rom/prefetcher.h"
+#include "runtime/rows/prefetcher.h"
 
 namespace meki {
 

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/kv_cache.h"
+#include "runtime/kernels/kv_cache.h"
 
 namespace meki {
 

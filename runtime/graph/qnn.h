@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <filesystem>
 
-#include "graph/graph.h"
+#include "runtime/graph/graph.h"
 
 namespace meki {
 

@@ -1,12 +1,12 @@
-#include "kernels/attention.h"
+#include "runtime/kernels/attention.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
-#include "kernels/norm.h"
-#include "kernels/rounding.h"
-#include "kernels/scratch.h"
+#include "runtime/kernels/norm.h"
+#include "runtime/kernels/rounding.h"
+#include "runtime/kernels/scratch.h"
 
 namespace meki {
 namespace {

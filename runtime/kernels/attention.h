@@ -2,9 +2,9 @@
 
 #include <cstddef>
 
-#include "kernels/kv_cache.h"
-#include "kernels/parallel.h"
-#include "kernels/simd.h"
+#include "runtime/base/parallel.h"
+#include "runtime/kernels/kv_cache.h"
+#include "runtime/kernels/simd/simd.h"
 
 namespace meki {
 

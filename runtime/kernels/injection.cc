@@ -1,10 +1,10 @@
-#include "kernels/injection.h"
+#include "runtime/kernels/injection.h"
 
 #include <algorithm>
 #include <cmath>
 
-#include "kernels/norm.h"
-#include "kernels/scratch.h"
+#include "runtime/kernels/norm.h"
+#include "runtime/kernels/scratch.h"
 
 namespace meki {
 

@@ -2,9 +2,9 @@
 
 #include <cstddef>
 
-#include "kernels/linear.h"
-#include "kernels/parallel.h"
-#include "kernels/simd.h"
+#include "runtime/base/parallel.h"
+#include "runtime/kernels/linear.h"
+#include "runtime/kernels/simd/simd.h"
 
 namespace meki {
 

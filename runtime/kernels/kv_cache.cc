@@ -1,4 +1,4 @@
-#include "kernels/kv_cache.h"
+#include "runtime/kernels/kv_cache.h"
 
 #include <algorithm>
 #include <array>
@@ -6,8 +6,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "base/half.h"
-#include "kernels/rounding.h"
+#include "runtime/base/half.h"
+#include "runtime/kernels/rounding.h"
 
 namespace meki {
 namespace {

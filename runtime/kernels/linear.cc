@@ -1,11 +1,11 @@
-#include "kernels/linear.h"
+#include "runtime/kernels/linear.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "base/half.h"
-#include "kernels/norm.h"
-#include "kernels/scratch.h"
+#include "runtime/base/half.h"
+#include "runtime/kernels/norm.h"
+#include "runtime/kernels/scratch.h"
 
 namespace meki {
 namespace {

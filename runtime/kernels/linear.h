@@ -3,8 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/parallel.h"
-#include "kernels/simd.h"
+#include "runtime/base/parallel.h"
+#include "runtime/kernels/simd/simd.h"
 
 namespace meki {
 

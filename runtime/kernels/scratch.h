@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstddef>
 
-#include "base/file.h"
+#include "runtime/base/file.h"
 
 namespace meki {
 

@@ -1,13 +1,13 @@
-#include "package/manifest.h"
+#include "runtime/package/manifest.h"
 
 #include <fcntl.h>
 
 #include <stdexcept>
 
-#include "base/error.h"
-#include "base/file.h"
-#include "package/node.h"
-#include "package/parse.h"
+#include "runtime/base/error.h"
+#include "runtime/base/file.h"
+#include "runtime/package/node.h"
+#include "runtime/package/parse.h"
 
 namespace meki {
 namespace {

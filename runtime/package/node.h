@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "base/error.h"
+#include "runtime/base/error.h"
 
 namespace meki {
 

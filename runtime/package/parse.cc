@@ -1,4 +1,4 @@
-#include "package/parse.h"
+#include "runtime/package/parse.h"
 
 namespace meki {
 

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "package/manifest.h"
-#include "package/node.h"
+#include "runtime/package/manifest.h"
+#include "runtime/package/node.h"
 
 namespace meki {
 

@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <filesystem>
 
-#include "package/parse.h"
+#include "runtime/package/parse.h"
 
 namespace meki {
 namespace {

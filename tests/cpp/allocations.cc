@@ -1,4 +1,4 @@
-#include "allocations.h"
+#include "tests/cpp/allocations.h"
 
 #include <atomic>
 #include <cstdlib>

@@ -1,4 +1,4 @@
-#include "support.h"
+#include "tests/cpp/support.h"
 
 #include <sys/stat.h>
 

@@ -14,7 +14,7 @@ from meki.models.decoder import Decoder
 from meki.models.importers.huggingface import load_model
 from meki.models.package import export_package
 from meki.models.tokenizer import read_tokenizer
-from meki.registry import bundled_models
+from meki.package import bundled_models
 
 CHECKPOINT = Path(__file__).parents[2] / "models" / "meki-tiny-checkpoint"
 

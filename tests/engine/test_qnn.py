@@ -20,7 +20,7 @@ from meki.models.qnn.package import compile_package
 from meki.models.qnn.stages import Options
 from meki.models.quantize import WEIGHT_BITS, quantize_weight
 from meki.models.tokenizer import read_tokenizer
-from meki.registry import bundled_models
+from meki.package import bundled_models
 
 pytestmark = pytest.mark.qnn
 

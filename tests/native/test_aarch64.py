@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from meki.models import convert
-from meki.registry import find_model
+from meki.package import find_model
 
 ROOT = Path(__file__).parents[2]
 TINY = find_model("meki-tiny")

@@ -21,7 +21,7 @@ import pytest
 
 from meki import _core
 from meki.engine import find_onnxruntime
-from meki.registry import find_model
+from meki.package import find_model
 
 TINY = find_model("meki-tiny")
 IDS = np.random.default_rng(5).integers(0, 4096, 70).tolist()  # more than one block of the KV cache

@@ -17,8 +17,7 @@ from meki.bench import measure
 from meki.bench.parts import PARTS
 from meki.cli import bench
 from meki.cli.bench import main
-from meki.package import read_manifest
-from meki.registry import find_model
+from meki.package import find_model, read_manifest
 
 QUICK = ["--threads", "1", "--tokens", "8", "--repetitions", "1", "--prefill", "16"]
 

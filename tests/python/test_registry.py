@@ -6,7 +6,7 @@ import pytest
 
 import meki.models
 from meki import ModelNotFoundError, PackageError
-from meki.registry import find_model
+from meki.package import find_model
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from ..bench.measure import GROUP, Plan, measure
 from ..bench.parts import measure_parts
 from ..bench.report import Report, make_report
 from ..bench.sequence import capacity
-from ..generation import check_integer
-from ..registry import find_model
+from ..options import check_integer
+from ..package import find_model
 from .errors import run_command
 
 _DEPTHS = (0, 1024, 10240)

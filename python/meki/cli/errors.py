@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from ..registry import ModelNotFoundError
+from ..package import ModelNotFoundError
 
 USAGE, FAILURE, INTERRUPTED, PIPE_CLOSED = 2, 1, 130, 141
 

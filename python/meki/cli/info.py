@@ -11,8 +11,7 @@ from typing import Any
 
 from .. import _core
 from ..models.config import ConfigError, ModelConfig
-from ..package import compiled_targets, read_manifest, target_directory
-from ..registry import find_model
+from ..package import compiled_targets, find_model, read_manifest, target_directory
 from .errors import run_command
 from .verify import verify_package
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Unpack
 
 from ..engine import Engine, Session
-from ..generation import GenerationOptions, TextStream
+from ..generation import TextStream
+from ..options import GenerationOptions
 from .errors import report
 from .output import print_stats, print_stream
 

@@ -12,7 +12,8 @@ from typing import cast
 
 from .. import _core
 from ..engine import Engine, Session
-from ..generation import DEFAULT_MAX_NEW_TOKENS, SAMPLING, GenerationOptions, GenerationResult
+from ..generation import GenerationResult
+from ..options import DEFAULT_MAX_NEW_TOKENS, SAMPLING, GenerationOptions
 from ..prompt import no_chat_template
 from .errors import report, run_command
 from .interactive import Conversation, converse

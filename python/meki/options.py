@@ -1,0 +1,80 @@
+"""The options of a generation, checked."""
+
+from __future__ import annotations
+
+import operator
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from . import _core
+
+DEFAULT_MAX_NEW_TOKENS = 256
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""Options that a package may have defaults of its own for."""
+
+
+class GenerationOptions(TypedDict, total=False):
+    """Keyword arguments of `generate`, `stream`, `chat` and `stream_chat`. ValueError for a value out of its range.
+
+    What the package's manifest says under "sampling" comes before the defaults below.
+    """
+
+    max_new_tokens: int
+    """Default 256; 0: until the context is full."""
+    temperature: float
+    """Default 0.8, in a chat 0; 0: always the most probable token."""
+    top_k: int
+    """Keep the k most probable tokens. Default 0: all."""
+    top_p: float
+    """Keep the fewest most probable tokens whose probabilities sum to at least this. Default 0.95; 1: all."""
+    min_p: float
+    """Drop tokens less probable than this times the most probable one's. Default 0: none."""
+    repetition_penalty: float
+    """Divide positive and multiply negative logits of tokens already in the sequence. Default 1: off."""
+    seed: int | None
+    """0 .. 2**64 - 1. Default None: a fresh random one, to be found in the stats."""
+    stop: str | Sequence[str]
+    """Strings that end the text; they are not part of it. Default none."""
+
+
+@dataclass(frozen=True)
+class CheckedOptions:
+    """`GenerationOptions` with defaults filled in."""
+
+    sampling: _core.SamplingOptions
+    max_new_tokens: int
+    stop: tuple[str, ...]
+
+
+def check_integer(name: str, value: int, maximum: int) -> int:
+    """`value` if it is an integer from 0 to `maximum`; TypeError or ValueError naming it otherwise."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if not 0 <= number <= maximum:
+        raise ValueError(f"{name} must be from 0 to {maximum}, got {number}")
+    return number
+
+
+def check_options(options: GenerationOptions) -> CheckedOptions:
+    """TypeError for an unknown option or a value of a wrong type; ValueError for a value out of range."""
+    known = GenerationOptions.__annotations__.keys()
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(f"unknown generation option {unknown[0]!r}; known: {', '.join(known)}")
+    values: dict[str, Any] = {name: value for name, value in options.items() if name in SAMPLING}
+    if "top_k" in values:
+        check_integer("top_k", values["top_k"], 2**31 - 1)
+    seed = options.get("seed")
+    # 32 bits are fresh enough, and exact in every JSON reader.
+    seed = secrets.randbits(32) if seed is None else check_integer("seed", seed, 2**64 - 1)
+    sampling = _core.SamplingOptions(seed=seed, **values)
+    _core.Sampler(sampling, 1)  # raises what a generation would raise later
+    stop = options.get("stop", ())
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(text, str) and text for text in stop):
+        raise ValueError(f"every stop string must be a str that is not empty, got {stop!r}")
+    max_new_tokens = check_integer("max_new_tokens", options.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS), 2**31 - 1)
+    return CheckedOptions(sampling, max_new_tokens, stop)

@@ -1,0 +1,30 @@
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+#include "runtime/graph/ort/api.h"
+#include "runtime/kernels/kv_cache.h"
+
+namespace meki {
+
+// Our own operators for ONNX Runtime's CPU provider, domain "meki" (docs/package-format.md, "Operators"): Attention,
+// for one type of KV cache, Linear, Embedding and Injection. They have `threads` threads of their own, the caller's
+// included, which all sessions with these operators share. Must outlive those sessions. Immutable and thread-safe.
+class OrtOperators {
+ public:
+  // Throws std::runtime_error, or std::system_error if the system gives no threads.
+  OrtOperators(const ort::Api& api, KvType kv_type, size_t threads);
+  ~OrtOperators();
+  OrtOperators(const OrtOperators&) = delete;
+  OrtOperators& operator=(const OrtOperators&) = delete;
+
+  // Makes them known to the session that will be created with `options`. Throws std::runtime_error.
+  void add_to(ort::SessionOptions* options) const;
+
+ private:
+  struct Domain;
+  std::unique_ptr<Domain> domain_;
+};
+
+}  // namespace meki

@@ -1,0 +1,41 @@
+#include <vector>
+
+#include "runtime/kernels/simd/paths.h"
+
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
+namespace meki {
+namespace {
+
+std::vector<const Simd*> find_paths() {
+  std::vector<const Simd*> paths;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vnni")) {
+    paths.push_back(&kAvx512Vnni);
+  }
+  if (avx2) paths.push_back(&kAvx2);
+#elif defined(__aarch64__)
+  constexpr unsigned long kDotprod = 1UL << 20;  // ASIMDDP in AT_HWCAP
+  constexpr unsigned long kI8mm = 1UL << 13;     // in AT_HWCAP2
+  const bool dotprod = (::getauxval(AT_HWCAP) & kDotprod) != 0;
+  if (dotprod && (::getauxval(AT_HWCAP2) & kI8mm) != 0) paths.push_back(&kNeonI8mm);
+  if (dotprod) paths.push_back(&kNeonDotprod);
+#endif
+  paths.push_back(&kPortable);
+  return paths;
+}
+
+}  // namespace
+
+std::span<const Simd* const> simd_paths() {
+  static const std::vector<const Simd*> paths = find_paths();
+  return paths;
+}
+
+}  // namespace meki

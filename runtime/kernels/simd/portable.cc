@@ -1,0 +1,207 @@
+// The reference for all other paths: the definition of each function in plain loops.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "runtime/base/half.h"
+#include "runtime/kernels/rounding.h"
+#include "runtime/kernels/simd/paths.h"
+
+namespace meki {
+namespace {
+
+constexpr size_t kBlock = KvLayout::kBlock;
+constexpr size_t kGroup = KvLayout::kGroup;
+
+float to_float(float value) { return value; }
+float to_float(uint16_t half) { return half_to_float(half); }
+
+template <class T>
+void scores_float(const Queries& queries, const std::byte* block, const std::byte*, float* scores) {
+  const T* const keys = reinterpret_cast<const T*>(block);
+  for (size_t q = 0; q < queries.count; ++q) {
+    float* const row = scores + q * kBlock;
+    std::fill_n(row, kBlock, 0.0F);
+    for (size_t e = 0; e < queries.head_dim; ++e) {
+      const float query = queries.values[q * queries.head_dim + e];
+      for (size_t p = 0; p < kBlock; ++p) row[p] += query * to_float(keys[e * kBlock + p]);
+    }
+  }
+}
+
+template <class T>
+void values_float(const float* weights, size_t count, size_t head_dim, const std::byte* block, const std::byte*,
+                  float* outputs) {
+  const T* const values = reinterpret_cast<const T*>(block);
+  for (size_t q = 0; q < count; ++q) {
+    for (size_t p = 0; p < kBlock; ++p) {
+      for (size_t e = 0; e < head_dim; ++e) {
+        outputs[q * head_dim + e] += weights[q * kBlock + p] * to_float(values[p * head_dim + e]);
+      }
+    }
+  }
+}
+
+int32_t query_code(const Queries& queries, size_t q, size_t e) {
+  const size_t index = q * queries.head_dim + e;
+  return 128 * queries.high[index] + queries.low[index];
+}
+
+void scores_int8(const Queries& queries, const std::byte* block, const std::byte*, float* scores) {
+  const auto* const scales = reinterpret_cast<const float*>(block);
+  const auto* const codes = reinterpret_cast<const int8_t*>(scales + kBlock);
+  for (size_t q = 0; q < queries.count; ++q) {
+    for (size_t p = 0; p < kBlock; ++p) {
+      int32_t sum = 0;
+      for (size_t e = 0; e < queries.head_dim; ++e) {
+        sum += query_code(queries, q, e) * codes[e / 4 * 4 * kBlock + p * 4 + e % 4];
+      }
+      scores[q * kBlock + p] = static_cast<float>(sum) * (scales[p] * queries.scales[q]);
+    }
+  }
+}
+
+int nibble(std::byte byte, bool high) { return (std::to_integer<int>(byte) >> (high ? 4 : 0) & 15) - 8; }
+
+void scores_int4(const Queries& queries, const std::byte* block, const std::byte*, float* scores) {
+  const size_t groups = queries.head_dim / kGroup;
+  const auto* const scales = reinterpret_cast<const uint16_t*>(block);
+  const std::byte* const codes = block + groups * kBlock * sizeof(uint16_t);
+  for (size_t q = 0; q < queries.count; ++q) {
+    for (size_t p = 0; p < kBlock; ++p) {
+      float total = 0;
+      for (size_t g = 0; g < groups; ++g) {
+        int32_t sum = 0;
+        for (size_t i = 0; i < kGroup; ++i) {
+          const std::byte byte = codes[(g * 4 + i % 16 / 4) * 4 * kBlock + p * 4 + i % 4];
+          sum += query_code(queries, q, g * kGroup + i) * nibble(byte, i >= 16);
+        }
+        total += static_cast<float>(sum) * half_to_float(scales[g * kBlock + p]);
+      }
+      scores[q * kBlock + p] = total * queries.scales[q];
+    }
+  }
+}
+
+// weight * value scale in 14 bits: codes 0 .. 16383 that are worth `unit` each.
+float quantize_weights(const float* weights, const float* scales, int32_t* codes) {
+  float scaled[kBlock];
+  for (size_t p = 0; p < kBlock; ++p) scaled[p] = weights[p] * scales[p];
+  const float largest = largest_magnitude(scaled, kBlock);
+  const float inverse = quantizer(16383, largest);
+  for (size_t p = 0; p < kBlock; ++p) codes[p] = std::clamp(round_to_int(scaled[p] * inverse), 0, 16383);
+  return largest / 16383;
+}
+
+void values_int8(const float* weights, size_t count, size_t head_dim, const std::byte* block, const std::byte*,
+                 float* outputs) {
+  const auto* const scales = reinterpret_cast<const float*>(block);
+  const auto* const codes = reinterpret_cast<const int8_t*>(scales + kBlock);
+  int32_t w[kBlock];
+  for (size_t q = 0; q < count; ++q) {
+    const float unit = quantize_weights(weights + q * kBlock, scales, w);
+    for (size_t e = 0; e < head_dim; ++e) {
+      int32_t sum = 0;
+      for (size_t p = 0; p < kBlock; ++p) sum += w[p] * codes[p / 4 * 4 * head_dim + e * 4 + p % 4];
+      outputs[q * head_dim + e] += static_cast<float>(sum) * unit;
+    }
+  }
+}
+
+void values_int4(const float* weights, size_t count, size_t head_dim, const std::byte* block, const std::byte*,
+                 float* outputs) {
+  const size_t groups = head_dim / kGroup;
+  const auto* const halves = reinterpret_cast<const uint16_t*>(block);
+  const std::byte* const codes = block + groups * kBlock * sizeof(uint16_t);
+  float scales[kBlock];
+  int32_t w[kBlock];
+  for (size_t q = 0; q < count; ++q) {
+    for (size_t g = 0; g < groups; ++g) {
+      for (size_t p = 0; p < kBlock; ++p) scales[p] = half_to_float(halves[g * kBlock + p]);
+      const float unit = quantize_weights(weights + q * kBlock, scales, w);
+      for (size_t e = g * kGroup; e < (g + 1) * kGroup; ++e) {
+        int32_t sum = 0;
+        for (size_t p = 0; p < kBlock; ++p) {
+          sum += w[p] * nibble(codes[p % 32 / 4 * 4 * head_dim + e * 4 + p % 4], p >= 32);
+        }
+        outputs[q * head_dim + e] += static_cast<float>(sum) * unit;
+      }
+    }
+  }
+}
+
+void softmax(float* scores, float* maximum, float* sum, float* output, size_t head_dim) {
+  float largest = *maximum;
+  for (size_t p = 0; p < kBlock; ++p) largest = scores[p] > largest ? scores[p] : largest;
+  if (largest == -std::numeric_limits<float>::infinity()) {  // nothing to see but, perhaps, NaN
+    for (size_t p = 0; p < kBlock; ++p) {
+      scores[p] = std::isnan(scores[p]) ? scores[p] : 0;
+      *sum += scores[p];
+    }
+    return;
+  }
+  if (largest > *maximum) {
+    const float shrink = std::exp(*maximum - largest);
+    *sum *= shrink;
+    for (size_t e = 0; e < head_dim; ++e) output[e] *= shrink;
+    *maximum = largest;
+  }
+  for (size_t p = 0; p < kBlock; ++p) {
+    scores[p] = std::exp(scores[p] - largest);
+    *sum += scores[p];
+  }
+}
+
+void swiglu(const float* gate, const float* up, size_t count, float* out) {
+  for (size_t i = 0; i < count; ++i) out[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
+}
+
+void quantize(const float* x, size_t inputs, int8_t* codes, float* scales, int32_t* sums) {
+  for (size_t b = 0; b < inputs / 32; ++b) {
+    const float largest = largest_magnitude(x + b * 32, 32);
+    const float inverse = quantizer(127, largest);
+    scales[b] = largest / 127;
+    sums[b] = 0;
+    for (size_t i = b * 32; i < (b + 1) * 32; ++i) {
+      codes[i] = static_cast<int8_t>(std::clamp(round_to_int(x[i] * inverse), -127, 127));
+      sums[b] += codes[i];
+    }
+  }
+}
+
+template <int kBits>
+void panel(const std::byte* panel, const Activations& x, float* out, size_t stride) {
+  constexpr size_t kCodes = 64 * kBits;
+  const size_t blocks = x.inputs / 32;
+  for (size_t t = 0; t < x.tokens; ++t) {
+    float* const y = out + t * stride;
+    std::fill_n(y, 16, 0.0F);
+    for (size_t b = 0; b < blocks; ++b) {
+      const std::byte* const codes = panel + b * (kCodes + 32);
+      const auto* const scales = reinterpret_cast<const uint16_t*>(codes + kCodes);
+      const int8_t* const xs = x.codes + t * x.inputs + b * 32;
+      for (size_t r = 0; r < 16; ++r) {
+        int32_t sum = 0;
+        for (size_t c = 0; c < 32; ++c) {
+          const std::byte byte = codes[(kBits == 4 ? c % 16 : c) / 4 * 64 + r * 4 + c % 4];
+          sum += xs[c] * (kBits == 4 ? nibble(byte, c >= 16) : std::to_integer<int>(byte) - 128);
+        }
+        y[r] += static_cast<float>(sum) * (half_to_float(scales[r]) * x.scales[t * blocks + b]);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+const Simd kPortable = {"portable",
+                        {scores_float<float>, scores_float<uint16_t>, scores_int8, scores_int4},
+                        {values_float<float>, values_float<uint16_t>, values_int8, values_int4},
+                        softmax,
+                        swiglu,
+                        quantize,
+                        panel<4>,
+                        panel<8>};
+
+}  // namespace meki

@@ -1,0 +1,75 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+#include "runtime/kernels/kv_cache.h"
+
+namespace meki {
+
+// The queries that one head's keys and values serve: those of the query heads of its group, of one or more tokens. All
+// are scaled by 1 / sqrt(head_dim) already. Integer caches take them in 15 bits, query = scale * (128 * high + low)
+// with high in -127 .. 127 and low in 0 .. 127, so that what is lost is lost in the cache alone. Passive data.
+struct Queries {
+  size_t count = 0;
+  size_t head_dim = 0;
+  const float* values = nullptr;  // [count, head_dim]
+  const int8_t* high = nullptr;   // [count, head_dim]
+  const int8_t* low = nullptr;    // [count, head_dim]
+  const float* scales = nullptr;  // [count]
+  const int32_t* sums = nullptr;  // [count, head_dim / 16]: of 128 * high + low over 16 elements
+};
+
+// Inputs of a quantised linear layer: x = scale * code, in blocks of 32. Passive data.
+struct Activations {
+  size_t tokens = 0;
+  size_t inputs = 0;              // a multiple of 32
+  const int8_t* codes = nullptr;  // [tokens, inputs], -127 .. 127
+  const float* scales = nullptr;  // [tokens, inputs / 32]
+  const int32_t* sums = nullptr;  // [tokens, inputs / 32], of the codes
+};
+
+// What an instruction set must provide; everything else is shared. Pure functions without state. Integer parts are
+// exact, so that two paths differ by float rounding alone: the order of additions, and at most 1 ulp in exp. A NaN in a
+// key, value or query comes out as NaN, also from positions of its block that are masked.
+struct Simd {
+  std::string_view name;
+
+  // scores[q][p] = query q . key p of one cache block, float32 [queries.count][64]. `block` is the block's keys
+  // (scales, then codes); `next`, if not null, is what the caller will stream next, to be prefetched. Indexed by
+  // KvType.
+  using Scores = void (*)(const Queries& queries, const std::byte* block, const std::byte* next, float* scores);
+  Scores scores[4];
+
+  // outputs[q] += sum over p of weights[q][p] * value p of one cache block; weights float32 [count][64], all >= 0,
+  // outputs float32 [count][head_dim]. Integer caches round weight * value scale to 14 bits relative to the block's
+  // largest. Indexed by KvType.
+  using Values = void (*)(const float* weights, size_t count, size_t head_dim, const std::byte* block,
+                          const std::byte* next, float* outputs);
+  Values values[4];
+
+  // One step of the online softmax for one query: replaces 64 scores (-inf: masked) by exp(score - maximum), keeps the
+  // running maximum and sum, and rescales output [head_dim] when the maximum grows. A maximum of -inf means that
+  // nothing was seen yet; weights of a block that is masked entirely are 0.
+  void (*softmax)(float* scores, float* maximum, float* sum, float* output, size_t head_dim);
+
+  // out[i] = silu(gate[i]) * up[i], silu(x) = x / (1 + e^-x), for a multiple of 16 elements.
+  void (*swiglu)(const float* gate, const float* up, size_t count, float* out);
+
+  // x float32 [inputs] -> one row of Activations.
+  void (*quantize)(const float* x, size_t inputs, int8_t* codes, float* scales, int32_t* sums);
+
+  // out[t * stride + r] = x_t . row r for the 16 rows of one packed panel (docs/package-format.md) and all tokens.
+  using Panel = void (*)(const std::byte* panel, const Activations& x, float* out, size_t stride);
+  Panel panel4;
+  Panel panel8;
+};
+
+// The paths that this CPU can run, best first; the last is "portable". Static data.
+std::span<const Simd* const> simd_paths();
+// The best one.
+inline const Simd& simd() { return *simd_paths().front(); }
+
+}  // namespace meki

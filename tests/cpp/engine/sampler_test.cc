@@ -1,0 +1,230 @@
+// runtime/engine/sampler, against a naive distribution in double precision.
+
+#include "runtime/engine/sampler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <set>
+#include <stdexcept>
+
+#include "tests/cpp/allocations.h"
+#include "tests/cpp/support.h"
+
+namespace meki {
+namespace {
+
+using test::check_names;
+using test::error_of;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+std::vector<float> random_logits(size_t vocab_size, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::vector<float> logits(vocab_size);
+  for (float& logit : logits) logit = static_cast<float>(random() % 100'000) / 12'500.0F - 4.0F;  // -4 .. 4
+  return logits;
+}
+
+void renormalise(std::vector<std::pair<double, int32_t>>& kept) {
+  double sum = 0;
+  for (const auto& [probability, id] : kept) sum += probability;
+  for (auto& [probability, id] : kept) probability /= sum;
+}
+
+// Every step as the header words it, each over a sorted list of (probability, id).
+std::map<int32_t, double> distribution(const SamplingOptions& options, std::vector<float> logits,
+                                       std::span<const int32_t> sequence) {
+  std::vector<double> penalised(logits.begin(), logits.end());
+  for (const int32_t id : std::set<int32_t>(sequence.begin(), sequence.end())) {
+    double& logit = penalised[static_cast<size_t>(id)];
+    logit = logit > 0 ? logit / options.repetition_penalty : logit * options.repetition_penalty;
+  }
+  std::vector<std::pair<double, int32_t>> kept;
+  for (size_t id = 0; id < penalised.size(); ++id) kept.emplace_back(penalised[id], static_cast<int32_t>(id));
+  std::stable_sort(kept.begin(), kept.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+  if (options.temperature == 0) return {{kept.front().second, 1.0}};
+
+  const double best = kept.front().first;
+  for (auto& [value, id] : kept) value = std::exp((value - best) / options.temperature);
+  if (options.top_k > 0 && options.top_k < kept.size()) kept.resize(options.top_k);
+  renormalise(kept);
+  if (options.top_p < 1) {
+    size_t count = 0;
+    for (double sum = 0; count < kept.size() && sum < options.top_p; ++count) sum += kept[count].first;
+    kept.resize(count);
+  }
+  const double least = options.min_p * kept.front().first;
+  std::erase_if(kept, [least](const auto& entry) { return entry.first < least; });
+  renormalise(kept);
+  std::map<int32_t, double> out;
+  for (const auto& [probability, id] : kept) out[id] = probability;
+  return out;
+}
+
+// How far a count of `draws` trials of probability p may be from its mean: Bernstein's inequality for a chance of 1e-9,
+// so that the few thousand comparisons here would all hold for about any seed.
+double largest_deviation(double p, double draws) {
+  const double log_chance = std::log(2 / 1e-9);
+  const double variance = draws * p * (1 - p);
+  return log_chance / 3 + std::sqrt(log_chance * log_chance / 9 + 2 * variance * log_chance);
+}
+
+void check_draws(const SamplingOptions& options, const std::vector<float>& logits, const std::vector<int32_t>& sequence,
+                 int draws) {
+  const std::map<int32_t, double> expected = distribution(options, logits, sequence);
+  Sampler sampler(options, logits.size());
+  std::map<int32_t, int> counts;
+  for (int i = 0; i < draws; ++i) ++counts[sampler.sample(logits, sequence)];
+  for (const auto& [id, count] : counts) {
+    CAPTURE(id);
+    CHECK(expected.contains(id));
+  }
+  for (const auto& [id, probability] : expected) {
+    CAPTURE(id);
+    const double mean = probability * draws;
+    const double deviation = largest_deviation(probability, draws);
+    CHECK(std::abs(counts[id] - mean) <= deviation);
+    if (mean > deviation) CHECK(counts[id] > 0);  // the support is the whole of the expected one
+  }
+}
+
+TEST_CASE("sampler: frequencies and support equal the naive distribution") {
+  const std::vector<float> logits = random_logits(12, 1);
+  const std::vector<int32_t> sequence = {3, 3, 3, 0, 7, 11, 7};
+  for (const double temperature : {0.0, 0.5, 1.0, 2.5}) {
+    for (const uint32_t top_k : {0U, 1U, 3U, 12U, 100U}) {
+      for (const double top_p : {1.0, 0.9, 0.3, 1e-9}) {
+        for (const double min_p : {0.0, 0.05, 0.5, 1.0}) {
+          for (const double penalty : {1.0, 1.4, 0.6}) {
+            CAPTURE(temperature);
+            CAPTURE(top_k);
+            CAPTURE(top_p);
+            CAPTURE(min_p);
+            CAPTURE(penalty);
+            check_draws({temperature, top_k, top_p, min_p, penalty, 42}, logits, sequence, 1000);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("sampler: the long run, with enough draws to tell near probabilities apart") {
+  check_draws({.temperature = 1.3, .top_p = 1.0, .seed = 7}, random_logits(8, 3), {}, 200'000);
+  check_draws({.temperature = 0.9, .top_k = 6, .top_p = 0.95, .min_p = 0.01, .seed = 8}, random_logits(8, 4), {},
+              200'000);
+}
+
+TEST_CASE("sampler: a large vocabulary keeps exactly the reference's tokens") {
+  const std::vector<float> logits = random_logits(5000, 5);
+  check_draws({.temperature = 1.0, .top_k = 40, .top_p = 0.8, .seed = 1}, logits, {}, 3000);
+  check_draws({.temperature = 0.3, .top_p = 0.5, .seed = 2}, logits, {}, 1000);
+  check_draws({.temperature = 1.0, .top_p = 1.0, .min_p = 0.9, .seed = 3}, logits, {}, 1000);
+}
+
+TEST_CASE("sampler: equal logits are ordered by token id") {
+  const std::vector<float> logits = {0, 2, 1, 2, 2, 2, 1};
+  const auto support = [&logits](const SamplingOptions& options) {
+    Sampler sampler(options, logits.size());
+    std::set<int32_t> ids;
+    for (int i = 0; i < 400; ++i) ids.insert(sampler.sample(logits, {}));
+    return ids;
+  };
+  using Ids = std::set<int32_t>;
+  CHECK(support({.temperature = 0}) == Ids{1});
+  CHECK(support({.temperature = 1, .top_k = 1, .top_p = 1}) == Ids{1});
+  CHECK(support({.temperature = 1, .top_k = 3, .top_p = 1}) == Ids{1, 3, 4});
+  CHECK(support({.temperature = 1, .top_k = 5, .top_p = 1}) == Ids{1, 2, 3, 4, 5});
+  CHECK(support({.temperature = 1, .top_k = 6, .top_p = 1}) == Ids{1, 2, 3, 4, 5, 6});
+  // Of four equal tokens, two have exactly half of the probability: enough, and not one more.
+  CHECK(support({.temperature = 1, .top_k = 4, .top_p = 0.5}) == Ids{1, 3});
+  CHECK(support({.temperature = 1, .top_k = 4, .top_p = 0.75}) == Ids{1, 3, 4});
+  // As probable as the most probable one is not less probable than it.
+  CHECK(support({.temperature = 1, .top_p = 1, .min_p = 1}) == Ids{1, 3, 4, 5});
+}
+
+TEST_CASE("sampler: a token that is impossible is never drawn, whatever the options") {
+  const std::vector<float> logits = {-kInfinity, 0.5F, -kInfinity, 0.25F, -kInfinity};
+  for (const double penalty : {1.0, 2.0}) {
+    Sampler sampler({.temperature = 100, .top_p = 1, .repetition_penalty = penalty}, logits.size());
+    const std::vector<int32_t> sequence = {0, 1, 2};
+    for (int i = 0; i < 2000; ++i) CHECK(sampler.sample(logits, sequence) % 2 == 1);
+  }
+  // At this temperature all but the best underflow to nothing.
+  Sampler cold({.temperature = 1e-300, .top_p = 1}, logits.size());
+  for (int i = 0; i < 100; ++i) CHECK(cold.sample(logits, {}) == 1);
+}
+
+TEST_CASE("sampler: the seed decides, and nothing else") {
+  const std::vector<float> logits = random_logits(100, 6);
+  const auto ids = [&logits](uint64_t seed) {
+    Sampler sampler({.temperature = 2, .top_p = 1, .seed = seed}, logits.size());
+    std::vector<int32_t> out(100);
+    for (int32_t& id : out) id = sampler.sample(logits, {});
+    return out;
+  };
+  CHECK(ids(0) == ids(0));
+  CHECK(ids(std::numeric_limits<uint64_t>::max()) == ids(std::numeric_limits<uint64_t>::max()));
+  CHECK(ids(0) != ids(1));
+  CHECK(ids(1) != ids(1ULL << 32 | 1));  // all 64 bits count
+}
+
+TEST_CASE("sampler: logits without a choice in them are an error, and the sampler goes on") {
+  for (const double temperature : {0.0, 1.0}) {
+    const SamplingOptions options{.temperature = temperature, .repetition_penalty = 1.1};
+    Sampler sampler(options, 4);
+    const std::vector<int32_t> sequence = {0, 2};
+    for (size_t position = 0; position < 4; ++position) {
+      std::vector<float> logits = {3, 2, 1, 0};
+      logits[position] = kNaN;
+      const std::string message = error_of<std::runtime_error>([&] { sampler.sample(logits, sequence); });
+      check_names(message, "token " + std::to_string(position));
+    }
+    const std::vector<float> impossible(4, -kInfinity);
+    CHECK_THROWS_AS(sampler.sample(impossible, sequence), std::runtime_error);
+    const std::vector<float> certain = {-kInfinity, -kInfinity, -kInfinity, -1e30F};
+    CHECK(sampler.sample(certain, sequence) == 3);
+  }
+}
+
+TEST_CASE("sampler: options outside their range are refused by name") {
+  const double nan = kNaN;
+  const double infinity = kInfinity;
+  for (const double wrong : {-1.0, -1e-9, infinity, nan}) {
+    check_names(error_of<std::invalid_argument>([&] { Sampler({.temperature = wrong}, 4); }), "temperature");
+  }
+  for (const double wrong : {0.0, -0.5, 1.0001, infinity, nan}) {
+    check_names(error_of<std::invalid_argument>([&] { Sampler({.top_p = wrong}, 4); }), "top_p");
+  }
+  for (const double wrong : {-0.1, 1.1, infinity, nan}) {
+    check_names(error_of<std::invalid_argument>([&] { Sampler({.min_p = wrong}, 4); }), "min_p");
+  }
+  for (const double wrong : {0.0, -1.0, infinity, nan}) {
+    check_names(error_of<std::invalid_argument>([&] { Sampler({.repetition_penalty = wrong}, 4); }),
+                "repetition_penalty");
+  }
+}
+
+TEST_CASE("sampler: sample() does not allocate" * doctest::skip(!test::kCountsAllocations)) {
+  const std::vector<float> logits = random_logits(1000, 9);
+  const std::vector<int32_t> sequence = {1, 2, 3, 999};
+  const SamplingOptions variants[] = {
+      {.temperature = 0},
+      {.temperature = 1, .top_p = 1},
+      {.temperature = 1, .top_k = 50, .top_p = 0.9, .min_p = 0.01, .repetition_penalty = 1.2},
+  };
+  for (const SamplingOptions& options : variants) {
+    Sampler sampler(options, logits.size());
+    const uint64_t before = test::allocations();
+    for (int i = 0; i < 20; ++i) sampler.sample(logits, sequence);
+    const uint64_t made = test::allocations() - before;
+    CHECK(made == 0);
+  }
+  CHECK(test::allocations() > 0);  // the counter counts
+}
+
+}  // namespace
+}  // namespace meki
