@@ -33,7 +33,6 @@ Manifest without_memory(Manifest manifest) {
   if (!manifest.memory) return manifest;
   manifest.stages = std::move(manifest.dense_stages);
   manifest.memory.reset();
-  manifest.architecture.memory_dim = 0;
   for (auto& [name, target] : manifest.qnn) {
     target.decode = std::move(target.dense_decode);
     target.prefill = std::move(target.dense_prefill);
@@ -97,7 +96,13 @@ std::shared_ptr<Engine> open_qnn(Manifest manifest, const EngineOptions& options
 
 std::shared_ptr<const Rom> open_rom(const Manifest& manifest, RomAccess access, std::chrono::microseconds delay) {
   if (!manifest.memory) return nullptr;
-  const std::filesystem::path path = manifest.directory / manifest.memory->file;
+  const MemoryInfo& memory = *manifest.memory;
+  if (memory.address != "token") {
+    throw PackageError((manifest.directory / "manifest.json").string() + ": memory.address.kind is \"" +
+                       memory.address +
+                       "\", expected \"token\"; use a newer runtime, or convert the model with this one");
+  }
+  const std::filesystem::path path = manifest.directory / memory.file;
   auto rom = std::make_shared<const Rom>(path, access, delay);
   const RomHeader& header = rom->header();
   const auto require = [&path](const char* name, const std::string& got, const std::string& expected) {
@@ -106,12 +111,11 @@ std::shared_ptr<const Rom> open_rom(const Manifest& manifest, RomAccess access, 
                          "; the file belongs to another package");
     }
   };
-  const Architecture& architecture = manifest.architecture;
-  require("vocabulary size", std::to_string(header.vocab_size), std::to_string(architecture.vocab_size));
-  require("number of layers", std::to_string(header.layers), std::to_string(architecture.layers));
-  require("row dimension", std::to_string(header.row_dim), std::to_string(architecture.memory_dim));
-  require("row type", std::string(name_of(header.row_type)), manifest.memory->row_type);
-  require("content id", header.content_id, manifest.memory->content_id);
+  require("vocabulary size", std::to_string(header.vocab_size), std::to_string(manifest.architecture.vocab_size));
+  require("number of layers", std::to_string(header.layers), std::to_string(memory.layers));
+  require("row dimension", std::to_string(header.row_dim), std::to_string(memory.row_dim));
+  require("row type", std::string(name_of(header.row_type)), memory.row_type);
+  require("content id", header.content_id, memory.content_id);
   return rom;
 }
 

@@ -65,7 +65,6 @@ DynamicSteps::Bindings DynamicSteps::bind(const Shape& shape) const {
 }
 
 Tensor DynamicSteps::input(const std::string& name, const Stage& stage, const Shape& shape) const {
-  const Architecture& a = engine_.manifest().architecture;
   const auto tokens = static_cast<int64_t>(shape.tokens);
   const IoName io = parse_input(name);
   switch (io.kind) {
@@ -74,10 +73,11 @@ Tensor DynamicSteps::input(const std::string& name, const Stage& stage, const Sh
     case IoKind::logit_index:
       return {name, ElementType::int64, {static_cast<int64_t>(shape.logit_rows)}, logit_index_.data()};
     case IoKind::rows: {
-      const size_t skipped = stage.rows->first * shape.tokens * a.memory_dim;
+      const uint32_t row_dim = engine_.manifest().memory->row_dim;
+      const size_t skipped = stage.rows->first * shape.tokens * row_dim;
       return {name,
               ElementType::float32,
-              {int64_t{stage.rows->last} - stage.rows->first, tokens, a.memory_dim},
+              {int64_t{stage.rows->last} - stage.rows->first, tokens, row_dim},
               shape.rows + skipped};
     }
     case IoKind::cache: return cache(name, io.layer);

@@ -185,7 +185,7 @@ Tensor StaticSteps::input(const std::string& name, const Stage& stage, size_t wi
   switch (io.kind) {
     case StaticIoKind::past_length: return {name, ElementType::int32, {1}, past_length_.data()};
     case StaticIoKind::rows: {
-      const size_t memory_dim = engine_.manifest().architecture.memory_dim;
+      const size_t memory_dim = engine_.manifest().memory->row_dim;
       return {name,
               ElementType::float32,
               {int64_t{stage.rows->last} - stage.rows->first, static_cast<int64_t>(width),

@@ -15,40 +15,41 @@ namespace {
 using Json = Node::Json;
 
 constexpr size_t kMaxManifestBytes = 16 << 20;
-constexpr uint64_t kVersion = 3;
+constexpr uint64_t kVersion = 4;
 constexpr int kMaxDepth = 64;  // of nested JSON values; the format needs 4
 
+constexpr uint64_t kMaxLayers = 65'535;
+constexpr uint64_t kMaxWidth = 1 << 20;
+
 Architecture parse_architecture(const Node& node) {
-  constexpr uint64_t kMaxWidth = 1 << 20;
   const auto number = [&node](const char* key, uint64_t low, uint64_t high) {
     return static_cast<uint32_t>(node.at(key).integer(low, high));
   };
   Architecture architecture;
   architecture.vocab_size = number("vocab_size", 1, INT32_MAX);
-  architecture.layers = number("layers", 1, 65'535);
+  architecture.layers = number("layers", 1, kMaxLayers);
   architecture.hidden = number("hidden", 1, kMaxWidth);
   number("ffn", 1, kMaxWidth);  // of no use here, but a manifest without it is not one
   number("heads", 1, kMaxWidth);
   architecture.kv_heads = number("kv_heads", 1, kMaxWidth);
   architecture.head_dim = number("head_dim", 1, kMaxWidth);
-  architecture.memory_dim = number("memory_dim", 0, kMaxWidth);
   architecture.context = number("context", 1, INT32_MAX);
   return architecture;
 }
 
-std::optional<MemoryInfo> parse_memory(const Node& node, const Architecture& architecture) {
-  if (node.is_null() != (architecture.memory_dim == 0)) {
-    node.fail("null exactly when architecture.memory_dim is 0");
-  }
+std::optional<MemoryInfo> parse_memory(const Node& node) {
   if (node.is_null()) return std::nullopt;
-  if (node.at("kind").string() != "meki") node.at("kind").fail("\"meki\"");
-  return MemoryInfo{node.at("file").file_name(), node.at("row_type").string(), node.at("content_id").string()};
+  node.at("kind").string();  // for people, but a memory without it is not one
+  return MemoryInfo{.address = node.at("address").at("kind").string(),
+                    .layers = static_cast<uint32_t>(node.at("layers").integer(1, kMaxLayers)),
+                    .row_dim = static_cast<uint32_t>(node.at("row_dim").integer(1, kMaxWidth)),
+                    .file = node.at("file").file_name(),
+                    .row_type = node.at("row_type").string(),
+                    .content_id = node.at("content_id").string()};
 }
 
-std::vector<StageInfo> parse_dense_stages(const Node& node, const Architecture& architecture) {
-  if (node.is_null() != (architecture.memory_dim == 0)) {
-    node.fail("null exactly when architecture.memory_dim is 0");
-  }
+std::vector<StageInfo> parse_dense_stages(const Node& node, bool has_memory) {
+  if (node.is_null() == has_memory) node.fail("null exactly when memory is null");
   std::vector<StageInfo> stages;
   if (node.is_null()) return stages;
   for (const Node& item : node.items()) stages.push_back({item.at("file").file_name(), std::nullopt});
@@ -105,9 +106,9 @@ Manifest Manifest::open(const std::filesystem::path& directory) {
   }
   manifest.name = root.at("name").string();
   manifest.architecture = parse_architecture(root.at("architecture"));
-  manifest.memory = parse_memory(root.at("memory"), manifest.architecture);
-  manifest.stages = parse_stages(root.at("stages"), manifest.architecture);
-  manifest.dense_stages = parse_dense_stages(root.at("dense_stages"), manifest.architecture);
+  manifest.memory = parse_memory(root.at("memory"));
+  manifest.stages = parse_stages(root.at("stages"), manifest.memory);
+  manifest.dense_stages = parse_dense_stages(root.at("dense_stages"), manifest.memory.has_value());
   const Node tokenizer = root.at("tokenizer");
   for (const Node& id : tokenizer.at("eos_token_ids").items()) {
     manifest.eos_token_ids.push_back(static_cast<int32_t>(id.integer(0, manifest.architecture.vocab_size - 1)));

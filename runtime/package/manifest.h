@@ -16,17 +16,20 @@ struct Architecture {
   uint32_t hidden = 0;
   uint32_t kv_heads = 0;
   uint32_t head_dim = 0;
-  uint32_t memory_dim = 0;  // 0: dense
-  uint32_t context = 0;     // longest sequence, in tokens
+  uint32_t context = 0;  // longest sequence, in tokens
 };
 
+// A memory whose rows lie in storage; the fields of "memory" that the runtime needs.
 struct MemoryInfo {
+  std::string address;  // how tokens become rows: "token"
+  uint32_t layers = 0;  // of the memory: each token has that many rows
+  uint32_t row_dim = 0;
   std::string file;
   std::string row_type;
   std::string content_id;
 };
 
-// Memory rows that a stage takes: layers first .. last - 1.
+// Memory rows that a stage takes: those of the memory's layers first .. last - 1.
 struct LayerRange {
   uint32_t first = 0;
   uint32_t last = 0;

@@ -2,16 +2,16 @@
 
 namespace meki {
 
-std::vector<StageInfo> parse_stages(const Node& node, const Architecture& architecture) {
+std::vector<StageInfo> parse_stages(const Node& node, const std::optional<MemoryInfo>& memory) {
   std::vector<StageInfo> stages;
   for (const Node& item : node.items()) {
     StageInfo stage{item.at("file").file_name(), std::nullopt};
     if (const Node rows = item.at("rows"); !rows.is_null()) {
+      if (!memory) rows.fail("null in a package without a memory");
       const auto ends = rows.items();
       if (ends.size() != 2) rows.fail("null or [first layer, last layer + 1]");
-      const auto first = static_cast<uint32_t>(ends[0].integer(0, architecture.layers - 1));
-      const auto last = static_cast<uint32_t>(ends[1].integer(first + 1, architecture.layers));
-      if (architecture.memory_dim == 0) rows.fail("null in a package without a memory");
+      const auto first = static_cast<uint32_t>(ends[0].integer(0, memory->layers - 1));
+      const auto last = static_cast<uint32_t>(ends[1].integer(first + 1, memory->layers));
       stage.rows = LayerRange{first, last};
     }
     stages.push_back(std::move(stage));

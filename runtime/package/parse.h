@@ -11,7 +11,7 @@
 
 namespace meki {
 
-std::vector<StageInfo> parse_stages(const Node& node, const Architecture& architecture);
+std::vector<StageInfo> parse_stages(const Node& node, const std::optional<MemoryInfo>& memory);
 FileSizes parse_files(const Node& node);
 // Checks that the object `files` has an entry for a file that is named elsewhere.
 void require_file(const Node& files, const std::string& name);

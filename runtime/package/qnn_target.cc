@@ -19,10 +19,10 @@ bool same_rows(const StageInfo& a, const StageInfo& b) {
 }
 
 // A graph for one token and one for a chunk of them, cut alike.
-void parse_pair(const Node& decode_node, const Node& prefill_node, const Architecture& architecture,
+void parse_pair(const Node& decode_node, const Node& prefill_node, const std::optional<MemoryInfo>& memory,
                 std::vector<StageInfo>& decode, std::vector<StageInfo>& prefill) {
-  decode = parse_stages(decode_node, architecture);
-  prefill = parse_stages(prefill_node, architecture);
+  decode = parse_stages(decode_node, memory);
+  prefill = parse_stages(prefill_node, memory);
   if (!std::equal(decode.begin(), decode.end(), prefill.begin(), prefill.end(), same_rows)) {
     prefill_node.fail("stages with the same rows as those of " + decode_node.where());
   }
@@ -34,9 +34,7 @@ void parse_dense(const Node& node, const Manifest& manifest, QnnTarget& target) 
   if (decode.is_null() != prefill.is_null()) prefill.fail("null exactly when dense_decode is null");
   if (decode.is_null()) return;
   if (!manifest.memory) decode.fail("null in a package without a memory");
-  Architecture dense = manifest.architecture;
-  dense.memory_dim = 0;  // so rows are refused
-  parse_pair(decode, prefill, dense, target.dense_decode, target.dense_prefill);
+  parse_pair(decode, prefill, std::nullopt, target.dense_decode, target.dense_prefill);
 }
 
 void require_files(const Node& files, const QnnTarget& target) {
@@ -62,7 +60,7 @@ QnnTarget parse_target(const std::string& name, const Node& node, const Manifest
   target.chunk = static_cast<uint32_t>(node.at("chunk").integer(1, target.context));
   target.embed = node.at("embed").file_name();
   target.head = node.at("head").file_name();
-  parse_pair(node.at("decode"), node.at("prefill"), manifest.architecture, target.decode, target.prefill);
+  parse_pair(node.at("decode"), node.at("prefill"), manifest.memory, target.decode, target.prefill);
   parse_dense(node, manifest, target);
   const Node files = node.at("files");
   target.files = parse_files(files);

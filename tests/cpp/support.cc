@@ -173,13 +173,16 @@ AlignedBuffer::AlignedBuffer(size_t bytes)
 nlohmann::json write_package_files(const std::filesystem::path& directory) {
   nlohmann::json manifest = nlohmann::json::parse(R"({
     "format": "meki-package",
-    "version": 3,
+    "version": 4,
     "name": "test",
     "architecture": {
-      "vocab_size": 64, "layers": 4, "hidden": 8, "ffn": 16, "heads": 4, "kv_heads": 2, "head_dim": 16, "memory_dim": 16,
-      "context": 512, "rope_theta": 10000.0, "norm_eps": 1e-06, "qk_norm": true, "projector_norm": false
+      "vocab_size": 64, "layers": 4, "hidden": 8, "ffn": 16, "heads": 4, "kv_heads": 2, "head_dim": 16,
+      "context": 512, "rope_theta": 10000.0, "norm_eps": 1e-06, "qk_norm": true
     },
-    "memory": {"kind": "meki", "file": "memory.rom", "row_type": "int8", "content_id": ""},
+    "memory": {
+      "kind": "meki", "address": {"kind": "token"}, "layers": 4, "row_dim": 16, "file": "memory.rom", "row_type": "int8",
+      "content_id": ""
+    },
     "stages": [{"file": "stage0.onnx", "rows": null}, {"file": "stage1.onnx", "rows": [0, 4]}],
     "dense_stages": [{"file": "dense.onnx"}],
     "weights": {"type": "int8", "block": 32},

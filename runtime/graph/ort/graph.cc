@@ -12,7 +12,7 @@
 #include "runtime/base/error.h"
 #include "runtime/graph/ort/api.h"
 #include "runtime/graph/ort/library.h"
-#include "runtime/graph/ort/ops.h"
+#include "runtime/graph/ort/ops/operators.h"
 
 namespace meki {
 namespace {

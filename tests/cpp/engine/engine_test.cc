@@ -31,8 +31,7 @@ struct Names2 {
   Names check() const {
     Manifest manifest;
     manifest.directory = "package";
-    manifest.architecture = {
-        .vocab_size = 8, .layers = 2, .hidden = 4, .kv_heads = 1, .head_dim = 2, .memory_dim = 4, .context = 16};
+    manifest.architecture = {.vocab_size = 8, .layers = 2, .hidden = 4, .kv_heads = 1, .head_dim = 2, .context = 16};
     const auto rows = [](bool some) { return some ? std::optional(LayerRange{0, 2}) : std::nullopt; };
     manifest.stages = {{"a.onnx", rows(first_rows)}, {"b.onnx", rows(second_rows)}};
     std::vector<Stage> stages;
@@ -146,14 +145,18 @@ TEST_CASE("engine: a ROM that is not the manifest's is an error that names what 
   };
   const std::pair<const char*, std::string> cases[] = {
       {"vocab", error_with([](Manifest& m) { m.architecture.vocab_size = 65; })},
-      {"layers", error_with([](Manifest& m) { m.architecture.layers = 3; })},
-      {"row dimension", error_with([](Manifest& m) { m.architecture.memory_dim = 15; })},
+      {"layers", error_with([](Manifest& m) { m.memory->layers = 3; })},
+      {"row dimension", error_with([](Manifest& m) { m.memory->row_dim = 15; })},
       {"row type", error_with([](Manifest& m) { m.memory->row_type = "int4"; })},
       {"content id", error_with([](Manifest& m) { m.memory->content_id = std::string(32, '0'); })},
   };
   for (const auto& [name, message] : cases) {
     check_names(message, name);
     check_names(message, (dir / "memory.rom").string());
+  }
+  for (const char* address : {"", "engram"}) {
+    const std::string message = error_with([address](Manifest& m) { m.memory->address = address; });
+    check_names(message, (dir / "manifest.json").string() + ": memory.address.kind");
   }
   Manifest dense = good;
   dense.memory.reset();

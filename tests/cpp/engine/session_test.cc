@@ -286,7 +286,7 @@ constexpr KvType kKvTypes[] = {KvType::float32, KvType::float16, KvType::int8, K
 std::shared_ptr<const Engine> window_engine(KvType type, Window::Memory& memory) {
   Manifest manifest;
   manifest.architecture = {
-      .vocab_size = 1000, .layers = 2, .hidden = 4, .kv_heads = 3, .head_dim = 32, .memory_dim = 0, .context = 1000};
+      .vocab_size = 1000, .layers = 2, .hidden = 4, .kv_heads = 3, .head_dim = 32, .context = 1000};
   manifest.stages = {{"stage", std::nullopt}};
   return std::make_shared<const Engine>(
       manifest, nullptr, [&memory](const std::filesystem::path&) { return std::make_unique<Window>(memory); }, 1, type);

@@ -260,11 +260,15 @@ FakeCompiledModel::FakeCompiledModel(Kind kind, uint32_t chunk)
                             .hidden = kHidden,
                             .kv_heads = kHeads,
                             .head_dim = kHeadDim,
-                            .memory_dim = dense ? 0 : image_.shape.row_dim,
                             .context = 2 * kContext};
   std::shared_ptr<const Rom> rom;
   if (!dense) {
-    manifest_.memory = {"memory.rom", "int4", std::string(RomImage::kContentId)};
+    manifest_.memory = {.address = "token",
+                        .layers = kLayers,
+                        .row_dim = image_.shape.row_dim,
+                        .file = "memory.rom",
+                        .row_type = "int4",
+                        .content_id = std::string(RomImage::kContentId)};
     write_file(dir_ / "memory.rom", image_.bytes);
     rom = open_rom(manifest_, RomAccess::pread);
   }

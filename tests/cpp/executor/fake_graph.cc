@@ -206,12 +206,16 @@ FakeModel::FakeModel(Kind kind, std::vector<int32_t> eos_token_ids)
                            .hidden = kHidden,
                            .kv_heads = kHeads,
                            .head_dim = kHeadDim,
-                           .memory_dim = dense ? 0 : image_.shape.row_dim,
                            .context = kContext};
   manifest.eos_token_ids = std::move(eos_token_ids);
   std::shared_ptr<const Rom> rom;
   if (!dense) {
-    manifest.memory = {"memory.rom", "int4", std::string(RomImage::kContentId)};
+    manifest.memory = {.address = "token",
+                       .layers = kLayers,
+                       .row_dim = image_.shape.row_dim,
+                       .file = "memory.rom",
+                       .row_type = "int4",
+                       .content_id = std::string(RomImage::kContentId)};
     write_file(dir_ / "memory.rom", image_.bytes);
     rom = open_rom(manifest, RomAccess::mmap);
   }

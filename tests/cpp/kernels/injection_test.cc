@@ -24,26 +24,37 @@ struct Inputs {
   size_t tokens;
   size_t hidden;
   size_t memory_dim;
-  size_t gate_stride;
+  Weight gate_proj;
   Weight out_proj;
   std::vector<float> x;
-  std::vector<float> gate;  // memory_dim of every gate_stride
+  std::vector<float> h;
+  std::vector<float> norm_weight;
   std::vector<float> rows;
-  std::vector<float> out_gain;
+  std::vector<float> post_norm_weight;
 
   Inputs(size_t tokens_, size_t hidden_, size_t memory_dim_, int bits, Random& random)
       : tokens(tokens_),
         hidden(hidden_),
         memory_dim(memory_dim_),
-        gate_stride(memory_dim + 5),
+        gate_proj(memory_dim, hidden, bits, random),
         out_proj(hidden, memory_dim, bits, random),
         x(random.floats(tokens * hidden, -2, 2)),
-        gate(random.floats(tokens * gate_stride, -6, 6)),
+        h(random.floats(tokens * hidden, -3, 3)),
+        norm_weight(random.floats(hidden, 0.01F, 0.03F)),  // gates of a few units, where the sigmoid is steep
         rows(random.floats(tokens * memory_dim, -1, 1)),
-        out_gain(random.floats(hidden, 0.5F, 1.5F)) {}
+        post_norm_weight(random.floats(hidden, 0.5F, 1.5F)) {}
 
-  InjectionStep step(float* out) const {
-    return {tokens, x.data(), gate.data(), gate_stride, rows.data(), out_proj.view(), out_gain.data(), 1e-5F, out};
+  InjectionArgs args(float* out) const {
+    return {tokens,
+            x.data(),
+            h.data(),
+            norm_weight.data(),
+            gate_proj.view(),
+            rows.data(),
+            out_proj.view(),
+            post_norm_weight.data(),
+            1e-5F,
+            out};
   }
 };
 
@@ -59,17 +70,32 @@ double norm_of(std::span<const double> row) {
   return std::sqrt(squares);
 }
 
-// out = x + RMSNorm(out_proj (rows + sigmoid(gate))), and what the rounding to 8 bits may change of it.
+// gate_proj RMSNorm(h), and what float32 and the rounding to 8 bits may change of it.
+Product naive_gate(const Inputs& in) {
+  const double norm_error = (static_cast<double>(in.hidden) + 8) * kRounding;  // a sum of as many squares
+  std::vector<double> normed(in.h.begin(), in.h.end());
+  std::vector<double> errors(normed.size());
+  for (size_t t = 0; t < in.tokens; ++t) {
+    const std::span<double> row = std::span(normed).subspan(t * in.hidden, in.hidden);
+    const double inverse = inverse_rms(row);
+    for (size_t i = 0; i < in.hidden; ++i) {
+      row[i] *= inverse * in.norm_weight[i];
+      errors[t * in.hidden + i] = std::fabs(row[i]) * norm_error;
+    }
+  }
+  return naive_linear(in.gate_proj, normed, errors);
+}
+
+// out = x + RMSNorm(out_proj (rows + sigmoid(gate_proj RMSNorm(h)))), and what the rounding to 8 bits may change of it.
 Product naive_injection(const Inputs& in) {
   const double norm_error = (static_cast<double>(in.hidden) + 8) * kRounding;  // a sum of as many squares
+  const Product gate = naive_gate(in);
   std::vector<double> fused;
   std::vector<double> errors;
-  for (size_t t = 0; t < in.tokens; ++t) {
-    for (size_t i = 0; i < in.memory_dim; ++i) {
-      const double gate = in.gate[t * in.gate_stride + i];
-      fused.push_back(in.rows[t * in.memory_dim + i] + 1 / (1 + std::exp(-gate)));
-      errors.push_back(16 * kRounding);  // of an exponential and three operations on numbers below 2
-    }
+  for (size_t i = 0; i < in.tokens * in.memory_dim; ++i) {
+    fused.push_back(in.rows[i] + 1 / (1 + std::exp(-gate.exact[i])));
+    // The sigmoid's slope is 1/4 at most; beside it an exponential and three operations on numbers below 2.
+    errors.push_back(gate.bounds[i] / 4 + 16 * kRounding);
   }
   Product out = naive_linear(in.out_proj, fused, errors);
 
@@ -82,7 +108,7 @@ Product naive_injection(const Inputs& in) {
     REQUIRE(relative < 0.5);
     const double inverse_error = relative / (1 - relative) + norm_error;
     for (size_t i = 0; i < in.hidden; ++i) {
-      const double scale = inverse * in.out_gain[i];
+      const double scale = inverse * in.post_norm_weight[i];
       bounds[i] = scale * (bounds[i] + (std::fabs(row[i]) + bounds[i]) * inverse_error);
       row[i] = in.x[t * in.hidden + i] + row[i] * scale;
       bounds[i] += 4 * kRounding * std::fabs(row[i]);
@@ -106,7 +132,7 @@ TEST_CASE("inject: every path against the formula") {
           for (const size_t count : {1, 4}) {
             Threads threads(count);
             std::vector<float> out(tokens * hidden + 1, kNaN);
-            inject(*path, inputs.step(out.data()), threads.parallel());
+            inject(*path, inputs.args(out.data()), threads.parallel());
             CHECK(std::isnan(out.back()));
             Errors errors;
             for (size_t i = 0; i < tokens * hidden; ++i) errors.add(out[i], expected.exact[i], expected.bounds[i]);
@@ -118,7 +144,7 @@ TEST_CASE("inject: every path against the formula") {
   }
 }
 
-TEST_CASE("inject: NaN in a token's rows or gate makes its output NaN, and no other's") {
+TEST_CASE("inject: NaN in a token's rows or FFN input makes its output NaN, and no other's") {
   Random random(32);
   for (const Simd* path : simd_paths()) {
     CAPTURE(path->name);
@@ -126,9 +152,9 @@ TEST_CASE("inject: NaN in a token's rows or gate makes its output NaN, and no ot
       CAPTURE(which);
       Inputs inputs(3, 64, 32, 8, random);
       if (which == 0) inputs.rows[32 + 7] = kNaN;
-      if (which == 1) inputs.gate[inputs.gate_stride + 7] = kNaN;
+      if (which == 1) inputs.h[64 + 7] = kNaN;
       std::vector<float> out(size_t{3} * 64);
-      inject(*path, inputs.step(out.data()), {});
+      inject(*path, inputs.args(out.data()), {});
       bool as_expected = true;
       for (size_t i = 0; i < out.size(); ++i) as_expected = as_expected && std::isnan(out[i]) == (i / 64 == 1);
       CHECK(as_expected);
@@ -140,14 +166,14 @@ TEST_CASE("inject: allocates nothing after the first call" * doctest::skip(!test
   Random random(33);
   const Inputs inputs(20, 512, 128, 4, random);
   std::vector<float> out(20 * 512);
-  InjectionStep step = inputs.step(out.data());
+  InjectionArgs args = inputs.args(out.data());
   Threads threads(4, true);
-  inject(simd(), step, threads.parallel());
+  inject(simd(), args, threads.parallel());
   const uint64_t before = test::allocations();
   for (const size_t tokens : {20, 1, 7}) {
-    step.tokens = tokens;
-    inject(simd(), step, threads.parallel());
-    inject(simd(), step, {});
+    args.tokens = tokens;
+    inject(simd(), args, threads.parallel());
+    inject(simd(), args, {});
   }
   const uint64_t made = test::allocations() - before;
   CHECK(made == 0);

@@ -52,10 +52,13 @@ constexpr const char* kNeeded[] = {
     "/architecture/heads",
     "/architecture/kv_heads",
     "/architecture/head_dim",
-    "/architecture/memory_dim",
     "/architecture/context",
     "/memory",
     "/memory/kind",
+    "/memory/address",
+    "/memory/address/kind",
+    "/memory/layers",
+    "/memory/row_dim",
     "/memory/file",
     "/memory/row_type",
     "/memory/content_id",
@@ -82,9 +85,12 @@ TEST_CASE("manifest: a valid one parses") {
   CHECK(manifest.name == "test");
   CHECK(json::parse(manifest.json) == package.manifest);
   const Architecture& a = manifest.architecture;
-  CHECK(std::array{a.vocab_size, a.layers, a.hidden, a.kv_heads, a.head_dim, a.memory_dim, a.context} ==
-        std::array<uint32_t, 7>{64, 4, 8, 2, 16, 16, 512});
+  CHECK(std::array{a.vocab_size, a.layers, a.hidden, a.kv_heads, a.head_dim, a.context} ==
+        std::array<uint32_t, 6>{64, 4, 8, 2, 16, 512});
   REQUIRE(manifest.memory);
+  CHECK(manifest.memory->address == "token");
+  CHECK(manifest.memory->layers == 4);
+  CHECK(manifest.memory->row_dim == 16);
   CHECK(manifest.memory->file == "memory.rom");
   CHECK(manifest.memory->row_type == "int8");
   CHECK(manifest.memory->content_id == test::RomImage::kContentId);
@@ -103,8 +109,6 @@ TEST_CASE("manifest: a valid one parses") {
 
 TEST_CASE("manifest: a dense one has no memory and no rows") {
   Package package;
-  package.manifest["architecture"]["memory_dim"] = 0;
-  check_names(package.error_with(package.manifest), "memory");
   package.manifest["memory"] = nullptr;
   check_names(package.error_with(package.manifest), "rows");
   package.manifest["stages"][1]["rows"] = nullptr;
@@ -112,7 +116,7 @@ TEST_CASE("manifest: a dense one has no memory and no rows") {
   package.manifest["dense_stages"] = nullptr;
   write_manifest(package.path, package.manifest);
   CHECK_FALSE(Manifest::open(package.path).memory);
-  package.manifest["architecture"]["memory_dim"] = 16;
+  package.manifest["dense_stages"] = json::array({{{"file", "dense.onnx"}}});
   check_names(package.error_with(package.manifest), "memory");
 }
 
@@ -163,7 +167,7 @@ TEST_CASE("manifest: values outside their limits are errors that name their key"
   const std::pair<const char*, const char*> cases[] = {
       // a key, and an array of wrong values
       {"/format", R"(["", "meki", "meki-package "])"},
-      {"/version", "[0, 1, 2, 4, 4294967299]"},
+      {"/version", "[0, 1, 2, 3, 5, 4294967300]"},
       {"/architecture/vocab_size", "[0, 2147483648, 18446744073709551615]"},
       {"/architecture/layers", "[0, 65536, 4294967300]"},
       {"/architecture/hidden", "[0, 1048577, 4294967304]"},
@@ -171,9 +175,9 @@ TEST_CASE("manifest: values outside their limits are errors that name their key"
       {"/architecture/heads", "[0, 1048577]"},
       {"/architecture/kv_heads", "[0, 1048577]"},
       {"/architecture/head_dim", "[0, 1048577]"},
-      {"/architecture/memory_dim", "[1048577]"},
+      {"/memory/layers", "[0, 65536]"},
+      {"/memory/row_dim", "[0, 1048577]"},
       {"/architecture/context", "[0, 2147483648]"},
-      {"/memory/kind", R"(["", "engram"])"},
       {"/stages", "[[]]"},
       {"/stages/1/rows", R"([[], [0], [0, 1, 2], [1, 1], [2, 1], [0, 5], [4, 5], [-1, 2], [0, 4294967298], [0, "4"]])"},
       {"/dense_stages", "[[], null]"},
@@ -191,7 +195,7 @@ TEST_CASE("manifest: values outside their limits are errors that name their key"
     }
   }
   json changed = package.manifest;
-  changed["architecture"]["layers"] = 3;  // right by itself, but a stage takes the rows of layer 3
+  changed["memory"]["layers"] = 3;  // right by itself, but a stage takes the rows of layer 3
   check_names(package.error_with(changed), "rows");
   for (const int bytes : {0, 10, 12}) {
     changed = package.manifest;

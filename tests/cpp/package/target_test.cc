@@ -153,7 +153,6 @@ TEST_CASE("target: prefill is cut as decode is") {
 TEST_CASE("target: in a package without a memory no stage takes rows, and there is no dense variant") {
   Compiled package;
   json& m = package.manifest;
-  m["architecture"]["memory_dim"] = 0;
   m["memory"] = m["dense_stages"] = nullptr;
   m["stages"][1]["rows"] = nullptr;
   check_names(package.error_for(m), "decode");

@@ -1,0 +1,170 @@
+#pragma once
+
+// What an operator of ours is written against: its attributes and constants when a session is made, its inputs and
+// outputs when it runs. A failure is an exception; ops/operators.cc makes it a status for ONNX Runtime.
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <stdexcept>
+#include <vector>
+
+#include "runtime/base/parallel.h"
+#include "runtime/graph/ort/api.h"
+#include "runtime/kernels/kv_cache.h"
+#include "runtime/kernels/linear.h"
+
+namespace meki::ops {
+
+// A failed check becomes an error status of the operator, with this text.
+inline void require(bool valid, const char* what) {
+  if (!valid) throw std::runtime_error(what);
+}
+
+struct Shape {
+  std::array<int64_t, 4> sizes{};
+  size_t rank = 0;
+
+  int64_t last() const { return sizes[rank - 1]; }
+  size_t elements() const {
+    return static_cast<size_t>(std::accumulate(sizes.begin(), sizes.begin() + static_cast<std::ptrdiff_t>(rank),
+                                               int64_t{1}, std::multiplies<>()));
+  }
+};
+
+Shape shape_of(const ort::Api& api, const ort::Value* value);
+void* data_of(const ort::Api& api, const ort::Value* value);
+
+// Inputs, outputs and threads of one operator call.
+class Call {
+ public:
+  Call(const ort::Api& api, ort::KernelContext* context, const Parallel& parallel)
+      : api_(api), context_(context), parallel_(parallel) {}
+
+  template <class T>
+  const T* input(size_t index) const {
+    return static_cast<const T*>(data_of(api_, value(index)));
+  }
+  Shape input_shape(size_t index) const { return shape_of(api_, value(index)); }
+  template <class T>
+  T* output(size_t index, const Shape& shape) const {
+    ort::Value* made = nullptr;
+    api_.check(api_.KernelContext_GetOutput(context_, index, shape.sizes.data(), shape.rank, &made));
+    return static_cast<T*>(data_of(api_, made));
+  }
+  const Parallel& parallel() const { return parallel_; }
+
+ private:
+  const ort::Value* value(size_t index) const {
+    const ort::Value* value = nullptr;
+    api_.check(api_.KernelContext_GetInput(context_, index, &value));
+    return value;
+  }
+
+  const ort::Api& api_;
+  ort::KernelContext* context_;
+  const Parallel& parallel_;
+};
+
+// A constant input: in memory, or in the mapped weights, for the life of the session.
+struct Constant {
+  const void* data = nullptr;
+  Shape shape;
+
+  // A vector of `count` floats.
+  const float* floats(size_t count) const {
+    require(shape.rank == 1 && shape.elements() == count, "a norm's weight has another length");
+    return static_cast<const float*>(data);
+  }
+  // A packed matrix of so many rows.
+  PackedWeight packed(size_t outputs, int bits) const {
+    const PackedWeight weight{static_cast<const std::byte*>(data), outputs, static_cast<size_t>(shape.sizes[1]) * 32,
+                              bits};
+    require(shape.rank == 3 && weight.inputs > 0 && shape.elements() == weight.bytes(),
+            "a packed weight has another shape");
+    return weight;
+  }
+};
+
+// A node's attributes and constant inputs.
+class Definition {
+ public:
+  Definition(const ort::Api& api, const ort::KernelInfo* info) : api_(api), info_(info) {}
+  size_t positive(const char* name) const {
+    const int64_t value = integer(name);
+    require(value > 0 && value <= INT32_MAX, "an attribute is not a positive integer");
+    return static_cast<size_t>(value);
+  }
+  size_t index(const char* name) const {
+    const int64_t value = integer(name);
+    require(value >= 0 && value <= INT32_MAX, "an attribute is negative");
+    return static_cast<size_t>(value);
+  }
+  bool flag(const char* name) const {
+    const int64_t value = integer(name);
+    require(value == 0 || value == 1, "an attribute is neither 0 nor 1");
+    return value == 1;
+  }
+  int bits() const {
+    const int64_t value = integer("bits");
+    require(value == 4 || value == 8, "bits is neither 4 nor 8");
+    return static_cast<int>(value);
+  }
+  float number(const char* name) const {
+    float value = 0;
+    api_.check(api_.KernelInfoGetAttribute_float(info_, name, &value));
+    return value;
+  }
+  // Whether an optional input is there: one that is left out before a later one has an empty name.
+  bool has_input(size_t index) const {
+    size_t count = 0;
+    api_.check(api_.KernelInfo_GetInputCount(info_, &count));
+    if (index >= count) return false;
+    size_t size = 0;  // of the name with its end; without a place for it, only this is told
+    api_.check(api_.KernelInfo_GetInputName(info_, index, nullptr, &size));
+    return size > 1;
+  }
+  Constant constant(size_t index) const {
+    int is_constant = 0;
+    const ort::Value* value = nullptr;
+    api_.check(api_.KernelInfoGetConstantInput_tensor(info_, index, &is_constant, &value));
+    require(is_constant != 0 && value != nullptr, "a weight or table is not a constant");
+    return {data_of(api_, value), shape_of(api_, value)};
+  }
+
+ private:
+  int64_t integer(const char* name) const {
+    int64_t value = 0;
+    api_.check(api_.KernelInfoGetAttribute_int64(info_, name, &value));
+    return value;
+  }
+
+  const ort::Api& api_;
+  const ort::KernelInfo* info_;
+};
+
+// A node, ready to be called. Immutable: one session may run in several threads.
+class Kernel {
+ public:
+  virtual ~Kernel() = default;
+  virtual void compute(const Call& call) const = 0;
+};
+
+// A kind of operator. Its first `required_inputs` inputs are always there.
+struct Kind {
+  const char* name;
+  size_t required_inputs;
+  std::vector<ort::ElementCode> inputs;
+  std::vector<ort::ElementCode> outputs;
+  std::unique_ptr<Kernel> (*make)(const Definition& node, KvType kv_type);
+};
+
+// A file each; operators.cc lists them.
+Kind attention();
+Kind embedding();
+Kind injection();
+Kind linear();
+
+}  // namespace meki::ops
