@@ -61,7 +61,7 @@ void write_logits(const std::shared_ptr<const Engine>& engine, const Options& op
 }
 
 void write_report(const std::shared_ptr<const Engine>& engine, const Options& options, double load_s) {
-  const Plan plan = make_plan(options, engine->context());
+  const Plan plan = make_plan(options, engine->backend().info().context);
   const Measurement measurement = measure(engine, plan, poll);
   const std::string text = make_report(*engine, options, plan, load_s, measurement).dump(2) + "\n";
   if (options.json.empty()) {
@@ -79,10 +79,11 @@ void run(const Options& options) {
   const std::shared_ptr<const Engine> engine = Engine::open(options.package, options.engine);
   const double load_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   poll();
-  if (engine->simulated()) std::cerr << "HTP simulator: results as on the chip, speed is not" << std::endl;
-  if (options.cold && engine->rom() == nullptr) {
+  if (engine->backend().info().simulated)
+    std::cerr << "HTP simulator: results as on the chip, speed is not" << std::endl;
+  if (options.cold && engine->rows() == nullptr) {
     throw std::invalid_argument("--rom cold needs a memory, " + engine->manifest().name +
-                                " is opened without one; leave it away");
+                                " is opened without one; omit it");
   }
   if (options.token_ids.empty()) {
     write_report(engine, options, load_s);

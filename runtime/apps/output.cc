@@ -38,24 +38,25 @@ int write_and_rename(const std::filesystem::path& path, std::span<const std::byt
 Json make_report(const Engine& engine, const Options& options, const Plan& plan, double load_s,
                  const Measurement& measurement) {
   const auto manifest = Json::parse(engine.manifest().json);
-  const Rom* const rom = engine.rom().get();
-  const bool qnn = engine.provider() == Provider::qnn;
+  const RowSource* const rows = engine.rows().get();
+  const BackendInfo& backend = engine.backend().info();
+  const bool qnn = backend.provider == Provider::qnn;
   const auto& memory = measurement.memory;
   return {
       {"program", "meki_bench"},
       {"version", MEKI_VERSION},
       {"model", engine.manifest().name},
       {"random_weights", manifest.value("/provenance/weights"_json_pointer, "") == "random"},
-      {"provider", name_of(engine.provider())},
-      {"simulated", engine.simulated()},
-      {"shared_memory", engine.shared_memory()},
-      {"soc", qnn ? Json(engine.soc()) : Json()},
-      {"precision", qnn ? Json(engine.manifest().qnn.at(engine.soc()).precision) : Json()},
+      {"provider", name_of(backend.provider)},
+      {"simulated", backend.simulated},
+      {"shared_memory", backend.shared_memory},
+      {"soc", qnn ? Json(backend.soc) : Json()},
+      {"precision", qnn ? Json(engine.manifest().qnn.at(backend.soc).precision) : Json()},
       {"weights", qnn ? Json() : manifest.value("/weights/type"_json_pointer, Json())},
-      {"memory", rom != nullptr ? "meki" : "dense"},
-      {"rom", rom == nullptr ? Json() : Json(plan.cold ? "cold" : "warm")},
-      {"rom_access", rom == nullptr ? Json() : Json(name_of(rom->access()))},
-      {"kv_type", name_of(engine.kv_type())},
+      {"memory", rows != nullptr ? "meki" : "dense"},
+      {"rom", rows == nullptr ? Json() : Json(plan.cold ? "cold" : "warm")},
+      {"rom_access", rows == nullptr ? Json() : Json(rows->access())},
+      {"kv_type", name_of(backend.kv_type)},
       // What computes on qnn is the NPU, whatever the CPU has.
       {"threads", qnn ? Json() : Json(engine.threads())},
       {"simd", qnn ? Json() : Json(simd().name)},

@@ -7,10 +7,12 @@
 #include <span>
 #include <stdexcept>
 
-#include "runtime/base/error.h"
 #include "runtime/engine/session.h"
-#include "runtime/executor/stage_io.h"
+#include "runtime/executor/compiled.h"
+#include "runtime/executor/dynamic.h"
 #include "runtime/graph/qnn.h"
+#include "runtime/rows/delayed_rows.h"
+#include "runtime/rows/open_rows.h"
 
 namespace meki {
 namespace {
@@ -28,105 +30,54 @@ int resolve_threads(int threads) {
   return ::sched_getaffinity(0, sizeof(available), &available) == 0 ? CPU_COUNT(&available) : 1;
 }
 
-// The same model as a dense one.
-Manifest without_memory(Manifest manifest) {
-  if (!manifest.memory) return manifest;
-  manifest.stages = std::move(manifest.dense_stages);
-  manifest.memory.reset();
-  for (auto& [name, target] : manifest.qnn) {
-    target.decode = std::move(target.dense_decode);
-    target.prefill = std::move(target.dense_prefill);
-  }
-  return manifest;
-}
-
 // One token through all stages, and compiled ones with two tokens as well: ONNX Runtime checks every type and shape
 // that the manifest promised, and the weights that the first real step needs are brought into memory.
-void run_once(const std::shared_ptr<const Engine>& engine) {
-  const Mapping logits = Mapping::zeroed(2 * engine->manifest().architecture.vocab_size * sizeof(float));
+void warm_up(const std::shared_ptr<const Engine>& engine) {
+  const BackendInfo& info = engine->backend().info();
   const std::array<int64_t, 2> tokens = {0, 0};
-  Session session(engine, {.context = std::min<size_t>(engine->context(), 8), .chunk = 2});
-  const bool prefill = engine->provider() == Provider::qnn && session.context() > 1;
+  Session session(engine, {.context = std::min<size_t>(info.context, 8), .chunk = 2});
+  const bool prefill = info.provider == Provider::qnn && session.context() > 1;
   for (size_t count = prefill ? 2 : 1; count > 0; --count) {
     session.rewind(0);
-    session.prompt(std::span(tokens).first(count));
-    session.logits(logits.as<float>());
+    session.append(std::span(tokens).first(count));
+    session.compute();
   }
 }
 
-std::shared_ptr<Engine> open_cpu(Manifest manifest, const EngineOptions& options, int threads) {
-  const KvType kv_type = options.kv_type.value_or(KvType::int8);
+std::shared_ptr<const Backend> open_cpu(Manifest manifest, const EngineOptions& options, int threads) {
   manifest.check_files();
-  if (!options.memory) manifest = without_memory(std::move(manifest));
-  // A choice that the model's heads do not allow is an error of the caller, not of the package.
-  static_cast<void>(KvLayout(kv_type, manifest.architecture.kv_heads, manifest.architecture.head_dim));
-  auto rom = open_rom(manifest, options.rom_access, options.rom_delay);
+  if (!options.memory) manifest = manifest.without_memory();
+  const KvType kv_type = options.kv_type.value_or(KvType::int8);
   const GraphLoader load = onnxruntime_loader(options.onnxruntime, {threads, kv_type, options.profile});
-  return std::make_shared<Engine>(std::move(manifest), std::move(rom), load, threads, kv_type);
+  return std::make_shared<DynamicBackend>(manifest, kv_type, load);
 }
 
-std::shared_ptr<Engine> open_qnn(Manifest manifest, const EngineOptions& options, int threads) {
+std::shared_ptr<const Backend> open_qnn(Manifest manifest, const EngineOptions& options, int threads) {
   if (options.kv_type.value_or(KvType::float16) != KvType::float16) {
     throw std::invalid_argument("kv_type is " + std::string(name_of(*options.kv_type)) +
                                 ", expected float16: compiled stages keep keys and values in no other type");
   }
   const std::string soc = manifest.find_target(options.soc);
   manifest.check_target_files(soc);
-  const QnnTarget target = manifest.qnn.at(soc);
   if (!options.memory) {
-    if (manifest.memory && target.dense_decode.empty()) {
+    if (manifest.memory && manifest.qnn.at(soc).dense_decode.empty()) {
       const std::string package = manifest.directory.string();
       throw std::invalid_argument(package + ": compiled without its dense variant; run meki-compile " + package +
                                   " --soc " + soc + " --dense");
     }
-    manifest = without_memory(std::move(manifest));
+    manifest = manifest.without_memory();
   }
-  auto rom = open_rom(manifest, options.rom_access, options.rom_delay);
+  const QnnTarget& target = manifest.qnn.at(soc);
   const GraphLoader cpu = onnxruntime_loader(options.onnxruntime, {threads, KvType::float16, options.profile});
   const GraphLoader qnn = qnn_loader(options.onnxruntime, options.qnn_library,
                                      {.soc_model = target.soc_model,
                                       .htp_arch = target.htp_arch,
                                       .shared_memory = !qnn_is_simulated(),  // the simulator has none
                                       .profile = options.profile});
-  StaticModel model = load_static_model(manifest, soc, qnn_is_simulated(), cpu, qnn);
-  return std::make_shared<Engine>(std::move(manifest), std::move(rom), std::move(model), threads);
+  return CompiledBackend::load(manifest, soc, qnn_is_simulated(), cpu, qnn);
 }
 
 }  // namespace
-
-std::shared_ptr<const Rom> open_rom(const Manifest& manifest, RomAccess access, std::chrono::microseconds delay) {
-  if (!manifest.memory) return nullptr;
-  const MemoryInfo& memory = *manifest.memory;
-  if (memory.address != "token") {
-    throw PackageError((manifest.directory / "manifest.json").string() + ": memory.address.kind is \"" +
-                       memory.address +
-                       "\", expected \"token\"; use a newer runtime, or convert the model with this one");
-  }
-  const std::filesystem::path path = manifest.directory / memory.file;
-  auto rom = std::make_shared<const Rom>(path, access, delay);
-  const RomHeader& header = rom->header();
-  const auto require = [&path](const char* name, const std::string& got, const std::string& expected) {
-    if (got != expected) {
-      throw PackageError(path.string() + ": its " + name + " is " + got + ", the manifest says " + expected +
-                         "; the file belongs to another package");
-    }
-  };
-  require("vocabulary size", std::to_string(header.vocab_size), std::to_string(manifest.architecture.vocab_size));
-  require("number of layers", std::to_string(header.layers), std::to_string(memory.layers));
-  require("row dimension", std::to_string(header.row_dim), std::to_string(memory.row_dim));
-  require("row type", std::string(name_of(header.row_type)), memory.row_type);
-  require("content id", header.content_id, memory.content_id);
-  return rom;
-}
-
-std::string_view name_of(Provider provider) { return provider == Provider::qnn ? "qnn" : "cpu"; }
-
-Provider parse_provider(std::string_view name) {
-  for (const Provider provider : {Provider::cpu, Provider::qnn}) {
-    if (name == name_of(provider)) return provider;
-  }
-  throw std::invalid_argument("provider is \"" + std::string(name) + "\", expected cpu or qnn");
-}
 
 std::shared_ptr<const Engine> Engine::open(const std::filesystem::path& directory, const EngineOptions& options) {
   const int threads = resolve_threads(options.threads);
@@ -139,35 +90,28 @@ std::shared_ptr<const Engine> Engine::open(const std::filesystem::path& director
     throw std::invalid_argument("soc is \"" + options.soc + "\", which only the provider qnn can run on");
   }
   Manifest manifest = Manifest::open(directory);
-  return tried(qnn ? open_qnn(std::move(manifest), options, threads) : open_cpu(std::move(manifest), options, threads));
+  auto backend =
+      qnn ? open_qnn(std::move(manifest), options, threads) : open_cpu(std::move(manifest), options, threads);
+  auto rows = open_rows(backend->manifest(), options.rom_access);
+  if (rows != nullptr && options.rom_delay.count() > 0) {
+    rows = std::make_shared<DelayedRows>(std::move(rows), options.rom_delay);
+  }
+  return make(std::move(rows), std::move(backend), threads);
 }
 
-std::shared_ptr<const Engine> Engine::tried(std::shared_ptr<Engine> engine) {
-  if (engine->shared_memory()) {
+std::shared_ptr<const Engine> Engine::make(std::shared_ptr<const RowSource> rows,
+                                           std::shared_ptr<const Backend> backend, int threads) {
+  auto engine = std::make_shared<const Engine>(rows, backend, threads);
+  if (const auto fallback = backend->fallback()) {
     try {
-      run_once(engine);
+      warm_up(engine);
       return engine;
-    } catch (const std::runtime_error&) {  // not allocated, not registered, or an error that comes again
-      engine->static_model_->shared_memory = false;
+    } catch (const std::runtime_error&) {  // what the fallback cures, or an error that comes again
+      engine = std::make_shared<const Engine>(rows, fallback, threads);
     }
   }
-  run_once(engine);
+  warm_up(engine);
   return engine;
 }
-
-Engine::Engine(Manifest manifest, std::shared_ptr<const Rom> rom, const GraphLoader& load, int threads, KvType kv_type)
-    : manifest_(std::move(manifest)), rom_(std::move(rom)), threads_(threads), kv_type_(kv_type) {
-  for (const StageInfo& info : manifest_.stages) {
-    stages_.push_back({load(manifest_.directory / info.file), info.rows});
-  }
-  hidden_names_ = check_stages(manifest_, stages_);
-}
-
-Engine::Engine(Manifest manifest, std::shared_ptr<const Rom> rom, StaticModel model, int threads)
-    : manifest_(std::move(manifest)),
-      rom_(std::move(rom)),
-      static_model_(std::move(model)),
-      threads_(threads),
-      kv_type_(KvType::float16) {}
 
 }  // namespace meki

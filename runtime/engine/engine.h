@@ -1,28 +1,16 @@
 #pragma once
 
 #include <chrono>
-#include <cstdint>
 #include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
-#include <string_view>
-#include <vector>
 
-#include "runtime/executor/static_model.h"
-#include "runtime/graph/graph.h"
-#include "runtime/kernels/kv_cache.h"
-#include "runtime/package/manifest.h"
+#include "runtime/executor/backend.h"
+#include "runtime/rows/row_source.h"
 #include "runtime/rows/token_table.h"
 
 namespace meki {
-
-// What computes: the package's graphs on the CPU, or those that are compiled for a chip on its NPU.
-enum class Provider { cpu, qnn };
-
-std::string_view name_of(Provider provider);
-// Throws std::invalid_argument.
-Provider parse_provider(std::string_view name);
 
 struct EngineOptions {
   std::filesystem::path onnxruntime;  // the ONNX Runtime shared library
@@ -44,48 +32,27 @@ class Engine {
   // Runtime cannot be loaded.
   static std::shared_ptr<const Engine> open(const std::filesystem::path& directory, const EngineOptions& options);
 
-  // What `open` does at last, and tests do: one step of each kind, which finds what does not fit the manifest. If the
-  // NPU does not take the memory that it shares, sessions have ordinary memory from here on. Throws PackageError.
-  static std::shared_ptr<const Engine> tried(std::shared_ptr<Engine> engine);
+  // From parts; `rows` is what open_rows(manifest) gave: null exactly for a dense model. One step of each kind is
+  // taken, which finds what does not fit the manifest; where the backend fails and has a fallback, that one is used.
+  // Throws PackageError.
+  static std::shared_ptr<const Engine> make(std::shared_ptr<const RowSource> rows,
+                                            std::shared_ptr<const Backend> backend, int threads);
 
-  // From parts; `open` and tests use it. `rom` is what open_rom(manifest) gave: null exactly for a dense model. Throws
-  // PackageError if the stages do not fit the manifest.
-  Engine(Manifest manifest, std::shared_ptr<const Rom> rom, const GraphLoader& load, int threads, KvType kv_type);
-  // The same with Provider::qnn.
-  Engine(Manifest manifest, std::shared_ptr<const Rom> rom, StaticModel model, int threads);
+  // The same without taking a step.
+  Engine(std::shared_ptr<const RowSource> rows, std::shared_ptr<const Backend> backend, int threads)
+      : rows_(std::move(rows)), backend_(std::move(backend)), threads_(threads) {}
 
-  const Manifest& manifest() const { return manifest_; }
-  const std::shared_ptr<const Rom>& rom() const { return rom_; }
-  const std::vector<Stage>& stages() const { return stages_; }
-  // Names of the float32 [1, T, hidden] tensors that pass from stage to stage.
-  const std::vector<std::string>& hidden_names() const { return hidden_names_; }
-  // What runs with Provider::qnn, where there are no stages(); null on the CPU.
-  const StaticModel* static_model() const { return static_model_ ? &*static_model_ : nullptr; }
-  // The longest sequence that a session can hold, in tokens.
-  size_t context() const { return static_model_ ? static_model_->context : manifest_.architecture.context; }
+  // Of the model as it runs: without "memory" if that is off.
+  const Manifest& manifest() const { return backend_->manifest(); }
+  // Where the memory rows are; null in a dense model.
+  const std::shared_ptr<const RowSource>& rows() const { return rows_; }
+  const Backend& backend() const { return *backend_; }
   int threads() const { return threads_; }
-  KvType kv_type() const { return kv_type_; }
-
-  Provider provider() const { return static_model_ ? Provider::qnn : Provider::cpu; }
-  // Whether Qualcomm's simulator of the NPU computes: results as on the chip, speed is not.
-  bool simulated() const { return static_model_ && static_model_->simulated; }
-  // Whether sessions keep the KV cache in memory that they share with the NPU. If not, an NPU copies all of it each
-  // step.
-  bool shared_memory() const { return static_model_ && static_model_->shared_memory; }
-  // The chip that runs; empty with Provider::cpu.
-  std::string soc() const { return static_model_ ? static_model_->soc : std::string(); }
 
  private:
-  Manifest manifest_;
-  std::shared_ptr<const Rom> rom_;
-  std::vector<Stage> stages_;
-  std::vector<std::string> hidden_names_;
-  std::optional<StaticModel> static_model_;
-  int threads_;
-  KvType kv_type_;
+  const std::shared_ptr<const RowSource> rows_;
+  const std::shared_ptr<const Backend> backend_;
+  const int threads_;
 };
-
-// Opens a package's ROM and checks it against the manifest; null for a dense model. Throws PackageError.
-std::shared_ptr<const Rom> open_rom(const Manifest& manifest, RomAccess access, std::chrono::microseconds delay = {});
 
 }  // namespace meki

@@ -9,6 +9,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "runtime/base/nan.h"
+
 namespace meki {
 namespace {
 
@@ -62,12 +64,6 @@ Sampler::Sampler(const SamplingOptions& options, size_t vocab_size)
   require(o.min_p >= 0 && o.min_p <= 1, "min_p", o.min_p, "a number from 0 to 1");
   require(std::isfinite(o.repetition_penalty) && o.repetition_penalty > 0, "repetition_penalty", o.repetition_penalty,
           "a number above 0");
-}
-
-bool has_nan(std::span<const float> logits) {
-  unsigned found = 0;  // without an early end the loop is a vector one
-  for (const float logit : logits) found |= static_cast<unsigned>(logit != logit);
-  return found != 0;
 }
 
 // Fills weights_ with e^((logit - greatest) / temperature) of the penalised logits; with temperature 0, the logits.

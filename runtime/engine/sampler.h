@@ -19,9 +19,6 @@ struct SamplingOptions {
   uint64_t seed = 0;
 };
 
-// Whether a logit is NaN.
-bool has_nan(std::span<const float> logits);
-
 // Chooses token ids; the same seed and logits give the same ids on every platform with IEEE 754 arithmetic and the same
 // exp(). Equal logits are ordered by token id. Not thread-safe.
 class Sampler {

@@ -24,29 +24,33 @@ class Timer {
   std::chrono::steady_clock::time_point start_;
 };
 
-size_t resolve_context(const Engine& engine, size_t context) {
-  const size_t limit = engine.context();
-  if (context > limit) {
-    const char* what = engine.provider() == Provider::qnn ? " tokens, the model is compiled for at most "
-                                                          : " tokens, the model supports at most ";
-    throw std::invalid_argument("context is " + std::to_string(context) + what + std::to_string(limit));
+size_t resolve_context(const BackendInfo& backend, size_t context) {
+  if (context > backend.context) {
+    throw std::invalid_argument("context is " + std::to_string(context) + " tokens, the " +
+                                std::string(backend.context_limit) + " at most " + std::to_string(backend.context));
   }
-  return context > 0 ? context : std::min(limit, SessionOptions::kDefaultContext);
+  return context > 0 ? context : std::min(backend.context, SessionOptions::kDefaultContext);
 }
 
-size_t resolve_chunk(const Engine& engine, size_t chunk, size_t context) {
+size_t resolve_chunk(size_t chunk, size_t context) {
   if (chunk == 0) throw std::invalid_argument("chunk is 0 tokens, expected at least 1");
-  if (engine.static_model() != nullptr) chunk = std::min(chunk, engine.static_model()->chunk);
   return std::min(chunk, context);
+}
+
+std::unique_ptr<Prefetcher> make_prefetcher(const Engine& engine, const Executor& executor, bool prefetch) {
+  constexpr size_t kBuffers = 2;  // one is filled while the other is in use
+  if (engine.rows() == nullptr) return nullptr;
+  return std::make_unique<Prefetcher>(engine.rows(), executor.width(executor.chunk()), kBuffers, prefetch);
 }
 
 }  // namespace
 
 Session::Session(std::shared_ptr<const Engine> engine, const SessionOptions& options)
     : engine_(std::move(engine)),
-      context_(resolve_context(*engine_, options.context)),
-      chunk_(resolve_chunk(*engine_, options.chunk, context_)),
-      steps_(make_steps(*engine_, context_, chunk_, options.prefetch)) {
+      context_(resolve_context(engine_->backend().info(), options.context)),
+      executor_(engine_->backend().executor(context_, resolve_chunk(options.chunk, context_))),
+      prefetcher_(make_prefetcher(*engine_, *executor_, options.prefetch)) {
+  executor_->prepare(prefetcher_.get());
   tokens_.reserve(context_);
 }
 
@@ -55,10 +59,10 @@ void Session::check_room(size_t count) const {
   throw std::invalid_argument("the sequence would have " + std::to_string(tokens_.size() + count) +
                               " tokens, the context holds " + std::to_string(context_) +
                               "; shorten the prompt or choose a larger context (up to " +
-                              std::to_string(engine_->context()) + " here)");
+                              std::to_string(engine_->backend().info().context) + " here)");
 }
 
-void Session::prompt(std::span<const int64_t> ids) {
+void Session::append(std::span<const int64_t> ids) {
   const auto limit = static_cast<int64_t>(vocab_size());
   for (const int64_t id : ids) {
     if (id < 0 || id >= limit) {
@@ -68,8 +72,12 @@ void Session::prompt(std::span<const int64_t> ids) {
   }
   check_room(ids.size());
   for (const int64_t id : ids) tokens_.push_back(static_cast<int32_t>(id));
-  if (ids.empty()) return;
-  rows_begun_ = generating_ = false;
+  if (!ids.empty()) end_generation();
+}
+
+void Session::end_generation() {
+  rows_ = {};
+  generating_ = false;
   sampler_.reset();  // its count of remaining tokens no longer holds
 }
 
@@ -83,7 +91,7 @@ void Session::start(const SamplingOptions& sampling, size_t max_new_tokens) {
   if (room == 0) {
     finish_reason_ = FinishReason::context;
   } else if (pending() == 0 && !logits_valid_) {
-    --computed_;  // after a rewind: the last token is computed again for its logits
+    executor_->state().truncate(computed() - 1);  // after a rewind: its last token is computed again for its logits
   }
 }
 
@@ -91,7 +99,7 @@ std::optional<int32_t> Session::next(const Poll& poll) {
   if (!sampler_) throw std::invalid_argument("no generation was started; call start first");
   if (finish_reason_ != FinishReason::running) return std::nullopt;
   const bool decoding = generating_ && pending() == 1;
-  if (!decoding && pending() > 0) prefill(nullptr, poll);
+  if (!decoding && pending() > 0) compute(poll);
 
   uint64_t unused = 0;
   const Timer timer(decoding ? stats_.decode_ns : unused);
@@ -107,8 +115,7 @@ std::optional<int32_t> Session::next(const Poll& poll) {
   if (--remaining_ == 0) {
     finish_reason_ = tokens_.size() == context_ ? FinishReason::context : FinishReason::length;
   } else {
-    request_rows(0, computed_, 1);
-    rows_begun_ = true;
+    rows_ = request_rows(computed(), 1);
   }
   return token;
 }
@@ -116,22 +123,28 @@ std::optional<int32_t> Session::next(const Poll& poll) {
 int32_t Session::sample(bool decoding) {
   uint64_t unused = 0;
   const Timer timer(decoding ? stats_.sample_ns : unused);
-  return sampler_->sample(steps_->last_logits(), tokens_);
+  return sampler_->sample(executor_->last_logits(), tokens_);
 }
 
 void Session::fill_synthetic(size_t count) {
   if (pending() > 0) throw std::invalid_argument("tokens are pending; compute them before filling the cache");
   check_room(count);
-  steps_->fill_cache(tokens_.size(), tokens_.size() + count);
+  executor_->state().append_noise(count);
   for (size_t i = 0; i < count; ++i) {  // a stride that visits the vocabulary far apart, as text does
     tokens_.push_back(static_cast<int32_t>((tokens_.size() * 7919) % vocab_size()));
   }
-  computed_ = tokens_.size();
-  logits_valid_ = rows_begun_ = generating_ = false;
-  sampler_.reset();
+  logits_valid_ = false;
+  end_generation();
 }
 
-void Session::logits(float* out, const Poll& poll) { prefill(out, poll); }
+void Session::logits(size_t first, float* out, const Poll& poll) {
+  if (first < computed() || first > tokens_.size()) {
+    throw std::invalid_argument("logits from token " + std::to_string(first) +
+                                " on: expected one of the pending tokens, " + std::to_string(computed()) + " to " +
+                                std::to_string(tokens_.size()));
+  }
+  prefill(first, out, poll);
+}
 
 void Session::rewind(size_t length) {
   if (length > tokens_.size()) {
@@ -140,64 +153,91 @@ void Session::rewind(size_t length) {
   }
   if (length == tokens_.size()) return;
   tokens_.resize(length);
-  logits_valid_ = logits_valid_ && computed_ <= length;
-  computed_ = std::min(computed_, length);
-  rows_begun_ = generating_ = false;
-  sampler_.reset();
+  if (computed() > length) {
+    executor_->state().truncate(length);
+    logits_valid_ = false;
+  }
+  end_generation();
 }
 
-void Session::request_rows(int slot, size_t first, size_t count) {
-  steps_->request(slot, std::span(tokens_).subspan(first, count));
+Snapshot Session::snapshot() const {
+  const auto computed_tokens = tokens().first(computed());
+  return {{computed_tokens.begin(), computed_tokens.end()}, executor_->state().snapshot()};
+}
+
+void Session::restore(const Snapshot& snapshot) {
+  if (snapshot.tokens.size() > context_) {
+    throw std::invalid_argument("the snapshot has " + std::to_string(snapshot.tokens.size()) +
+                                " tokens, the context holds " + std::to_string(context_) + "; choose a larger context");
+  }
+  executor_->state().restore(snapshot.state, snapshot.tokens.size());
+  tokens_.assign(snapshot.tokens.begin(), snapshot.tokens.end());
+  logits_valid_ = false;
+  end_generation();
+}
+
+// Empty in a dense model.
+RowRequest Session::request_rows(size_t first, size_t count) {
+  if (prefetcher_ == nullptr) return {};
+  return prefetcher_->request(tokens().first(first + count), first, executor_->width(count));
 }
 
 void Session::decode() {
-  if (!rows_begun_) request_rows(0, computed_, 1);
-  rows_begun_ = false;
-  const uint64_t stall = run(1, 0, nullptr);
+  RowRequest rows = rows_ ? std::move(rows_) : request_rows(computed(), 1);
+  const uint64_t stall = run(1, rows, 0, nullptr);
   ++stats_.decode_tokens;
-  if (steps_->has_rows()) stats_.stall_ns.push_back(stall);  // start() made room
+  if (prefetcher_ != nullptr) stats_.stall_ns.push_back(stall);  // start() made room
 }
 
-// Computes all pending tokens in chunks; the rows of the next chunk are read while one is computed.
-void Session::prefill(float* all_logits, const Poll& poll) {
+// Computes all pending tokens in chunks; the rows of the next chunk are read while one is computed. The logits of
+// tokens[first] and all behind it go to `out`.
+void Session::prefill(size_t first, float* out, const Poll& poll) {
   const Timer timer(stats_.prefill_ns);
-  rows_begun_ = generating_ = false;
+  rows_ = {};
+  generating_ = false;
   const size_t end = tokens_.size();
-  const auto count_at = [this, end](size_t first) { return std::min(chunk_, end - first); };
-  int slot = 0;
-  if (computed_ < end) request_rows(slot, computed_, count_at(computed_));
-  while (computed_ < end) {
-    const size_t count = count_at(computed_);
-    if (computed_ + count < end) request_rows(1 - slot, computed_ + count, count_at(computed_ + count));
-    stats_.prefill_stall_ns += run(count, slot, all_logits);
+  const auto count_at = [this, end](size_t begin) { return std::min(executor_->chunk(), end - begin); };
+  RowRequest rows;
+  if (computed() < end) rows = request_rows(computed(), count_at(computed()));
+  while (computed() < end) {
+    const size_t begin = computed();
+    const size_t count = count_at(begin);
+    RowRequest next;
+    if (begin + count < end) next = request_rows(begin + count, count_at(begin + count));
+    const bool wanted = begin + count > first;
+    const size_t logits_from = first > begin ? first - begin : 0;
+    stats_.prefill_stall_ns += run(count, rows, logits_from, wanted ? out : nullptr);
     stats_.prefill_tokens += count;
-    if (all_logits != nullptr) all_logits += count * vocab_size();
-    slot = 1 - slot;
+    if (wanted) out += (count - logits_from) * vocab_size();
+    rows = std::move(next);
     if (poll) poll();
   }
 }
 
-// Runs the next `tokens` tokens through all stages; the rows come from `slot`, into which they were requested. Returns
-// the nanoseconds spent waiting for rows.
-uint64_t Session::run(size_t tokens, int slot, float* all_logits) {
+// Runs the next `tokens` tokens, whose rows were requested, through all stages. Returns the nanoseconds spent waiting
+// for rows.
+uint64_t Session::run(size_t tokens, RowRequest& rows, size_t logits_from, float* out) {
   logits_valid_ = false;
-  const uint64_t stall = steps_->run({std::span(tokens_).subspan(computed_, tokens), computed_, slot, all_logits});
-  computed_ += tokens;
+  const uint64_t stall = executor_->run({.tokens = this->tokens().subspan(computed(), tokens),
+                                         .rows = rows ? &rows : nullptr,
+                                         .logits_from = logits_from,
+                                         .logits = out});
   logits_valid_ = true;
   return stall;
 }
 
 Stats Session::stats() const {
   Stats stats = stats_;
-  const RomCounters now = steps_->rom_counters();
-  stats.rom = {now.requests - rom_base_.requests, now.bytes - rom_base_.bytes};
+  if (prefetcher_ == nullptr) return stats;
+  const RowCounters now = prefetcher_->counters();
+  stats.rows = {now.requests - rows_base_.requests, now.bytes - rows_base_.bytes};
   return stats;
 }
 
 void Session::reset_stats() {
   stats_ = Stats();
   stats_.stall_ns.reserve(remaining_);
-  rom_base_ = steps_->rom_counters();
+  if (prefetcher_ != nullptr) rows_base_ = prefetcher_->counters();
 }
 
 }  // namespace meki

@@ -46,7 +46,7 @@ class Subject {
   // Computes the prefill from an empty cache; tokens/s.
   double prefill() {
     session_.rewind(0);
-    session_.prompt(random_ids(plan_.prefill, engine_->manifest().architecture.vocab_size));
+    session_.append(random_ids(plan_.prefill, engine_->manifest().architecture.vocab_size));
     session_.start(kGreedy, 1);
     session_.reset_stats();
     static_cast<void>(step());
@@ -78,7 +78,7 @@ class Subject {
   // next one.
   bool step() {
     poll_();
-    if (plan_.cold) engine_->rom()->drop_cache();
+    if (plan_.cold) engine_->rows()->drop_cache();
     return session_.next(poll_).has_value();
   }
 
@@ -86,7 +86,7 @@ class Subject {
   void begin() {
     for (size_t tries = 0; tries < kStarts; ++tries) {
       session_.rewind(plan_.filled());
-      session_.prompt(std::span(starts_).subspan(next_start_++ % kStarts, 1));
+      session_.append(std::span(starts_).subspan(next_start_++ % kStarts, 1));
       session_.start(kGreedy, 0);
       if (step()) return;
     }
@@ -146,9 +146,9 @@ Measurement measure(const std::shared_ptr<const Engine>& engine, const Plan& pla
 std::vector<float> compute_logits(const std::shared_ptr<const Engine>& engine, const std::vector<int64_t>& ids,
                                   const Session::Poll& poll) {
   Session session(engine, {.context = ids.size()});
-  session.prompt(ids);
+  session.append(ids);
   std::vector<float> logits(ids.size() * engine->manifest().architecture.vocab_size);
-  session.logits(logits.data(), poll);
+  session.logits(0, logits.data(), poll);
   return logits;
 }
 

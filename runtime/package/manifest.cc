@@ -133,6 +133,18 @@ void Manifest::check_target_files(const std::string& soc) const {
   for (const auto& [file, bytes] : target.files) check_size(target.directory / file, bytes);
 }
 
+Manifest Manifest::without_memory() const {
+  Manifest dense = *this;
+  if (!memory) return dense;
+  dense.memory.reset();
+  dense.stages = dense_stages;
+  for (auto& [chip, target] : dense.qnn) {
+    target.decode = target.dense_decode;
+    target.prefill = target.dense_prefill;
+  }
+  return dense;
+}
+
 std::string Manifest::find_target(const std::string& soc) const {
   if (qnn.contains(soc)) return soc;
   if (soc.empty() && qnn.size() == 1) return qnn.begin()->first;

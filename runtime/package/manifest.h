@@ -83,6 +83,9 @@ struct Manifest {
   // PackageError.
   void check_target_files(const std::string& soc) const;
 
+  // The same model as a dense one.
+  Manifest without_memory() const;
+
   // The key in `qnn` for a chip's name; an empty one stands for the only one there is. Throws std::invalid_argument
   // with the chips that the package is compiled for, and how to compile it.
   std::string find_target(const std::string& soc) const;

@@ -29,7 +29,7 @@ TEST_CASE("session: a ROM error in a decode step comes from next(), and the sess
   for (const bool prefetch : {true, false}) {
     for (const bool repaired : {true, false}) {
       Session session(model.engine, {.prefetch = prefetch});
-      session.prompt(kPrompt);
+      session.append(kPrompt);
       session.start(kGreedy, 12);
       // The first token that neither the prompt nor an earlier step has shown to be readable.
       size_t good = 0;
@@ -64,12 +64,16 @@ TEST_CASE("session: a ROM error in a prompt keeps the chunks before it") {
   const Ids prompt = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10};
   for (const bool prefetch : {true, false}) {
     Session session(model.engine, {.prefetch = prefetch, .chunk = 3});
-    session.prompt(prompt);
+    session.append(prompt);
     model.damage(8);  // in the third chunk
     std::vector<float> logits(prompt.size() * FakeModel::kVocab);
-    check_names(error_of<PackageError>([&] { session.logits(logits.data()); }), "token 8");
+    check_names(
+        error_of<PackageError>([&] { session.logits(session.tokens().size() - session.pending(), logits.data()); }),
+        "token 8");
     CHECK(session.pending() == 4);
-    check_names(error_of<PackageError>([&] { session.logits(logits.data()); }), "token 8");
+    check_names(
+        error_of<PackageError>([&] { session.logits(session.tokens().size() - session.pending(), logits.data()); }),
+        "token 8");
     CHECK(session.pending() == 4);
     model.repair(8);
     CHECK(pending_logits(session) == expected_logits(model, prompt, 6));
@@ -81,7 +85,7 @@ TEST_CASE("session: a session with a request in flight or failed can be destroye
   model.damage(model.greedy(kPrompt, 1)[0]);
   for (int round = 0; round < 50; ++round) {
     Session session(model.engine, {.chunk = 2});
-    session.prompt(kPrompt);
+    session.append(kPrompt);
     session.start(kGreedy, 0);
     drain(session, 1);
     if (round % 2 == 0) CHECK_THROWS_AS(session.next(), PackageError);
@@ -95,7 +99,7 @@ TEST_CASE("session: a graph error comes from next(), and the same step can be ta
     for (int failing = 1; failing <= 16; ++failing) {  // prompt: four chunks, so eight runs; decode: ten
       CAPTURE(failing);
       Session session(model.engine, {.prefetch = prefetch, .chunk = 3});
-      session.prompt(kPrompt);
+      session.append(kPrompt);
       session.start(kGreedy, 6);
       model.fault.countdown = failing;
       CHECK(drain_past_a_fault(session) == expected);
@@ -110,7 +114,7 @@ TEST_CASE("session: an interruption between chunks loses nothing") {
     for (int stop = 1; stop <= 4; ++stop) {
       CAPTURE(stop);
       Session session(model.engine, {.prefetch = prefetch, .chunk = 3});
-      session.prompt(kPrompt);
+      session.append(kPrompt);
       session.start(kGreedy, 3);
       int calls = 0;
       const Session::Poll poll = [&calls, stop] {
@@ -129,10 +133,12 @@ TEST_CASE("session: logits that are NaN are an error, and the same step can be t
   const FakeModel model(Kind::two_stages);
   for (const bool prefetch : {true, false}) {
     Session session(model.engine, {.prefetch = prefetch, .chunk = 4});
-    session.prompt(kPrompt);
+    session.append(kPrompt);
     std::vector<float> logits(kPrompt.size() * FakeModel::kVocab);
     model.fault.nan = true;
-    check_names(error_of<PackageError>([&] { session.logits(logits.data()); }), "NaN");
+    check_names(
+        error_of<PackageError>([&] { session.logits(session.tokens().size() - session.pending(), logits.data()); }),
+        "NaN");
     CHECK(session.pending() == kPrompt.size());
     model.fault.nan = false;
     CHECK(pending_logits(session) == expected_logits(model, kPrompt));
@@ -154,8 +160,8 @@ TEST_CASE("session: counters") {
   const FakeModel model(Kind::two_stages);
   for (const bool prefetch : {true, false}) {
     Session session(model.engine, {.prefetch = prefetch, .chunk = 4});
-    CHECK(session.stats().rom.requests == 0);
-    session.prompt(kPrompt);
+    CHECK(session.stats().rows.requests == 0);
+    session.append(kPrompt);
     session.start(kGreedy, 6);
     drain(session);
     // Six tokens take five decode steps: the first comes from the prompt's last one.
@@ -167,8 +173,8 @@ TEST_CASE("session: counters") {
     CHECK(stats.prefill_tokens == kPrompt.size());
     CHECK(stats.decode_tokens == 5);
     CHECK(stats.stall_ns.size() == 5);
-    CHECK(stats.rom.requests == requests);
-    CHECK(stats.rom.bytes == requests * model.engine->rom()->header().bundle_bytes);
+    CHECK(stats.rows.requests == requests);
+    CHECK(stats.rows.bytes == requests * dynamic_cast<const TokenTable&>(*model.engine->rows()).header().bundle_bytes);
     CHECK(stats.prefill_ns > 0);
     CHECK(stats.decode_ns > 0);
     CHECK(stats.prefill_stall_ns <= stats.prefill_ns);
@@ -177,12 +183,12 @@ TEST_CASE("session: counters") {
     const Stats none = session.stats();
     CHECK(none.prefill_tokens + none.prefill_ns + none.prefill_stall_ns + none.decode_tokens + none.decode_ns == 0);
     CHECK(none.stall_ns.empty());
-    CHECK(none.rom.requests + none.rom.bytes == 0);
+    CHECK(none.rows.requests + none.rows.bytes == 0);
     session.start(kGreedy, 2);  // two more decode steps: of the sixth token, and of the first of these
     drain(session);
     CHECK(session.stats().decode_tokens == 2);
     CHECK(session.stats().prefill_tokens == 0);
-    CHECK(session.stats().rom.requests == 2);
+    CHECK(session.stats().rows.requests == 2);
     CHECK(stats.decode_tokens == 5);  // a copy does not change
   }
 }
@@ -191,12 +197,12 @@ TEST_CASE("session: one token of prompt is prefill, also where a generation has 
   const Ids free_run = FakeModel(Kind::two_stages).greedy(kPrompt, 3);
   const FakeModel model(Kind::two_stages, {static_cast<int32_t>(free_run[2])});
   Session session(model.engine, {});
-  session.prompt(kPrompt);
+  session.append(kPrompt);
   session.start(kGreedy, 0);
   drain(session);
   REQUIRE(session.finish_reason() == FinishReason::eos);
   session.reset_stats();
-  session.prompt(Ids{1});
+  session.append(Ids{1});
   session.start(kGreedy, 1);
   drain(session);
   CHECK(session.stats().prefill_tokens == 1);
@@ -206,7 +212,7 @@ TEST_CASE("session: one token of prompt is prefill, also where a generation has 
 TEST_CASE("session: every decode step has its stall, also after rewinds") {
   const FakeModel model(Kind::two_stages);
   Session session(model.engine, {.context = 16});
-  session.prompt(kPrompt);
+  session.append(kPrompt);
   for (int turn = 0; turn < 10; ++turn) {  // more steps in all than the context has tokens
     session.start(kGreedy, 5);
     drain(session);
@@ -231,7 +237,7 @@ TEST_CASE("session: those of one engine run in threads of their own") {
     threads.emplace_back([&, i] {
       for (int round = 0; round < 5; ++round) {
         Session session(model.engine, {.prefetch = i != 0, .chunk = 1 + i});
-        session.prompt(prompts[i]);
+        session.append(prompts[i]);
         session.start(kGreedy, 20);
         if (drain(session) == expected[i]) ++right;
       }
@@ -247,7 +253,7 @@ TEST_CASE("session: decode steps do not allocate" * doctest::skip(!kCountsAlloca
     for (const bool prefetch : {true, false}) {
       const FakeModel model(kind);
       Session session(model.engine, {.prefetch = prefetch});
-      session.prompt(kPrompt);
+      session.append(kPrompt);
       session.start(sampling, 0);
       session.next();  // the prompt's step binds buffers
       const uint64_t before = allocations();

@@ -55,7 +55,7 @@ inline Ids drain_past_a_fault(Session& session) {
 
 inline std::vector<float> pending_logits(Session& session) {
   std::vector<float> out(session.pending() * FakeModel::kVocab);
-  session.logits(out.data());
+  session.logits(session.tokens().size() - session.pending(), out.data());
   return out;
 }
 

@@ -9,6 +9,7 @@
 #include <set>
 #include <stdexcept>
 
+#include "runtime/executor/dynamic.h"
 #include "tests/cpp/engine/session_support.h"
 #include "tests/cpp/executor/fake_graph.h"
 #include "tests/cpp/support.h"
@@ -19,6 +20,11 @@ namespace {
 using namespace test;
 using Kind = FakeModel::Kind;
 
+// A dense engine of these stages.
+std::shared_ptr<const Engine> engine_of(const Manifest& manifest, KvType type, const GraphLoader& load) {
+  return std::make_shared<const Engine>(nullptr, std::make_shared<DynamicBackend>(manifest, type, load), 1);
+}
+
 TEST_CASE("session: logits are the model's, whatever the stages, chunks and prefetching") {
   for (const Kind kind : {Kind::dense, Kind::one_stage, Kind::two_stages, Kind::three_stages}) {
     const FakeModel model(kind);
@@ -27,7 +33,7 @@ TEST_CASE("session: logits are the model's, whatever the stages, chunks and pref
       for (const size_t chunk : {1U, 3U, 5U, 10U, 256U}) {
         CAPTURE(chunk);
         Session session(model.engine, {.prefetch = prefetch, .chunk = chunk});
-        session.prompt(kPrompt);
+        session.append(kPrompt);
         CHECK(session.pending() == kPrompt.size());
         CHECK(pending_logits(session) == expected);
         CHECK(session.pending() == 0);
@@ -36,7 +42,7 @@ TEST_CASE("session: logits are the model's, whatever the stages, chunks and pref
       Session session(model.engine, {.prefetch = prefetch});
       std::vector<float> one_by_one;
       for (const int64_t token : kPrompt) {
-        session.prompt(std::span(&token, 1));
+        session.append(std::span(&token, 1));
         const std::vector<float> row = pending_logits(session);
         one_by_one.insert(one_by_one.end(), row.begin(), row.end());
       }
@@ -54,7 +60,7 @@ TEST_CASE("session: greedy generation is the model's, with every kind of stages 
     for (const bool prefetch : {true, false}) {
       for (const size_t chunk : {1U, 4U, 256U}) {
         Session session(model.engine, {.prefetch = prefetch, .chunk = chunk});
-        session.prompt(kPrompt);
+        session.append(kPrompt);
         session.start(kGreedy, 20);
         CHECK(session.finish_reason() == FinishReason::running);
         CHECK(drain(session) == expected);
@@ -70,7 +76,7 @@ TEST_CASE("session: sampled generation depends on the seed alone") {
   const FakeModel model(Kind::two_stages);
   const auto sampled = [&model](uint64_t seed, bool prefetch, size_t chunk) {
     Session session(model.engine, {.prefetch = prefetch, .chunk = chunk});
-    session.prompt(kPrompt);
+    session.append(kPrompt);
     session.start({.temperature = 5, .top_p = 1, .repetition_penalty = 1.3, .seed = seed}, 20);
     return drain(session);
   };
@@ -84,7 +90,7 @@ TEST_CASE("session: turns continue one sequence") {
     Session session(model.engine, {.prefetch = prefetch, .chunk = 4});
     Ids tokens;
     for (const Ids& prompt : {Ids{7}, Ids{8, 9, 10, 11, 12}, Ids{13, 13}}) {
-      session.prompt(prompt);
+      session.append(prompt);
       tokens = concat(tokens, prompt);
       session.start(kGreedy, 3);
       const Ids expected = model.greedy(tokens, 3);
@@ -100,7 +106,7 @@ TEST_CASE("session: turns continue one sequence") {
 TEST_CASE("session: logits in the middle of a generation") {
   const FakeModel model(Kind::two_stages);
   Session session(model.engine, {.chunk = 4});
-  session.prompt(kPrompt);
+  session.append(kPrompt);
   session.start(kGreedy, 0);
   drain(session, 3);
   const Ids tokens = tokens_of(session);
@@ -109,14 +115,44 @@ TEST_CASE("session: logits in the middle of a generation") {
   CHECK(drain(session, 2) == model.greedy(tokens, 2));
 }
 
+TEST_CASE("session: logits from any position on are the last ones of all, and no others are asked for") {
+  for (const Kind kind : {Kind::dense, Kind::two_stages}) {
+    const FakeModel model(kind);
+    const std::vector<float> expected = expected_logits(model, kPrompt);
+    for (const size_t chunk : {1U, 3U, 4U, 256U}) {
+      for (size_t first = 0; first <= kPrompt.size(); ++first) {
+        CAPTURE(chunk);
+        CAPTURE(first);
+        Session session(model.engine, {.chunk = chunk});
+        session.append(kPrompt);
+        std::vector<float> out((kPrompt.size() - first) * FakeModel::kVocab + 1, -1.0F);
+        session.logits(first, out.data());
+        CHECK(out.back() == -1.0F);  // nothing beyond
+        out.pop_back();
+        CHECK(out == std::vector<float>(expected.begin() + static_cast<std::ptrdiff_t>(first * FakeModel::kVocab),
+                                        expected.end()));
+        session.start(kGreedy, 2);
+        CHECK(drain(session) == model.greedy(kPrompt, 2));
+      }
+    }
+    Session session(model.engine, {});
+    session.append(kPrompt);
+    session.compute();
+    session.append(Ids{1, 2});
+    for (const size_t wrong : {size_t{0}, kPrompt.size() - 1, kPrompt.size() + 3}) {
+      check_names(error_of<std::invalid_argument>([&] { session.logits(wrong, nullptr); }), "10 to 12");
+    }
+  }
+}
+
 TEST_CASE("session: a prompt ends a running generation; a new one has the room that is left") {
   const FakeModel model(Kind::two_stages);
   for (const size_t filler : {1U, 3U, 4U}) {  // of four tokens of room
     Session session(model.engine, {.context = 16});
-    session.prompt(kPrompt);
+    session.append(kPrompt);
     session.start(kGreedy, 0);
     drain(session, 2);
-    session.prompt(Ids(filler, 8));
+    session.append(Ids(filler, 8));
     const Ids tokens = tokens_of(session);
     CHECK_THROWS_AS(session.next(), std::invalid_argument);
     CHECK(tokens_of(session) == tokens);
@@ -133,7 +169,7 @@ TEST_CASE("session: after a rewind the rest is as if it had never been") {
   for (size_t length = 0; length <= all.size(); ++length) {
     CAPTURE(length);
     Session session(model.engine, {.chunk = 4});
-    session.prompt(kPrompt);
+    session.append(kPrompt);
     session.start(kGreedy, 6);
     drain(session);
     session.rewind(length);
@@ -147,7 +183,7 @@ TEST_CASE("session: after a rewind the rest is as if it had never been") {
       CHECK(drain(session) == model.greedy(kept, 3));
       session.rewind(length);
     }
-    session.prompt(Ids{20, 21});
+    session.append(Ids{20, 21});
     const Ids branch = concat(kept, {20, 21});
     const size_t pending = session.pending();
     CHECK(pending >= 2);
@@ -158,7 +194,7 @@ TEST_CASE("session: after a rewind the rest is as if it had never been") {
 TEST_CASE("session: a rewind beyond the sequence is refused, and changes nothing") {
   const FakeModel model(Kind::two_stages);
   Session session(model.engine, {});
-  session.prompt(kPrompt);
+  session.append(kPrompt);
   const std::string message = error_of<std::invalid_argument>([&] { session.rewind(11); });
   check_names(message, "11");
   check_names(message, "10");
@@ -173,7 +209,7 @@ TEST_CASE("session: a generation ends at the context, the length or the end toke
   REQUIRE(eos_at > 2);
   const FakeModel model(Kind::two_stages, {static_cast<int32_t>(eos)});
   Session session(model.engine, {.context = kPrompt.size() + eos_at + 1});
-  session.prompt(kPrompt);
+  session.append(kPrompt);
 
   session.start(kGreedy, 2);
   CHECK(drain(session) == Ids{free_run[0], free_run[1]});
@@ -188,7 +224,7 @@ TEST_CASE("session: a generation ends at the context, the length or the end toke
 
   // One token of room is left; what ends the text again is a prompt's business.
   session.rewind(tokens.size() - 1);
-  session.prompt(Ids{1});
+  session.append(Ids{1});
   tokens.back() = 1;
   session.start(kGreedy, 100);
   const Ids last = model.greedy(tokens, 1);
@@ -204,17 +240,17 @@ TEST_CASE("session: a generation ends at the context, the length or the end toke
 TEST_CASE("session: a prompt that does not fit or is not of the vocabulary leaves everything as it was") {
   const FakeModel model(Kind::two_stages);
   Session session(model.engine, {.context = 12});
-  session.prompt(kPrompt);
+  session.append(kPrompt);
   session.start(kGreedy, 0);
   drain(session, 1);
   const Ids tokens = tokens_of(session);
-  const std::string message = error_of<std::invalid_argument>([&] { session.prompt(Ids{1, 2}); });
+  const std::string message = error_of<std::invalid_argument>([&] { session.append(Ids{1, 2}); });
   check_names(message, "13");
   check_names(message, "12");
   for (const int64_t wrong : {int64_t{-1}, int64_t{37}, int64_t{1} << 32, std::numeric_limits<int64_t>::min()}) {
-    check_names(error_of<std::invalid_argument>([&] { session.prompt(Ids{1, wrong}); }), std::to_string(wrong));
+    check_names(error_of<std::invalid_argument>([&] { session.append(Ids{1, wrong}); }), std::to_string(wrong));
   }
-  session.prompt({});  // no token, no change
+  session.append({});  // no token, no change
   CHECK(tokens_of(session) == tokens);
   CHECK(drain(session) == model.greedy(tokens, 1));
   CHECK(session.finish_reason() == FinishReason::context);
@@ -231,7 +267,7 @@ TEST_CASE("session: options and calls outside their limits are refused") {
   CHECK(session.context() == FakeModel::kContext);  // the model's own is below the default
   CHECK_THROWS_AS(session.start(kGreedy, 1), std::invalid_argument);
   CHECK_THROWS_AS(session.next(), std::invalid_argument);
-  session.prompt(kPrompt);
+  session.append(kPrompt);
   CHECK_THROWS_AS(session.start({.temperature = -1}, 1), std::invalid_argument);
   session.start(kGreedy, 2);
   CHECK(drain(session) == model.greedy(kPrompt, 2));
@@ -247,7 +283,7 @@ TEST_CASE("session: the KV cache has the default size, the given one, or an erro
     const std::vector<std::string> inputs = {"token_ids", "total_sequence_length", "past.0", "past.1", "logit_index"};
     return std::make_unique<FakeGraph>(inputs, std::vector<std::string>{"present.0", "present.1", "logits"});
   };
-  const auto engine = [&] { return std::make_shared<const Engine>(manifest, nullptr, load, 1, KvType::float32); };
+  const auto engine = [&] { return engine_of(manifest, KvType::float32, load); };
   CHECK(Session(engine(), {}).context() == SessionOptions::kDefaultContext);
   CHECK(Session(engine(), {.context = 5000}).context() == 5000);
   // 2^56 bytes, more than any address space; and 2^64, which wraps around 64 bits.
@@ -288,8 +324,8 @@ std::shared_ptr<const Engine> window_engine(KvType type, Window::Memory& memory)
   manifest.architecture = {
       .vocab_size = 1000, .layers = 2, .hidden = 4, .kv_heads = 3, .head_dim = 32, .context = 1000};
   manifest.stages = {{"stage", std::nullopt}};
-  return std::make_shared<const Engine>(
-      manifest, nullptr, [&memory](const std::filesystem::path&) { return std::make_unique<Window>(memory); }, 1, type);
+  return engine_of(manifest, type,
+                   [&memory](const std::filesystem::path&) { return std::make_unique<Window>(memory); });
 }
 
 TEST_CASE("session: bytes of the KV cache that a step reads, of every type") {
@@ -365,14 +401,14 @@ TEST_CASE("session: generation goes on behind synthetic tokens, which cost neith
       return drain(session);
     };
     Session session(model.engine, {.chunk = 4});
-    session.prompt(kPrompt);
+    session.append(kPrompt);
     pending_logits(session);
     session.reset_stats();
     session.fill_synthetic(20);
     CHECK(session.tokens().size() == kPrompt.size() + 20);
     CHECK(session.pending() == 0);
     CHECK(session.stats().prefill_tokens == 0);
-    CHECK(session.stats().rom.requests == 0);
+    CHECK(session.stats().rows.requests == 0);
     CHECK_THROWS_AS(session.next(), std::invalid_argument);  // no generation was started
 
     const Ids made = generate(session);
@@ -380,20 +416,20 @@ TEST_CASE("session: generation goes on behind synthetic tokens, which cost neith
     Stats stats = session.stats();
     CHECK(stats.prefill_tokens == 1);  // the last synthetic token is computed for its logits
     CHECK(stats.decode_tokens == 5);
-    CHECK(stats.rom.requests == (kind == Kind::dense ? 0 : 6));
+    CHECK(stats.rows.requests == (kind == Kind::dense ? 0 : 6));
     CHECK(stats.stall_ns.size() == (kind == Kind::dense ? 0 : 5));
 
     session.rewind(kPrompt.size() + 20);
     CHECK(generate(session) == made);
     Session other(model.engine, {.prefetch = false});  // the same noise, and the same text from it
-    other.prompt(kPrompt);
+    other.append(kPrompt);
     pending_logits(other);
     other.fill_synthetic(20);
     CHECK(generate(other) == made);
 
     // A rewind into the synthetic tokens keeps those before.
     session.rewind(kPrompt.size() + 5);
-    session.prompt(Ids{1, 2, 3});
+    session.append(Ids{1, 2, 3});
     CHECK(session.pending() == 3);
     CHECK(pending_logits(session).size() == 3 * FakeModel::kVocab);
   }
@@ -402,7 +438,7 @@ TEST_CASE("session: generation goes on behind synthetic tokens, which cost neith
 TEST_CASE("session: synthetic tokens beyond the context or behind pending ones are refused, and change nothing") {
   const FakeModel model(Kind::two_stages);
   Session session(model.engine, {.context = 16});
-  session.prompt(kPrompt);
+  session.append(kPrompt);
   check_names(error_of<std::invalid_argument>([&] { session.fill_synthetic(1); }), "pending");
   session.start(kGreedy, 2);
   const Ids made = drain(session);
@@ -427,7 +463,7 @@ TEST_CASE("session: synthetic tokens beyond the context or behind pending ones a
 TEST_CASE("session: time of sampling is a part of decode's, and of decode's alone") {
   const FakeModel model(Kind::two_stages);
   Session session(model.engine, {});
-  session.prompt(kPrompt);
+  session.append(kPrompt);
   session.start(kGreedy, 10);
   session.next();  // from the prompt: prefill
   CHECK(session.stats().sample_ns == 0);

@@ -1,4 +1,6 @@
-// runtime/engine: sessions of a model that is compiled for a chip, and whether its stages fit the manifest.
+// runtime/executor/compiled: sessions of a model that is compiled for a chip, and whether its stages fit the manifest.
+
+#include "runtime/executor/compiled.h"
 
 #include <algorithm>
 #include <map>
@@ -8,7 +10,6 @@
 #include "runtime/base/error.h"
 #include "runtime/base/half.h"
 #include "runtime/engine/session.h"
-#include "runtime/executor/static_steps.h"
 #include "tests/cpp/allocations.h"
 #include "tests/cpp/engine/session_support.h"
 #include "tests/cpp/executor/fake_compiled.h"
@@ -42,14 +43,14 @@ TEST_CASE("compiled: a padded prefill, single tokens and any mixture of them giv
         size_t done = 0;
         for (const int64_t size : sizes) {
           const auto first = all.begin() + static_cast<std::ptrdiff_t>(done);
-          session.prompt(Ids(first, first + size));
+          session.append(Ids(first, first + size));
           done += static_cast<size_t>(size);
           CHECK(pending_logits(session) ==
                 expected_logits(model, Ids(all.begin(), first + size), done - static_cast<size_t>(size)));
         }
         // The last token once more, over a cache that padding at its end would have spoilt.
         session.rewind(done - 1);
-        session.prompt(Ids{all[done - 1]});
+        session.append(Ids{all[done - 1]});
         const Ids sequence(all.begin(), all.begin() + static_cast<std::ptrdiff_t>(done));
         CHECK(pending_logits(session) == expected_logits(model, sequence, done - 1));
       }
@@ -62,7 +63,7 @@ TEST_CASE("compiled: generation goes on to the end of the context") {
     const FakeCompiledModel model(kind);
     Session session(model.engine, {});
     CHECK(session.context() == FakeCompiledModel::kContext);
-    session.prompt(kPrompt);
+    session.append(kPrompt);
     session.start(kGreedy, 0);
     const size_t room = FakeCompiledModel::kContext - kPrompt.size();
     CHECK(drain(session) == model.greedy(kPrompt, room));
@@ -76,12 +77,12 @@ TEST_CASE("compiled: a rewind to any length forgets exactly the rest") {
   for (size_t length = 0; length <= first.size(); ++length) {
     CAPTURE(length);
     Session session(model.engine, {});
-    session.prompt(first);
+    session.append(first);
     pending_logits(session);
     session.rewind(length);
     Ids second(first.begin(), first.begin() + static_cast<std::ptrdiff_t>(length));
     second = concat(second, {36, 35, 34, 33, 32});
-    session.prompt(std::span(second).subspan(length));
+    session.append(std::span(second).subspan(length));
     CHECK(pending_logits(session) == expected_logits(model, second, length));
     session.start(kGreedy, 3);
     CHECK(drain(session) == model.greedy(second, 3));
@@ -93,7 +94,7 @@ TEST_CASE("compiled: each width runs its own graphs, and the head only for the l
   Strings runs;
   model.fault.on_run = [&runs](const std::string& file) { runs.push_back(file); };
   Session session(model.engine, {});
-  session.prompt(ids_up_to(9));  // two chunks and a single token
+  session.append(ids_up_to(9));  // two chunks and a single token
   session.start(kGreedy, 2);
   session.next();
   const Strings chunk = {"embed", "prefill0", "prefill1", "head"};
@@ -106,7 +107,7 @@ TEST_CASE("compiled: each width runs its own graphs, and the head only for the l
   session.next();
   CHECK(runs == single);
   runs.clear();
-  session.prompt(ids_up_to(3));
+  session.append(ids_up_to(3));
   pending_logits(session);  // of the generated token and of three more
   CHECK(runs == Strings{"embed", "prefill0", "prefill1", "head", "head", "head", "head"});
 }
@@ -116,7 +117,7 @@ TEST_CASE("compiled: a smaller chunk than the compiled one is padded as well") {
   size_t chunks = 0;
   model.fault.on_run = [&chunks](const std::string& file) { chunks += file == "prefill0"; };
   Session session(model.engine, {.chunk = 2});
-  session.prompt(kPrompt);
+  session.append(kPrompt);
   CHECK(pending_logits(session) == expected_logits(model, kPrompt));
   CHECK(chunks == 5);
 }
@@ -125,7 +126,7 @@ TEST_CASE("compiled: a model of one-token chunks has no use for its prefill grap
   const FakeCompiledModel model(Kind::two_stages, 1);
   model.fault.on_run = [](const std::string& file) { CHECK_FALSE(file.starts_with("prefill")); };
   Session session(model.engine, {});
-  session.prompt(kPrompt);
+  session.append(kPrompt);
   CHECK(pending_logits(session) == expected_logits(model, kPrompt));
 }
 
@@ -135,19 +136,19 @@ TEST_CASE("compiled: rows are waited for once, just before the first stage that 
     const FakeCompiledModel model(kind);
     Session session(model.engine, {.prefetch = false});
     std::map<std::string, uint64_t> requests;  // bundles read before a graph ran
-    model.fault.on_run = [&](const std::string& file) { requests[file] = session.stats().rom.requests; };
-    session.prompt(Ids{7, 8, 7});
+    model.fault.on_run = [&](const std::string& file) { requests[file] = session.stats().rows.requests; };
+    session.append(Ids{7, 8, 7});
     pending_logits(session);
     CHECK(requests["embed"] == 0);
     CHECK(requests["prefill0"] == 0);
     CHECK(requests["prefill1"] == 2);  // two distinct tokens; the padding repeats one of them
     if (kind == Kind::three_stages) CHECK(requests["prefill2"] == 2);
     CHECK(requests["head"] == 2);
-    session.prompt(Ids{9});
+    session.append(Ids{9});
     pending_logits(session);
     CHECK(requests["decode0"] == 2);
     CHECK(requests["decode1"] == 3);
-    CHECK(session.stats().rom.requests == 3);
+    CHECK(session.stats().rows.requests == 3);
   }
 }
 
@@ -158,7 +159,7 @@ TEST_CASE("compiled: an error in any graph comes from next(), and the same step 
     for (int failing = 1; failing <= 28; ++failing) {  // three chunks and four decode steps, of four runs each
       CAPTURE(failing);
       Session session(model.engine, {.prefetch = prefetch});
-      session.prompt(kPrompt);
+      session.append(kPrompt);
       session.start(kGreedy, 5);
       model.fault.countdown = failing;
       CHECK(drain_past_a_fault(session) == expected);
@@ -171,10 +172,12 @@ TEST_CASE("compiled: a ROM error keeps what was computed before it") {
   const Ids prompt = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10};
   for (const bool prefetch : {true, false}) {
     Session session(model.engine, {.prefetch = prefetch});
-    session.prompt(prompt);
+    session.append(prompt);
     model.damage(8);  // the last of the second chunk
     std::vector<float> logits(prompt.size() * FakeCompiledModel::kVocab);
-    check_names(error_of<PackageError>([&] { session.logits(logits.data()); }), "token 8");
+    check_names(
+        error_of<PackageError>([&] { session.logits(session.tokens().size() - session.pending(), logits.data()); }),
+        "token 8");
     CHECK(session.pending() == 6);
     model.repair(8);
     CHECK(pending_logits(session) == expected_logits(model, prompt, 4));
@@ -185,16 +188,20 @@ TEST_CASE("compiled: NaN logits and infinite keys are errors that leave nothing 
   const FakeCompiledModel model(Kind::two_stages);
   for (const size_t pending : {1U, 3U}) {
     Session session(model.engine, {});
-    session.prompt(kPrompt);
+    session.append(kPrompt);
     pending_logits(session);
     const Ids more = ids_up_to(pending);
-    session.prompt(more);
+    session.append(more);
     std::vector<float> logits(pending * FakeCompiledModel::kVocab);
     model.fault.nan = true;
-    check_names(error_of<PackageError>([&] { session.logits(logits.data()); }), "NaN");
+    check_names(
+        error_of<PackageError>([&] { session.logits(session.tokens().size() - session.pending(), logits.data()); }),
+        "NaN");
     model.fault.nan = false;
     model.fault.infinite = true;
-    check_names(error_of<PackageError>([&] { session.logits(logits.data()); }), "not finite");
+    check_names(
+        error_of<PackageError>([&] { session.logits(session.tokens().size() - session.pending(), logits.data()); }),
+        "not finite");
     model.fault.infinite = false;
     CHECK(session.pending() == pending);
     // The fake refuses to run over a cache that is not finite, wherever that is.
@@ -204,27 +211,29 @@ TEST_CASE("compiled: NaN logits and infinite keys are errors that leave nothing 
 
 TEST_CASE("compiled: the context is the target's, and no option exceeds it") {
   const FakeCompiledModel model(Kind::two_stages);
-  CHECK(model.engine->context() == FakeCompiledModel::kContext);
+  CHECK(model.engine->backend().info().context == FakeCompiledModel::kContext);
   CHECK(model.engine->manifest().architecture.context > FakeCompiledModel::kContext);
   check_names(
       error_of<std::invalid_argument>([&] { Session(model.engine, {.context = FakeCompiledModel::kContext + 1}); }),
       "compiled for at most 24");
   Session session(model.engine, {.context = 6});
-  session.prompt(ids_up_to(6));
+  session.append(ids_up_to(6));
   CHECK(pending_logits(session) == expected_logits(model, ids_up_to(6)));
-  check_names(error_of<std::invalid_argument>([&] { session.prompt(Ids{1}); }), "24");
+  check_names(error_of<std::invalid_argument>([&] { session.append(Ids{1}); }), "24");
 }
 
 TEST_CASE("compiled: what an engine says of itself") {
   const FakeCompiledModel model(Kind::two_stages);
-  CHECK(model.engine->provider() == Provider::qnn);
-  CHECK(model.engine->simulated());
-  CHECK(model.engine->soc() == "sm0000");
-  CHECK(model.engine->kv_type() == KvType::float16);
-  const FakeModel cpu(FakeModel::Kind::two_stages);
-  CHECK(cpu.engine->provider() == Provider::cpu);
-  CHECK_FALSE(cpu.engine->simulated());
-  CHECK(cpu.engine->soc().empty());
+  const BackendInfo& info = model.engine->backend().info();
+  CHECK(info.provider == Provider::qnn);
+  CHECK(info.simulated);
+  CHECK(info.soc == "sm0000");
+  CHECK(info.kv_type == KvType::float16);
+  const FakeModel cpu_model(FakeModel::Kind::two_stages);
+  const BackendInfo& cpu = cpu_model.engine->backend().info();
+  CHECK(cpu.provider == Provider::cpu);
+  CHECK_FALSE(cpu.simulated);
+  CHECK(cpu.soc.empty());
   CHECK(parse_provider("qnn") == Provider::qnn);
   CHECK(parse_provider(name_of(Provider::cpu)) == Provider::cpu);
   check_names(error_of<std::invalid_argument>([] { parse_provider("npu"); }), "npu");
@@ -232,17 +241,16 @@ TEST_CASE("compiled: what an engine says of itself") {
 
 // An engine of the model's stages as `open` gives it.
 std::shared_ptr<const Engine> tried(const FakeCompiledModel& model) {
-  const Engine& parts = *model.engine;
-  return Engine::tried(std::make_shared<Engine>(parts.manifest(), parts.rom(), model.load(), 1));
+  return Engine::make(model.engine->rows(), model.load(), 1);
 }
 
 TEST_CASE("compiled: the cache is in memory that the NPU shares, each tensor in a piece of its own") {
   const FakeCompiledModel model(Kind::three_stages);
-  CHECK_FALSE(model.engine->shared_memory());
+  CHECK_FALSE(model.engine->backend().info().shared_memory);
   model.fault.shared_room = 12;
   {
     const auto engine = tried(model);
-    CHECK(engine->shared_memory());
+    CHECK(engine->backend().info().shared_memory);
     CHECK(model.fault.shared.empty());
     Session first(engine, {});
     std::set<const void*> pieces;
@@ -256,7 +264,7 @@ TEST_CASE("compiled: the cache is in memory that the NPU shares, each tensor in 
       Session second(engine, {});
       CHECK(model.fault.shared.size() == 12);
       for (Session* session : {&first, &second}) {
-        session->prompt(kPrompt);
+        session->append(kPrompt);
         CHECK(pending_logits(*session) == expected_logits(model, kPrompt));
         CHECK(session->kv_bytes(0) == 3 * 2 * 2 * 4 * 24 * 2);
       }
@@ -278,11 +286,11 @@ TEST_CASE("compiled: without enough memory that the NPU shares and takes, the ca
     model.fault.shared_room = room;
     model.fault.refuses_shared = room == 6;
     const auto engine = tried(model);
-    CHECK_FALSE(engine->shared_memory());
+    CHECK_FALSE(engine->backend().info().shared_memory);
     CHECK(model.fault.shared.empty());
     Session session(engine, {});
     CHECK(model.fault.shared.empty());
-    session.prompt(kPrompt);
+    session.append(kPrompt);
     CHECK(pending_logits(session) == expected_logits(model, kPrompt));
   }
   model.fault.refuses_shared = false;
@@ -305,12 +313,12 @@ TEST_CASE("compiled: a synthetic depth is finite, ordinary in size, and there") 
   Session session(model.engine, {});
   session.fill_synthetic(10);
   CHECK(session.tokens().size() == 10);
-  session.prompt(Ids{1, 2, 3});
+  session.append(Ids{1, 2, 3});
   const std::vector<float> filled = pending_logits(session);  // the fake checks that all of the cache is finite
   session.rewind(0);
-  session.prompt(ids_up_to(10));
+  session.append(ids_up_to(10));
   pending_logits(session);
-  session.prompt(Ids{1, 2, 3});
+  session.append(Ids{1, 2, 3});
   CHECK(filled != pending_logits(session));  // it was read
   CHECK_THROWS_AS(session.fill_synthetic(100), std::invalid_argument);
 }
@@ -320,7 +328,7 @@ TEST_CASE("compiled: decode steps do not allocate" * doctest::skip(!kCountsAlloc
     for (const bool prefetch : {true, false}) {
       const FakeCompiledModel model(kind);
       Session session(model.engine, {.prefetch = prefetch});
-      session.prompt(kPrompt);
+      session.append(kPrompt);
       session.start(kGreedy, 0);
       session.next();
       const uint64_t before = allocations();
@@ -333,20 +341,23 @@ TEST_CASE("compiled: decode steps do not allocate" * doctest::skip(!kCountsAlloc
 }
 
 TEST_CASE("compiled: names tell what an input or output is") {
-  CHECK(parse_static_input("past_length").kind == StaticIoKind::past_length);
-  CHECK(parse_static_input("rows").kind == StaticIoKind::rows);
-  CHECK(parse_static_input("past_key.12").kind == StaticIoKind::past_key);
-  CHECK(parse_static_input("past_key.12").layer == 12);
-  CHECK(parse_static_input("past_value.3").kind == StaticIoKind::past_value);
-  CHECK(parse_static_output("new_key.0").kind == StaticIoKind::new_key);
-  CHECK(parse_static_output("new_value.7").kind == StaticIoKind::new_value);
-  CHECK(parse_static_output("new_value.7").layer == 7);
+  const StageNames& names = kCompiledNames;
+  CHECK(names.input("past_length").kind == IoKind::past_length);
+  CHECK(names.input("rows").kind == IoKind::rows);
+  CHECK(names.input("past_key.12").kind == IoKind::keys);
+  CHECK(names.input("past_key.12").layer == 12);
+  CHECK(names.input("past_key.12").is_input);
+  CHECK(names.input("past_value.3").kind == IoKind::values);
+  CHECK(names.output("new_key.0").kind == IoKind::keys);
+  CHECK_FALSE(names.output("new_key.0").is_input);
+  CHECK(names.output("new_value.7").kind == IoKind::values);
+  CHECK(names.output("new_value.7").layer == 7);
   for (const std::string name : {"token_ids", "past.0", "past_key.", "past_key.x", "past_key.1x", "past_value.-1",
                                  "past_key.99999999999", "new_key.0", ""}) {
-    CHECK(parse_static_input(name).kind == StaticIoKind::hidden);
+    CHECK(names.input(name).kind == IoKind::hidden);
   }
   for (const std::string name : {"rows", "past_key.0", "new_key.", "logits"}) {
-    CHECK(parse_static_output(name).kind == StaticIoKind::hidden);
+    CHECK(names.output(name).kind == IoKind::hidden);
   }
 }
 

@@ -9,6 +9,8 @@
 #include <string_view>
 
 #include "runtime/base/error.h"
+#include "runtime/executor/compiled.h"
+#include "runtime/rows/open_rows.h"
 
 namespace meki::test {
 namespace {
@@ -261,7 +263,6 @@ FakeCompiledModel::FakeCompiledModel(Kind kind, uint32_t chunk)
                             .kv_heads = kHeads,
                             .head_dim = kHeadDim,
                             .context = 2 * kContext};
-  std::shared_ptr<const Rom> rom;
   if (!dense) {
     manifest_.memory = {.address = "token",
                         .layers = kLayers,
@@ -270,7 +271,7 @@ FakeCompiledModel::FakeCompiledModel(Kind kind, uint32_t chunk)
                         .row_type = "int4",
                         .content_id = std::string(RomImage::kContentId)};
     write_file(dir_ / "memory.rom", image_.bytes);
-    rom = open_rom(manifest_, RomAccess::pread);
+    rows_ = open_rows(manifest_, RomAccess::pread);
   }
   QnnTarget& target = manifest_.qnn[kChip];
   target.directory = dir_.path();
@@ -282,7 +283,7 @@ FakeCompiledModel::FakeCompiledModel(Kind kind, uint32_t chunk)
     target.decode.push_back({"decode" + std::to_string(index), stages_[index].rows});
     target.prefill.push_back({"prefill" + std::to_string(index), stages_[index].rows});
   }
-  engine = std::make_shared<const Engine>(manifest_, std::move(rom), load(), 1);
+  engine = std::make_shared<const Engine>(rows_, load(), 1);
 }
 
 FakeCompiledModel::Names FakeCompiledModel::names(const std::string& file) const {
@@ -303,7 +304,8 @@ FakeCompiledModel::Names FakeCompiledModel::names(const std::string& file) const
   return names;
 }
 
-StaticModel FakeCompiledModel::load(const std::function<void(const std::string& file, Names&)>& spoil) const {
+std::shared_ptr<const Backend> FakeCompiledModel::load(
+    const std::function<void(const std::string& file, Names&)>& spoil) const {
   const GraphLoader loader = [&](const std::filesystem::path& path) -> std::unique_ptr<Graph> {
     const std::string file = path.filename().string();
     Names declared = names(file);
@@ -311,7 +313,7 @@ StaticModel FakeCompiledModel::load(const std::function<void(const std::string& 
     const int64_t width = file.starts_with("prefill") ? manifest_.qnn.at(kChip).chunk : 1;
     return std::make_unique<FakeCompiledGraph>(file, width, declared, fault);
   };
-  return load_static_model(manifest_, kChip, true, loader, loader);
+  return CompiledBackend::load(manifest_, kChip, true, loader, loader);
 }
 
 std::vector<float> FakeCompiledModel::logits(std::span<const int64_t> tokens) const {

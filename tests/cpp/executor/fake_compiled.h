@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "runtime/engine/engine.h"
+#include "runtime/graph/graph.h"
 #include "tests/cpp/executor/fake_graph.h"
 #include "tests/cpp/support.h"
 
@@ -47,7 +48,7 @@ class FakeCompiledModel {
 
   // Loads the stages again; `spoil` changes what graphs declare, by file.
   using Names = std::pair<std::vector<std::string>, std::vector<std::string>>;
-  StaticModel load(const std::function<void(const std::string& file, Names&)>& spoil = {}) const;
+  std::shared_ptr<const Backend> load(const std::function<void(const std::string& file, Names&)>& spoil = {}) const;
 
   mutable CompiledFault fault;  // outlives the graphs
   std::shared_ptr<const Engine> engine;
@@ -64,6 +65,7 @@ class FakeCompiledModel {
   RomImage image_;
   std::vector<Layers> stages_;
   Manifest manifest_;
+  std::shared_ptr<const RowSource> rows_;
 };
 
 }  // namespace meki::test

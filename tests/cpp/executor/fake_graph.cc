@@ -6,6 +6,9 @@
 #include <stdexcept>
 #include <string_view>
 
+#include "runtime/executor/dynamic.h"
+#include "runtime/rows/open_rows.h"
+
 namespace meki::test {
 namespace {
 
@@ -208,7 +211,7 @@ FakeModel::FakeModel(Kind kind, std::vector<int32_t> eos_token_ids)
                            .head_dim = kHeadDim,
                            .context = kContext};
   manifest.eos_token_ids = std::move(eos_token_ids);
-  std::shared_ptr<const Rom> rom;
+  std::shared_ptr<const RowSource> rows;
   if (!dense) {
     manifest.memory = {.address = "token",
                        .layers = kLayers,
@@ -217,7 +220,7 @@ FakeModel::FakeModel(Kind kind, std::vector<int32_t> eos_token_ids)
                        .row_type = "int4",
                        .content_id = std::string(RomImage::kContentId)};
     write_file(dir_ / "memory.rom", image_.bytes);
-    rom = open_rom(manifest, RomAccess::mmap);
+    rows = open_rows(manifest, RomAccess::mmap);
   }
   std::map<std::string, std::pair<std::vector<std::string>, std::vector<std::string>>> graphs;
   for (size_t index = 0; index < stages_.size(); ++index) {
@@ -237,13 +240,12 @@ FakeModel::FakeModel(Kind kind, std::vector<int32_t> eos_token_ids)
     manifest.stages.push_back({file, stage.rows ? std::optional(LayerRange{stage.first, stage.last}) : std::nullopt});
     graphs[(manifest.directory / file).string()] = {inputs, outputs};
   }
-  engine = std::make_shared<const Engine>(
-      std::move(manifest), std::move(rom),
-      [this, &graphs](const std::filesystem::path& path) -> std::unique_ptr<Graph> {
-        const auto& [inputs, outputs] = graphs.at(path.string());
-        return std::make_unique<FakeGraph>(inputs, outputs, &fault);
-      },
-      1, KvType::float32);
+  const GraphLoader load = [this, &graphs](const std::filesystem::path& path) -> std::unique_ptr<Graph> {
+    const auto& [inputs, outputs] = graphs.at(path.string());
+    return std::make_unique<FakeGraph>(inputs, outputs, &fault);
+  };
+  auto backend = std::make_shared<DynamicBackend>(manifest, KvType::float32, load);
+  engine = std::make_shared<const Engine>(std::move(rows), std::move(backend), 1);
 }
 
 void FakeModel::damage(int64_t token) const {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "runtime/engine/engine.h"
+#include "runtime/graph/graph.h"
 #include "tests/cpp/support.h"
 
 namespace meki::test {

@@ -1,0 +1,71 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "runtime/base/file.h"
+#include "runtime/executor/state.h"
+#include "runtime/graph/graph.h"
+
+namespace meki {
+
+// Keys and values as compiled stages take them, float16: a step reads the whole cache and gives new keys and values,
+// which enter it when all of the step has succeeded; so a step that fails, and what is computed for padding, leaves
+// nothing behind. The cache always has the stages' full context.
+class CompiledKvCache final : public SequenceState {
+ public:
+  struct Shape {
+    size_t layers = 0;
+    size_t kv_heads = 0;
+    size_t head_dim = 0;
+    size_t context = 0;
+    size_t chunk = 0;  // tokens of the widest step
+  };
+  // `shares`: of a graph whose device shares memory, that memory; null: ordinary memory. Throws std::runtime_error
+  // without memory.
+  CompiledKvCache(const Shape& shape, const Graph* shares);
+
+  // Throws PackageError, naming `package`, if what a step of `tokens` tokens has computed is not finite.
+  void check_finite(size_t tokens, const std::filesystem::path& package) const;
+  void append(size_t tokens) override;
+  void truncate(size_t length) override { length_ = length; }
+  std::vector<std::byte> snapshot() const override;
+  void restore(std::span<const std::byte> snapshot, size_t length) override;
+  // A step reads all of the cache, whatever is in it.
+  size_t bytes(size_t) const override { return layers_.size() * 2 * row() * shape_.context * sizeof(uint16_t); }
+  void append_noise(size_t tokens) override;
+
+  // Of one layer: keys float16 [kv_heads, head_dim, context], values [kv_heads, context, head_dim].
+  Tensor past_keys(const std::string& name, size_t layer) const;
+  Tensor past_values(const std::string& name, size_t layer) const;
+  // What a step of the given width makes: the same with `width` in place of the context.
+  Tensor new_keys(const std::string& name, size_t layer, size_t width) const;
+  Tensor new_values(const std::string& name, size_t layer, size_t width) const;
+
+ private:
+  struct Layer {
+    uint16_t* keys = nullptr;
+    uint16_t* values = nullptr;
+    uint16_t* new_keys = nullptr;
+    uint16_t* new_values = nullptr;
+  };
+
+  size_t row() const { return shape_.kv_heads * shape_.head_dim; }
+  size_t width(size_t tokens) const { return tokens == 1 ? 1 : shape_.chunk; }
+  Tensor keys(const std::string& name, uint16_t* data, size_t tokens) const;
+  Tensor values(const std::string& name, uint16_t* data, size_t tokens) const;
+  Tensor cached(Tensor tensor) const;
+  // Calls piece(data, count) for the pieces of the cache that the tokens first .. last - 1 are.
+  template <class Piece>
+  void for_pieces(size_t first, size_t last, Piece piece) const;
+
+  const Shape shape_;
+  Mapping cache_;                           // all tensors of the cache, or, where the NPU shares them,
+  std::vector<SharedMemory> shared_cache_;  // each
+  Mapping added_;                           // new keys and values of all layers
+  std::vector<Layer> layers_;
+};
+
+}  // namespace meki

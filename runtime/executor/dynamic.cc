@@ -1,0 +1,118 @@
+#include "runtime/executor/dynamic.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "runtime/executor/block_kv_cache.h"
+
+namespace meki {
+namespace {
+
+KvLayout layout_of(const Backend& backend) {
+  const Architecture& a = backend.manifest().architecture;
+  return {backend.info().kv_type, a.kv_heads, a.head_dim};
+}
+
+// All memory is allocated once. What steps of the shapes in use are bound to is bound once.
+class DynamicExecutor final : public Executor {
+ public:
+  DynamicExecutor(const DynamicBackend& backend, size_t context, size_t chunk)
+      : Executor(backend.manifest().directory, backend.manifest().architecture.vocab_size, chunk),
+        backend_(backend),
+        cache_(layout_of(backend), backend.manifest().architecture.layers, context),
+        token_ids_(Mapping::zeroed(chunk * sizeof(int64_t))),
+        logit_index_(Mapping::zeroed(chunk * sizeof(int64_t))),
+        length_(Mapping::zeroed(sizeof(int32_t))),
+        hidden_(backend.hidden_names(), chunk, backend.manifest().architecture.hidden) {}
+
+  size_t width(size_t tokens) const override { return tokens; }
+  SequenceState& state() override { return cache_; }
+
+  void prepare(const Prefetcher* rows) override {
+    bind({.rows = rows != nullptr ? rows->rows(0) : nullptr, .logits = logits_.as<float>()});
+  }
+
+  uint64_t run(const Step& step) override {
+    const size_t tokens = step.tokens.size();
+    const size_t vocab_size = last_logits().size();
+    const bool wanted = step.logits != nullptr;
+    const StepShape shape{.tokens = tokens,
+                          .rows = step.rows != nullptr ? step.rows->rows() : nullptr,
+                          .logit_rows = wanted ? tokens - step.logits_from : 1,
+                          .logits = wanted ? step.logits : logits_.as<float>()};
+    std::copy(step.tokens.begin(), step.tokens.end(), token_ids_.as<int64_t>());
+    for (size_t row = 0; row < shape.logit_rows; ++row) {
+      logit_index_.as<int64_t>()[row] = static_cast<int64_t>(tokens - shape.logit_rows + row);
+    }
+    *length_.as<int32_t>() = static_cast<int32_t>(cache_.length() + tokens);
+    const uint64_t stall = run_stages(backend_.stages(), bind(shape), step.rows);
+    check_logits({shape.logits, shape.logit_rows * vocab_size});
+    if (wanted) std::memcpy(logits_.data(), shape.logits + (shape.logit_rows - 1) * vocab_size, logits_.size());
+    cache_.append(tokens);
+    return stall;
+  }
+
+ private:
+  const Bindings& bind(const StepShape& shape) {
+    return bindings_.get(shape, [this](const StepShape& made) {
+      return bind_stages(kDynamicNames, backend_.stages(), [&](const std::string& name, Io io, const Stage& stage) {
+        return tensor(name, io, stage, made);
+      });
+    });
+  }
+
+  Tensor tensor(const std::string& name, Io io, const Stage& stage, const StepShape& shape) const {
+    const Manifest& manifest = backend_.manifest();
+    const auto tokens = static_cast<int64_t>(shape.tokens);
+    const auto logit_rows = static_cast<int64_t>(shape.logit_rows);
+    switch (io.kind) {
+      case IoKind::token_ids: return {name, ElementType::int64, {1, tokens}, token_ids_.data()};
+      case IoKind::total_sequence_length: return {name, ElementType::int32, {}, length_.data()};
+      case IoKind::logit_index: return {name, ElementType::int64, {logit_rows}, logit_index_.data()};
+      case IoKind::rows: return rows_tensor(name, stage, shape, manifest.memory->row_dim);
+      case IoKind::cache: return cache_.tensor(name, io.layer);
+      case IoKind::logits:
+        return {name, ElementType::float32, {logit_rows, manifest.architecture.vocab_size}, shape.logits};
+      default: return hidden_.tensor(name, shape.tokens);
+    }
+  }
+
+  // One token with either buffer of rows; whole and last chunks of a prompt likewise; logits of several tokens.
+  static constexpr size_t kShapes = 8;
+
+  const DynamicBackend& backend_;
+  BlockKvCache cache_;
+  const Mapping token_ids_;    // int64 [chunk]
+  const Mapping logit_index_;  // int64 [chunk]
+  const Mapping length_;       // int32
+  const HiddenTensors hidden_;
+  BindingCache bindings_{kShapes};
+};
+
+}  // namespace
+
+const StageNames kDynamicNames = {
+    .inputs = {{"token_ids", IoKind::token_ids},
+               {"total_sequence_length", IoKind::total_sequence_length},
+               {"rows", IoKind::rows},
+               {"logit_index", IoKind::logit_index}},
+    .outputs = {{"logits", IoKind::logits}},
+    .states = {{"past.", "present.", IoKind::cache}},
+    .remedy = "convert the model again",
+};
+
+DynamicBackend::DynamicBackend(const Manifest& manifest, KvType kv_type, const GraphLoader& load)
+    : Backend(manifest, {.kv_type = kv_type, .context = manifest.architecture.context}) {
+  static_cast<void>(layout_of(*this));  // checks
+  for (const StageInfo& info : manifest.stages) {
+    const std::filesystem::path path = manifest.directory / info.file;
+    stages_.push_back({load(path), info.rows, path});
+  }
+  hidden_names_ = check_stages(kDynamicNames, stages_, manifest.architecture.layers);
+}
+
+std::unique_ptr<Executor> DynamicBackend::executor(size_t context, size_t chunk) const {
+  return std::make_unique<DynamicExecutor>(*this, context, chunk);
+}
+
+}  // namespace meki

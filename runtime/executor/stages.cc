@@ -1,0 +1,188 @@
+#include "runtime/executor/stages.h"
+
+#include <algorithm>
+#include <charconv>
+#include <new>
+#include <set>
+#include <stdexcept>
+#include <utility>
+
+#include "runtime/base/checked.h"
+#include "runtime/base/error.h"
+
+namespace meki {
+namespace {
+
+// The N of "<prefix>N".
+std::optional<uint32_t> layer_of(std::string_view name, std::string_view prefix) {
+  if (!name.starts_with(prefix)) return std::nullopt;
+  name.remove_prefix(prefix.size());
+  uint32_t layer = 0;
+  const auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), layer);
+  if (error != std::errc() || end != name.data() + name.size()) return std::nullopt;
+  return layer;
+}
+
+Io parse(std::string_view name, bool is_input, const StageNames& names) {
+  const auto& known = is_input ? names.inputs : names.outputs;
+  if (const auto found = known.find(name); found != known.end()) return {found->second, 0, is_input};
+  for (const StageNames::State& state : names.states) {
+    const auto layer = layer_of(name, is_input ? state.input : state.output);
+    if (layer) return {state.kind, *layer, is_input};
+  }
+  return {IoKind::hidden, 0, is_input};
+}
+
+// The checks of one pass through the stages.
+class Checker {
+ public:
+  Checker(const StageNames& names, uint32_t layers, std::vector<std::string> entering)
+      : names_(names), layers_(layers), hidden_(std::move(entering)) {}
+
+  void stage(const Stage& stage) {
+    path_ = stage.path.string();
+    bool takes_rows = false;
+    for (const std::string& name : stage.graph->inputs()) {
+      const Io io = names_.input(name);
+      if (io.kind == IoKind::rows) takes_rows = true;
+      if (is_state(io)) add(io, name, taken_[io.kind]);
+      if (io.kind == IoKind::hidden) {
+        require(is_made(name), "input \"" + name + "\" is neither known nor an output of an earlier stage");
+      }
+    }
+    require(takes_rows == stage.rows.has_value(), takes_rows ? "it takes memory rows, the manifest says none"
+                                                             : "it takes no memory rows, the manifest says some");
+    for (const std::string& name : stage.graph->outputs()) {
+      const Io io = names_.output(name);
+      if (is_state(io)) add(io, name, made_[io.kind]);
+      if (io.kind == IoKind::logits) require(std::exchange(logits_, true) == false, "the stages make logits twice");
+      if (io.kind != IoKind::hidden) continue;
+      require(!is_made(name), "output \"" + name + "\" is an output of an earlier stage, too");
+      hidden_.push_back(name);
+    }
+    for (const StageNames::State& state : names_.states) {
+      require(taken_[state.kind] == taken_[names_.states.front().kind] && taken_[state.kind] == made_[state.kind],
+              "it does not take and give back the caches of the same layers");
+    }
+  }
+
+  // After the last stage.
+  std::vector<std::string> finish() {
+    const size_t found = taken_[names_.states.front().kind].size();
+    require(found == layers_,
+            "the stages have the caches of " + std::to_string(found) + " layers, expected " + std::to_string(layers_));
+    require(logits_ == contains_logits(), "the stages make no logits");
+    return std::move(hidden_);
+  }
+
+ private:
+  bool is_state(const Io& io) const {
+    return std::any_of(names_.states.begin(), names_.states.end(), [&io](const auto& s) { return s.kind == io.kind; });
+  }
+  bool is_made(const std::string& name) const {
+    return std::find(hidden_.begin(), hidden_.end(), name) != hidden_.end();
+  }
+  bool contains_logits() const { return names_.outputs.contains("logits"); }
+  void add(const Io& io, const std::string& name, std::set<uint32_t>& seen) const {
+    require(io.layer < layers_,
+            "\"" + name + "\" names layer " + std::to_string(io.layer) + " of " + std::to_string(layers_) + " layers");
+    require(seen.insert(io.layer).second, "\"" + name + "\" names a layer twice");
+  }
+  void require(bool valid, const std::string& what) const {
+    if (!valid) {
+      throw PackageError(path_ + ": " + what + "; the stage and the manifest disagree: " + std::string(names_.remedy));
+    }
+  }
+
+  const StageNames& names_;
+  const uint32_t layers_;
+  std::string path_;
+  std::map<IoKind, std::set<uint32_t>> taken_;
+  std::map<IoKind, std::set<uint32_t>> made_;
+  std::vector<std::string> hidden_;
+  bool logits_ = false;
+};
+
+}  // namespace
+
+Io StageNames::input(std::string_view name) const { return parse(name, true, *this); }
+Io StageNames::output(std::string_view name) const { return parse(name, false, *this); }
+
+std::vector<std::string> check_stages(const StageNames& names, const std::vector<Stage>& stages, uint32_t layers,
+                                      std::vector<std::string> entering) {
+  Checker checker(names, layers, std::move(entering));
+  for (const Stage& stage : stages) checker.stage(stage);
+  return checker.finish();
+}
+
+HiddenTensors::HiddenTensors(const std::vector<std::string>& names, size_t tokens, size_t width) : width_(width) {
+  for (const std::string& name : names) {
+    memory_[name] = allocate(checked_mul(tokens * sizeof(float), width), "a step of the model");
+  }
+}
+
+Tensor HiddenTensors::tensor(const std::string& name, size_t tokens) const {
+  return {name,
+          ElementType::float32,
+          {1, static_cast<int64_t>(tokens), static_cast<int64_t>(width_)},
+          memory_.at(name).data()};
+}
+
+Bindings bind_stages(const StageNames& names, const std::vector<Stage>& stages, const TensorOf& tensor_of) {
+  Bindings bindings;
+  for (const Stage& stage : stages) {
+    std::vector<Tensor> inputs;
+    std::vector<Tensor> outputs;
+    for (const std::string& name : stage.graph->inputs()) inputs.push_back(tensor_of(name, names.input(name), stage));
+    for (const std::string& name : stage.graph->outputs()) {
+      outputs.push_back(tensor_of(name, names.output(name), stage));
+    }
+    bindings.push_back(stage.graph->bind(inputs, outputs));
+  }
+  return bindings;
+}
+
+BindingCache::BindingCache(size_t capacity) : capacity_(capacity) { entries_.reserve(capacity + 1); }
+
+const Bindings& BindingCache::get(const StepShape& shape, const std::function<Bindings(const StepShape&)>& make) {
+  const auto found =
+      std::find_if(entries_.begin(), entries_.end(), [&shape](const Entry& entry) { return entry.shape == shape; });
+  if (found != entries_.end()) {
+    std::rotate(entries_.begin(), found, found + 1);
+  } else {
+    entries_.insert(entries_.begin(), {shape, make(shape)});
+    if (entries_.size() > capacity_) entries_.pop_back();
+  }
+  return entries_.front().bindings;
+}
+
+Tensor rows_tensor(const std::string& name, const Stage& stage, const StepShape& shape, uint32_t row_dim) {
+  return {name,
+          ElementType::float32,
+          {int64_t{stage.rows->last} - stage.rows->first, static_cast<int64_t>(shape.tokens), row_dim},
+          shape.rows + stage.rows->first * shape.tokens * row_dim};
+}
+
+uint64_t run_stages(const std::vector<Stage>& stages, const Bindings& bindings, RowRequest* rows) {
+  uint64_t stall = 0;
+  bool waiting = rows != nullptr;
+  for (size_t index = 0; index < bindings.size(); ++index) {
+    if (waiting && stages[index].rows) {
+      stall = rows->wait();
+      waiting = false;
+    }
+    bindings[index]->run();
+  }
+  return stall;
+}
+
+Mapping allocate(std::optional<uint64_t> bytes, const std::string& what) {
+  try {
+    if (bytes) return Mapping::zeroed(*bytes);
+  } catch (const std::bad_alloc&) {
+  }
+  throw std::runtime_error(what + " needs " + (bytes ? std::to_string(*bytes >> 20) + " MiB" : "too much memory") +
+                           ", which the system does not give; choose a smaller context");
+}
+
+}  // namespace meki
