@@ -2,7 +2,6 @@
 
 #include <sys/types.h>
 
-#include <array>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -15,61 +14,103 @@
 #include <vector>
 
 #include "runtime/base/file.h"
-#include "runtime/rows/token_table.h"
+#include "runtime/rows/row_source.h"
 
 namespace meki {
 
+class Prefetcher;
+
 // What a prefetcher has read. Passive data.
-struct RomCounters {
-  uint64_t requests = 0;  // bundles read
+struct RowCounters {
+  uint64_t requests = 0;  // parts read
   uint64_t bytes = 0;     // asked of the system
 };
 
-// Brings the memory rows of tokens from a ROM into float32 buffers on one I/O thread of its own, so that neither
-// storage nor checksums nor widening cost the compute thread anything. That thread never preempts another one.
-//
-// There are two slots: one is filled while the other is in use. Each begin(slot) is followed by one wait(slot), or by
-// another begin(slot), which drops the first result. All calls come from one thread. If the I/O thread has not even
-// been scheduled when the rows are needed, wait() reads them itself: on busy cores that is sooner than a wake-up.
+// The rows that were asked for, and the buffer that they are read into, which goes back when this is destroyed, at once
+// and whatever has become of the reading. Move-only; an empty one holds nothing. For the thread of its prefetcher,
+// which outlives it.
+class RowRequest {
+ public:
+  RowRequest() = default;
+  RowRequest(RowRequest&& other) noexcept;
+  RowRequest& operator=(RowRequest&& other) noexcept;
+  ~RowRequest();
+
+  explicit operator bool() const { return prefetcher_ != nullptr; }
+  // Blocks until the rows are there; returns the nanoseconds spent here. Rethrows what the reading threw
+  // (PackageError).
+  uint64_t wait();
+  // float32 [layers, width, row_dim]; filled when wait() has returned.
+  float* rows() const;
+  // Which buffer it holds: below Prefetcher::buffers(). rows() is always the same for the same buffer.
+  size_t buffer() const { return buffer_; }
+
+ private:
+  friend class Prefetcher;
+  RowRequest(Prefetcher& prefetcher, size_t buffer) : prefetcher_(&prefetcher), buffer_(buffer) {}
+
+  Prefetcher* prefetcher_ = nullptr;
+  size_t buffer_ = 0;
+};
+
+// Brings the memory rows of tokens from a source into float32 buffers on one I/O thread of its own, so that neither
+// storage nor checksums nor widening cost the compute thread anything. That thread never preempts another one. Requests
+// are served in their order; one that the I/O thread has not even begun when its rows are needed is read by wait()
+// itself: on busy cores that is sooner than a wake-up. All calls come from one thread. After the construction nothing
+// is allocated.
 class Prefetcher {
  public:
-  static constexpr int kSlots = 2;
-
-  // Slots hold up to `max_tokens` tokens. Throws std::bad_alloc. Without `asynchronous` there is no thread and wait()
-  // reads.
-  Prefetcher(std::shared_ptr<const Rom> rom, size_t max_tokens, bool asynchronous);
+  // For requests of up to `max_tokens` tokens, of which up to `buffers` are held at a time. Without `asynchronous`
+  // there is no thread and wait() reads. Throws std::bad_alloc.
+  Prefetcher(std::shared_ptr<const RowSource> source, size_t max_tokens, size_t buffers, bool asynchronous);
   // Waits for the read in flight. (In a forked child there is none: it returns at once.)
   ~Prefetcher();
   Prefetcher(const Prefetcher&) = delete;
   Prefetcher& operator=(const Prefetcher&) = delete;
 
-  // Requests the rows of `ids` (1 to max_tokens of them, each < vocab_size) into `slot`. Returns at once unless the
-  // slot's previous request is still running. Each distinct id is read once, in file order.
-  void begin(int slot, std::span<const int32_t> ids);
-  // Blocks until the slot's request is done; returns the nanoseconds spent here. Rethrows what the reading threw
-  // (PackageError).
-  uint64_t wait(int slot);
-  // The slot's rows: float32 [layers, n, row_dim], n being the number of ids of its last request.
-  float* rows(int slot) const { return slots_[static_cast<size_t>(slot)].rows.as<float>(); }
+  // Requests the rows of the tokens from sequence[first] on, of which there is at least one; up to history() tokens
+  // before them are looked at. Rows of `width` tokens are filled, at most max_tokens: the last token's are repeated.
+  // Every distinct part is read once, in the order of the file. Takes the free buffer of the lowest number, and returns
+  // at once unless the only free ones are still read into for a request that was dropped. Throws std::logic_error if
+  // the caller holds all buffers.
+  RowRequest request(std::span<const int32_t> sequence, size_t first, size_t width);
+  RowRequest request(std::span<const int32_t> sequence, size_t first) {
+    return request(sequence, first, sequence.size() - first);
+  }
 
-  RomCounters counters() const;
+  size_t buffers() const { return buffers_.size(); }
+  // Where the rows of requests that hold this buffer are.
+  float* rows(size_t buffer) const { return buffers_[buffer].rows.as<float>(); }
+
+  RowCounters counters() const;
 
  private:
-  enum class State { idle, queued, running, done };
-  struct Slot {
+  friend class RowRequest;
+
+  enum class State { free, queued, running, dropped, done };  // dropped: running, but nobody wants it any more
+  struct Buffer {
     Mapping rows;
-    Mapping scratch;  // for one bundle
-    std::vector<int32_t> ids;
-    std::vector<std::pair<int32_t, size_t>> order;  // (id, position), sorted
-    State state = State::idle;
+    Mapping scratch;  // for one part
+    std::vector<RowKey> keys;
+    std::vector<std::pair<uint64_t, size_t>> order;  // (index, position in keys), sorted
+    size_t width = 0;
+    State state = State::free;
+    uint64_t ticket = 0;  // of its request: they count up
     std::exception_ptr error;
   };
 
+  uint64_t wait(Buffer& buffer);
+  void give_back(Buffer& buffer);
+  Buffer* oldest_queued();
   void serve();
-  void perform(Slot& slot, std::unique_lock<std::mutex>& lock);
-  void fill(Slot& slot, RomCounters& read);
+  void perform(Buffer& buffer, std::unique_lock<std::mutex>& lock);
+  void fill(Buffer& buffer, RowCounters& read);
+  void repeat_last(const Buffer& buffer) const;
+  bool is_advised(const Buffer& buffer) const;
+  bool left_behind() const;
 
-  const std::shared_ptr<const Rom> rom_;
+  const std::shared_ptr<const RowSource> source_;
+  const bool asynchronous_;
   const pid_t process_;
   struct Sync {
     std::mutex mutex;
@@ -77,12 +118,12 @@ class Prefetcher {
     std::condition_variable ready;
   };
 
-  // A slot's memory belongs to whoever set its state to running, until it is done; everything else below is guarded by
-  // the mutex.
-  std::array<Slot, kSlots> slots_;
+  // What a buffer holds belongs to the caller's thread while it is free, and to whoever set its state to running, until
+  // that is over; everything else below is guarded by the mutex.
+  std::vector<Buffer> buffers_;
   std::unique_ptr<Sync> sync_ = std::make_unique<Sync>();
-  RomCounters counters_;
-  int next_ = 0;  // the slot to serve first when both are queued
+  RowCounters counters_;
+  uint64_t tickets_ = 0;
   bool stop_ = false;
   std::thread thread_;
 };

@@ -1,13 +1,14 @@
 #pragma once
 
-#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <span>
 #include <string>
+#include <string_view>
 
 #include "runtime/base/file.h"
+#include "runtime/rows/row_source.h"
 
 namespace meki {
 
@@ -42,33 +43,31 @@ struct RomHeader {
   static RomHeader parse(std::span<const std::byte, kBytes> bytes, const std::filesystem::path& path);
 };
 
-// A read-only file of memory rows, one bundle a token. Immutable after construction and thread-safe.
-class Rom {
+// A ROM file: a bundle a token, which holds its rows of all layers. A key's index is the token's id.
+class TokenTable final : public RowSource {
  public:
   // Opens `path` and checks its header and size. Where the file system or the system refuses `access`, falls back to
   // pread: access() tells. Throws PackageError.
-  // Every read() takes `delay` longer: slow storage, imitated.
-  Rom(const std::filesystem::path& path, RomAccess access, std::chrono::microseconds delay = {});
+  TokenTable(const std::filesystem::path& path, RomAccess access);
 
   const RomHeader& header() const { return header_; }
-  RomAccess access() const { return access_; }
 
-  // What read() needs: this many bytes, aligned to kAlignment.
-  size_t scratch_bytes() const { return scratch_bytes_; }
-  static constexpr size_t kAlignment = 4096;
-  // Bytes that one read() asks the system for.
-  size_t request_bytes(uint32_t token) const;
+  RowShape shape() const override { return {header_.layers, header_.row_dim}; }
+  RowShape part() const override { return shape(); }
+  size_t keys_per_token() const override { return 1; }
+  size_t history() const override { return 0; }
+  void keys(std::span<const int32_t> sequence, std::span<RowKey> out) const override;
+  size_t scratch_bytes() const override { return scratch_bytes_; }
+  void advise(uint64_t token) const noexcept override;
+  // Throws PackageError if the file shrank, cannot be read, or the checksum is wrong.
+  size_t read(uint64_t token, std::span<std::byte> scratch, float* out, size_t layer_stride) const override;
+  // Pages in use elsewhere stay cached.
+  void drop_cache() const noexcept override;
+  std::string_view access() const override { return name_of(access_); }
 
-  // Asks the kernel to bring the bundle into the page cache; does not wait. token < vocab_size.
-  void advise(uint32_t token) const noexcept;
-  // Asks the kernel to forget what it has cached of the file, so that the next reads go to storage. Best effort: pages
-  // in use elsewhere stay.
-  void drop_cache() const noexcept;
-  // Reads the bundle of `token` (< vocab_size) into `scratch`, checks it, and returns its scales and rows, which live
-  // in `scratch`. Blocks on storage. Throws PackageError if the file shrank, cannot be read, or the checksum is wrong.
-  std::span<const std::byte> read(uint32_t token, std::span<std::byte> scratch) const;
-  // Widens a bundle that read() returned: row l goes to out[l * layer_stride .. + row_dim), float32.
-  void widen(std::span<const std::byte> bundle, float* out, size_t layer_stride) const noexcept;
+  // The first half of read(): brings the bundle of `token` into `scratch` and checks it. Returns its scales and rows,
+  // which live in `scratch`. Throws as read().
+  std::span<const std::byte> read_bundle(uint64_t token, std::span<std::byte> scratch) const;
 
  private:
   struct Window {  // the part of the file that one read() asks for
@@ -76,16 +75,16 @@ class Rom {
     size_t bytes;
     size_t skip;  // from its begin to the bundle
   };
-  Window window(uint32_t token) const noexcept;
+  Window window(uint64_t token) const noexcept;
   bool use_direct(std::byte* probe) const;
   void will_need(const Window& window) const noexcept;
   size_t copy_mapped(const Window& window, std::byte* out) const noexcept;
   void unmap(const Window& window) const noexcept;
   size_t copy_file(const Window& window, std::byte* out) const;
+  void widen(std::span<const std::byte> bundle, float* out, size_t layer_stride) const noexcept;
 
   std::filesystem::path path_;
   RomAccess access_;
-  std::chrono::microseconds delay_;
   File file_;
   Mapping mapping_;
   RomHeader header_;

@@ -1,0 +1,21 @@
+#pragma once
+
+#include <chrono>
+
+#include "runtime/rows/row_decorator.h"
+
+namespace meki {
+
+// A source of which every read takes `delay` longer: slow storage, imitated for measurements.
+class DelayedRows final : public RowDecorator {
+ public:
+  // Throws std::invalid_argument for a negative delay.
+  DelayedRows(std::shared_ptr<const RowSource> source, std::chrono::microseconds delay);
+
+  size_t read(uint64_t index, std::span<std::byte> scratch, float* out, size_t layer_stride) const override;
+
+ private:
+  const std::chrono::microseconds delay_;
+};
+
+}  // namespace meki
