@@ -20,6 +20,7 @@
 #include "runtime/kernels/simd/simd.h"
 #include "runtime/measure/bandwidth.h"
 #include "runtime/package/manifest.h"
+#include "runtime/rows/open_rows.h"
 #include "runtime/rows/token_table.h"
 
 namespace py = pybind11;
@@ -84,7 +85,7 @@ void check_id(int64_t id, uint64_t vocab_size) {
   }
 }
 
-FloatArray rom_rows(const Rom& rom, const std::vector<int64_t>& ids) {
+FloatArray rom_rows(const TokenTable& rom, const std::vector<int64_t>& ids) {
   const RomHeader& header = rom.header();
   for (const int64_t id : ids) check_id(id, header.vocab_size);
   FloatArray out({size_t{header.layers}, ids.size(), size_t{header.row_dim}});
@@ -92,13 +93,13 @@ FloatArray rom_rows(const Rom& rom, const std::vector<int64_t>& ids) {
   const py::gil_scoped_release release;
   const Mapping scratch = Mapping::zeroed(rom.scratch_bytes());
   for (size_t i = 0; i < ids.size(); ++i) {
-    const auto bundle = rom.read(static_cast<uint32_t>(ids[i]), {scratch.data(), scratch.size()});
-    rom.widen(bundle, data + i * header.row_dim, ids.size() * header.row_dim);
+    rom.read(static_cast<uint64_t>(ids[i]), {scratch.data(), scratch.size()}, data + i * header.row_dim,
+             ids.size() * header.row_dim);
   }
   return out;
 }
 
-void rom_verify(const Rom& rom, uint64_t first, uint64_t count) {
+void rom_verify(const TokenTable& rom, uint64_t first, uint64_t count) {
   const uint64_t vocab_size = rom.header().vocab_size;
   if (first > vocab_size || count > vocab_size - first) {
     throw std::invalid_argument("tokens " + std::to_string(first) + " to " + std::to_string(first + count) +
@@ -107,7 +108,7 @@ void rom_verify(const Rom& rom, uint64_t first, uint64_t count) {
   const py::gil_scoped_release release;
   const Mapping scratch = Mapping::zeroed(rom.scratch_bytes());
   for (uint64_t token = first; token < first + count; ++token) {
-    rom.read(static_cast<uint32_t>(token), {scratch.data(), scratch.size()});
+    rom.read_bundle(token, {scratch.data(), scratch.size()});
   }
 }
 
@@ -194,14 +195,14 @@ void bind_rom(py::module_& m) {
       .def_readonly("file_bytes", &RomHeader::file_bytes)
       .def_readonly("content_id", &RomHeader::content_id);
 
-  py::class_<Rom>(m, "Rom")
+  py::class_<TokenTable>(m, "Rom")
       .def(py::init([](const std::filesystem::path& path, const std::string& access) {
              const py::gil_scoped_release release;
-             return std::make_unique<Rom>(path, parse_rom_access(access));
+             return std::make_unique<TokenTable>(path, parse_rom_access(access));
            }),
            "path"_a, "access"_a = name_of(EngineOptions().rom_access))
-      .def_property_readonly("info", &Rom::header, py::return_value_policy::copy)
-      .def_property_readonly("access", [](const Rom& rom) { return name_of(rom.access()); })
+      .def_property_readonly("info", &TokenTable::header, py::return_value_policy::copy)
+      .def_property_readonly("access", &TokenTable::access)
       .def("rows", &rom_rows, "token_ids"_a)
       .def("verify", &rom_verify, "first"_a, "count"_a);
 }
@@ -229,8 +230,7 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("context", [](const Engine& e) { return e.context(); })
       .def_property_readonly("eos_token_ids", [](const Engine& e) { return e.manifest().eos_token_ids; })
       .def_property_readonly(
-          "rom_access",
-          [](const Engine& e) { return e.rom() ? std::optional(name_of(e.rom()->access())) : std::nullopt; })
+          "rom_access", [](const Engine& e) { return e.rows() ? std::optional(e.rows()->access()) : std::nullopt; })
       .def_property_readonly("threads", &Engine::threads)
       .def_property_readonly("kv_type", [](const Engine& e) { return name_of(e.kv_type()); })
       .def_property_readonly("provider", [](const Engine& e) { return name_of(e.provider()); })
@@ -239,7 +239,7 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("soc",
                              [](const Engine& e) { return e.soc().empty() ? std::nullopt : std::optional(e.soc()); })
       .def("drop_rom_cache", [](const Engine& e) {
-        if (e.rom()) e.rom()->drop_cache();
+        if (e.rows()) e.rows()->drop_cache();
       });
 
   py::class_<Stats>(m, "Stats")
@@ -314,7 +314,7 @@ PYBIND11_MODULE(_core, m) {
         } else {
           manifest.check_files();
         }
-        meki::open_rom(manifest, meki::RomAccess::pread);
+        meki::open_rows(manifest, meki::RomAccess::pread);
         return manifest.json;
       },
       "path"_a, "provider"_a = "cpu", "soc"_a = "", py::call_guard<py::gil_scoped_release>());

@@ -80,7 +80,7 @@ void run(const Options& options) {
   const double load_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   poll();
   if (engine->simulated()) std::cerr << "HTP simulator: results as on the chip, speed is not" << std::endl;
-  if (options.cold && engine->rom() == nullptr) {
+  if (options.cold && engine->rows() == nullptr) {
     throw std::invalid_argument("--rom cold needs a memory, " + engine->manifest().name +
                                 " is opened without one; leave it away");
   }

@@ -38,7 +38,7 @@ int write_and_rename(const std::filesystem::path& path, std::span<const std::byt
 Json make_report(const Engine& engine, const Options& options, const Plan& plan, double load_s,
                  const Measurement& measurement) {
   const auto manifest = Json::parse(engine.manifest().json);
-  const Rom* const rom = engine.rom().get();
+  const RowSource* const rom = engine.rows().get();
   const bool qnn = engine.provider() == Provider::qnn;
   const auto& memory = measurement.memory;
   return {
@@ -54,7 +54,7 @@ Json make_report(const Engine& engine, const Options& options, const Plan& plan,
       {"weights", qnn ? Json() : manifest.value("/weights/type"_json_pointer, Json())},
       {"memory", rom != nullptr ? "meki" : "dense"},
       {"rom", rom == nullptr ? Json() : Json(plan.cold ? "cold" : "warm")},
-      {"rom_access", rom == nullptr ? Json() : Json(name_of(rom->access()))},
+      {"rom_access", rom == nullptr ? Json() : Json(rom->access())},
       {"kv_type", name_of(engine.kv_type())},
       // What computes on qnn is the NPU, whatever the CPU has.
       {"threads", qnn ? Json() : Json(engine.threads())},

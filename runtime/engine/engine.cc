@@ -11,6 +11,8 @@
 #include "runtime/engine/session.h"
 #include "runtime/executor/stage_io.h"
 #include "runtime/graph/qnn.h"
+#include "runtime/rows/delayed_rows.h"
+#include "runtime/rows/open_rows.h"
 
 namespace meki {
 namespace {
@@ -55,15 +57,21 @@ void run_once(const std::shared_ptr<const Engine>& engine) {
   }
 }
 
+std::shared_ptr<const RowSource> open_source(const Manifest& manifest, const EngineOptions& options) {
+  auto source = open_rows(manifest, options.rom_access);
+  if (source == nullptr || options.rom_delay.count() == 0) return source;
+  return std::make_shared<const DelayedRows>(std::move(source), options.rom_delay);
+}
+
 std::shared_ptr<Engine> open_cpu(Manifest manifest, const EngineOptions& options, int threads) {
   const KvType kv_type = options.kv_type.value_or(KvType::int8);
   manifest.check_files();
   if (!options.memory) manifest = without_memory(std::move(manifest));
   // A choice that the model's heads do not allow is an error of the caller, not of the package.
   static_cast<void>(KvLayout(kv_type, manifest.architecture.kv_heads, manifest.architecture.head_dim));
-  auto rom = open_rom(manifest, options.rom_access, options.rom_delay);
+  auto rows = open_source(manifest, options);
   const GraphLoader load = onnxruntime_loader(options.onnxruntime, {threads, kv_type, options.profile});
-  return std::make_shared<Engine>(std::move(manifest), std::move(rom), load, threads, kv_type);
+  return std::make_shared<Engine>(std::move(manifest), std::move(rows), load, threads, kv_type);
 }
 
 std::shared_ptr<Engine> open_qnn(Manifest manifest, const EngineOptions& options, int threads) {
@@ -82,7 +90,7 @@ std::shared_ptr<Engine> open_qnn(Manifest manifest, const EngineOptions& options
     }
     manifest = without_memory(std::move(manifest));
   }
-  auto rom = open_rom(manifest, options.rom_access, options.rom_delay);
+  auto rows = open_source(manifest, options);
   const GraphLoader cpu = onnxruntime_loader(options.onnxruntime, {threads, KvType::float16, options.profile});
   const GraphLoader qnn = qnn_loader(options.onnxruntime, options.qnn_library,
                                      {.soc_model = target.soc_model,
@@ -90,30 +98,10 @@ std::shared_ptr<Engine> open_qnn(Manifest manifest, const EngineOptions& options
                                       .shared_memory = !qnn_is_simulated(),  // the simulator has none
                                       .profile = options.profile});
   StaticModel model = load_static_model(manifest, soc, qnn_is_simulated(), cpu, qnn);
-  return std::make_shared<Engine>(std::move(manifest), std::move(rom), std::move(model), threads);
+  return std::make_shared<Engine>(std::move(manifest), std::move(rows), std::move(model), threads);
 }
 
 }  // namespace
-
-std::shared_ptr<const Rom> open_rom(const Manifest& manifest, RomAccess access, std::chrono::microseconds delay) {
-  if (!manifest.memory) return nullptr;
-  const std::filesystem::path path = manifest.directory / manifest.memory->file;
-  auto rom = std::make_shared<const Rom>(path, access, delay);
-  const RomHeader& header = rom->header();
-  const auto require = [&path](const char* name, const std::string& got, const std::string& expected) {
-    if (got != expected) {
-      throw PackageError(path.string() + ": its " + name + " is " + got + ", the manifest says " + expected +
-                         "; the file belongs to another package");
-    }
-  };
-  const Architecture& architecture = manifest.architecture;
-  require("vocabulary size", std::to_string(header.vocab_size), std::to_string(architecture.vocab_size));
-  require("number of layers", std::to_string(header.layers), std::to_string(architecture.layers));
-  require("row dimension", std::to_string(header.row_dim), std::to_string(architecture.memory_dim));
-  require("row type", std::string(name_of(header.row_type)), manifest.memory->row_type);
-  require("content id", header.content_id, manifest.memory->content_id);
-  return rom;
-}
 
 std::string_view name_of(Provider provider) { return provider == Provider::qnn ? "qnn" : "cpu"; }
 
@@ -151,17 +139,18 @@ std::shared_ptr<const Engine> Engine::tried(std::shared_ptr<Engine> engine) {
   return engine;
 }
 
-Engine::Engine(Manifest manifest, std::shared_ptr<const Rom> rom, const GraphLoader& load, int threads, KvType kv_type)
-    : manifest_(std::move(manifest)), rom_(std::move(rom)), threads_(threads), kv_type_(kv_type) {
+Engine::Engine(Manifest manifest, std::shared_ptr<const RowSource> rows, const GraphLoader& load, int threads,
+               KvType kv_type)
+    : manifest_(std::move(manifest)), rows_(std::move(rows)), threads_(threads), kv_type_(kv_type) {
   for (const StageInfo& info : manifest_.stages) {
     stages_.push_back({load(manifest_.directory / info.file), info.rows});
   }
   hidden_names_ = check_stages(manifest_, stages_);
 }
 
-Engine::Engine(Manifest manifest, std::shared_ptr<const Rom> rom, StaticModel model, int threads)
+Engine::Engine(Manifest manifest, std::shared_ptr<const RowSource> rows, StaticModel model, int threads)
     : manifest_(std::move(manifest)),
-      rom_(std::move(rom)),
+      rows_(std::move(rows)),
       static_model_(std::move(model)),
       threads_(threads),
       kv_type_(KvType::float16) {}

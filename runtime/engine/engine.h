@@ -48,14 +48,15 @@ class Engine {
   // NPU does not take the memory that it shares, sessions have ordinary memory from here on. Throws PackageError.
   static std::shared_ptr<const Engine> tried(std::shared_ptr<Engine> engine);
 
-  // From parts; `open` and tests use it. `rom` is what open_rom(manifest) gave: null exactly for a dense model. Throws
-  // PackageError if the stages do not fit the manifest.
-  Engine(Manifest manifest, std::shared_ptr<const Rom> rom, const GraphLoader& load, int threads, KvType kv_type);
+  // From parts; `open` and tests use it. `rows` is what open_rows(manifest) gave: null exactly for a dense model.
+  // Throws PackageError if the stages do not fit the manifest.
+  Engine(Manifest manifest, std::shared_ptr<const RowSource> rows, const GraphLoader& load, int threads,
+         KvType kv_type);
   // The same with Provider::qnn.
-  Engine(Manifest manifest, std::shared_ptr<const Rom> rom, StaticModel model, int threads);
+  Engine(Manifest manifest, std::shared_ptr<const RowSource> rows, StaticModel model, int threads);
 
   const Manifest& manifest() const { return manifest_; }
-  const std::shared_ptr<const Rom>& rom() const { return rom_; }
+  const std::shared_ptr<const RowSource>& rows() const { return rows_; }
   const std::vector<Stage>& stages() const { return stages_; }
   // Names of the float32 [1, T, hidden] tensors that pass from stage to stage.
   const std::vector<std::string>& hidden_names() const { return hidden_names_; }
@@ -77,15 +78,12 @@ class Engine {
 
  private:
   Manifest manifest_;
-  std::shared_ptr<const Rom> rom_;
+  std::shared_ptr<const RowSource> rows_;
   std::vector<Stage> stages_;
   std::vector<std::string> hidden_names_;
   std::optional<StaticModel> static_model_;
   int threads_;
   KvType kv_type_;
 };
-
-// Opens a package's ROM and checks it against the manifest; null for a dense model. Throws PackageError.
-std::shared_ptr<const Rom> open_rom(const Manifest& manifest, RomAccess access, std::chrono::microseconds delay = {});
 
 }  // namespace meki

@@ -147,7 +147,7 @@ void Session::rewind(size_t length) {
 }
 
 void Session::request_rows(int slot, size_t first, size_t count) {
-  steps_->request(slot, std::span(tokens_).subspan(first, count));
+  steps_->request(slot, std::span(tokens_).first(first + count), first);
 }
 
 void Session::decode() {
@@ -189,7 +189,7 @@ uint64_t Session::run(size_t tokens, int slot, float* all_logits) {
 
 Stats Session::stats() const {
   Stats stats = stats_;
-  const RomCounters now = steps_->rom_counters();
+  const RowCounters now = steps_->row_counters();
   stats.rom = {now.requests - rom_base_.requests, now.bytes - rom_base_.bytes};
   return stats;
 }
@@ -197,7 +197,7 @@ Stats Session::stats() const {
 void Session::reset_stats() {
   stats_ = Stats();
   stats_.stall_ns.reserve(remaining_);
-  rom_base_ = steps_->rom_counters();
+  rom_base_ = steps_->row_counters();
 }
 
 }  // namespace meki

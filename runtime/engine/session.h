@@ -100,7 +100,7 @@ class Session {
   bool generating_ = false;  // the pending token was generated: its step is decode, not prefill
   FinishReason finish_reason_ = FinishReason::running;
   Stats stats_;
-  RomCounters rom_base_;  // the prefetcher's counters at the last reset
+  RowCounters rom_base_;  // the prefetcher's counters at the last reset
 };
 
 }  // namespace meki

@@ -16,7 +16,7 @@ struct Stats {
   uint64_t decode_ns = 0;
   uint64_t sample_ns = 0;          // of decode_ns: choosing tokens
   std::vector<uint64_t> stall_ns;  // of each decode step: waiting for its rows; empty in a dense model
-  RomCounters rom;
+  RowCounters rom;
 };
 
 }  // namespace meki

@@ -35,7 +35,7 @@ uint64_t DynamicSteps::run(const Step& step) {
   const size_t vocab_size = last_logits().size();
   const bool all = step.all_logits != nullptr;
   const Shape shape{.tokens = tokens,
-                    .rows = rows(step.slot),
+                    .rows = rows(buffer(step.slot)),
                     .logit_rows = all ? tokens : 1,
                     .logits = all ? step.all_logits : logits_.as<float>()};
   std::copy(step.tokens.begin(), step.tokens.end(), token_ids_.as<int64_t>());
@@ -44,7 +44,7 @@ uint64_t DynamicSteps::run(const Step& step) {
   }
   *length_.as<int32_t>() = static_cast<int32_t>(step.past + tokens);
   Bindings made;
-  const bool bound = tokens == 1 && step.slot == 0 && !all;
+  const bool bound = tokens == 1 && buffer(step.slot) == 0 && !all;
   if (!bound) made = bind(shape);
   const uint64_t stall = run_stages(engine_.stages(), bound ? decode_ : made, step.slot);
   check_logits({shape.logits, shape.logit_rows * vocab_size});

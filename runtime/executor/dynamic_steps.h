@@ -41,7 +41,7 @@ class DynamicSteps final : public Steps {
   Mapping logit_index_;  // int64 [chunk]
   Mapping length_;       // int32
   std::map<std::string, Mapping> hidden_;
-  Bindings decode_;  // one token, slot 0
+  Bindings decode_;  // one token, buffer 0
 };
 
 }  // namespace meki

@@ -54,8 +54,8 @@ StaticSteps::StaticSteps(const Engine& engine, bool prefetch)
       model_(*engine.static_model()),
       kv_heads_(engine.manifest().architecture.kv_heads),
       head_dim_(engine.manifest().architecture.head_dim),
-      decode_{.stages = model_.decode, .width = 1, .embed = {}, .slots = {}},
-      prefill_{.stages = model_.prefill, .width = model_.chunk, .embed = {}, .slots = {}} {
+      decode_{.stages = model_.decode, .width = 1, .embed = {}, .buffers = {}},
+      prefill_{.stages = model_.prefill, .width = model_.chunk, .embed = {}, .buffers = {}} {
   const Architecture& a = engine.manifest().architecture;
   // Of one token and layer: at most 2^42 bytes, and below 2^31 tokens.
   const uint64_t token_bytes = uint64_t{2} * sizeof(uint16_t) * kv_heads_ * head_dim_;
@@ -70,7 +70,6 @@ StaticSteps::StaticSteps(const Engine& engine, bool prefetch)
   }
   token_ids_ = Mapping::zeroed(model_.chunk * sizeof(int64_t));
   past_length_ = Mapping::zeroed(sizeof(int32_t));
-  padded_.reserve(model_.chunk);
   const size_t row = kv_heads_ * head_dim_;
   for (size_t layer = 0; layer < a.layers; ++layer) {
     uint16_t* const added = added_.as<uint16_t>() + layer * 2 * row * model_.chunk;
@@ -106,11 +105,8 @@ uint16_t* StaticSteps::cache(size_t tensor) const {
   return cache_.as<uint16_t>() + tensor * kv_heads_ * head_dim_ * model_.context;
 }
 
-void StaticSteps::request(int slot, std::span<const int32_t> tokens) {
-  if (tokens.size() == 1) return Steps::request(slot, tokens);
-  padded_.assign(tokens.begin(), tokens.end());
-  padded_.resize(model_.chunk, tokens.back());  // a token's rows are read once, however often it is asked for
-  Steps::request(slot, padded_);
+void StaticSteps::request(int slot, std::span<const int32_t> sequence, size_t first) {
+  request_rows(slot, sequence, first, sequence.size() - first == 1 ? 1 : model_.chunk);
 }
 
 uint64_t StaticSteps::run(const Step& step) {
@@ -120,7 +116,7 @@ uint64_t StaticSteps::run(const Step& step) {
   std::fill(std::copy(step.tokens.begin(), step.tokens.end(), ids), ids + pass.width, step.tokens.back());
   *past_length_.as<int32_t>() = static_cast<int32_t>(step.past);
   pass.embed->run();
-  const uint64_t stall = run_stages(pass.stages, pass.slots[static_cast<size_t>(step.slot)], step.slot);
+  const uint64_t stall = run_stages(pass.stages, pass.buffers[buffer(step.slot)], step.slot);
   run_head(step);
   check_finite(pass.width, tokens);
   store(pass.width, tokens, step.past);
@@ -169,18 +165,18 @@ void StaticSteps::bind(Pass& pass) const {
   const auto width = static_cast<int64_t>(pass.width);
   pass.embed = model_.embed->bind({{"token_ids", ElementType::int64, {1, width}, token_ids_.data()}},
                                   {hidden(kEmbedding, pass.width)});
-  for (int slot = 0; slot < Prefetcher::kSlots; ++slot) {
+  for (size_t buffer = 0; buffer < kSlots; ++buffer) {
     for (const Stage& stage : pass.stages) {
       std::vector<Tensor> inputs;
       std::vector<Tensor> outputs;
-      for (const std::string& name : stage.graph->inputs()) inputs.push_back(input(name, stage, pass.width, slot));
+      for (const std::string& name : stage.graph->inputs()) inputs.push_back(input(name, stage, pass.width, buffer));
       for (const std::string& name : stage.graph->outputs()) outputs.push_back(output(name, pass.width));
-      pass.slots[static_cast<size_t>(slot)].push_back(stage.graph->bind(inputs, outputs));
+      pass.buffers[buffer].push_back(stage.graph->bind(inputs, outputs));
     }
   }
 }
 
-Tensor StaticSteps::input(const std::string& name, const Stage& stage, size_t width, int slot) const {
+Tensor StaticSteps::input(const std::string& name, const Stage& stage, size_t width, size_t buffer) const {
   const StaticIo io = parse_static_input(name);
   switch (io.kind) {
     case StaticIoKind::past_length: return {name, ElementType::int32, {1}, past_length_.data()};
@@ -190,7 +186,7 @@ Tensor StaticSteps::input(const std::string& name, const Stage& stage, size_t wi
               ElementType::float32,
               {int64_t{stage.rows->last} - stage.rows->first, static_cast<int64_t>(width),
                static_cast<int64_t>(memory_dim)},
-              rows(slot) + stage.rows->first * width * memory_dim};
+              rows(buffer) + stage.rows->first * width * memory_dim};
     }
     case StaticIoKind::past_key: return cached(keys(name, layers_[io.layer].keys, model_.context));
     case StaticIoKind::past_value: return cached(values(name, layers_[io.layer].values, model_.context));

@@ -22,19 +22,19 @@ class StaticSteps final : public Steps {
  public:
   StaticSteps(const Engine& engine, bool prefetch);
 
-  void request(int slot, std::span<const int32_t> tokens) override;
+  void request(int slot, std::span<const int32_t> sequence, size_t first) override;
   uint64_t run(const Step& step) override;
   // A step reads all of the cache, whatever is in it.
   size_t cache_bytes(size_t tokens) const override;
   void fill_cache(size_t first, size_t last) override;
 
  private:
-  // The stages for steps of one width, bound once for each of the prefetcher's slots.
+  // The stages for steps of one width, bound once for each of the prefetcher's buffers.
   struct Pass {
     const std::vector<Stage>& stages;
     size_t width = 1;
     std::unique_ptr<Binding> embed;
-    std::array<Bindings, Prefetcher::kSlots> slots;
+    std::array<Bindings, kSlots> buffers;
   };
   // One layer's cache and what a step adds to it; views, float16 (`T` is the width of the step).
   struct Layer {
@@ -49,7 +49,7 @@ class StaticSteps final : public Steps {
   uint16_t* cache(size_t tensor) const;
 
   void bind(Pass& pass) const;
-  Tensor input(const std::string& name, const Stage& stage, size_t width, int slot) const;
+  Tensor input(const std::string& name, const Stage& stage, size_t width, size_t buffer) const;
   Tensor output(const std::string& name, size_t width) const;
   Tensor cached(Tensor tensor) const;
   Tensor keys(const std::string& name, uint16_t* data, size_t tokens) const;
@@ -71,7 +71,6 @@ class StaticSteps final : public Steps {
   Mapping past_length_;  // int32 [1]
   std::map<std::string, Mapping> hidden_;
   std::vector<Layer> layers_;
-  std::vector<int32_t> padded_;  // the ids of a request, up to the width
   Pass decode_;
   Pass prefill_;
   std::unique_ptr<Binding> head_;  // from the first row of kFinal to logits_

@@ -16,11 +16,19 @@ Steps::Steps(const Engine& engine)
       logits_(Mapping::zeroed(engine.manifest().architecture.vocab_size * sizeof(float))) {}
 
 void Steps::open_rows(size_t max_tokens, bool prefetch) {
-  if (engine_.rom() != nullptr) prefetcher_ = std::make_unique<Prefetcher>(engine_.rom(), max_tokens, prefetch);
+  if (engine_.rows() == nullptr) return;
+  prefetcher_ = std::make_unique<Prefetcher>(engine_.rows(), max_tokens, kSlots, prefetch);
 }
 
-void Steps::request(int slot, std::span<const int32_t> tokens) {
-  if (has_rows()) prefetcher_->begin(slot, tokens);
+void Steps::request(int slot, std::span<const int32_t> sequence, size_t first) {
+  request_rows(slot, sequence, first, sequence.size() - first);
+}
+
+void Steps::request_rows(int slot, std::span<const int32_t> sequence, size_t first, size_t width) {
+  if (!has_rows()) return;
+  RowRequest& held = requests_[static_cast<size_t>(slot)];
+  held = {};  // before another takes its buffer
+  held = prefetcher_->request(sequence, first, width);
 }
 
 uint64_t Steps::run_stages(const std::vector<Stage>& stages, const Bindings& bindings, int slot) {
@@ -28,12 +36,12 @@ uint64_t Steps::run_stages(const std::vector<Stage>& stages, const Bindings& bin
   bool waiting = has_rows();
   for (size_t index = 0; index < bindings.size(); ++index) {
     if (waiting && stages[index].rows) {
-      stall = prefetcher_->wait(slot);
+      stall = requests_[static_cast<size_t>(slot)].wait();
       waiting = false;
     }
     bindings[index]->run();
   }
-  if (waiting) prefetcher_->wait(slot);  // no stage took rows: end the request all the same
+  if (waiting) requests_[static_cast<size_t>(slot)].wait();  // no stage took rows: end the request all the same
   return stall;
 }
 

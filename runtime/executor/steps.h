@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -28,8 +29,9 @@ class Steps {
  public:
   virtual ~Steps() = default;
 
-  // Begins to read the rows of a later step into `slot`; nothing in a dense model.
-  virtual void request(int slot, std::span<const int32_t> tokens);
+  // Begins to read the rows of a later step, the tokens of `sequence` from `first` on, into `slot`; nothing in a dense
+  // model.
+  virtual void request(int slot, std::span<const int32_t> sequence, size_t first);
   // Runs a step whose rows were requested; afterwards the cache has `past + tokens` tokens. Rows are waited for just
   // before the first stage that takes some; returns the nanoseconds of it. Throws PackageError; the first `past` tokens
   // of the cache are then as before.
@@ -43,16 +45,20 @@ class Steps {
   virtual void fill_cache(size_t first, size_t last) = 0;
 
   bool has_rows() const { return prefetcher_ != nullptr; }
-  RomCounters rom_counters() const { return has_rows() ? prefetcher_->counters() : RomCounters(); }
+  RowCounters row_counters() const { return has_rows() ? prefetcher_->counters() : RowCounters(); }
 
  protected:
+  static constexpr size_t kSlots = 2;
   using Bindings = std::vector<std::unique_ptr<Binding>>;  // of the stages, in order
 
   explicit Steps(const Engine& engine);
   // Makes `rows` and `request` work, for steps of up to `max_tokens` tokens.
   void open_rows(size_t max_tokens, bool prefetch);
-  // A slot's rows, float32 [layers, tokens, memory_dim]; null in a dense model.
-  float* rows(int slot) const { return has_rows() ? prefetcher_->rows(slot) : nullptr; }
+  // The rows of a buffer, float32 [layers, tokens, memory_dim]; null in a dense model.
+  float* rows(size_t buffer) const { return has_rows() ? prefetcher_->rows(buffer) : nullptr; }
+  // Which buffer a slot's request holds.
+  size_t buffer(int slot) const { return requests_[static_cast<size_t>(slot)].buffer(); }
+  void request_rows(int slot, std::span<const int32_t> sequence, size_t first, size_t width);
   uint64_t run_stages(const std::vector<Stage>& stages, const Bindings& bindings, int slot);
   // Throws PackageError if there is a NaN in them.
   void check_logits(std::span<const float> logits) const;
@@ -62,6 +68,7 @@ class Steps {
 
  private:
   std::unique_ptr<Prefetcher> prefetcher_;  // null in a dense model
+  std::array<RowRequest, kSlots> requests_;
 };
 
 // The steps of a session with room for `context` tokens, of up to `chunk` tokens each. With `prefetch`, rows are read

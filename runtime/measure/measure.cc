@@ -78,7 +78,7 @@ class Subject {
   // next one.
   bool step() {
     poll_();
-    if (plan_.cold) engine_->rom()->drop_cache();
+    if (plan_.cold) engine_->rows()->drop_cache();
     return session_.next(poll_).has_value();
   }
 

@@ -42,7 +42,12 @@ std::optional<MemoryInfo> parse_memory(const Node& node, const Architecture& arc
   }
   if (node.is_null()) return std::nullopt;
   if (node.at("kind").string() != "meki") node.at("kind").fail("\"meki\"");
-  return MemoryInfo{node.at("file").file_name(), node.at("row_type").string(), node.at("content_id").string()};
+  return MemoryInfo{.address = "token",
+                    .file = node.at("file").file_name(),
+                    .row_type = node.at("row_type").string(),
+                    .content_id = node.at("content_id").string(),
+                    .layers = architecture.layers,
+                    .row_dim = architecture.memory_dim};
 }
 
 std::vector<StageInfo> parse_dense_stages(const Node& node, const Architecture& architecture) {

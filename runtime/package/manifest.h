@@ -21,9 +21,12 @@ struct Architecture {
 };
 
 struct MemoryInfo {
+  std::string address;  // what decides a token's rows: "token"
   std::string file;
   std::string row_type;
   std::string content_id;
+  uint32_t layers = 0;
+  uint32_t row_dim = 0;
 };
 
 // Memory rows that a stage takes: layers first .. last - 1.

@@ -1,6 +1,8 @@
 #pragma once
 
 #include <chrono>
+#include <memory>
+#include <utility>
 
 #include "runtime/rows/row_decorator.h"
 
@@ -9,8 +11,8 @@ namespace meki {
 // A source of which every read takes `delay` longer: slow storage, imitated for measurements.
 class DelayedRows final : public RowDecorator {
  public:
-  // Throws std::invalid_argument for a negative delay.
-  DelayedRows(std::shared_ptr<const RowSource> source, std::chrono::microseconds delay);
+  DelayedRows(std::shared_ptr<const RowSource> source, std::chrono::microseconds delay)
+      : RowDecorator(std::move(source)), delay_(delay) {}
 
   size_t read(uint64_t index, std::span<std::byte> scratch, float* out, size_t layer_stride) const override;
 

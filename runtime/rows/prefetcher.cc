@@ -8,6 +8,8 @@
 #include <chrono>
 #include <cstring>
 #include <new>
+#include <stdexcept>
+#include <string>
 
 #include "runtime/base/checked.h"
 
@@ -19,26 +21,51 @@ uint64_t nanoseconds_since(std::chrono::steady_clock::time_point start) {
       std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start).count());
 }
 
+// Copies `layers` runs of `count` floats, `stride` floats apart in both.
+void copy_layers(const float* from, float* to, size_t stride, size_t layers, size_t count) {
+  for (size_t layer = 0; layer < layers; ++layer) {
+    std::memcpy(to + layer * stride, from + layer * stride, count * sizeof(float));
+  }
+}
+
 }  // namespace
 
-Prefetcher::Prefetcher(std::shared_ptr<const Rom> rom, size_t max_tokens, bool asynchronous)
-    : rom_(std::move(rom)), process_(::getpid()) {
-  const RomHeader& header = rom_->header();
-  // The header's limits keep the first product below 2^39.
-  const auto slot_bytes = checked_mul(sizeof(float) * header.layers * header.row_dim, max_tokens);
-  if (!slot_bytes) throw std::bad_alloc();
-  for (Slot& slot : slots_) {
-    slot.rows = Mapping::zeroed(*slot_bytes);
-    slot.scratch = Mapping::zeroed(rom_->scratch_bytes());
-    slot.ids.reserve(max_tokens);
-    slot.order.reserve(max_tokens);
+RowRequest::RowRequest(RowRequest&& other) noexcept
+    : prefetcher_(std::exchange(other.prefetcher_, nullptr)), buffer_(other.buffer_) {}
+
+RowRequest& RowRequest::operator=(RowRequest&& other) noexcept {
+  RowRequest taken(std::move(other));
+  std::swap(prefetcher_, taken.prefetcher_);
+  std::swap(buffer_, taken.buffer_);
+  return *this;
+}
+
+RowRequest::~RowRequest() {
+  if (prefetcher_ != nullptr) prefetcher_->give_back(prefetcher_->buffers_[buffer_]);
+}
+
+uint64_t RowRequest::wait() { return prefetcher_->wait(prefetcher_->buffers_[buffer_]); }
+
+float* RowRequest::rows() const { return prefetcher_->rows(buffer_); }
+
+Prefetcher::Prefetcher(std::shared_ptr<const RowSource> source, size_t max_tokens, size_t buffers, bool asynchronous)
+    : source_(std::move(source)), asynchronous_(asynchronous), process_(::getpid()), buffers_(buffers) {
+  const RowShape shape = source_->shape();
+  auto bytes = checked_mul(sizeof(float) * shape.layers, shape.row_dim);
+  if (bytes) bytes = checked_mul(*bytes, max_tokens);
+  if (!bytes) throw std::bad_alloc();
+  for (Buffer& buffer : buffers_) {
+    buffer.rows = Mapping::zeroed(*bytes);
+    buffer.scratch = Mapping::zeroed(source_->scratch_bytes());
+    buffer.keys.reserve(max_tokens * source_->keys_per_token());
+    buffer.order.reserve(max_tokens * source_->keys_per_token());
   }
-  if (asynchronous) thread_ = std::thread([this] { serve(); });
+  if (asynchronous_) thread_ = std::thread([this] { serve(); });
 }
 
 Prefetcher::~Prefetcher() {
-  if (!thread_.joinable()) return;
-  if (::getpid() != process_) {  // after a fork: the thread stayed with the parent, asleep on what it waits for
+  if (!asynchronous_) return;
+  if (is_forked()) {  // the thread stayed with the parent, asleep on what it waits for
     thread_.detach();
     static_cast<void>(sync_.release());
     return;
@@ -51,34 +78,61 @@ Prefetcher::~Prefetcher() {
   thread_.join();
 }
 
-void Prefetcher::begin(int slot_index, std::span<const int32_t> ids) {
-  Slot& slot = slots_[static_cast<size_t>(slot_index)];
-  {
-    std::unique_lock lock(sync_->mutex);
-    sync_->ready.wait(lock, [&slot] { return slot.state != State::running; });
-    slot.error = nullptr;
-    slot.ids.assign(ids.begin(), ids.end());
-    slot.state = State::queued;
-    if (slots_[static_cast<size_t>(1 - slot_index)].state != State::queued) next_ = slot_index;
+RowRequest Prefetcher::request(std::span<const int32_t> sequence, size_t first, size_t width) {
+  const size_t number = free_buffer();
+  Buffer& buffer = buffers_[number];
+  const size_t keys = source_->keys_per_token();
+  const size_t count = sequence.size() - first;
+  buffer.width = width;
+  buffer.keys.resize(count * keys);
+  for (size_t token = 0; token < count; ++token) {
+    source_->keys(sequence.first(first + token + 1), std::span(buffer.keys).subspan(token * keys, keys));
   }
-  if (!thread_.joinable()) return;
-  // Storage starts now, even if no core has time for the I/O thread.
-  if (ids.size() == 1) rom_->advise(static_cast<uint32_t>(ids.front()));
-  sync_->work.notify_one();
+  buffer.advised = asynchronous_ && count == 1;
+  if (buffer.advised) {  // storage starts now, even if no core has time for the I/O thread
+    for (const RowKey& key : buffer.keys) source_->advise(key.index);
+  }
+  {
+    const std::lock_guard lock(sync_->mutex);
+    buffer.state = State::queued;
+    buffer.ticket = tickets_++;
+  }
+  if (asynchronous_) sync_->work.notify_one();
+  return {*this, number};
 }
 
-uint64_t Prefetcher::wait(int slot_index) {
-  const auto start = std::chrono::steady_clock::now();
-  Slot& slot = slots_[static_cast<size_t>(slot_index)];
+// The lowest number of a free buffer; waits for a dropped one that is still read into.
+size_t Prefetcher::free_buffer() {
+  const auto find = [this](State state) {
+    const auto is_in = [state](const Buffer& buffer) { return buffer.state == state; };
+    return static_cast<size_t>(std::find_if(buffers_.begin(), buffers_.end(), is_in) - buffers_.begin());
+  };
   std::unique_lock lock(sync_->mutex);
-  if (slot.state == State::queued) perform(slot, lock);
-  sync_->ready.wait(lock, [&slot] { return slot.state == State::done; });
-  slot.state = State::idle;
-  if (slot.error) std::rethrow_exception(std::exchange(slot.error, nullptr));
+  sync_->ready.wait(lock, [&] { return find(State::free) < buffers() || find(State::dropped) == buffers(); });
+  const size_t number = find(State::free);
+  if (number < buffers()) return number;
+  throw std::logic_error("all " + std::to_string(buffers()) + " buffers of rows are held; destroy a request first");
+}
+
+uint64_t Prefetcher::wait(Buffer& buffer) {
+  const auto start = std::chrono::steady_clock::now();
+  std::unique_lock lock(sync_->mutex);
+  if (buffer.state == State::queued) perform(buffer, lock);
+  sync_->ready.wait(lock, [&buffer] { return buffer.state == State::done; });
+  if (buffer.error) std::rethrow_exception(buffer.error);
   return nanoseconds_since(start);
 }
 
-RomCounters Prefetcher::counters() const {
+void Prefetcher::give_back(Buffer& buffer) {
+  if (is_forked()) return;  // the mutex may be locked for ever
+  const std::lock_guard lock(sync_->mutex);
+  buffer.state = buffer.state == State::running ? State::dropped : State::free;
+  buffer.error = nullptr;
+}
+
+bool Prefetcher::is_forked() const { return asynchronous_ && ::getpid() != process_; }
+
+RowCounters Prefetcher::counters() const {
   const std::lock_guard lock(sync_->mutex);
   return counters_;
 }
@@ -88,65 +142,76 @@ void Prefetcher::serve() {
   const sched_param none{};
   ::pthread_setschedparam(::pthread_self(), SCHED_BATCH, &none);
   std::unique_lock lock(sync_->mutex);
-  const auto is_queued = [this](int slot) { return slots_[static_cast<size_t>(slot)].state == State::queued; };
   for (;;) {
-    sync_->work.wait(lock, [&] { return stop_ || is_queued(0) || is_queued(1); });
+    Buffer* next = nullptr;
+    sync_->work.wait(lock, [&] { return stop_ || (next = oldest_queued()) != nullptr; });
     if (stop_) return;
-    if (!is_queued(next_)) next_ = 1 - next_;
-    perform(slots_[static_cast<size_t>(next_)], lock);
+    perform(*next, lock);
     sync_->ready.notify_one();
   }
 }
 
-// Fills a queued slot without holding the lock, then marks it done.
-void Prefetcher::perform(Slot& slot, std::unique_lock<std::mutex>& lock) {
-  slot.state = State::running;
+Prefetcher::Buffer* Prefetcher::oldest_queued() {
+  Buffer* oldest = nullptr;
+  for (Buffer& buffer : buffers_) {
+    if (buffer.state == State::queued && (oldest == nullptr || buffer.ticket < oldest->ticket)) oldest = &buffer;
+  }
+  return oldest;
+}
+
+// Fills a queued buffer without holding the lock, then marks it done, or free if nobody wants it any more.
+void Prefetcher::perform(Buffer& buffer, std::unique_lock<std::mutex>& lock) {
+  buffer.state = State::running;
   lock.unlock();
-  RomCounters read;
+  RowCounters read;
   std::exception_ptr error;
   try {
-    fill(slot, read);
+    fill(buffer, read);
   } catch (...) {
     error = std::current_exception();
   }
   lock.lock();
-  slot.error = error;
-  slot.state = State::done;
   counters_.requests += read.requests;
   counters_.bytes += read.bytes;
+  const bool dropped = buffer.state == State::dropped;
+  buffer.state = dropped ? State::free : State::done;
+  if (!dropped) buffer.error = std::move(error);
 }
 
-void Prefetcher::fill(Slot& slot, RomCounters& read) {
-  const size_t count = slot.ids.size();
-  const size_t dim = rom_->header().row_dim;
-  const size_t layer_stride = count * dim;
-  float* rows = slot.rows.as<float>();
-  auto& order = slot.order;
+void Prefetcher::fill(Buffer& buffer, RowCounters& read) {
+  const RowShape shape = source_->shape();
+  const RowShape part = source_->part();
+  const size_t layer_stride = buffer.width * shape.row_dim;
+  const size_t keys_per_token = source_->keys_per_token();
+  float* const rows = buffer.rows.as<float>();
+  auto& order = buffer.order;
   order.clear();
-  for (size_t position = 0; position < count; ++position) order.emplace_back(slot.ids[position], position);
+  for (size_t i = 0; i < buffer.keys.size(); ++i) order.emplace_back(buffer.keys[i].index, i);
   std::sort(order.begin(), order.end());
 
-  const auto is_repeat = [&order](size_t index) { return index > 0 && order[index].first == order[index - 1].first; };
-  if (count > 1) {  // let storage work on all of them at once
-    for (size_t index = 0; index < count; ++index) {
-      if (!is_repeat(index)) rom_->advise(static_cast<uint32_t>(order[index].first));
+  const auto is_repeat = [&order](size_t i) { return i > 0 && order[i].first == order[i - 1].first; };
+  if (!buffer.advised && order.size() > 1) {  // let storage work on all of them at once
+    for (size_t i = 0; i < order.size(); ++i) {
+      if (!is_repeat(i)) source_->advise(order[i].first);
     }
   }
-  for (size_t index = 0; index < count; ++index) {
-    const auto [id, position] = order[index];
-    float* target = rows + position * dim;
-    if (is_repeat(index)) {
-      const float* source = rows + order[index - 1].second * dim;
-      for (size_t layer = 0; layer < rom_->header().layers; ++layer) {
-        std::memcpy(target + layer * layer_stride, source + layer * layer_stride, dim * sizeof(float));
-      }
+  const auto place = [&](size_t position) {
+    const RowKey& key = buffer.keys[position];
+    return rows + key.layer * layer_stride + position / keys_per_token * shape.row_dim + key.column;
+  };
+  for (size_t i = 0; i < order.size(); ++i) {
+    const auto [index, position] = order[i];
+    if (is_repeat(i)) {
+      copy_layers(place(order[i - 1].second), place(position), layer_stride, part.layers, part.row_dim);
       continue;
     }
-    const auto token = static_cast<uint32_t>(id);
-    const auto bundle = rom_->read(token, {slot.scratch.data(), slot.scratch.size()});
-    rom_->widen(bundle, target, layer_stride);
+    read.bytes += source_->read(index, {buffer.scratch.data(), buffer.scratch.size()}, place(position), layer_stride);
     ++read.requests;
-    read.bytes += rom_->request_bytes(token);
+  }
+  const size_t count = buffer.keys.size() / keys_per_token;
+  const float* const last = rows + (count - 1) * shape.row_dim;
+  for (size_t token = count; token < buffer.width; ++token) {
+    copy_layers(last, rows + token * shape.row_dim, layer_stride, shape.layers, shape.row_dim);
   }
 }
 

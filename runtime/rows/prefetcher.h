@@ -26,9 +26,9 @@ struct RowCounters {
   uint64_t bytes = 0;     // asked of the system
 };
 
-// The rows that were asked for, and the buffer that they are read into, which goes back when this is destroyed, at once
-// and whatever has become of the reading. Move-only; an empty one holds nothing. For the thread of its prefetcher,
-// which outlives it.
+// Rows that were asked for, and the buffer that they are read into. Destroying it gives the buffer back and never
+// waits: a read that has not begun is cancelled, one in flight ends unseen. Move-only; an empty one holds nothing. For
+// the thread of its prefetcher, which outlives it.
 class RowRequest {
  public:
   RowRequest() = default;
@@ -38,7 +38,7 @@ class RowRequest {
 
   explicit operator bool() const { return prefetcher_ != nullptr; }
   // Blocks until the rows are there; returns the nanoseconds spent here. Rethrows what the reading threw
-  // (PackageError).
+  // (PackageError), each time.
   uint64_t wait();
   // float32 [layers, width, row_dim]; filled when wait() has returned.
   float* rows() const;
@@ -94,20 +94,20 @@ class Prefetcher {
     std::vector<RowKey> keys;
     std::vector<std::pair<uint64_t, size_t>> order;  // (index, position in keys), sorted
     size_t width = 0;
+    bool advised = false;  // when it was requested
     State state = State::free;
     uint64_t ticket = 0;  // of its request: they count up
     std::exception_ptr error;
   };
 
+  size_t free_buffer();
   uint64_t wait(Buffer& buffer);
   void give_back(Buffer& buffer);
-  Buffer* oldest_queued();
+  bool is_forked() const;
   void serve();
+  Buffer* oldest_queued();
   void perform(Buffer& buffer, std::unique_lock<std::mutex>& lock);
   void fill(Buffer& buffer, RowCounters& read);
-  void repeat_last(const Buffer& buffer) const;
-  bool is_advised(const Buffer& buffer) const;
-  bool left_behind() const;
 
   const std::shared_ptr<const RowSource> source_;
   const bool asynchronous_;

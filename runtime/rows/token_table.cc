@@ -8,7 +8,6 @@
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>
-#include <thread>
 
 #include "runtime/base/crc32c.h"
 #include "runtime/base/error.h"
@@ -51,11 +50,8 @@ RomAccess parse_rom_access(std::string_view name) {
   throw std::invalid_argument("ROM access is \"" + std::string(name) + "\", expected mmap, pread or direct");
 }
 
-Rom::Rom(const std::filesystem::path& path, RomAccess access, std::chrono::microseconds delay)
-    : path_(path),
-      access_(access),
-      delay_(delay),
-      file_(path, O_NONBLOCK) {  // O_NONBLOCK: a FIFO is refused, not waited for
+TokenTable::TokenTable(const std::filesystem::path& path, RomAccess access)
+    : path_(path), access_(access), file_(path, O_NONBLOCK) {  // O_NONBLOCK: a FIFO is refused, not waited for
   const uint64_t size = file_.size(path);
   if (size < RomHeader::kBytes) {
     throw PackageError(path.string() + ": " + std::to_string(size) + " bytes, expected at least " +
@@ -70,7 +66,7 @@ Rom::Rom(const std::filesystem::path& path, RomAccess access, std::chrono::micro
     throw PackageError(path.string() + ": " + std::to_string(size) + " bytes, its header says " +
                        std::to_string(header_.file_bytes) + "; the file is truncated or damaged: restore it");
   }
-  scratch_bytes_ = round_up(header_.bundle_bytes, kAlignment) + kAlignment;
+  scratch_bytes_ = round_up(header_.bundle_bytes, RomHeader::kAlignment) + RomHeader::kAlignment;
   ::posix_fadvise(file_.descriptor(), 0, 0, POSIX_FADV_RANDOM);
 
   // Each special mode proves itself on the first bundle; where the system refuses it, pread serves.
@@ -90,7 +86,7 @@ Rom::Rom(const std::filesystem::path& path, RomAccess access, std::chrono::micro
 }
 
 // Switches the open file to O_DIRECT if its file system can do that.
-bool Rom::use_direct(std::byte* probe) const {
+bool TokenTable::use_direct(std::byte* probe) const {
   const int descriptor = file_.descriptor();
   const int flags = ::fcntl(descriptor, F_GETFL);
   if (flags < 0 || ::fcntl(descriptor, F_SETFL, flags | O_DIRECT) != 0) return false;
@@ -103,22 +99,20 @@ bool Rom::use_direct(std::byte* probe) const {
   return false;
 }
 
-Rom::Window Rom::window(uint32_t token) const noexcept {
+TokenTable::Window TokenTable::window(uint64_t token) const noexcept {
   const uint64_t offset = header_.data_offset + token * header_.bundle_stride;
   if (access_ != RomAccess::direct) return {offset, header_.bundle_bytes, 0};
-  const uint64_t begin = round_down(offset, kAlignment);
-  const uint64_t end = round_up(offset + header_.bundle_bytes, kAlignment);  // the file ends on such a boundary
+  const uint64_t begin = round_down(offset, RomHeader::kAlignment);
+  const uint64_t end = round_up(offset + header_.bundle_bytes, RomHeader::kAlignment);  // within the file
   return {begin, end - begin, offset - begin};
 }
 
-size_t Rom::request_bytes(uint32_t token) const { return window(token).bytes; }
-
-void Rom::will_need(const Window& window) const noexcept {
+void TokenTable::will_need(const Window& window) const noexcept {
   const uint64_t page = round_down(window.offset, page_bytes());
   ::madvise(mapping_.data() + page, window.bytes + (window.offset - page), MADV_WILLNEED);
 }
 
-size_t Rom::copy_mapped(const Window& window, std::byte* out) const noexcept {
+size_t TokenTable::copy_mapped(const Window& window, std::byte* out) const noexcept {
   std::byte* source = mapping_.data() + window.offset;
   will_need(window);  // one request for all its pages
   // The kernel copies: a page that lost its file ends the copy here, where a memcpy would die of SIGBUS.
@@ -132,7 +126,7 @@ size_t Rom::copy_mapped(const Window& window, std::byte* out) const noexcept {
 // Gives back the pages that a copy has mapped: left alone, they would add up to a resident ROM. They stay in the page
 // cache. With a page the kernel maps neighbours, as far as the page cache holds them in one piece, at most a page
 // table.
-void Rom::unmap(const Window& window) const noexcept {
+void TokenTable::unmap(const Window& window) const noexcept {
   const uintptr_t table = page_bytes() / sizeof(void*) * page_bytes();  // what one page table maps
   const auto mapped = reinterpret_cast<uintptr_t>(mapping_.data());
   const uintptr_t first = mapped + window.offset;
@@ -141,7 +135,7 @@ void Rom::unmap(const Window& window) const noexcept {
   ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
 }
 
-size_t Rom::copy_file(const Window& window, std::byte* out) const {
+size_t TokenTable::copy_file(const Window& window, std::byte* out) const {
   size_t done = 0;
   while (done < window.bytes) {
     const ssize_t got =
@@ -154,7 +148,11 @@ size_t Rom::copy_file(const Window& window, std::byte* out) const {
   return done;
 }
 
-void Rom::advise(uint32_t token) const noexcept {
+void TokenTable::keys(std::span<const int32_t> sequence, std::span<RowKey> out) const {
+  out.front() = {static_cast<uint64_t>(sequence.back()), 0, 0};
+}
+
+void TokenTable::advise(uint64_t token) const noexcept {
   const Window wanted = window(token);
   if (access_ == RomAccess::mmap) {
     will_need(wanted);
@@ -164,14 +162,18 @@ void Rom::advise(uint32_t token) const noexcept {
   }
 }
 
-void Rom::drop_cache() const noexcept {
+void TokenTable::drop_cache() const noexcept {
   // A page that is mapped cannot be dropped: unmap first.
   if (mapping_.data() != nullptr) ::madvise(mapping_.data(), mapping_.size(), MADV_DONTNEED);
   ::posix_fadvise(file_.descriptor(), 0, 0, POSIX_FADV_DONTNEED);
 }
 
-std::span<const std::byte> Rom::read(uint32_t token, std::span<std::byte> scratch) const {
-  if (delay_.count() > 0) std::this_thread::sleep_for(delay_);
+size_t TokenTable::read(uint64_t token, std::span<std::byte> scratch, float* out, size_t layer_stride) const {
+  widen(read_bundle(token, scratch), out, layer_stride);
+  return window(token).bytes;
+}
+
+std::span<const std::byte> TokenTable::read_bundle(uint64_t token, std::span<std::byte> scratch) const {
   const Window wanted = window(token);
   const size_t got =
       access_ == RomAccess::mmap ? copy_mapped(wanted, scratch.data()) : copy_file(wanted, scratch.data());
@@ -193,7 +195,7 @@ std::span<const std::byte> Rom::read(uint32_t token, std::span<std::byte> scratc
   return payload;
 }
 
-void Rom::widen(std::span<const std::byte> bundle, float* out, size_t layer_stride) const noexcept {
+void TokenTable::widen(std::span<const std::byte> bundle, float* out, size_t layer_stride) const noexcept {
   const size_t dim = header_.row_dim;
   const size_t layers = header_.layers;
   if (header_.row_type == RowType::float32) {

@@ -39,6 +39,7 @@ struct RomHeader {
   std::string content_id;  // 32 hexadecimal digits
 
   static constexpr size_t kBytes = 4096;
+  static constexpr size_t kAlignment = 4096;  // of the file's size, as O_DIRECT wants it
   // Checks every constraint of the format. `path` is for messages. Throws PackageError.
   static RomHeader parse(std::span<const std::byte, kBytes> bytes, const std::filesystem::path& path);
 };

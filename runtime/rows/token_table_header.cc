@@ -127,7 +127,7 @@ RomHeader RomHeader::parse(std::span<const std::byte, kBytes> bytes, const std::
   check.equal("data_offset", header.data_offset, kBytes);
   auto end = checked_mul(header.vocab_size, header.bundle_stride);
   if (end) end = checked_add(*end, header.data_offset);
-  if (end) end = checked_round_up(*end, Rom::kAlignment);
+  if (end) end = checked_round_up(*end, kAlignment);
   check.equal("file_bytes", header.file_bytes, end);
 
   header.content_id = hexadecimal(std::span<const std::byte>(bytes).subspan(72, 16));

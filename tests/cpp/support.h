@@ -92,7 +92,7 @@ class RomImage {
   void fill_bundle(uint64_t token, uint32_t seed);
 };
 
-// Memory as Rom::read wants it; on the heap, so that a sanitizer sees a step beyond its end.
+// Memory as RowSource::read wants it; on the heap, so that a sanitizer sees a step beyond its end.
 class AlignedBuffer {
  public:
   explicit AlignedBuffer(size_t bytes);

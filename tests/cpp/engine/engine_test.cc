@@ -1,4 +1,4 @@
-// runtime/engine: whether stages, ROM and manifest fit together.
+// runtime/engine: whether stages and manifest fit together.
 
 #include "runtime/engine/engine.h"
 
@@ -132,32 +132,6 @@ TEST_CASE("stages: graphs that do not fit are errors that name the file") {
     CHECK_NOTHROW(try { names.check(); } catch (const PackageError& error) { message = error.what(); });
     check_names(message, spoilt.file);
   }
-}
-
-TEST_CASE("engine: a ROM that is not the manifest's is an error that names what differs") {
-  const TempDir dir;
-  test::write_manifest(dir.path(), test::write_package_files(dir.path()));
-  const Manifest good = Manifest::open(dir.path());
-  REQUIRE(open_rom(good, RomAccess::pread) != nullptr);
-  const auto error_with = [&good](auto change) {
-    Manifest manifest = good;
-    change(manifest);
-    return error_of<PackageError>([&manifest] { open_rom(manifest, RomAccess::pread); });
-  };
-  const std::pair<const char*, std::string> cases[] = {
-      {"vocab", error_with([](Manifest& m) { m.architecture.vocab_size = 65; })},
-      {"layers", error_with([](Manifest& m) { m.architecture.layers = 3; })},
-      {"row dimension", error_with([](Manifest& m) { m.architecture.memory_dim = 15; })},
-      {"row type", error_with([](Manifest& m) { m.memory->row_type = "int4"; })},
-      {"content id", error_with([](Manifest& m) { m.memory->content_id = std::string(32, '0'); })},
-  };
-  for (const auto& [name, message] : cases) {
-    check_names(message, name);
-    check_names(message, (dir / "memory.rom").string());
-  }
-  Manifest dense = good;
-  dense.memory.reset();
-  CHECK(open_rom(dense, RomAccess::mmap) == nullptr);
 }
 
 TEST_CASE("engine: opening a package") {

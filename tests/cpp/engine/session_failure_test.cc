@@ -8,6 +8,7 @@
 
 #include "runtime/base/error.h"
 #include "runtime/engine/session.h"
+#include "runtime/rows/token_table.h"
 #include "tests/cpp/allocations.h"
 #include "tests/cpp/engine/session_support.h"
 #include "tests/cpp/executor/fake_graph.h"
@@ -168,7 +169,7 @@ TEST_CASE("session: counters") {
     CHECK(stats.decode_tokens == 5);
     CHECK(stats.stall_ns.size() == 5);
     CHECK(stats.rom.requests == requests);
-    CHECK(stats.rom.bytes == requests * model.engine->rom()->header().bundle_bytes);
+    CHECK(stats.rom.bytes == requests * dynamic_cast<const TokenTable&>(*model.engine->rows()).header().bundle_bytes);
     CHECK(stats.prefill_ns > 0);
     CHECK(stats.decode_ns > 0);
     CHECK(stats.prefill_stall_ns <= stats.prefill_ns);

@@ -233,7 +233,7 @@ TEST_CASE("compiled: what an engine says of itself") {
 // An engine of the model's stages as `open` gives it.
 std::shared_ptr<const Engine> tried(const FakeCompiledModel& model) {
   const Engine& parts = *model.engine;
-  return Engine::tried(std::make_shared<Engine>(parts.manifest(), parts.rom(), model.load(), 1));
+  return Engine::tried(std::make_shared<Engine>(parts.manifest(), parts.rows(), model.load(), 1));
 }
 
 TEST_CASE("compiled: the cache is in memory that the NPU shares, each tensor in a piece of its own") {

@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "runtime/base/error.h"
+#include "runtime/rows/open_rows.h"
 
 namespace meki::test {
 namespace {
@@ -262,11 +263,16 @@ FakeCompiledModel::FakeCompiledModel(Kind kind, uint32_t chunk)
                             .head_dim = kHeadDim,
                             .memory_dim = dense ? 0 : image_.shape.row_dim,
                             .context = 2 * kContext};
-  std::shared_ptr<const Rom> rom;
+  std::shared_ptr<const RowSource> rows;
   if (!dense) {
-    manifest_.memory = {"memory.rom", "int4", std::string(RomImage::kContentId)};
+    manifest_.memory = {.address = "token",
+                        .file = "memory.rom",
+                        .row_type = "int4",
+                        .content_id = std::string(RomImage::kContentId),
+                        .layers = image_.shape.layers,
+                        .row_dim = image_.shape.row_dim};
     write_file(dir_ / "memory.rom", image_.bytes);
-    rom = open_rom(manifest_, RomAccess::pread);
+    rows = open_rows(manifest_, RomAccess::pread);
   }
   QnnTarget& target = manifest_.qnn[kChip];
   target.directory = dir_.path();
@@ -278,7 +284,7 @@ FakeCompiledModel::FakeCompiledModel(Kind kind, uint32_t chunk)
     target.decode.push_back({"decode" + std::to_string(index), stages_[index].rows});
     target.prefill.push_back({"prefill" + std::to_string(index), stages_[index].rows});
   }
-  engine = std::make_shared<const Engine>(manifest_, std::move(rom), load(), 1);
+  engine = std::make_shared<const Engine>(manifest_, std::move(rows), load(), 1);
 }
 
 FakeCompiledModel::Names FakeCompiledModel::names(const std::string& file) const {

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string_view>
 
+#include "runtime/rows/open_rows.h"
+
 namespace meki::test {
 namespace {
 
@@ -209,11 +211,16 @@ FakeModel::FakeModel(Kind kind, std::vector<int32_t> eos_token_ids)
                            .memory_dim = dense ? 0 : image_.shape.row_dim,
                            .context = kContext};
   manifest.eos_token_ids = std::move(eos_token_ids);
-  std::shared_ptr<const Rom> rom;
+  std::shared_ptr<const RowSource> rows;
   if (!dense) {
-    manifest.memory = {"memory.rom", "int4", std::string(RomImage::kContentId)};
+    manifest.memory = {.address = "token",
+                       .file = "memory.rom",
+                       .row_type = "int4",
+                       .content_id = std::string(RomImage::kContentId),
+                       .layers = image_.shape.layers,
+                       .row_dim = image_.shape.row_dim};
     write_file(dir_ / "memory.rom", image_.bytes);
-    rom = open_rom(manifest, RomAccess::mmap);
+    rows = open_rows(manifest, RomAccess::mmap);
   }
   std::map<std::string, std::pair<std::vector<std::string>, std::vector<std::string>>> graphs;
   for (size_t index = 0; index < stages_.size(); ++index) {
@@ -234,7 +241,7 @@ FakeModel::FakeModel(Kind kind, std::vector<int32_t> eos_token_ids)
     graphs[(manifest.directory / file).string()] = {inputs, outputs};
   }
   engine = std::make_shared<const Engine>(
-      std::move(manifest), std::move(rom),
+      std::move(manifest), std::move(rows),
       [this, &graphs](const std::filesystem::path& path) -> std::unique_ptr<Graph> {
         const auto& [inputs, outputs] = graphs.at(path.string());
         return std::make_unique<FakeGraph>(inputs, outputs, &fault);

@@ -1,4 +1,4 @@
-// runtime/rom/prefetcher. These tests also run under ThreadSanitizer.
+// runtime/rows/prefetcher over a ROM file. These tests also run under ThreadSanitizer.
 
 #include "runtime/rows/prefetcher.h"
 
@@ -9,9 +9,14 @@
 #include <chrono>
 #include <random>
 #include <set>
+#include <stdexcept>
 #include <thread>
 
 #include "runtime/base/error.h"
+#include "runtime/rows/delayed_rows.h"
+#include "runtime/rows/token_table.h"
+#include "tests/cpp/allocations.h"
+#include "tests/cpp/rows/faulty_rows.h"
 #include "tests/cpp/support.h"
 
 namespace meki {
@@ -19,6 +24,7 @@ namespace {
 
 using test::check_names;
 using test::error_of;
+using test::FaultyRows;
 using test::kFloat16;
 using test::kFloat32;
 using test::kInt4;
@@ -27,29 +33,33 @@ using test::RomImage;
 using test::TempDir;
 
 constexpr size_t kMaxTokens = 24;
+constexpr size_t kBuffers = 2;
 
-// A ROM file and what is in it.
+// A ROM file, what is in it, and a source of its rows that tests can damage.
 struct Fixture {
   explicit Fixture(uint32_t row_type = kInt8, RomAccess access = RomAccess::mmap)
       : image({.vocab_size = 50, .layers = 3, .row_dim = 21, .row_type = row_type}, row_type) {
     test::write_file(path, image.bytes);
-    rom = std::make_shared<const Rom>(path, access);
+    rom = std::make_shared<const TokenTable>(path, access);
+    source = std::make_shared<const FaultyRows>(rom);
   }
-  // Whether `slot` holds the rows of `ids`.
-  bool holds(const Prefetcher& prefetcher, int slot, std::span<const int32_t> ids) const {
+  // Whether `request` holds the rows of `ids`.
+  bool holds(const RowRequest& request, std::span<const int32_t> ids) const {
     const std::vector<float> expected = image.rows(ids);
-    return std::equal(expected.begin(), expected.end(), prefetcher.rows(slot));
+    return std::equal(expected.begin(), expected.end(), request.rows());
   }
-  void damage(uint32_t token) const {
-    const uint8_t bad[] = {static_cast<uint8_t>(~image.payload(token)[0])};
-    test::patch_file(path, image.offset(token), bad);
+  // Bytes that one read asks for.
+  size_t request_bytes(int32_t token) const {
+    const test::AlignedBuffer scratch(rom->scratch_bytes());
+    std::vector<float> rows(size_t{image.shape.layers} * image.shape.row_dim);
+    return rom->read(static_cast<uint64_t>(token), scratch.span(), rows.data(), image.shape.row_dim);
   }
-  void repair(uint32_t token) const { test::patch_file(path, image.offset(token), image.payload(token)); }
 
   TempDir dir;
   std::filesystem::path path = dir / "memory.rom";
   RomImage image;
-  std::shared_ptr<const Rom> rom;
+  std::shared_ptr<const TokenTable> rom;
+  std::shared_ptr<const FaultyRows> source;
 };
 
 // 1 to kMaxTokens ids; half of the requests draw from so few that most repeat.
@@ -74,21 +84,20 @@ TEST_CASE("prefetcher: the rows of random ids equal the naive reading, each dist
     for (const RomAccess access : {RomAccess::mmap, RomAccess::pread, RomAccess::direct}) {
       for (const bool asynchronous : {false, true}) {
         const Fixture fixture(row_type, access);
-        Prefetcher prefetcher(fixture.rom, kMaxTokens, asynchronous);
+        Prefetcher prefetcher(fixture.source, kMaxTokens, kBuffers, asynchronous);
         std::mt19937 random(row_type);
         uint64_t requests = 0;
         uint64_t bytes = 0;
         for (int round = 0; round < 40; ++round) {
           CAPTURE(round);
           const std::vector<int32_t> ids = random_ids(random);
-          const int slot = static_cast<int>(random() % 2);
-          prefetcher.begin(slot, ids);
+          RowRequest request = prefetcher.request(ids, 0);
           pause(random);
-          prefetcher.wait(slot);
-          CHECK(fixture.holds(prefetcher, slot, ids));
+          request.wait();
+          CHECK(fixture.holds(request, ids));
           for (const int32_t id : std::set<int32_t>(ids.begin(), ids.end())) {
             ++requests;
-            bytes += fixture.rom->request_bytes(static_cast<uint32_t>(id));
+            bytes += fixture.request_bytes(id);
           }
           CHECK(prefetcher.counters().requests == requests);
           CHECK(prefetcher.counters().bytes == bytes);
@@ -98,25 +107,27 @@ TEST_CASE("prefetcher: the rows of random ids equal the naive reading, each dist
   }
 }
 
-TEST_CASE("prefetcher: one slot is filled while the other is in use, in memory that stays") {
+TEST_CASE("prefetcher: one buffer is filled while the other is in use, in memory that stays") {
   const Fixture fixture;
   for (const bool asynchronous : {false, true}) {
-    Prefetcher prefetcher(fixture.rom, kMaxTokens, asynchronous);
+    Prefetcher prefetcher(fixture.source, kMaxTokens, kBuffers, asynchronous);
     const float* const memory[] = {prefetcher.rows(0), prefetcher.rows(1)};
     std::mt19937 random(5);
     std::vector<int32_t> ids = random_ids(random);
-    prefetcher.begin(0, ids);
+    RowRequest current = prefetcher.request(ids, 0);
     for (int round = 0; round < 200; ++round) {
-      const int slot = round % 2;
-      std::vector<int32_t> next = random_ids(random);
-      const std::vector<int32_t> kept = next;
-      prefetcher.begin(1 - slot, next);
-      next.assign(next.size(), 0);  // begin() took a copy
+      const size_t buffer = static_cast<size_t>(round % 2);
+      std::vector<int32_t> next_ids = random_ids(random);
+      const std::vector<int32_t> kept = next_ids;
+      RowRequest next = prefetcher.request(next_ids, 0);
+      next_ids.assign(next_ids.size(), 0);  // request() needs them no more
       pause(random);
-      prefetcher.wait(slot);
-      CHECK(fixture.holds(prefetcher, slot, ids));
-      CHECK(prefetcher.rows(slot) == memory[slot]);
+      current.wait();
+      CHECK(fixture.holds(current, ids));
+      CHECK(current.buffer() == buffer);
+      CHECK(current.rows() == memory[buffer]);
       ids = kept;
+      current = std::move(next);
     }
   }
 }
@@ -125,61 +136,65 @@ TEST_CASE("prefetcher: two requests are answered in either order of waiting") {
   const Fixture fixture;
   const std::vector<int32_t> ids[] = {{1, 2, 3}, {4, 3, 2, 49}};
   for (const bool asynchronous : {false, true}) {
-    Prefetcher prefetcher(fixture.rom, kMaxTokens, asynchronous);
+    Prefetcher prefetcher(fixture.source, kMaxTokens, kBuffers, asynchronous);
     for (int round = 0; round < 100; ++round) {
       const int first = round / 2 % 2;
-      prefetcher.begin(round % 2, ids[round % 2]);
-      prefetcher.begin(1 - round % 2, ids[1 - round % 2]);
-      prefetcher.wait(first);
-      prefetcher.wait(1 - first);
-      CHECK(fixture.holds(prefetcher, 0, ids[0]));
-      CHECK(fixture.holds(prefetcher, 1, ids[1]));
+      RowRequest requests[2];
+      for (const int i : {round % 2, 1 - round % 2}) requests[i] = prefetcher.request(ids[i], 0);
+      requests[first].wait();
+      requests[1 - first].wait();
+      CHECK(fixture.holds(requests[0], ids[0]));
+      CHECK(fixture.holds(requests[1], ids[1]));
     }
   }
 }
 
-TEST_CASE("prefetcher: another begin drops the first result, be it queued, running, done or failed") {
+TEST_CASE("prefetcher: a request that is dropped is not seen again, be it queued, running, done or failed") {
   const Fixture fixture;
-  fixture.damage(7);
+  fixture.source->damage(7);
   for (const bool asynchronous : {false, true}) {
-    Prefetcher prefetcher(fixture.rom, kMaxTokens, asynchronous);
+    Prefetcher prefetcher(fixture.source, kMaxTokens, kBuffers, asynchronous);
     std::mt19937 random(6);
     for (int round = 0; round < 200; ++round) {
       CAPTURE(round);
-      const int slot = static_cast<int>(random() % 2);
+      RowRequest held;  // in some rounds there is but one buffer for all the others
+      if (random() % 2 == 0) held = prefetcher.request(std::vector<int32_t>{6}, 0);
       for (auto dropped = random() % 3; dropped > 0; --dropped) {
-        prefetcher.begin(slot, std::vector<int32_t>(1 + random() % kMaxTokens, random() % 2 == 0 ? 7 : 8));
+        const std::vector<int32_t> ids(1 + random() % kMaxTokens, random() % 2 == 0 ? 7 : 8);
+        const RowRequest request = prefetcher.request(ids, 0);
         pause(random);
       }
       const std::vector<int32_t> ids = {9, static_cast<int32_t>(10 + random() % 40), 9};
-      prefetcher.begin(slot, ids);
+      RowRequest request = prefetcher.request(ids, 0);
       pause(random);
-      prefetcher.wait(slot);
-      CHECK(fixture.holds(prefetcher, slot, ids));
+      request.wait();
+      CHECK(fixture.holds(request, ids));
     }
   }
 }
 
-TEST_CASE("prefetcher: a read error reaches the waiter of its slot alone, and the prefetcher goes on") {
+TEST_CASE("prefetcher: a read error reaches the waiter of its request alone, and the prefetcher goes on") {
   for (const bool asynchronous : {false, true}) {
     const Fixture fixture;
-    Prefetcher prefetcher(fixture.rom, kMaxTokens, asynchronous);
+    Prefetcher prefetcher(fixture.source, kMaxTokens, kBuffers, asynchronous);
     std::mt19937 random(7);
     const std::vector<int32_t> bad = {1, 30, 30, 2};
     const std::vector<int32_t> good = {5, 6};
     for (int round = 0; round < 50; ++round) {
-      const int slot = round % 2;
-      fixture.damage(30);
-      prefetcher.begin(slot, bad);
-      prefetcher.begin(1 - slot, good);
+      fixture.source->damage(30);
+      RowRequest failing = prefetcher.request(bad, 0);
+      RowRequest other = prefetcher.request(good, 0);
       pause(random);
-      check_names(error_of<PackageError>([&] { prefetcher.wait(slot); }), "token 30");
-      prefetcher.wait(1 - slot);
-      CHECK(fixture.holds(prefetcher, 1 - slot, good));
-      fixture.repair(30);
-      prefetcher.begin(slot, bad);
-      prefetcher.wait(slot);
-      CHECK(fixture.holds(prefetcher, slot, bad));
+      for (int attempt = 0; attempt < 2; ++attempt) {
+        check_names(error_of<PackageError>([&] { failing.wait(); }), "token 30");
+      }
+      other.wait();
+      CHECK(fixture.holds(other, good));
+      fixture.source->repair(30);
+      failing = {};
+      failing = prefetcher.request(bad, 0);
+      failing.wait();
+      CHECK(fixture.holds(failing, bad));
     }
   }
 }
@@ -187,11 +202,11 @@ TEST_CASE("prefetcher: a read error reaches the waiter of its slot alone, and th
 TEST_CASE("prefetcher: a file that shrinks is an error of the waiter") {
   for (const RomAccess access : {RomAccess::mmap, RomAccess::pread, RomAccess::direct}) {
     const Fixture fixture(kInt8, access);
-    Prefetcher prefetcher(fixture.rom, kMaxTokens, true);
+    Prefetcher prefetcher(fixture.source, kMaxTokens, kBuffers, true);
     std::filesystem::resize_file(fixture.path, 4096);
     const std::vector<int32_t> ids = {3, 1, 2};
-    prefetcher.begin(0, ids);
-    check_names(error_of<PackageError>([&] { prefetcher.wait(0); }), fixture.path.string());
+    RowRequest request = prefetcher.request(ids, 0);
+    check_names(error_of<PackageError>([&] { request.wait(); }), fixture.path.string());
   }
 }
 
@@ -199,9 +214,12 @@ TEST_CASE("prefetcher: destruction at any moment of a read") {
   const Fixture fixture;
   std::mt19937 random(8);
   for (int round = 0; round < 200; ++round) {
-    Prefetcher prefetcher(fixture.rom, kMaxTokens, round % 10 != 0);
+    Prefetcher prefetcher(fixture.source, kMaxTokens, kBuffers, round % 10 != 0);
+    RowRequest held[kBuffers];
     for (auto request = random() % 4; request > 0; --request) {
-      prefetcher.begin(static_cast<int>(random() % 2), random_ids(random));
+      RowRequest& replaced = held[random() % kBuffers];
+      replaced = {};
+      replaced = prefetcher.request(random_ids(random), 0);
       if (random() % 2 == 0) pause(random);
     }
   }
@@ -211,24 +229,25 @@ TEST_CASE("prefetcher: destruction in a forked child, where the I/O thread is no
   const Fixture fixture;
   const std::vector<int32_t> ids = {1, 2, 3};
   for (const bool waited : {false, true}) {
-    auto prefetcher = std::make_unique<Prefetcher>(fixture.rom, kMaxTokens, true);
-    prefetcher->begin(0, ids);
+    auto prefetcher = std::make_unique<Prefetcher>(fixture.source, kMaxTokens, kBuffers, true);
+    RowRequest request = prefetcher->request(ids, 0);
     if (waited) {
-      prefetcher->wait(0);
+      request.wait();
       std::this_thread::sleep_for(std::chrono::milliseconds(5));  // the I/O thread sleeps again, as it mostly does
     }
     const pid_t child = ::fork();
     REQUIRE(child >= 0);
     if (child == 0) {
       ::alarm(10);  // a destructor that waits for the thread waits for ever
+      request = {};
       prefetcher.reset();
       ::_exit(0);
     }
     int status = -1;
     REQUIRE(::waitpid(child, &status, 0) == child);
     CHECK(status == 0);
-    if (!waited) prefetcher->wait(0);
-    CHECK(fixture.holds(*prefetcher, 0, ids));  // the parent has not noticed
+    if (!waited) request.wait();
+    CHECK(fixture.holds(request, ids));  // the parent has not noticed
   }
 }
 
@@ -240,13 +259,13 @@ TEST_CASE("prefetcher: many on one ROM, each in a thread of its own") {
   for (int thread = 0; thread < kThreads; ++thread) {
     threads.emplace_back([&fixture, &right, thread] {
       std::mt19937 random(static_cast<uint32_t>(thread));
-      Prefetcher prefetcher(fixture.rom, kMaxTokens, thread != 0);
+      Prefetcher prefetcher(fixture.source, kMaxTokens, kBuffers, thread != 0);
       for (int round = 0; round < 50; ++round) {
         const std::vector<int32_t> ids = random_ids(random);
-        prefetcher.begin(round % 2, ids);
+        RowRequest request = prefetcher.request(ids, 0);
         pause(random);
-        prefetcher.wait(round % 2);
-        if (fixture.holds(prefetcher, round % 2, ids)) ++right;
+        request.wait();
+        if (fixture.holds(request, ids)) ++right;
       }
     });
   }
@@ -259,13 +278,90 @@ TEST_CASE("prefetcher: slow storage is waited for, and the time of it is told") 
   const Fixture fixture;
   const std::vector<int32_t> ids = {4, 2, 4, 9};  // three bundles
   for (const bool asynchronous : {false, true}) {
-    Prefetcher prefetcher(std::make_shared<const Rom>(fixture.path, RomAccess::mmap, kDelay), kMaxTokens, asynchronous);
+    const auto slow = std::make_shared<const DelayedRows>(fixture.source, kDelay);
+    Prefetcher prefetcher(slow, kMaxTokens, kBuffers, asynchronous);
     const auto start = std::chrono::steady_clock::now();
-    prefetcher.begin(0, ids);
-    const std::chrono::nanoseconds stall(prefetcher.wait(0));
+    RowRequest request = prefetcher.request(ids, 0);
+    const std::chrono::nanoseconds stall(request.wait());
     CHECK(std::chrono::steady_clock::now() - start >= 3 * kDelay);
     if (!asynchronous) CHECK(stall >= 3 * kDelay);
-    CHECK(fixture.holds(prefetcher, 0, ids));
+    CHECK(fixture.holds(request, ids));
+  }
+}
+
+TEST_CASE("prefetcher: a request holds the free buffer of the lowest number until it is destroyed") {
+  const Fixture fixture;
+  const std::vector<int32_t> ids = {1, 2};
+  for (const bool asynchronous : {false, true}) {
+    Prefetcher prefetcher(fixture.source, kMaxTokens, 3, asynchronous);
+    CHECK(prefetcher.buffers() == 3);
+    std::vector<RowRequest> held;
+    for (size_t buffer = 0; buffer < 3; ++buffer) {
+      held.push_back(prefetcher.request(ids, 0));
+      held.back().wait();
+      CHECK(held.back().buffer() == buffer);
+      CHECK(held.back().rows() == prefetcher.rows(buffer));
+    }
+    check_names(error_of<std::logic_error>([&] { prefetcher.request(ids, 0); }), "all 3 buffers");
+    held[1] = std::move(held[2]);  // gives back buffer 1 at once
+    CHECK_FALSE(held[2]);
+    CHECK(held[1].buffer() == 2);
+    CHECK(fixture.holds(held[1], ids));
+    CHECK(prefetcher.request(ids, 0).buffer() == 1);
+    held[0] = {};
+    CHECK_FALSE(held[0]);
+    held[0] = prefetcher.request(ids, 0);
+    CHECK(held[0].buffer() == 0);
+  }
+}
+
+TEST_CASE("prefetcher: what is dropped before it has begun is never read") {
+  const Fixture fixture;
+  Prefetcher prefetcher(fixture.source, kMaxTokens, kBuffers, false);
+  for (int32_t id = 0; id < 10; ++id) {
+    const RowRequest dropped = prefetcher.request(std::span(&id, 1), 0);
+  }
+  CHECK(prefetcher.counters().requests == 0);
+}
+
+TEST_CASE("prefetcher: rows beyond the last token repeat it, read once") {
+  const Fixture fixture;
+  std::mt19937 random(9);
+  for (const bool asynchronous : {false, true}) {
+    Prefetcher prefetcher(fixture.source, kMaxTokens, kBuffers, asynchronous);
+    for (int round = 0; round < 100; ++round) {
+      std::vector<int32_t> ids = random_ids(random);
+      const size_t distinct = std::set<int32_t>(ids.begin(), ids.end()).size();
+      const size_t width = ids.size() + random() % (kMaxTokens - ids.size() + 1);
+      const uint64_t before = prefetcher.counters().requests;
+      RowRequest request = prefetcher.request(ids, 0, width);
+      request.wait();
+      ids.resize(width, ids.back());
+      CHECK(fixture.holds(request, ids));
+      CHECK(prefetcher.counters().requests - before == distinct);
+    }
+  }
+}
+
+TEST_CASE("prefetcher: no request allocates, not even its first") {
+  const Fixture fixture;
+  for (const bool asynchronous : {false, true}) {
+    Prefetcher prefetcher(fixture.source, kMaxTokens, kBuffers, asynchronous);
+    std::mt19937 random(10);
+    const std::vector<int32_t> chunk(kMaxTokens, 3);
+    const std::vector<int32_t> one = {4};
+    const uint64_t before = test::allocations();
+    for (int round = 0; round < 50; ++round) {
+      RowRequest request = prefetcher.request(chunk, 0);
+      RowRequest next = prefetcher.request(one, 0);
+      pause(random);
+      request.wait();
+      request = std::move(next);
+      next = prefetcher.request(one, 0);  // dropped
+      request.wait();
+    }
+    const uint64_t made = test::allocations() - before;
+    if (test::kCountsAllocations) CHECK(made == 0);
   }
 }
 

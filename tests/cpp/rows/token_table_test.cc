@@ -1,4 +1,4 @@
-// runtime/rom: the header, reading and widening, against docs/rom-format.md.
+// runtime/rows/token_table: the header, reading and widening, against docs/rom-format.md.
 
 #include "runtime/rows/token_table.h"
 
@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
-#include <chrono>
 #include <cmath>
 #include <limits>
 #include <thread>
@@ -39,10 +38,10 @@ RomHeader parse(const RomImage& image) {
 }
 
 // Opens with `access`; says so when the machine cannot, because the test then covers pread once more.
-std::unique_ptr<Rom> open(const std::filesystem::path& path, RomAccess access) {
-  auto rom = std::make_unique<Rom>(path, access);
-  if (rom->access() != access) {
-    CHECK(rom->access() == RomAccess::pread);
+std::unique_ptr<TokenTable> open(const std::filesystem::path& path, RomAccess access) {
+  auto rom = std::make_unique<TokenTable>(path, access);
+  if (rom->access() != name_of(access)) {
+    CHECK(rom->access() == "pread");
     MESSAGE("this machine refuses " << name_of(access) << " for " << path.string());
   }
   return rom;
@@ -167,7 +166,7 @@ TEST_CASE("rom: a file of any other size than the header says is refused") {
     test::write_file(path, bytes);
     for (const RomAccess access : kAccesses) {
       CAPTURE(wrong);
-      const std::string message = error_of<PackageError>([&] { Rom(path, access); });
+      const std::string message = error_of<PackageError>([&] { TokenTable(path, access); });
       check_names(message, path.string());
       check_names(message, std::to_string(wrong));
     }
@@ -181,9 +180,27 @@ TEST_CASE("rom: what is not a regular file is refused, not waited for") {
   std::filesystem::create_symlink(dir / "nowhere", dir / "dangling");
   for (const char* name : {"missing", "directory", "fifo", "dangling"}) {
     for (const RomAccess access : kAccesses) {
-      check_names(error_of<PackageError>([&] { Rom(dir / name, access); }), (dir / name).string());
+      check_names(error_of<PackageError>([&] { TokenTable(dir / name, access); }), (dir / name).string());
     }
   }
+}
+
+TEST_CASE("rom: a token has one key, which is its id, and fills all of its rows") {
+  const TempDir dir;
+  const RomImage image({.vocab_size = 9, .layers = 3, .row_dim = 30, .row_type = kInt8}, 1);
+  test::write_file(dir / "memory.rom", image.bytes);
+  const TokenTable rom(dir / "memory.rom", RomAccess::pread);
+  for (const RowShape& shape : {rom.shape(), rom.part()}) {
+    CHECK(shape.layers == 3);
+    CHECK(shape.row_dim == 30);
+  }
+  CHECK(rom.history() == 0);
+  REQUIRE(rom.keys_per_token() == 1);
+  RowKey key{.index = 99, .layer = 99, .column = 99};
+  rom.keys(std::vector<int32_t>{3, 8}, std::span(&key, 1));
+  CHECK(key.index == 8);
+  CHECK(key.layer == 0);
+  CHECK(key.column == 0);
 }
 
 TEST_CASE("rom: access modes have names") {
@@ -209,13 +226,15 @@ TEST_CASE("rom: every access mode reads the same bytes, first bundle to last") {
     for (const RomAccess access : kAccesses) {
       const auto rom = open(dir / "memory.rom", access);
       const AlignedBuffer scratch(rom->scratch_bytes());
+      std::vector<float> rows(size_t{shape.layers} * shape.row_dim);
       for (uint32_t token = 0; token < shape.vocab_size; ++token) {
         CAPTURE(token);
         rom->advise(token);
-        CHECK(same_bytes(rom->read(token, scratch.span()), image.payload(token)));
+        CHECK(same_bytes(rom->read_bundle(token, scratch.span()), image.payload(token)));
         const uint64_t begin = image.offset(token);
         const uint64_t blocks = (begin + image.bundle_bytes + 4095) / 4096 - begin / 4096;
-        CHECK(rom->request_bytes(token) == (rom->access() == RomAccess::direct ? blocks * 4096 : image.bundle_bytes));
+        CHECK(rom->read(token, scratch.span(), rows.data(), shape.row_dim) ==
+              (rom->access() == "direct" ? blocks * 4096 : image.bundle_bytes));
       }
     }
   }
@@ -230,7 +249,7 @@ TEST_CASE("rom: widening equals the naive reading, to the bit") {
         const TempDir dir;
         const RomImage image({.vocab_size = 4, .layers = layers, .row_dim = row_dim, .row_type = row_type}, row_dim);
         test::write_file(dir / "memory.rom", image.bytes);
-        const Rom rom(dir / "memory.rom", RomAccess::pread);
+        const TokenTable rom(dir / "memory.rom", RomAccess::pread);
         const AlignedBuffer scratch(rom.scratch_bytes());
         for (uint32_t token = 0; token < 4; ++token) {
           // A stride beyond the row: what lies between the rows must stay.
@@ -240,7 +259,7 @@ TEST_CASE("rom: widening equals the naive reading, to the bit") {
           for (uint32_t layer = 0; layer < layers; ++layer) {
             for (uint32_t i = 0; i < row_dim; ++i) expected[layer * stride + i] = image.value(token, layer, i);
           }
-          rom.widen(rom.read(token, scratch.span()), got.data(), stride);
+          rom.read(token, scratch.span(), got.data(), stride);
           CHECK(std::equal(got.begin(), got.end(), expected.begin(),
                            [](float a, float b) { return std::bit_cast<uint32_t>(a) == std::bit_cast<uint32_t>(b); }));
         }
@@ -262,11 +281,11 @@ TEST_CASE("rom: all 65,536 float16 patterns widen, as values and as scales") {
   test::write_file(dir / "scales.rom", scales.bytes);
 
   for (const RomImage* image : {&values, &scales}) {
-    const Rom rom(dir / (image == &values ? "values.rom" : "scales.rom"), RomAccess::mmap);
+    const TokenTable rom(dir / (image == &values ? "values.rom" : "scales.rom"), RomAccess::mmap);
     const AlignedBuffer scratch(rom.scratch_bytes());
     const uint32_t dim = image->shape.row_dim;
     std::vector<float> got(size_t{image->shape.layers} * dim);
-    rom.widen(rom.read(0, scratch.span()), got.data(), dim);
+    rom.read(0, scratch.span(), got.data(), dim);
     size_t wrong = 0;
     for (uint32_t layer = 0; layer < image->shape.layers; ++layer) {
       for (uint32_t i = 0; i < dim; ++i) {
@@ -293,13 +312,14 @@ TEST_CASE("rom: any damaged byte of a bundle is an error that names the token") 
       const uint8_t good = image.bytes[image.offset(kToken) + i];
       const uint8_t bad[] = {static_cast<uint8_t>(good ^ (1U << (i % 8)))};
       test::patch_file(path, image.offset(kToken) + i, bad);
-      const std::string message = error_of<PackageError>([&] { rom->read(kToken, scratch.span()); });
+      const std::string message = error_of<PackageError>([&] { rom->read_bundle(kToken, scratch.span()); });
       check_names(message, path.string());
       check_names(message, "token 37");
-      for (const uint32_t neighbour : {kToken - 1, kToken + 1}) CHECK_NOTHROW(rom->read(neighbour, scratch.span()));
+      for (const uint32_t neighbour : {kToken - 1, kToken + 1})
+        CHECK_NOTHROW(rom->read_bundle(neighbour, scratch.span()));
       test::patch_file(path, image.offset(kToken) + i, std::span(&good, 1));
     }
-    CHECK(same_bytes(rom->read(kToken, scratch.span()), image.payload(kToken)));
+    CHECK(same_bytes(rom->read_bundle(kToken, scratch.span()), image.payload(kToken)));
   }
 }
 
@@ -318,7 +338,7 @@ TEST_CASE("rom: a file that shrinks while it is open is an error, never a signal
       // excuse.
       std::vector<AlignedBuffer> scratch;
       for (uint32_t token = 0; token < image.shape.vocab_size; ++token) {
-        rom->read(token, scratch.emplace_back(rom->scratch_bytes()).span());
+        rom->read_bundle(token, scratch.emplace_back(rom->scratch_bytes()).span());
       }
       std::filesystem::resize_file(path, left);
       for (uint32_t token = 0; token < image.shape.vocab_size; ++token) {
@@ -326,29 +346,12 @@ TEST_CASE("rom: a file that shrinks while it is open is an error, never a signal
         rom->advise(token);
         const uint64_t end = image.offset(token) + image.bundle_bytes;
         if (end > left) {
-          const std::string message = error_of<PackageError>([&] { rom->read(token, scratch[token].span()); });
+          const std::string message = error_of<PackageError>([&] { rom->read_bundle(token, scratch[token].span()); });
           check_names(message, path.string());
         } else if ((end + 4095) / 4096 * 4096 <= left) {  // O_DIRECT needs the whole block
-          CHECK(same_bytes(rom->read(token, scratch[token].span()), image.payload(token)));
+          CHECK(same_bytes(rom->read_bundle(token, scratch[token].span()), image.payload(token)));
         }
       }
-    }
-  }
-}
-
-TEST_CASE("rom: a delay adds to every read, and changes nothing else") {
-  const TempDir dir;
-  const RomImage image({.vocab_size = 20, .layers = 2, .row_dim = 30, .row_type = kInt8}, 5);
-  test::write_file(dir / "memory.rom", image.bytes);
-  constexpr std::chrono::milliseconds kDelay{3};
-  for (const RomAccess access : kAccesses) {
-    const Rom rom(dir / "memory.rom", access, kDelay);
-    const AlignedBuffer scratch(rom.scratch_bytes());
-    for (const uint32_t token : {0U, 7U, 7U, 19U}) {
-      const auto start = std::chrono::steady_clock::now();
-      const auto bundle = rom.read(token, scratch.span());
-      CHECK(std::chrono::steady_clock::now() - start >= kDelay);
-      CHECK(same_bytes(bundle, image.payload(token)));
     }
   }
 }
@@ -379,9 +382,9 @@ TEST_CASE("rom: what is dropped from the page cache is read again, the same") {
     const AlignedBuffer scratch(rom->scratch_bytes());
     for (int round = 0; round < 3; ++round) {
       for (uint32_t token = 0; token < image.shape.vocab_size; ++token) {
-        CHECK(same_bytes(rom->read(token, scratch.span()), image.payload(token)));
+        CHECK(same_bytes(rom->read_bundle(token, scratch.span()), image.payload(token)));
       }
-      if (can_drop && rom->access() != RomAccess::direct) CHECK(cached_pages(path) > 0);
+      if (can_drop && rom->access() != "direct") CHECK(cached_pages(path) > 0);
       rom->drop_cache();
       if (can_drop) CHECK(cached_pages(path) == 0);
     }
@@ -403,7 +406,7 @@ TEST_CASE("rom: reads go on while the page cache is dropped") {
         for (uint32_t read = 0; read < 1500; ++read) {
           const uint32_t token = read * 7 % image.shape.vocab_size;
           rom->advise(token);
-          if (!same_bytes(rom->read(token, scratch.span()), image.payload(token))) ++wrong;
+          if (!same_bytes(rom->read_bundle(token, scratch.span()), image.payload(token))) ++wrong;
         }
         --readers;
       });
