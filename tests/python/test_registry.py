@@ -4,19 +4,19 @@ from pathlib import Path
 
 import pytest
 
-import meki.models
 from meki import ModelNotFoundError, PackageError
-from meki.package import find_model
+from meki.package import find_model, registry
 
 
 @pytest.fixture
 def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An installation that bundles one package, "meki-tiny", beside a directory that is none."""
-    (tmp_path / "meki-tiny").mkdir()
-    (tmp_path / "meki-tiny" / "manifest.json").touch()
-    (tmp_path / "data").mkdir()
-    monkeypatch.setattr(meki.models, "__path__", [str(tmp_path)])
-    return tmp_path
+    packages = tmp_path / "packages"
+    (packages / "meki-tiny").mkdir(parents=True)
+    (packages / "meki-tiny" / "manifest.json").touch()
+    (packages / "data").mkdir()
+    monkeypatch.setattr(registry, "files", lambda name: tmp_path)
+    return packages
 
 
 def test_a_directory_is_a_path(package: Path) -> None:
