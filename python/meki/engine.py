@@ -35,6 +35,9 @@ class Engine:
         kv_type: str | None = None,
         provider: str = "cpu",
         soc: str | None = None,
+        memory: bool = True,
+        rom_delay_ms: float = 0.0,
+        profile: str | os.PathLike[str] = "",
     ) -> None:
         """Opens a package by name or path.
 
@@ -42,16 +45,28 @@ class Engine:
         (past the page cache). kv_type: how keys and values are stored, "float32", "float16", "int8" or "int4"; None:
         "int8", and with the provider "qnn" "float16", which has no other. provider: "cpu", or "qnn" for what
         meki-compile has made of the package: it runs on the NPU of a Qualcomm chip, on x86-64 in its simulator. soc:
-        the compiled chip, such as "sm8750"; None: the only one there is. Raises ModelNotFoundError, PackageError for a
-        package that cannot be used, ValueError for an option out of range or a chip that the package is not compiled
-        for, ImportError or RuntimeError if ONNX Runtime or its provider is missing or fails.
+        the compiled chip, such as "sm8750"; None: the only one there is.
+
+        For measurements: memory: False runs the backbone without its memory. rom_delay_ms: milliseconds that every
+        read of the ROM takes longer, 0 to 10,000, to imitate slow storage. profile: ONNX Runtime writes a trace of each
+        stage, in Chrome's format, into a file whose path begins so; it is complete when the engine and its sessions are
+        gone.
+
+        Raises ModelNotFoundError, PackageError for a package that cannot be used, ValueError for an option out of range
+        or a chip that the package is not compiled for, ImportError or RuntimeError if ONNX Runtime or its provider is
+        missing or fails.
         """
+        if not 0 <= rom_delay_ms <= 10_000:
+            raise ValueError(f"rom_delay_ms must be from 0 to 10000, got {rom_delay_ms}")
         self.path = find_model(model)
         options = _core.EngineOptions(
             onnxruntime=str(find_onnxruntime()),
             threads=check_integer("threads", threads, 1024),
             rom_access=rom_access,
             kv_type=kv_type,
+            memory=memory,
+            rom_delay_us=round(rom_delay_ms * 1000),
+            profile=profile,
             provider=provider,
             qnn_library=str(find_qnn_provider()) if provider == "qnn" else "",
             soc=soc or "",

@@ -273,6 +273,37 @@ def test_engine_options_out_of_range(package: Path) -> None:
         Engine(package, rom_access="tape")
 
 
+@pytest.mark.parametrize("delay", [-0.001, 10_001, float("nan")])
+def test_a_delay_out_of_range(package: Path, delay: float) -> None:
+    with pytest.raises(ValueError, match="rom_delay_ms must be from 0 to 10000, got "):
+        Engine(package, rom_delay_ms=delay)
+
+
+def test_a_memory_switched_off(package: Path, engine: Engine) -> None:
+    backbone = Engine(package, threads=1, memory=False, rom_delay_ms=10_000)  # no reads, no delay
+    assert backbone.rom_access is None
+    result = backbone.generate(PROMPT, max_new_tokens=3, temperature=0)
+    assert result.stats.rom_requests == 0
+    assert np.abs(backbone.logits([5, 6]) - engine.logits([5, 6])).max() > 0.01  # what the memory adds is not noise
+
+
+def test_a_delayed_rom_stalls_every_step(package: Path) -> None:
+    engine = Engine(package, threads=1, rom_delay_ms=20.0)
+    stats = engine.generate(PROMPT, max_new_tokens=6, temperature=0).stats
+    # What is not waited for is what a step computes meanwhile: far below 10 ms, so that a busy machine has room.
+    assert stats.stall_us_p50 is not None and stats.stall_us_p50 > 10_000
+
+
+def test_a_profile_is_there_when_the_engine_is_gone(package: Path, tmp_path: Path) -> None:
+    engine = Engine(package, threads=1, profile=tmp_path / "trace")
+    engine.generate(PROMPT, max_new_tokens=2)
+    del engine
+    traces = list(tmp_path.glob("trace*"))
+    assert len(traces) == 2  # one a stage
+    for trace in traces:
+        assert any(event["name"] == "model_run" for event in json.loads(trace.read_bytes()))
+
+
 def prompt_of(session: Session) -> list[int]:
     session.generate("", max_new_tokens=1)
     return session.tokens[:-1]
