@@ -16,7 +16,7 @@ from meki.cli.run import main
 from meki.generation import TextStream
 
 MESSAGE = "Once upon a time"
-FIXED = ["--seed", "7", "--max-tokens", "12"]
+FIXED = ["--seed", "7", "--max-new-tokens", "12"]
 OPTIONS: dict[str, Any] = {"seed": 7, "max_new_tokens": 12}
 
 

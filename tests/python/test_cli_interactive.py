@@ -82,7 +82,7 @@ def endless(make_package: Callable[..., Path], change_package: Callable[..., Pat
 
 
 def test_turns_and_ctrl_d(package: Path) -> None:
-    with terminal(package, "--interactive", "--max-tokens", "5", "--stats") as user:
+    with terminal(package, "--interactive", "--max-new-tokens", "5", "--stats") as user:
         user.wait_for_prompt()
         assert b"random weights" in user.screen
         user.press(b"Once upon a time\n")
@@ -96,7 +96,7 @@ def test_turns_and_ctrl_d(package: Path) -> None:
 
 
 def test_ctrl_c_stops_the_text_and_keeps_the_session(endless: Path) -> None:
-    with terminal(endless, "--interactive", "--max-tokens", "0", "--context", "200000") as user:
+    with terminal(endless, "--interactive", "--max-new-tokens", "0", "--context", "200000") as user:
         user.wait_for_prompt()
         user.press(b"Once\n")
         user.wait_for(lambda screen: len(screen) > 50)  # it writes
@@ -116,7 +116,7 @@ def test_ctrl_c_stops_the_text_and_keeps_the_session(endless: Path) -> None:
 
 
 def test_a_full_context_begins_a_new_session(package: Path) -> None:
-    with terminal(package, "--interactive", "--max-tokens", "0", "--context", "12", "--temperature", "0") as user:
+    with terminal(package, "--interactive", "--max-new-tokens", "0", "--context", "12", "--temperature", "0") as user:
         user.wait_for_prompt()
         user.press(b"The\n")
         user.wait_for(lambda screen: b"starts a new session" in screen and screen.endswith(b"> "))
@@ -126,7 +126,7 @@ def test_a_full_context_begins_a_new_session(package: Path) -> None:
 
 
 def test_ctrl_c_without_interactive_exits_130(endless: Path) -> None:
-    with terminal(endless, "--max-tokens", "0", "--context", "200000", "Once") as user:
+    with terminal(endless, "--max-new-tokens", "0", "--context", "200000", "Once") as user:
         user.wait_for(lambda screen: len(screen.partition(b"nothing")[2]) > 50)
         user.press(CTRL_C)
         assert user.process.wait(60) == 130
@@ -141,7 +141,7 @@ def test_ctrl_c_ends_an_answer_and_keeps_the_conversation(
         manifest["tokenizer"]["eos_token_ids"] = []
 
     package = change_package(edit, make_package(context=200_000))
-    with terminal(package, "--chat", "--max-tokens", "0", "--context", "200000", "--stats") as user:
+    with terminal(package, "--chat", "--max-new-tokens", "0", "--context", "200000", "--stats") as user:
         user.wait_for_prompt()
         user.press(b"\n")  # an empty line is no message
         user.wait_for(lambda screen: screen.endswith(b"> "))

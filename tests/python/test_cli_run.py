@@ -16,7 +16,7 @@ from meki.cli.run import main
 
 PROMPT = "Once upon a time"
 RANDOM = "random weights: the text means nothing\n"
-FIXED = ["--seed", "7", "--max-tokens", "12"]
+FIXED = ["--seed", "7", "--max-new-tokens", "12"]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,9 @@ def test_trained_weights_are_not_called_random(change_package: Callable[..., Pat
 
 
 def test_every_option_reaches_the_engine(package: Path, engine: Engine, capsys) -> None:
-    options = "--temperature 1.2 --top-k 50 --top-p 0.9 --min-p 0.01 --repetition-penalty 1.1 --seed 3 --max-tokens 30"
+    options = (
+        "--temperature 1.2 --top-k 50 --top-p 0.9 --min-p 0.01 --repetition-penalty 1.1 --seed 3 --max-new-tokens 30"
+    )
     settings = "--context 64 --rom-access pread --no-prefetch"
     assert run(package, *options.split(), *settings.split(), "--stop", "e", "--stop", "o", "--json", PROMPT) == 0
     out = json.loads(capsys.readouterr().out)
@@ -114,7 +116,7 @@ def test_seed_repeats_the_text(package: Path, text: str, capsys) -> None:
         (["--temperature", "-1", PROMPT], "temperature"),
         (["--top-p", "2", PROMPT], "top_p"),
         (["--seed", "-3", PROMPT], "seed"),
-        (["--max-tokens", "-1", PROMPT], "max_new_tokens"),
+        (["--max-new-tokens", "-1", PROMPT], "max_new_tokens"),
         (["--threads", "-1", PROMPT], "threads"),
         (["--context", "1000000", PROMPT], "context is 1000000"),
         (["--context", "3", "a b c d e f"], "context holds 3"),
@@ -141,7 +143,7 @@ def test_usage_errors_are_one_line_and_exit_2(package: Path, arguments: list[str
         ["--rom-access", "tape", PROMPT],
         ["--no-such-option"],
         [PROMPT, "--file", "x"],
-        ["--max-tokens", "many", PROMPT],
+        ["--max-new-tokens", "many", PROMPT],
     ],
 )
 def test_errors_of_the_parser_exit_2(package: Path, arguments: list[str], capsys) -> None:
@@ -149,6 +151,27 @@ def test_errors_of_the_parser_exit_2(package: Path, arguments: list[str], capsys
         run(package, *arguments)
     assert caught.value.code == 2
     assert "meki-run: error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-tokens", "8", "--prompt", PROMPT], "unknown option --max-tokens; did you mean --max-new-tokens?"),
+        ([PROMPT, "--seeed=3", "--json", "--interactive"], "unknown option --seeed; did you mean --seed?"),
+        (["--no-such-option", PROMPT], "unknown option --no-such-option; see --help"),
+    ],
+)
+def test_an_unknown_option_is_named_before_all_else(arguments: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert capsys.readouterr() == ("", f"meki-run: error: {message}\n")
+
+
+@pytest.mark.parametrize("arguments", [["--", "--no option"], ["--", "--seeed"], ["--an aside"], ["--prompt=--seeed"]])
+def test_a_prompt_that_begins_with_a_dash(package: Path, arguments: list[str], capsys) -> None:
+    assert run(package, *FIXED, *arguments) == 0
+    assert capsys.readouterr().err == RANDOM
 
 
 def test_no_prompt_on_a_terminal(package: Path, stdin, capsys) -> None:

@@ -189,7 +189,7 @@ def test_verify_reads_the_binaries(compiled: Path, capsys) -> None:
 def test_what_a_simulator_computes_is_labelled(package: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     for name, value in (("provider", "qnn"), ("soc", "sm8750"), ("simulated", True)):
         monkeypatch.setattr(Engine, name, property(lambda self, value=value: value))
-    arguments = ["--model", str(package), "--threads", "1", "--max-tokens", "2", "--stats"]
+    arguments = ["--model", str(package), "--threads", "1", "--max-new-tokens", "2", "--stats"]
     assert run([*arguments, "--json", "text"]) == 0
     captured = capsys.readouterr()
     fields = json.loads(captured.out)

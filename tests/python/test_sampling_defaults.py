@@ -46,7 +46,7 @@ def test_command_lines(package_with: Callable[[object], Path], capsys: pytest.Ca
     package = package_with({"temperature": 0.0, "top_k": 3})
     texts = []
     for seed in ("1", "2"):
-        assert run(["--model", str(package), TEXT, "--max-tokens", "8", "--seed", seed]) == 0
+        assert run(["--model", str(package), TEXT, "--max-new-tokens", "8", "--seed", seed]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]  # the most probable tokens
     assert info([str(package)]) == 0

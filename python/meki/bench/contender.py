@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import _core
-from ..engine import find_onnxruntime
-from ..package import check_parsed_files, read_manifest
+from ..engine import Engine
+from ..package import MANIFEST, read_manifest
 from .sequence import MeasuredSession
 
 
@@ -34,23 +34,20 @@ class Package:
 
     path: Path
     manifest: dict[str, Any]
-    threads: int
-    kv_type: str
-    rom_delay_us: int
+    options: Mapping[str, Any]
+    """Keyword arguments of `Engine`."""
 
     @classmethod
-    def open(cls, path: Path, *, threads: int = 0, kv_type: str = "int8", rom_delay_us: int = 0) -> Package:
+    def open(cls, path: Path, options: Mapping[str, Any]) -> Package:
         """Checks the package. PackageError if it cannot be used."""
         manifest = read_manifest(path)
-        check_parsed_files(path, manifest)
         for key in ("decode_bytes", "dense_decode_bytes"):
             got = manifest["weights"].get(key)
             if type(got) is not int and (key == "decode_bytes" or manifest["memory"] is not None):
                 raise _core.PackageError(
-                    f"{path / 'manifest.json'}: weights.{key} is {got!r}, expected a number of bytes; "
-                    "convert the model again"
+                    f"{path / MANIFEST}: weights.{key} is {got!r}, expected a number of bytes; convert the model again"
                 )
-        return cls(path, manifest, threads, kv_type, rom_delay_us)
+        return cls(path, manifest, options)
 
     @property
     def has_memory(self) -> bool:
@@ -67,16 +64,8 @@ class Package:
         return int(self.manifest["architecture"]["context"])
 
     def engine(self, *, memory: bool = True, profile: str = "") -> _core.Engine:
-        """memory: False switches it off. profile: path prefix of ONNX Runtime's traces, "" for none."""
-        options = _core.EngineOptions(
-            onnxruntime=str(find_onnxruntime()),
-            threads=self.threads,
-            kv_type=self.kv_type,
-            memory=memory,
-            rom_delay_us=self.rom_delay_us,
-            profile=profile,
-        )
-        return _core.Engine.open(str(self.path), options)
+        """memory and profile: as of `Engine`."""
+        return Engine(self.path, **self.options, memory=memory, profile=profile)._core
 
     def contender(self, engine: _core.Engine, *, memory: bool = True) -> Contender:
         """What `engine`, opened with the same `memory`, is in a measurement."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from ..bench.measure import GROUP, Plan, measure
 from ..bench.parts import measure_parts
 from ..bench.report import Report, make_report
 from ..bench.sequence import capacity
-from ..options import check_integer
 from ..package import find_model
+from .arguments import Parser, add_engine_options, engine_options, integer, number, token_counts
 from .errors import run_command
 
 _DEPTHS = (0, 1024, 10240)
@@ -36,40 +36,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="meki-bench",
+    parser = Parser(
+        "meki-bench",
         description="Measure prefill and decode of a package; markdown on standard output.",
         epilog="Reference: docs/benchmark.md",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("model", nargs="?", default="meki-tiny", metavar="MODEL", help="name or package directory (%(default)s)")
     add = parser.add_argument_group("what is measured").add_argument
     add(
         "--depths",
-        type=_depths,
+        type=token_counts,
         metavar="N,...",
         help="tokens in the cache when decode begins (default: 0,1024,10240, as far as the model's context reaches)",
     )
     add(
         "--prefill",
-        type=_integer(0),
+        type=integer(0),
         metavar="N",
         help="tokens to prefill; 0: no prefill (default: 512, or what the context holds)",
     )
-    add("--tokens", type=_integer(1), default=32, metavar="N", help="decode steps of a test (default: %(default)s)")
-    add("--repetitions", type=_integer(1), default=5, metavar="N", help="rounds of all tests (default: %(default)s)")
+    add("--tokens", type=integer(1), default=32, metavar="N", help="decode steps of a test (default: %(default)s)")
+    add("--repetitions", type=integer(1), default=5, metavar="N", help="rounds of all tests (default: %(default)s)")
     add("--synthetic-depth", action="store_true", help="fill the cache instead of computing it; every output says so")
     add("--compare", choices=("dense",), help="take turns with the same package, its memory switched off")
     add("--parts", action="store_true", help="time by part of a decode step, in a profiled run of its own")
-    add = parser.add_argument_group("engine").add_argument
-    add("--threads", type=int, default=0, metavar="N", help="compute threads (default: one per available core)")
-    add(
-        "--kv-type",
-        choices=("float32", "float16", "int8", "int4"),
-        default="int8",
-        help="how the cache holds keys and values (default: %(default)s)",
-    )
+    add = add_engine_options(parser)
     add(
         "--rom",
         choices=("warm", "cold"),
@@ -77,7 +69,11 @@ def _parser() -> argparse.ArgumentParser:
         help="cold: drop the ROM from the page cache before every step (default: %(default)s)",
     )
     add(
-        "--rom-delay-ms", type=_delay, default=0.0, metavar="MS", help="artificial delay added to every read of the ROM"
+        "--rom-delay-ms",
+        type=number("milliseconds", 10_000),
+        default=0.0,
+        metavar="MS",
+        help="artificial delay added to every read of the ROM",
     )
     add = parser.add_argument_group("output").add_argument
     add("--json", type=Path, metavar="FILE", help="write everything, with all samples")
@@ -86,53 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _integer(minimum: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = minimum - 1
-        if not minimum <= number < 2**31:
-            raise argparse.ArgumentTypeError(f"expected an integer of at least {minimum}, got {text!r}")
-        return number
-
-    return parse
-
-
-def _depths(text: str) -> tuple[int, ...]:
-    try:
-        depths = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        depths = ()
-    if not depths or min(depths) < 0 or len(set(depths)) < len(depths):
-        raise argparse.ArgumentTypeError(
-            f"expected different numbers of tokens with commas between them, as in 0,1024,10240; got {text!r}"
-        )
-    return depths
-
-
-def _delay(text: str) -> float:
-    try:
-        delay = float(text)
-    except ValueError:
-        delay = -1.0
-    if not 0 <= delay <= 10_000:
-        raise argparse.ArgumentTypeError(f"expected milliseconds from 0 to 10000, got {text!r}")
-    return delay
-
-
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None:
         plot.check_matplotlib()
         output.check_directory(arguments.plot if arguments.plot.exists() else arguments.plot.parent)
     for path in filter(None, (arguments.json, arguments.csv)):
         output.check_writable(path)
-    package = Package.open(
-        find_model(arguments.model),
-        threads=check_integer("threads", arguments.threads, 1024),
-        kv_type=arguments.kv_type,
-        rom_delay_us=round(arguments.rom_delay_ms * 1000),
-    )
+    options = {**engine_options(arguments), "rom_delay_ms": arguments.rom_delay_ms}
+    package = Package.open(find_model(arguments.model), options)
     _check_memory(arguments, package)
     report = _measure(arguments, package, _plan(arguments, package.context))
     if arguments.json is not None:
@@ -153,9 +110,7 @@ def _check_memory(arguments: argparse.Namespace, package: Package) -> None:
         ("--rom-delay-ms", arguments.rom_delay_ms > 0),
     ):
         if given and not package.has_memory:
-            raise ValueError(
-                f"{option} needs a model with a memory, {package.manifest['name']} is dense; leave it away"
-            )
+            raise ValueError(f"{option} needs a model with a memory, {package.manifest['name']} is dense; omit it")
 
 
 def _plan(arguments: argparse.Namespace, context: int) -> Plan:

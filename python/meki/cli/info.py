@@ -12,15 +12,14 @@ from typing import Any
 from .. import _core
 from ..models.config import ConfigError, ModelConfig
 from ..package import compiled_targets, find_model, read_manifest, target_directory
+from .arguments import Parser
 from .errors import run_command
 from .verify import verify_package
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, 1 broken package, 2 usage, 130 interrupted, 141 output closed."""
-    parser = argparse.ArgumentParser(
-        prog="meki-info", description="Show what a package holds. Reference: docs/cli.md", allow_abbrev=False
-    )
+    parser = Parser("meki-info", description="Show what a package holds.", epilog="Reference: docs/cli.md")
     parser.add_argument("model", metavar="MODEL", help="name or package directory")
     parser.add_argument("--verify", action="store_true", help="read every file and check all checksums")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -15,6 +15,7 @@ from ..engine import Engine, Session
 from ..generation import GenerationResult
 from ..options import DEFAULT_MAX_NEW_TOKENS, SAMPLING, GenerationOptions
 from ..prompt import no_chat_template
+from .arguments import Parser, add_engine_options, engine_options
 from .errors import report, run_command
 from .interactive import Conversation, converse
 from .output import RANDOM_WEIGHTS, SIMULATED, print_stats, print_stream
@@ -29,11 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     defaults = _core.SamplingOptions()
-    parser = argparse.ArgumentParser(
-        prog="meki-run",
+    parser = Parser(
+        "meki-run",
         description="Continue a text, or answer a message, with a MeKi model.",
         epilog="Without a prompt, standard input is read if it is not a terminal. Reference: docs/cli.md",
-        allow_abbrev=False,
     )
     parser.add_argument("--model", default="meki-tiny", help="name or package directory (default: %(default)s)")
     prompt = parser.add_mutually_exclusive_group()
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         "generation", "What the package says about sampling comes before the defaults here."
     ).add_argument
     add(
-        "--max-tokens",
+        "--max-new-tokens",
         type=int,
         default=DEFAULT_MAX_NEW_TOKENS,
         metavar="N",
@@ -80,20 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--repetition-penalty", type=float, metavar="R", help="default: 1, off")
     add("--seed", type=int, metavar="N", help="same seed, same text (default: a fresh one, shown by --stats)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    add = parser.add_argument_group("engine").add_argument
+    add = add_engine_options(parser)
     add("--context", type=int, default=0, metavar="N", help="capacity in tokens (default: the model's, at most 4096)")
-    add("--threads", type=int, default=0, metavar="N", help="compute threads (default: one per available core)")
-    add(
-        "--kv-type",
-        choices=("float32", "float16", "int8", "int4"),
-        help="how keys and values are stored (default: int8; with --provider qnn float16, and no other)",
-    )
-    add(
-        "--rom-access",
-        choices=("pread", "mmap", "direct"),
-        default="pread",
-        help="how memory rows are read (default: %(default)s)",
-    )
     add(
         "--provider",
         choices=("cpu", "qnn"),
@@ -116,21 +104,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace, program: str) -> None:
     prompt = _read_prompt(arguments)
-    engine = Engine(
-        arguments.model,
-        threads=arguments.threads,
-        rom_access=arguments.rom_access,
-        kv_type=arguments.kv_type,
-        provider=arguments.provider,
-        soc=arguments.soc,
-    )
+    engine = Engine(arguments.model, provider=arguments.provider, soc=arguments.soc, **engine_options(arguments))
     if arguments.chat and not engine.can_chat:
         raise no_chat_template(engine.path)
     if engine.random_weights:
         print(RANDOM_WEIGHTS, file=sys.stderr, flush=True)
     if engine.simulated:
         print(SIMULATED, file=sys.stderr, flush=True)
-    options = GenerationOptions(max_new_tokens=arguments.max_tokens, seed=arguments.seed, stop=arguments.stop)
+    options = GenerationOptions(max_new_tokens=arguments.max_new_tokens, seed=arguments.seed, stop=arguments.stop)
     given = {name: value for name in SAMPLING if (value := getattr(arguments, name)) is not None}
     options.update(cast(GenerationOptions, given))
 
@@ -159,12 +140,12 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
 def _read_prompt(arguments: argparse.Namespace) -> str | None:
     """The prompt, wherever it is given; None: the turns come line by line."""
     if arguments.system is not None and not arguments.chat:
-        raise ValueError("--system is a part of a conversation; add --chat, or leave it away")
+        raise ValueError("--system is a part of a conversation; add --chat, or omit it")
     source = "-" if arguments.text == "-" else arguments.file
     text = arguments.prompt if arguments.text is None else arguments.text
     if arguments.interactive:
         if source is not None or text is not None:
-            raise ValueError("--interactive takes its turns line by line; leave the prompt and --file away")
+            raise ValueError("--interactive takes its turns line by line; omit the prompt and --file")
         return None
     if source is None and text is not None:
         return str(text)

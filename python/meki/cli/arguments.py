@@ -1,0 +1,100 @@
+"""What the command lines parse alike: types of numbers, options of the engine, and one line for a wrong option."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from .errors import USAGE, report
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and of an unknown option that it is unknown, whatever else is wrong too."""
+
+    def __init__(self, prog: str, *, description: str, epilog: str) -> None:
+        super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+        """The parsed arguments. Exits with 2 if they are wrong."""
+        args = sys.argv[1:] if args is None else args
+        known = self._option_string_actions
+        for text in itertools.takewhile(lambda text: text != "--", args):
+            option = text.partition("=")[0]
+            if option.startswith("--") and " " not in option and option not in known:
+                near = get_close_matches(option, known, n=1, cutoff=0.7)
+                self.error(f"unknown option {option}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+        return super().parse_args(args)
+
+    def error(self, message: str) -> NoReturn:
+        report(self.prog, "error", message)
+        sys.exit(USAGE)
+
+
+def integer(minimum: int) -> Callable[[str], int]:
+    """The type of an argument that is an integer from `minimum` to 2**31 - 1."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = minimum - 1
+        if not minimum <= number < 2**31:
+            raise argparse.ArgumentTypeError(f"expected an integer of at least {minimum}, got {text!r}")
+        return number
+
+    return parse
+
+
+def number(unit: str, maximum: float) -> Callable[[str], float]:
+    """The type of an argument that is a number of `unit` (for messages) from 0 to `maximum`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"expected {unit} from 0 to {maximum:g}, got {text!r}")
+        return value
+
+    return parse
+
+
+def token_counts(text: str) -> tuple[int, ...]:
+    """The type of an argument that is different numbers of tokens, as in 0,1024."""
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 0 or len(set(counts)) < len(counts):
+        raise argparse.ArgumentTypeError(
+            f"expected different numbers of tokens with commas between them, as in 0,1024,10240; got {text!r}"
+        )
+    return counts
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
+    """Adds the options of every command that opens an engine; returns what adds further ones to their group."""
+    add = parser.add_argument_group("engine").add_argument
+    add("--threads", type=int, default=0, metavar="N", help="compute threads (default: one per available core)")
+    add(
+        "--kv-type",
+        choices=("float32", "float16", "int8", "int4"),
+        help="how keys and values are stored (default: int8; on an NPU float16, and no other)",
+    )
+    add(
+        "--rom-access",
+        choices=("pread", "mmap", "direct"),
+        default="pread",
+        help="how memory rows are read (default: %(default)s)",
+    )
+    return add
+
+
+def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `Engine`: what was parsed of `add_engine_options`."""
+    return {name: getattr(arguments, name) for name in ("threads", "kv_type", "rom_access")}
