@@ -18,6 +18,7 @@ from meki.bench.measure import Blocks, Case, Measurement, Plan
 from meki.bench.parts import PARTS
 from meki.bench.report import Report, make_report
 from meki.bench.sequence import Block
+from meki.package.files import write_file
 
 KV_BYTES, BANDWIDTH = 300_000, 2e9
 SPEEDS = {"meki": (1.00, 1.05, 1.02), "dense": (0.98, 1.00, 1.01)}
@@ -269,7 +270,7 @@ def test_plots_show_the_figures(report: Report) -> None:
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "report.json"
-    output.write_file(path, b"old")
+    write_file(path, b"old")
     assert path.read_bytes() == b"old"
 
     def fail(self: Path, target: Path) -> Path:
@@ -277,6 +278,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(KeyboardInterrupt):
-        output.write_file(path, b"new")
+        write_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

@@ -6,10 +6,11 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .markdown import head, row
 from .parts import PARTS
 from .report import Report
 
@@ -36,17 +37,6 @@ def check_directory(path: Path) -> None:
     """ValueError if no file can be put into the directory `path`."""
     if not path.is_dir() or not os.access(path, os.W_OK):
         raise ValueError(f"{path} is not a directory that can be written to; give another, or create it first")
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Nothing new stands at `path` before all of `data` does."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def to_json(report: Report) -> bytes:
@@ -106,10 +96,10 @@ def _environment(report: Report) -> Iterator[str]:
 def _results(report: Report) -> Iterator[str]:
     cold = report["protocol"]["rom"] == "cold"
     header = ["test", "depth", "memory", "tokens/s", "p10", "p90", "wait p50, us", "wait p99, us", "MB a token"]
-    yield from _table_head([*header, "of bandwidth", *(["from storage, bytes a token"] if cold else [])], left=3)
+    yield from head([*header, "of bandwidth", *(["from storage, bytes a token"] if cold else [])], "lll")
     for result in report["results"]:
         stall = result["stall_us"] or {}
-        yield _row(
+        yield row(
             [
                 f"{result['test']} {result['tokens']}",
                 f"{result['depth']:,}" + (" (synthetic)" if result["synthetic_depth"] else ""),
@@ -126,11 +116,11 @@ def _results(report: Report) -> Iterator[str]:
 def _comparison(report: Report) -> Iterator[str]:
     yield "Speed with the memory, relative to the same package with its memory switched off:"
     yield ""
-    yield from _table_head(["depth", "MeKi / dense", "95% confidence interval", "groups"], left=1)
+    yield from head(["depth", "MeKi / dense", "95% confidence interval", "groups"], "l")
     for entry in report["compare"]:
         interval = entry["ci95"]
         shown = "needs 6 groups" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
-        yield _row([f"{entry['depth']:,}", f"{entry['ratio']:.4f}", shown, str(len(entry["samples"]))])
+        yield row([f"{entry['depth']:,}", f"{entry['ratio']:.4f}", shown, str(len(entry["samples"]))])
 
 
 def _parts(report: Report) -> Iterator[str]:
@@ -140,12 +130,12 @@ def _parts(report: Report) -> Iterator[str]:
     )
     yield ""
     entries = report["parts"]
-    yield from _table_head(["part", *(f"{entry['memory']} at {entry['depth']:,}" for entry in entries)], left=1)
+    yield from head(["part", *(f"{entry['memory']} at {entry['depth']:,}" for entry in entries)], "l")
     totals = [sum(entry["us_per_token"].values()) for entry in entries]
     for part in PARTS:
         times = [entry["us_per_token"][part] for entry in entries]
-        yield _row([part, *(f"{time:,.1f} ({_share(time, total)})" for time, total in zip(times, totals, strict=True))])
-    yield _row(["sum", *(f"{total:,.1f}" for total in totals)])
+        yield row([part, *(f"{time:,.1f} ({_share(time, total)})" for time, total in zip(times, totals, strict=True))])
+    yield row(["sum", *(f"{total:,.1f}" for total in totals)])
 
 
 def _share(time: float, total: float) -> str:
@@ -154,13 +144,3 @@ def _share(time: float, total: float) -> str:
 
 def _number(value: Any, form: str, unit: float = 1.0) -> str:
     return _ABSENT if value is None else format(value * unit, form)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _table_head(names: Sequence[str], *, left: int) -> Iterator[str]:
-    """`left`: columns that are aligned left; the others are numbers."""
-    yield _row(names)
-    yield _row(["---"] * left + ["---:"] * (len(names) - left))

@@ -19,6 +19,7 @@ from ..bench.parts import measure_parts
 from ..bench.report import Report, make_report
 from ..bench.sequence import capacity
 from ..package import find_model
+from ..package.files import write_file
 from .arguments import Parser, add_engine_options, engine_options, integer, number, token_counts
 from .errors import run_command
 
@@ -93,13 +94,13 @@ def _run(arguments: argparse.Namespace) -> None:
     _check_memory(arguments, package)
     report = _measure(arguments, package, _plan(arguments, package.context))
     if arguments.json is not None:
-        output.write_file(arguments.json, output.to_json(report))
+        write_file(arguments.json, output.to_json(report))
     if arguments.csv is not None:
-        output.write_file(arguments.csv, output.to_csv(report))
+        write_file(arguments.csv, output.to_csv(report))
     if arguments.plot is not None:
         arguments.plot.mkdir(exist_ok=True)
         for name, image in plot.plots(report).items():
-            output.write_file(arguments.plot / name, image)
+            write_file(arguments.plot / name, image)
     print(output.to_markdown(report))
 
 

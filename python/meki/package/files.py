@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,9 +20,15 @@ def replace_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Nothing new stands at `path` before all of `data` does."""
+    with replace_file(path) as partial:
+        partial.write_bytes(data)
 
 
 @contextlib.contextmanager
