@@ -24,7 +24,7 @@ class ChatTemplate:
 
     def __init__(self, path: Path, variables: Mapping[str, str]) -> None:
         """variables: the special tokens by the names that the template knows, as {"eos_token": "</s>"}. PackageError if
-        the file is no template."""
+        the file is not a template."""
         self._path = path
         self._variables = dict(variables)
         try:
@@ -57,7 +57,7 @@ class ChatTemplate:
 
 
 def parse_template(text: str) -> Template:
-    """The template in its environment; ValueError, saying where and why, if it is none."""
+    """The template in its environment; ValueError, saying where and why, if the text is not one."""
     try:
         return _environment().from_string(text)
     except TemplateSyntaxError as error:

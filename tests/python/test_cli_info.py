@@ -9,7 +9,6 @@ import pytest
 
 from meki import _core
 from meki.cli.info import main
-from meki.models.config import ModelConfig
 
 
 def test_text(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,11 +16,11 @@ def test_text(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     manifest = json.loads((package / "manifest.json").read_text())
     rom = _core.Rom(str(package / "memory.rom")).info
-    config = ModelConfig.from_dict(manifest["architecture"])
+    parameters = manifest["parameters"]
     for part in (
         manifest["name"],
-        f"{config.ram_parameters:,}",
-        f"{config.rom_weights:,} in {rom.file_bytes:,} bytes",
+        f"{parameters['ram']:,}",
+        f"{parameters['rom']:,} in {rom.file_bytes:,} bytes",
         f"{rom.bundle_bytes:,} bytes in one read",
         "float16",
         "stage1.onnx",
@@ -42,9 +41,8 @@ def test_json(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = json.loads((package / "manifest.json").read_text())
     for field, value in manifest.items():
         assert info[field] == value
-    config = ModelConfig.from_dict(manifest["architecture"])
-    assert info["ram_parameters"] == config.ram_parameters
-    assert info["rom"]["weights"] == config.rom_weights
+    assert info["ram_parameters"] == manifest["parameters"]["ram"]
+    assert info["rom"]["weights"] == manifest["parameters"]["rom"] == 3 * 300 * 32  # layers, tokens, row width
     assert info["rom"]["file_bytes"] == (package / "memory.rom").stat().st_size
     assert info["verified"] is True
 
@@ -103,4 +101,4 @@ def test_errors(tmp_path: Path, change_package: Callable[..., Path], capsys: pyt
     assert "manifest.json" in capsys.readouterr().err
     path = change_package(lambda manifest: manifest["architecture"].update(heads=3))
     assert main([str(path)]) == 1
-    assert "heads (3) must be a multiple of kv_heads" in capsys.readouterr().err
+    assert "architecture.heads is 3, expected a multiple of kv_heads, which is 2" in capsys.readouterr().err

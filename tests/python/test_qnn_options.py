@@ -101,7 +101,7 @@ def test_compiled_stages_have_one_kv_type(compiled: Path, kv_type: str, capsys) 
     assert f"kv_type is {kv_type}, expected float16" in capsys.readouterr().err
 
 
-def test_options_that_are_none(compiled: Path, capsys) -> None:
+def test_a_provider_that_does_not_exist_and_a_chip_without_one(compiled: Path, capsys) -> None:
     with pytest.raises(ValueError, match='"npu", expected cpu or qnn'):
         Engine(compiled, provider="npu")
     assert run(["--model", str(compiled), "--soc", "sm8750", "text"]) == 2
@@ -145,7 +145,7 @@ def test_each_provider_needs_its_own_files(compiled: Path, provider: Path) -> No
 
 
 @pytest.mark.parametrize("value", [None, "0" * 63, 1])
-def test_a_checksum_that_is_none(compiled: Path, value: object) -> None:
+def test_a_checksum_that_is_no_sha256(compiled: Path, value: object) -> None:
     edit_target(compiled, lambda target: target["files"]["head_qnn.bin"].update(sha256=value))
     with pytest.raises(_core.PackageError, match=r'qnn\.sm8750\.files\["head_qnn\.bin"\]\.sha256'):
         read_manifest(compiled)

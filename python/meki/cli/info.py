@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import _core
-from ..models.config import ConfigError, ModelConfig
 from ..package import compiled_targets, find_model, read_manifest, target_directory
 from .arguments import Parser
 from .errors import run_command
@@ -44,15 +43,11 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _describe(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest, with what follows from it and from the ROM's header."""
-    try:
-        config = ModelConfig.from_dict(manifest["architecture"])
-    except ConfigError as error:
-        raise _core.PackageError(f"{path / 'manifest.json'}: architecture: {error}; convert the model again") from error
-    rom = None
+    parameters, rom = manifest["parameters"], None
     if manifest["memory"] is not None:
         header = _core.Rom(str(path / manifest["memory"]["file"])).info
-        rom = {"weights": config.rom_weights, "file_bytes": header.file_bytes, "bundle_bytes": header.bundle_bytes}
-    info = {"path": str(path), **manifest, "ram_parameters": config.ram_parameters, "rom": rom}
+        rom = {"weights": parameters["rom"], "file_bytes": header.file_bytes, "bundle_bytes": header.bundle_bytes}
+    info = {"path": str(path), **manifest, "ram_parameters": parameters["ram"], "rom": rom}
     if targets := compiled_targets(manifest):
         info["qnn"] = {
             chip: {**target, "present": target_directory(path, chip).exists()} for chip, target in targets.items()
@@ -61,15 +56,16 @@ def _describe(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lines(info: dict[str, Any]) -> Iterator[str]:
-    shape, rom, weights, tokenizer = info["architecture"], info["rom"], info["weights"], info["tokenizer"]
+    shape, memory, rom = info["architecture"], info["memory"], info["rom"]
+    weights, tokenizer = info["weights"], info["tokenizer"]
     rows = [
         ("name", info["name"]),
         ("path", info["path"]),
         (
             "decoder",
-            f"{shape['layers']} layers, hidden {shape['hidden']}, FFN {shape['ffn']}, {shape['heads']} heads of "
-            f"{shape['head_dim']}, {shape['kv_heads']} KV heads, vocabulary {shape['vocab_size']:,}, "
-            f"context {shape['context']:,}",
+            f"{shape['kind']}, {shape['layers']} layers, hidden {shape['hidden']}, FFN {shape['ffn']}, "
+            f"{shape['heads']} heads of {shape['head_dim']}, {shape['kv_heads']} KV heads, "
+            f"vocabulary {shape['vocab_size']:,}, context {shape['context']:,}",
         ),
         ("RAM parameters", f"{info['ram_parameters']:,}"),
         ("weight type", weights["type"] + (f", blocks of {weights['block']}" if weights.get("block") else "")),
@@ -78,7 +74,7 @@ def _lines(info: dict[str, Any]) -> Iterator[str]:
         rows.append(("memory", "none: a dense model"))
     else:
         rows += [
-            ("memory", f"{info['memory']['kind']}, rows of {shape['memory_dim']}, {info['memory']['row_type']}"),
+            ("memory", f"{memory['kind']}, rows of {memory['row_dim']}, {memory['row_type']}"),
             ("ROM weights", f"{rom['weights']:,} in {rom['file_bytes']:,} bytes"),
             ("one token", f"{rom['bundle_bytes']:,} bytes in one read"),
         ]

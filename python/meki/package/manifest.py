@@ -27,9 +27,16 @@ def read_manifest(directory: Path, provider: str = "cpu", soc: str = "") -> dict
             path = directory / MANIFEST
             raise _core.PackageError(f"{path}: {field} is {got!r}, expected {expected}; convert the model again")
 
-    for field in ("weights", "quantization_error", "provenance"):
+    for field in ("parameters", "weights", "quantization_error", "provenance"):
         got = manifest.get(field)
         check(isinstance(got, dict), field, got, "an object")
+    for field in ("ram", "rom"):
+        got = manifest["parameters"].get(field)
+        check(type(got) is int and got >= 0, f"parameters.{field}", got, "a number of parameters")
+    architecture = manifest["architecture"]
+    check(isinstance(architecture.get("kind"), str), "architecture.kind", architecture.get("kind"), "a string")
+    heads, kv_heads = architecture["heads"], architecture["kv_heads"]
+    check(heads % kv_heads == 0, "architecture.heads", heads, f"a multiple of kv_heads, which is {kv_heads}")
     weights = manifest["weights"]
     check(isinstance(weights.get("type"), str), "weights.type", weights.get("type"), "a string")
     check(isinstance(weights.get("block", 0), int | None), "weights.block", weights.get("block"), "an integer or null")
@@ -39,7 +46,7 @@ def read_manifest(directory: Path, provider: str = "cpu", soc: str = "") -> dict
         check_options(manifest["sampling"])
     except (TypeError, ValueError) as error:
         check(False, "sampling", got, f"values in their ranges ({error})")
-    tokenizer, vocab_size = manifest["tokenizer"], manifest["architecture"]["vocab_size"]
+    tokenizer, vocab_size = manifest["tokenizer"], architecture["vocab_size"]
     bos = tokenizer.get("bos_token_id", "missing")
     check(
         bos is None or (type(bos) is int and 0 <= bos < vocab_size), "tokenizer.bos_token_id", bos, "null or a token id"
