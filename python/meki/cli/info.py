@@ -78,9 +78,8 @@ def _lines(info: dict[str, Any]) -> Iterator[str]:
             ("ROM weights", f"{rom['weights']:,} in {rom['file_bytes']:,} bytes"),
             ("one token", f"{rom['bundle_bytes']:,} bytes in one read"),
         ]
-    rows.append(
-        ("tokenizer", f"{tokenizer['file']}, begin {tokenizer['bos_token_id']}, end {tokenizer['eos_token_ids']}")
-    )
+    bos = "none" if tokenizer["bos_token_id"] is None else tokenizer["bos_token_id"]
+    rows.append(("tokenizer", f"{tokenizer['file']}, BOS {bos}, EOS {tokenizer['eos_token_ids']}"))
     chat = tokenizer["chat_template"]
     rows.append(("chat template", "none" if chat is None else chat["file"]))
     rows.append(("sampling", _text(info["sampling"]) or "the runtime's defaults"))

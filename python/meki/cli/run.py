@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="P",
         help="drop tokens below P times the most probable one (default: 0, none)",
     )
-    add("--repetition-penalty", type=float, metavar="R", help="default: 1, off")
+    add("--repetition-penalty", type=float, metavar="R", help="make tokens less probable that are there already (default: 1, off)")
     add("--seed", type=int, metavar="N", help="same seed, same text (default: a fresh one, shown by --stats)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     add = add_engine_options(parser)
