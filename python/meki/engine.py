@@ -184,12 +184,13 @@ class Engine:
             with self._lock:
                 self._idle = (key, session)
 
-    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """float32 [len(token_ids), vocab_size]: row i predicts the token after token_ids[: i + 1]. Nothing is added to
-        the tokens. ValueError if there are none, too many for the model, or one is out of the vocabulary."""
+    def logits(self, token_ids: Sequence[int], start: int = 0) -> NDArray[np.float32]:
+        """float32 [len(token_ids) - start, vocab_size]: row i predicts the token after token_ids[: start + i + 1].
+        Nothing is added to the tokens. ValueError if there are none, too many for the model, or one is out of the
+        vocabulary, and for a `start` that is none of their positions."""
         if len(token_ids) > self.context:
             raise ValueError(f"{len(token_ids)} tokens do not fit the model's context of {self.context}; pass fewer")
-        return self.session(context=len(token_ids)).logits(token_ids)
+        return self.session(context=len(token_ids)).logits(token_ids, start)
 
 
 class Session:
@@ -234,7 +235,7 @@ class Session:
         """
         checked = check_options({**self._sampling, **options})
         token_ids = self._prompts.encode(prompt, first=not self._core.tokens)
-        self._core.prompt(token_ids)  # the last that can refuse: from here on the earlier stream is over
+        self._core.append(token_ids)  # the last that can refuse: from here on the earlier stream is over
         return self._generate(checked, prompt_tokens=len(token_ids), shared_tokens=0)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerationOptions]) -> GenerationResult:
@@ -265,18 +266,18 @@ class Session:
         pairs = zip(self._core.tokens, token_ids[:-1], strict=False)
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         self._core.rewind(shared)
-        self._core.prompt(token_ids[shared:])
+        self._core.append(token_ids[shared:])
         return self._generate(checked, prompt_tokens=len(token_ids), shared_tokens=shared)
 
-    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """Appends tokens as they are; float32 [len(token_ids), vocab_size], row i predicting the token after the i-th
-        of them. ValueError as for `Engine.logits`."""
+    def logits(self, token_ids: Sequence[int], start: int = 0) -> NDArray[np.float32]:
+        """Appends tokens as they are; float32 [len(token_ids) - start, vocab_size], row i predicting the token after
+        token_ids[start + i]. ValueError as for `Engine.logits`."""
         if not len(token_ids):
             raise ValueError("no tokens to compute logits of; pass at least one")
-        self._core.prompt(token_ids)
+        first = len(self._core.tokens) + check_integer("start", start, len(token_ids) - 1)
+        self._core.append(token_ids)
         self._begin()
-        # A token generated last is computed here too, but was not asked for.
-        return self._core.logits()[-len(token_ids) :]
+        return self._core.logits(first)
 
     def _generate(self, options: CheckedOptions, *, prompt_tokens: int, shared_tokens: int) -> TextStream:
         """Begins a generation after the sequence, which ends with the prompt."""

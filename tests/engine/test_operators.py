@@ -306,7 +306,7 @@ def test_what_only_a_longer_step_shows(package: Path) -> None:
     edit_graph(package, stage_of(DOWN), set_inputs(DOWN, {3: floats(1, 1, 64)}))
     engine = Engine(package)
     session = _core.Session(engine._core, _core.SessionOptions())
-    session.prompt([1, 2, 3])
+    session.append([1, 2, 3])
     with pytest.raises(PackageError, match=rf"stage1\.onnx: .*meki\.Linear: {OTHER_RESIDUAL}"):
         session.logits()
     assert session.tokens == [1, 2, 3]

@@ -36,7 +36,7 @@ def core_session(engine: _core.Engine, **options: object) -> _core.Session:
 
 def core_logits(engine: _core.Engine, ids: list[int]) -> Logits:
     session = core_session(engine)
-    session.prompt(ids)
+    session.append(ids)
     return session.logits()
 
 
@@ -77,7 +77,7 @@ def test_memory_off_is_the_backbone(
     package = make_package(**overrides)
     engine = open_core(package, kv_type="float32", memory=False)
     session = core_session(engine)
-    session.prompt(IDS)
+    session.append(IDS)
     logits = session.logits()
     # As with the memory: float32 on both sides, another order of sums.
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
@@ -117,10 +117,10 @@ def test_two_sessions_at_once_compute_the_same_bits_as_in_turn(make_package: Cal
     def compute(prompt: list[int], wait: Callable[[], object]) -> tuple[Logits, list[int], Logits]:
         session = core_session(engine, chunk=32)
         wait()
-        session.prompt(prompt)
+        session.append(prompt)
         logits = session.logits()
         tokens = generate(session, 60)
-        session.prompt(prompt[:3])
+        session.append(prompt[:3])
         return logits, tokens, session.logits()
 
     expected = [compute(prompt, lambda: None) for prompt in prompts]
@@ -163,7 +163,7 @@ def test_a_synthetic_depth(make_package: Callable[..., Path]) -> None:
         assert len(session.tokens) == 100
         assert set(session.tokens) <= set(range(300))
         assert session.stats.prefill_tokens == 0
-        session.prompt(IDS[:5])
+        session.append(IDS[:5])
         logits[kv_type] = session.logits()
         session.rewind(100)
         assert len(generate(session, 8)) == 8 or session.finish_reason == "eos"
@@ -183,11 +183,11 @@ def test_a_synthetic_depth(make_package: Callable[..., Path]) -> None:
 def test_a_synthetic_depth_leaves_what_was_before_it(make_package: Callable[..., Path], kv_type: str) -> None:
     engine = open_core(make_package(head_dim=32), kv_type=kv_type)
     session = core_session(engine)
-    session.prompt(IDS[:40])
+    session.append(IDS[:40])
     session.logits()
     session.fill_synthetic(60)
     session.rewind(40)
-    session.prompt(IDS[40:50])
+    session.append(IDS[40:50])
     np.testing.assert_allclose(session.logits(), core_logits(engine, IDS[:50])[40:], rtol=0, atol=1e-4)
 
 
@@ -195,7 +195,7 @@ def test_a_synthetic_depth_that_is_refused(make_package: Callable[..., Path]) ->
     session = core_session(open_core(make_package()))
     with pytest.raises(ValueError, match=r"129 tokens.*128"):
         session.fill_synthetic(129)
-    session.prompt([1])
+    session.append([1])
     with pytest.raises(ValueError, match="pending"):
         session.fill_synthetic(1)
     assert session.tokens == [1]
@@ -206,7 +206,7 @@ def test_delayed_rows_show_in_the_stall(make_package: Callable[..., Path]) -> No
     slow = open_core(package, rom_delay_us=delay_us)
     np.testing.assert_array_equal(core_logits(slow, IDS[:3]), core_logits(open_core(package), IDS[:3]))
     session = core_session(slow, prefetch=False)
-    session.prompt([5, 9, 5])
+    session.append([5, 9, 5])
     generate(session, 10)
     stats = session.stats
     assert stats.prefill_stall_ns >= 2 * delay_us * 1000  # two distinct tokens
@@ -226,7 +226,7 @@ def test_a_profile_is_a_trace_of_every_stage(
 ) -> None:
     engine = open_core(make_package(weights="int8"), profile=tmp_path / "trace", memory=memory)
     session = core_session(engine)
-    session.prompt(IDS)
+    session.append(IDS)
     session.logits()
     del session, engine  # the files are complete when both are gone
     files = sorted(tmp_path.iterdir())

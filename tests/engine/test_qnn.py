@@ -53,7 +53,7 @@ def logits(
     session = _core.Session(_core.Engine.open(str(package), options), _core.SessionOptions(context=CONTEXT))
     got = []
     for step in steps:
-        session.prompt(step)
+        session.append(step)
         got.append(session.logits())
     return np.concatenate(got)
 

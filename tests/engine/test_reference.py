@@ -30,7 +30,7 @@ def core_session(engine: Engine, **options: object) -> _core.Session:
 
 def core_logits(engine: Engine, ids: list[int], **options: object) -> NDArray[np.float32]:
     session = core_session(engine, **options)
-    session.prompt(ids)
+    session.append(ids)
     return session.logits()
 
 
@@ -69,7 +69,7 @@ def test_chunking_does_not_matter(make_package: Callable[..., Path], memory_dim:
     session = core_session(engine)
     one_by_one = []
     for token in IDS:
-        session.prompt([token])
+        session.append([token])
         one_by_one.append(session.logits()[0])
     np.testing.assert_allclose(one_by_one, whole, rtol=0, atol=1e-4)
 
@@ -107,7 +107,7 @@ def test_a_cold_rom_changes_nothing(make_package: Callable[..., Path], access: s
 def test_one_request_a_token_and_distinct_ids_in_prefill(make_package: Callable[..., Path]) -> None:
     engine = Engine(make_package())
     session = core_session(engine)
-    session.prompt([5, 9, 5, 5, 9, 280])
+    session.append([5, 9, 5, 5, 9, 280])
     session.start(_core.SamplingOptions(seed=1), 10)
     while session.next() is not None:
         pass
@@ -138,9 +138,9 @@ def test_the_rom_is_not_resident(make_package: Callable[..., Path], access: str)
 def test_continuing_after_a_rewind_equals_a_fresh_session(make_package: Callable[..., Path], kv_type: str) -> None:
     engine = Engine(make_package(head_dim=32), kv_type=kv_type)
     session = core_session(engine)
-    session.prompt(IDS[:40])
+    session.append(IDS[:40])
     session.logits()
     session.rewind(25)
-    session.prompt(IDS[60:80])
+    session.append(IDS[60:80])
     again = session.logits()
     np.testing.assert_allclose(again, core_logits(engine, IDS[:25] + IDS[60:80])[25:], rtol=0, atol=1e-4)

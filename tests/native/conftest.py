@@ -58,7 +58,7 @@ def python_logits() -> Callable[..., NDArray[np.float32]]:
     def logits(package: Path, ids: Sequence[int], **options: object) -> NDArray[np.float32]:
         settings = _core.EngineOptions(onnxruntime=str(find_onnxruntime()), threads=1, **options)
         session = _core.Session(_core.Engine.open(str(package), settings), _core.SessionOptions(context=len(ids)))
-        session.prompt(ids)
+        session.append(ids)
         return session.logits()
 
     return logits

@@ -41,7 +41,7 @@ class FakeSession:
         self.generating = self.started = False
         self.stats = FakeStats()
 
-    def prompt(self, token_ids: Sequence[int]) -> None:
+    def append(self, token_ids: Sequence[int]) -> None:
         if len(self.tokens) + len(token_ids) > self.context:
             raise ValueError("the context is full")
         assert all(0 <= token < VOCAB for token in token_ids)
@@ -51,7 +51,7 @@ class FakeSession:
 
     def fill_synthetic(self, tokens: int) -> None:
         assert self.computed == len(self.tokens)
-        self.prompt([0] * tokens)
+        self.append([0] * tokens)
         self.computed += tokens
         self.log.append((self.name, "fill", tokens))
 

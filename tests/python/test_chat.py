@@ -131,7 +131,7 @@ def test_any_conversations_give_what_fresh_sessions_give(
             session.logits([5, 6])
             uncomputed = 0
         elif between == "prompt":  # as an interrupted prefill leaves it
-            session._core.prompt([7] * 3)
+            session._core.append([7] * 3)
             uncomputed += 3
         messages = [*messages[:keep], user(words)]
         before, prompt = session.tokens, rendered(engine, messages)
@@ -180,7 +180,7 @@ def test_tokens_that_wait_for_their_computation_are_not_cached(chat_engine: Engi
     session = one_by_one(chat_engine)
     prompt = rendered(chat_engine, [QUESTION])
     session.logits(prompt[:5])
-    session._core.prompt(prompt[5:9])  # as an interrupted prefill leaves them
+    session._core.append(prompt[5:9])  # as an interrupted prefill leaves them
     result = session.chat([QUESTION], **GREEDY)
     assert result.stats.cached_tokens == 5
     assert result.token_ids == one_by_one(chat_engine).chat([QUESTION], **GREEDY).token_ids

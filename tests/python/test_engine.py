@@ -230,6 +230,26 @@ def test_logits_after_a_generation_are_those_asked_for(endless: Engine) -> None:
     np.testing.assert_allclose(logits, endless.logits(session.tokens)[-2:], atol=1e-4)
 
 
+def test_logits_from_a_position_on(endless: Engine) -> None:
+    ids = [5, 6, 7, 8, 9]
+    logits = endless.logits(ids)
+    for start in range(len(ids)):
+        # Fewer rows of the output head at once may sum in another order: float32 noise, as above.
+        np.testing.assert_allclose(endless.logits(ids, start=start), logits[start:], atol=1e-4)
+    session = endless.session()
+    session.logits(ids[:2])
+    np.testing.assert_allclose(session.logits(ids[2:], 1), logits[3:], atol=1e-4)
+    assert session.tokens == ids
+
+
+@pytest.mark.parametrize("start", [-1, 3, 2**40])
+def test_logits_from_an_impossible_position(engine: Engine, start: int) -> None:
+    session = engine.session()
+    with pytest.raises(ValueError, match="start must be from 0 to 2"):
+        session.logits([5, 6, 7], start)
+    assert session.tokens == []
+
+
 @pytest.mark.parametrize("ids", [[], [-1], [10_000], [1] * 1000])
 def test_logits_of_impossible_tokens(engine: Engine, ids: list[int]) -> None:
     with pytest.raises(ValueError, match=r"token|context"):
@@ -436,14 +456,14 @@ def test_a_prompt_that_is_not_unicode(engine: Engine) -> None:
 
 def test_prompting_ends_a_running_generation(engine: Engine) -> None:
     core = _core.Session(engine._core, _core.SessionOptions(context=8))
-    core.prompt([1, 2, 3])
+    core.append([1, 2, 3])
     core.start(_core.SamplingOptions(seed=1), 0)
     assert core.next() is not None
-    core.prompt([4] * 4)  # the context is full
+    core.append([4] * 4)  # the context is full
     with pytest.raises(ValueError, match="no generation"):
         core.next()
     with pytest.raises(ValueError, match="context holds 8"):
-        core.prompt([5])
+        core.append([5])
 
 
 def test_a_dense_model_waits_for_no_rows(make_package: Callable[..., Path]) -> None:

@@ -42,7 +42,7 @@ class MeasuredSession(Protocol):
 
     @property
     def stats(self) -> SessionStats: ...
-    def prompt(self, token_ids: Sequence[int]) -> None: ...
+    def append(self, token_ids: Sequence[int]) -> None: ...
     def start(self, sampling: _core.SamplingOptions, max_new_tokens: int) -> None: ...
     def next(self) -> int | None: ...
     def rewind(self, length: int) -> None: ...
@@ -98,7 +98,7 @@ class PrefillSequence:
     def run(self) -> Block:
         session = self._session
         session.rewind(0)
-        session.prompt(self._ids)
+        session.append(self._ids)
         session.start(GREEDY, 1)
         session.reset_stats()
         self._before_step()
@@ -139,7 +139,7 @@ class DecodeSequence:
         if self._base and synthetic:
             session.fill_synthetic(self._base)
         elif self._base:
-            session.prompt(random_ids(self._base, vocab_size))
+            session.append(random_ids(self._base, vocab_size))
             session.start(GREEDY, 1)
             session.next()
 
@@ -170,7 +170,7 @@ class DecodeSequence:
         """Computes the last token of the depth and has the next one pending. No decode step in the statistics."""
         for _ in range(_STARTS):
             self._session.rewind(self._base)
-            self._session.prompt([next(self._starts)])
+            self._session.append([next(self._starts)])
             self._session.start(GREEDY, 0)
             self._before_step()
             self.history.append(False)
