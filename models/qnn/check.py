@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
-from meki import _core
-from meki.engine import find_onnxruntime, find_qnn_provider
+from meki import Engine
 
 TEXT = (
     "The library stands at the end of the harbour road, where the fishing boats used to unload. On windy days you can "
@@ -39,16 +36,15 @@ def compare(package: Path, soc: str, tokens: int, *, memory: bool = True) -> Dif
 
     Half of them are computed as a prompt, the rest one by one. Errors as `Engine`'s.
     """
-    onnxruntime, provider = str(find_onnxruntime()), str(find_qnn_provider())
-    exact = _core.EngineOptions(onnxruntime=onnxruntime, kv_type="float32", memory=memory)
-    compiled = _core.EngineOptions(
-        onnxruntime=onnxruntime, provider="qnn", qnn_library=provider, soc=soc, kv_type="float16", memory=memory
-    )
-    text = Tokenizer.from_file(str(package / "tokenizer.json")).encode(TEXT).ids
+    exact = Engine(package, kv_type="float32", memory=memory)
+    text = exact.tokenizer.encode(TEXT).ids
     ids = (text * (1 + tokens // len(text)))[:tokens]
-    reference = _logits(package, exact, [ids])
+    reference = exact.logits(ids)
+    del exact  # its weights go before the compiled ones come
+    session = Engine(package, provider="qnn", soc=soc, memory=memory).session(context=tokens)
     half = tokens // 2
-    logits = _logits(package, compiled, [ids[:half], *([token] for token in ids[half:])])
+    steps = [ids[:half], *([token] for token in ids[half:])]
+    logits = np.concatenate([session.logits(step) for step in steps if step])
     error = logits - reference
     centred = reference - reference.mean(axis=-1, keepdims=True)
     return Difference(
@@ -58,15 +54,3 @@ def compare(package: Path, soc: str, tokens: int, *, memory: bool = True) -> Dif
         float(np.sqrt(np.mean(np.square(centred)))),
         int((logits.argmax(axis=-1) == reference.argmax(axis=-1)).sum()),
     )
-
-
-def _logits(package: Path, options: _core.EngineOptions, steps: list[list[int]]) -> NDArray[np.float32]:
-    """float32 [all tokens, vocab_size], of one sequence that is computed in these steps."""
-    engine = _core.Engine.open(str(package), options)
-    session = _core.Session(engine, _core.SessionOptions(context=sum(map(len, steps))))
-    logits = []
-    for step in steps:
-        session.prompt(step)
-        if step:
-            logits.append(session.logits())
-    return np.concatenate(logits)
