@@ -48,7 +48,9 @@ std::shared_ptr<const Backend> open_cpu(Manifest manifest, const EngineOptions& 
   manifest.check_files();
   if (!options.memory) manifest = manifest.without_memory();
   const KvType kv_type = options.kv_type.value_or(KvType::int8);
-  const GraphLoader load = onnxruntime_loader(options.onnxruntime, {threads, kv_type, options.profile});
+  // Where weights are packed, all that takes time is operators of ours: more threads would only take memory.
+  const int graph_threads = manifest.weight_type == "float32" ? threads : 1;
+  const GraphLoader load = onnxruntime_loader(options.onnxruntime, {threads, graph_threads, kv_type, options.profile});
   return std::make_shared<DynamicBackend>(manifest, kv_type, load);
 }
 
@@ -68,7 +70,7 @@ std::shared_ptr<const Backend> open_qnn(Manifest manifest, const EngineOptions& 
     manifest = manifest.without_memory();
   }
   const QnnTarget& target = manifest.qnn.at(soc);
-  const GraphLoader cpu = onnxruntime_loader(options.onnxruntime, {threads, KvType::float16, options.profile});
+  const GraphLoader cpu = onnxruntime_loader(options.onnxruntime, {threads, 1, KvType::float16, options.profile});
   const GraphLoader qnn = qnn_loader(options.onnxruntime, options.qnn_library,
                                      {.soc_model = target.soc_model,
                                       .htp_arch = target.htp_arch,

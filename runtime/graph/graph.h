@@ -54,7 +54,8 @@ class Graph {
 using GraphLoader = std::function<std::unique_ptr<Graph>(const std::filesystem::path&)>;
 
 struct GraphOptions {
-  int threads = 1;                  // compute threads of a stage
+  int threads = 1;                  // of our own operators
+  int graph_threads = 1;            // of all others
   KvType kv_type = KvType::int8;    // how attention stores keys and values
   std::filesystem::path profile{};  // not empty: when a stage goes, it leaves a trace in a file that begins so
 };

@@ -109,6 +109,7 @@ Manifest Manifest::open(const std::filesystem::path& directory) {
   manifest.memory = parse_memory(root.at("memory"));
   manifest.stages = parse_stages(root.at("stages"), manifest.memory);
   manifest.dense_stages = parse_dense_stages(root.at("dense_stages"), manifest.memory.has_value());
+  manifest.weight_type = root.at("weights").at("type").string();
   const Node tokenizer = root.at("tokenizer");
   for (const Node& id : tokenizer.at("eos_token_ids").items()) {
     manifest.eos_token_ids.push_back(static_cast<int32_t>(id.integer(0, manifest.architecture.vocab_size - 1)));

@@ -69,6 +69,7 @@ struct Manifest {
   std::optional<MemoryInfo> memory;
   std::vector<StageInfo> stages;
   std::vector<StageInfo> dense_stages;  // the backbone without its memory; empty in a dense package
+  std::string weight_type;              // of the dense weights: "float32", or a packed one
   std::vector<int32_t> eos_token_ids;
   FileSizes files;
   std::map<std::string, QnnTarget> qnn;  // by chip; empty: nothing is compiled

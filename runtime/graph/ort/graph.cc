@@ -197,7 +197,7 @@ GraphLoader onnxruntime_loader(const std::filesystem::path& library, const Graph
   const Library& loaded = ort::library_at(library);
   const auto operators =
       std::make_shared<const OrtOperators>(loaded.api, options.kv_type, static_cast<size_t>(options.threads));
-  const auto configure = [&api = loaded.api, operators, threads = options.threads](ort::SessionOptions* session) {
+  const auto configure = [&api = loaded.api, operators, threads = options.graph_threads](ort::SessionOptions* session) {
     api.check(api.SetIntraOpNumThreads(session, threads));
     api.check(api.SetSessionGraphOptimizationLevel(session, ort::kOptimizeAll));
     // What decode lives from has threads of its own (OrtOperators): these must not spin on the same cores.

@@ -68,6 +68,8 @@ constexpr const char* kNeeded[] = {
     "/stages/1/rows",
     "/dense_stages",
     "/dense_stages/0/file",
+    "/weights",
+    "/weights/type",
     "/tokenizer",
     "/tokenizer/file",
     "/tokenizer/eos_token_ids",
@@ -104,6 +106,7 @@ TEST_CASE("manifest: a valid one parses") {
   REQUIRE(manifest.dense_stages.size() == 1);
   CHECK(manifest.dense_stages[0].file == "dense.onnx");
   CHECK_FALSE(manifest.dense_stages[0].rows);
+  CHECK(manifest.weight_type == "int8");
   CHECK(manifest.eos_token_ids == std::vector<int32_t>{0, 63});
 }
 
