@@ -1,4 +1,5 @@
-// The Python face of the runtime: types and the GIL, no logic. Documented in python/meki/_core.pyi.
+// The Python face of the runtime: types, docstrings and the GIL, no logic. python/meki/_core.pyi is made of it
+// (docs/development.md).
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -118,6 +119,9 @@ void rom_verify(const TokenTable& rom, uint64_t first, uint64_t count) {
 void bind_errors(py::module_& m) {
   static PyObject* package_error = nullptr;
   package_error = py::exception<PackageError>(m, "PackageError", PyExc_OSError).release().ptr();
+  py::handle(package_error).doc() =
+      "A package, or a file of one, that cannot be used: missing, damaged, inconsistent, or changed while in\n"
+      "use.";
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);
@@ -133,7 +137,7 @@ void bind_errors(py::module_& m) {
 }
 
 void bind_options(py::module_& m) {
-  py::class_<EngineOptions>(m, "EngineOptions")
+  py::class_<EngineOptions>(m, "EngineOptions", "How to open a package.")
       .def(py::init([](std::filesystem::path onnxruntime, int threads, const std::string& rom_access,
                        const std::optional<std::string>& kv_type, bool memory, int64_t rom_delay_us,
                        std::filesystem::path profile, const std::string& provider, std::filesystem::path qnn_library,
@@ -151,27 +155,26 @@ void bind_options(py::module_& m) {
            }),
            py::kw_only(), "onnxruntime"_a, "threads"_a = 0, "rom_access"_a = name_of(EngineOptions().rom_access),
            "kv_type"_a = py::none(), "memory"_a = true, "rom_delay_us"_a = 0, "profile"_a = "",
-           "provider"_a = name_of(EngineOptions().provider), "qnn_library"_a = "", "soc"_a = "")
-      .def_property_readonly("onnxruntime", [](const EngineOptions& o) { return o.onnxruntime.string(); })
-      .def_readonly("threads", &EngineOptions::threads)
-      .def_property_readonly("rom_access", [](const EngineOptions& o) { return name_of(o.rom_access); })
-      .def_property_readonly(
-          "kv_type",
-          [](const EngineOptions& o) { return o.kv_type ? std::optional(name_of(*o.kv_type)) : std::nullopt; })
-      .def_property_readonly("provider", [](const EngineOptions& o) { return name_of(o.provider); })
-      .def_readonly("soc", &EngineOptions::soc);
+           "provider"_a = name_of(EngineOptions().provider), "qnn_library"_a = "", "soc"_a = "",
+           "onnxruntime: path of the ONNX Runtime shared library. qnn_library: with the provider \"qnn\", that of\n"
+           "libonnxruntime_providers_qnn.so. rom_delay_us: microseconds that every read of the ROM takes longer.\n"
+           "soc: the compiled chip; empty: the only one there is. The others are as of meki.Engine. ValueError for a\n"
+           "name that does not exist.");
 
   const SessionOptions session;
-  py::class_<SessionOptions>(m, "SessionOptions")
+  py::class_<SessionOptions>(m, "SessionOptions", "What one session needs.")
       .def(py::init(
                [](size_t context, bool prefetch, size_t chunk) { return SessionOptions{context, prefetch, chunk}; }),
-           py::kw_only(), "context"_a = session.context, "prefetch"_a = session.prefetch, "chunk"_a = session.chunk)
-      .def_readonly("context", &SessionOptions::context)
-      .def_readonly("prefetch", &SessionOptions::prefetch)
-      .def_readonly("chunk", &SessionOptions::chunk);
+           py::kw_only(), "context"_a = session.context, "prefetch"_a = session.prefetch, "chunk"_a = session.chunk,
+           "context: capacity in tokens, 0 for the engine's, at most 4096. prefetch: read rows on the I/O thread\n"
+           "ahead of their use; False reads them on the compute thread. chunk: prompt tokens of one prefill step;\n"
+           "with the provider \"qnn\" at most those it is compiled for.");
 
   const SamplingOptions sampling;
-  py::class_<SamplingOptions>(m, "SamplingOptions")
+  py::class_<SamplingOptions>(
+      m, "SamplingOptions",
+      "How the next token is chosen. Applied in this order: repetition penalty, temperature, top-k, top-p,\n"
+      "min-p.")
       .def(py::init([](double temperature, uint32_t top_k, double top_p, double min_p, double repetition_penalty,
                        uint64_t seed) {
              return SamplingOptions{temperature, top_k, top_p, min_p, repetition_penalty, seed};
@@ -179,124 +182,169 @@ void bind_options(py::module_& m) {
            py::kw_only(), "temperature"_a = sampling.temperature, "top_k"_a = sampling.top_k,
            "top_p"_a = sampling.top_p, "min_p"_a = sampling.min_p, "repetition_penalty"_a = sampling.repetition_penalty,
            "seed"_a = sampling.seed)
-      .def_readonly("temperature", &SamplingOptions::temperature)
-      .def_readonly("top_k", &SamplingOptions::top_k)
-      .def_readonly("top_p", &SamplingOptions::top_p)
-      .def_readonly("min_p", &SamplingOptions::min_p)
-      .def_readonly("repetition_penalty", &SamplingOptions::repetition_penalty)
-      .def_readonly("seed", &SamplingOptions::seed);
+      .def_readonly("temperature", &SamplingOptions::temperature, "0: the most probable token.")
+      .def_readonly("top_k", &SamplingOptions::top_k, "Keep the k most probable tokens; 0: all.")
+      .def_readonly("top_p", &SamplingOptions::top_p,
+                    "Keep the fewest most probable tokens whose probabilities sum to at least this; 1: all.")
+      .def_readonly("min_p", &SamplingOptions::min_p,
+                    "Drop tokens less probable than this times the most probable one's; 0: none.")
+      .def_readonly("repetition_penalty", &SamplingOptions::repetition_penalty,
+                    "Divide positive and multiply negative logits of tokens already in the sequence; 1: off.")
+      .def_readonly("seed", &SamplingOptions::seed, "Seed of the random generator, 0 to 2**64 - 1.");
 }
 
 void bind_rom(py::module_& m) {
-  py::class_<RomHeader>(m, "RomInfo")
+  py::class_<RomHeader>(m, "RomInfo", "What a ROM's header says (docs/rom-format.md).")
       .def_readonly("vocab_size", &RomHeader::vocab_size)
       .def_readonly("layers", &RomHeader::layers)
       .def_readonly("row_dim", &RomHeader::row_dim)
-      .def_property_readonly("row_type", [](const RomHeader& header) { return name_of(header.row_type); })
+      .def_property_readonly(
+          "row_type", [](const RomHeader& header) { return name_of(header.row_type); },
+          "One of \"float32\", \"float16\", \"int8\" and \"int4\".")
       .def_readonly("bundle_bytes", &RomHeader::bundle_bytes)
       .def_readonly("bundle_stride", &RomHeader::bundle_stride)
       .def_readonly("file_bytes", &RomHeader::file_bytes)
       .def_readonly("content_id", &RomHeader::content_id);
 
-  py::class_<TokenTable>(m, "Rom")
+  py::class_<TokenTable>(m, "Rom", "A ROM file. Immutable and thread-safe.")
       .def(py::init([](const std::filesystem::path& path, const std::string& access) {
              const py::gil_scoped_release release;
              return std::make_unique<TokenTable>(path, parse_rom_access(access));
            }),
-           "path"_a, "access"_a = name_of(EngineOptions().rom_access))
+           "path"_a, "access"_a = name_of(EngineOptions().rom_access), "PackageError if the file is not a valid ROM.")
       .def_property_readonly("info", &TokenTable::header, py::return_value_policy::copy)
-      .def_property_readonly("access", &TokenTable::access)
-      .def("rows", &rom_rows, "token_ids"_a)
-      .def("verify", &rom_verify, "first"_a, "count"_a);
+      .def_property_readonly("access", &TokenTable::access, "The access mode in use.")
+      .def("rows", &rom_rows, "token_ids"_a,
+           "float32 [layers, len(token_ids), row_dim], each bundle checked. ValueError for an unknown id.")
+      .def("verify", &rom_verify, "first"_a, "count"_a,
+           "Checks the checksums of `count` bundles from `first` on. PackageError names the first bad token.");
 }
 
 void bind_engine(py::module_& m) {
-  py::class_<Sampler>(m, "Sampler")
-      .def(py::init<const SamplingOptions&, size_t>(), "options"_a, "vocab_size"_a)
+  py::class_<Sampler>(m, "Sampler", "Chooses token ids. Not thread-safe.")
+      .def(py::init<const SamplingOptions&, size_t>(), "options"_a, "vocab_size"_a,
+           "ValueError if an option is outside its range.")
       .def(
           "sample",
           [](Sampler& sampler, const FloatArray& logits, const std::vector<int32_t>& sequence) {
             for (const int32_t id : sequence) check_id(id, static_cast<uint64_t>(logits.size()));
             return sampler.sample({logits.data(), static_cast<size_t>(logits.size())}, sequence);
           },
-          "logits"_a, "sequence"_a);
+          "logits"_a, "sequence"_a,
+          "One token id. logits: float32 [vocab_size]; sequence: the tokens so far, for the repetition penalty.");
 
   // Engines are shared and immutable; pybind11's holder has no const.
-  py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
+  py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine", "An opened package. Immutable and thread-safe.")
       .def_static(
           "open",
           [](const std::filesystem::path& path, const EngineOptions& options) {
             return std::const_pointer_cast<Engine>(Engine::open(path, options));
           },
-          "path"_a, "options"_a, py::call_guard<py::gil_scoped_release>())
+          "path"_a, "options"_a, py::call_guard<py::gil_scoped_release>(),
+          "PackageError if the package is unusable; ValueError for bad options, such as a chip that the package is\n"
+          "not compiled for; RuntimeError if ONNX Runtime or its provider cannot be loaded.")
       .def_property_readonly("vocab_size", [](const Engine& e) { return e.manifest().architecture.vocab_size; })
-      .def_property_readonly("context", [](const Engine& e) { return e.backend().info().context; })
+      .def_property_readonly(
+          "context", [](const Engine& e) { return e.backend().info().context; },
+          "Longest sequence that the model supports, in tokens; compiled stages may support less.")
       .def_property_readonly("eos_token_ids", [](const Engine& e) { return e.manifest().eos_token_ids; })
       .def_property_readonly(
-          "rom_access", [](const Engine& e) { return e.rows() ? std::optional(e.rows()->access()) : std::nullopt; })
+          "rom_access", [](const Engine& e) { return e.rows() ? std::optional(e.rows()->access()) : std::nullopt; },
+          "The access mode in use, which differs from the requested one after a fallback; None without a memory.")
       .def_property_readonly("threads", &Engine::threads)
       .def_property_readonly("kv_type", [](const Engine& e) { return name_of(e.backend().info().kv_type); })
       .def_property_readonly("provider", [](const Engine& e) { return name_of(e.backend().info().provider); })
-      .def_property_readonly("simulated", [](const Engine& e) { return e.backend().info().simulated; })
-      .def_property_readonly("shared_memory", [](const Engine& e) { return e.backend().info().shared_memory; })
-      .def_property_readonly("soc",
-                             [](const Engine& e) {
-                               const std::string& soc = e.backend().info().soc;
-                               return soc.empty() ? std::nullopt : std::optional(soc);
-                             })
-      .def("drop_rom_cache", [](const Engine& e) {
-        if (e.rows()) e.rows()->drop_cache();
-      });
+      .def_property_readonly(
+          "simulated", [](const Engine& e) { return e.backend().info().simulated; },
+          "Whether a simulator of the NPU computes: results as on the chip, speed is not.")
+      .def_property_readonly(
+          "shared_memory", [](const Engine& e) { return e.backend().info().shared_memory; },
+          "Whether the KV cache is in memory that the NPU shares; if not, an NPU copies all of it each step.")
+      .def_property_readonly(
+          "soc",
+          [](const Engine& e) {
+            const std::string& soc = e.backend().info().soc;
+            return soc.empty() ? std::nullopt : std::optional(soc);
+          },
+          "The chip whose compiled stages run; None with the provider \"cpu\".")
+      .def(
+          "drop_rom_cache",
+          [](const Engine& e) {
+            if (e.rows()) e.rows()->drop_cache();
+          },
+          "Asks the system to forget its cached pages of the ROM, so that the next reads go to storage. Best\n"
+          "effort.");
 
-  py::class_<Stats>(m, "Stats")
+  py::class_<Stats>(m, "Stats", "Counters of one session since it was made or last reset. A copy: it does not change.")
       .def_readonly("prefill_tokens", &Stats::prefill_tokens)
       .def_readonly("prefill_ns", &Stats::prefill_ns)
       .def_readonly("prefill_stall_ns", &Stats::prefill_stall_ns)
       .def_readonly("decode_tokens", &Stats::decode_tokens)
       .def_readonly("decode_ns", &Stats::decode_ns)
-      .def_readonly("sample_ns", &Stats::sample_ns)
-      .def_readonly("stall_ns", &Stats::stall_ns)
-      .def_property_readonly("rom_requests", [](const Stats& stats) { return stats.rows.requests; })
-      .def_property_readonly("rom_bytes", [](const Stats& stats) { return stats.rows.bytes; });
+      .def_readonly("sample_ns", &Stats::sample_ns, "Of decode_ns: choosing tokens.")
+      .def_readonly("stall_ns", &Stats::stall_ns,
+                    "Nanoseconds that each decode step waited for its rows; empty in a dense model.")
+      .def_property_readonly(
+          "rom_requests", [](const Stats& stats) { return stats.rows.requests; }, "Bundles read.")
+      .def_property_readonly(
+          "rom_bytes", [](const Stats& stats) { return stats.rows.bytes; },
+          "Bytes read: bundles without their padding (with O_DIRECT, the blocks around them).");
 
-  py::class_<GuardedSession>(m, "Session")
+  py::class_<GuardedSession>(
+      m, "Session",
+      "One sequence: its tokens, KV cache and prefetcher. Use from one thread at a time; RuntimeError tells a\n"
+      "second one.")
       .def(py::init([](const std::shared_ptr<Engine>& engine, const SessionOptions& options) {
              const py::gil_scoped_release release;
              return std::make_unique<GuardedSession>(engine, options);
            }),
            "engine"_a, "options"_a)
-      .def_property_readonly("context",
-                             [](GuardedSession& s) { return s.call([](Session& x) { return x.context(); }); })
+      .def_property_readonly(
+          "context", [](GuardedSession& s) { return s.call([](Session& x) { return x.context(); }); },
+          "Capacity in tokens.")
       .def_property_readonly(
           "tokens",
           [](GuardedSession& s) {
             return s.call([](Session& x) { return std::vector<int32_t>(x.tokens().begin(), x.tokens().end()); });
-          })
+          },
+          "The sequence so far: prompts and generated tokens.")
       .def(
           "append",
           [](GuardedSession& s, const std::vector<int64_t>& ids) { s.call([&ids](Session& x) { x.append(ids); }); },
-          "token_ids"_a)
+          "token_ids"_a,
+          "Appends tokens, to be computed by the next call, and ends a running generation. ValueError for an id out\n"
+          "of the vocabulary or a sequence that would exceed the context (the message has both numbers).")
       .def(
           "start",
           [](GuardedSession& s, const SamplingOptions& sampling, size_t max_new_tokens) {
             s.call([&](Session& x) { x.start(sampling, max_new_tokens); });
           },
-          "sampling"_a, "max_new_tokens"_a)
-      .def("next", [](GuardedSession& s) { return s.call([](Session& x) { return x.next(poll_signals); }); })
+          "sampling"_a, "max_new_tokens"_a,
+          "Begins a generation after the current sequence. 0 tokens: until the context is full. ValueError if the\n"
+          "sequence is empty.")
+      .def(
+          "next", [](GuardedSession& s) { return s.call([](Session& x) { return x.next(poll_signals); }); },
+          "The next token, or None when the generation is over (see finish_reason). The rows of a returned token\n"
+          "are already being fetched. KeyboardInterrupt is raised between two prefill chunks.")
       .def_property_readonly(
           "finish_reason",
-          [](GuardedSession& s) { return finish_name(s.call([](Session& x) { return x.finish_reason(); })); })
-      .def("logits", &GuardedSession::logits, "start"_a = py::none())
+          [](GuardedSession& s) { return finish_name(s.call([](Session& x) { return x.finish_reason(); })); },
+          "None while running, \"eos\", \"length\" (max_new_tokens reached) or \"context\" (cache full).")
+      .def("logits", &GuardedSession::logits, "start"_a = py::none(),
+           "Computes all pending tokens; float32 [tokens from position `start` on, vocab_size], None standing for\n"
+           "the first pending one. ValueError for a position that is not pending.")
       .def(
           "rewind", [](GuardedSession& s, size_t length) { s.call([length](Session& x) { x.rewind(length); }); },
-          "length"_a)
+          "length"_a, "Keeps the first `length` tokens of the sequence.")
       .def(
           "fill_synthetic",
-          [](GuardedSession& s, size_t count) { s.call([count](Session& x) { x.fill_synthetic(count); }); }, "count"_a)
+          [](GuardedSession& s, size_t count) { s.call([count](Session& x) { x.fill_synthetic(count); }); }, "count"_a,
+          "Appends `count` arbitrary tokens with pseudo-random keys and values, as if computed: for measurements at\n"
+          "a depth. ValueError if they exceed the context or tokens are pending.")
       .def(
           "kv_bytes",
           [](GuardedSession& s, size_t tokens) { return s.call([tokens](Session& x) { return x.kv_bytes(tokens); }); },
-          "tokens"_a)
+          "tokens"_a, "Bytes of the KV cache, all layers together, that a step reads after `tokens` tokens.")
       .def_property_readonly("stats", [](GuardedSession& s) { return s.call([](Session& x) { return x.stats(); }); })
       .def("reset_stats", [](GuardedSession& s) { s.call([](Session& x) { x.reset_stats(); }); });
 }
@@ -305,12 +353,17 @@ void bind_engine(py::module_& m) {
 }  // namespace meki
 
 PYBIND11_MODULE(_core, m) {
+  m.doc() = "The C++ engine. Private: use meki.Engine. Every blocking call releases the GIL.";
   meki::bind_errors(m);
   meki::bind_options(m);
   meki::bind_rom(m);
   meki::bind_engine(m);
-  m.def("cpu_kernels", [] { return meki::simd().name; });
-  m.def("read_bandwidth", &meki::read_bandwidth, "threads"_a, "bytes"_a, py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "cpu_kernels", [] { return meki::simd().name; },
+      "The instruction set that attention and linear layers use: \"avx512vnni\", \"avx2\", \"neon-i8mm\",\n"
+      "\"neon-dotprod\" or \"portable\".");
+  m.def("read_bandwidth", &meki::read_bandwidth, "threads"_a, "bytes"_a, py::call_guard<py::gil_scoped_release>(),
+        "Bytes per second that `threads` threads read together, once through a buffer of `bytes` bytes in memory.");
   m.def(
       "read_manifest",
       [](const std::filesystem::path& path, const std::string& provider, const std::string& soc) {
@@ -323,5 +376,8 @@ PYBIND11_MODULE(_core, m) {
         meki::open_rows(manifest, meki::RomAccess::pread);
         return manifest.json;
       },
-      "path"_a, "provider"_a = "cpu", "soc"_a = "", py::call_guard<py::gil_scoped_release>());
+      "path"_a, "provider"_a = "cpu", "soc"_a = "", py::call_guard<py::gil_scoped_release>(),
+      "Checks the package at `path` as Engine.open does with this provider and chip, without loading a graph;\n"
+      "returns the manifest's JSON text. With \"cpu\" the compiled files may be missing, with \"qnn\" all but those\n"
+      "and the ROM.");
 }

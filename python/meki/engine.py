@@ -71,8 +71,8 @@ class Engine:
             qnn_library=str(find_qnn_provider()) if provider == "qnn" else "",
             soc=soc or "",
         )
-        self.manifest = read_manifest(self.path, provider, options.soc)
-        chip = options.soc or next(iter(compiled_targets(self.manifest))) if provider == "qnn" else None
+        self.manifest = read_manifest(self.path, provider, soc or "")
+        chip = soc or next(iter(compiled_targets(self.manifest))) if provider == "qnn" else None
         check_parsed_files(self.path, self.manifest, chip)
         self._core = _core.Engine.open(str(self.path), options)
         self._prompts = PromptEncoder(self.path, self.manifest)

@@ -59,25 +59,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="T",
         help=f"0: always the most probable token (default: {defaults.temperature}, with --chat 0)",
     )
-    add(
-        "--top-k",
-        type=int,
-        metavar="K",
-        help="keep the K most probable tokens (default: 0, all)",
-    )
+    add("--top-k", type=int, metavar="K", help="keep the K most probable tokens (default: 0, all)")
     add(
         "--top-p",
         type=float,
         metavar="P",
         help=f"keep the most probable tokens that sum to P (default: {defaults.top_p})",
     )
-    add(
-        "--min-p",
-        type=float,
-        metavar="P",
-        help="drop tokens below P times the most probable one (default: 0, none)",
-    )
-    add("--repetition-penalty", type=float, metavar="R", help="make tokens less probable that are there already (default: 1, off)")
+    add("--min-p", type=float, metavar="P", help="drop tokens below P times the most probable one (default: 0, none)")
+    add("--repetition-penalty", type=float, metavar="R", help="make repetitions less probable (default: 1, off)")
     add("--seed", type=int, metavar="N", help="same seed, same text (default: a fresh one, shown by --stats)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     add = add_engine_options(parser)
