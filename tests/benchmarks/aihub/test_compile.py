@@ -1,4 +1,4 @@
-"""hub.py --compile: AI Hub compiles the graphs that a package was compiled from."""
+"""aihub.profile --compile: AI Hub compiles the graphs that a package was compiled from."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import hub
-import hub_package
 import onnx
 import pytest
-from hub_client import HubError
 
+from benchmarks.aihub import package as hub_package
+from benchmarks.aihub import profile as hub
+from benchmarks.aihub.client import HubError
 from meki.models.qnn.stages import Options, plan, write_stage
 from meki.models.qnn.weights import PackageWeights
 
@@ -22,9 +22,9 @@ pytest.importorskip("qai_hub", reason="AI Hub's client is not installed: pip ins
 
 from qai_hub.client import SourceModelType, _determine_model_type
 
-from . import hub_stub
-from .hub_case import MEDIANS, profile
-from .hub_stub import StubHub
+from . import stub as ai_hub
+from .case import MEDIANS, profile
+from .stub import StubHub
 
 
 @pytest.fixture
@@ -109,13 +109,13 @@ def test_a_compilation_that_names_no_model(
     stub: StubHub, package: Path, graphs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As the client documents it of jobs of its older versions; it waits for their end."""
-    monkeypatch.setitem(hub_stub.STATES, "compile", [])
+    monkeypatch.setitem(ai_hub.STATES, "compile", [])
     stub.names_compiled_models = False
     stub.reasons["compile", "head"] = "Unsupported operator."
     for reason in ("failed: Unsupported operator.", "names no compiled model"):
         assert profile(package, "--graphs", "decode,head", "--compile") == 1
         errors = capsys.readouterr().err
-        assert f"hub.py: head: compile job j{len(stub.jobs) - 1} {reason}" in errors
+        assert f"aihub: head: compile job j{len(stub.jobs) - 1} {reason}" in errors
         stub.reasons.clear()
     stub.names_compiled_models = True
     assert profile(package, "--graphs", "decode,head", "--compile") == 0  # nothing of these is remembered

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from android_device import TRANSFER_TIMEOUT, AndroidError, Device, Phone, disk_full
-
 from meki.package import check_sha256, compiled_targets, file_sha256, target_directory
+
+from .device import TRANSFER_TIMEOUT, AndroidError, Device, Phone, disk_full
 
 REMOTE = "/data/local/tmp/meki"
 PROGRAM, ONNXRUNTIME, QNN_PROVIDER = "meki_bench", "libonnxruntime.so", "libonnxruntime_providers_qnn.so"

@@ -1,18 +1,23 @@
-"""What android.py is given in its tests: a compiled package, libraries, and a stand-in for meki_bench."""
+"""What android.measure is given in its tests: a compiled package, libraries, and a stand-in for meki_bench."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import android
+from benchmarks.android import measure
 
 from .adb_device import Phone, elf
 
+ROOT = Path(__file__).parents[3]
 REMOTE = "/data/local/tmp/meki"
 LIBRARIES = ["libonnxruntime_providers_qnn.so", "libQnnHtp.so", "libQnnSystem.so", "libQnnHtpV79Stub.so"]
 
@@ -49,7 +54,7 @@ with open(options["--json"], "w") as file:
 
 
 class Case:
-    """A command line of android.py, its files and its report."""
+    """A command line of android.measure, its files and its report."""
 
     def __init__(self, directory: Path, package: Path) -> None:
         self.json, self.bench, self.package, self.qnn = (
@@ -83,7 +88,7 @@ class Case:
         shutil.copytree(self.package, phone.path(f"{REMOTE}/packages/{self.package.name}"), dirs_exist_ok=True)
 
     def run(self, *more: str) -> int:
-        return android.main(self.arguments("--rounds", "1", "--tokens", "4", "--cool-down", "0", *more))
+        return measure.main(self.arguments("--rounds", "1", "--tokens", "4", "--cool-down", "0", *more))
 
     def report(self) -> dict[str, Any]:
         report: dict[str, Any] = json.loads(self.json.read_text())
@@ -95,6 +100,21 @@ def calls(phone: Phone) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def start(case: Case) -> subprocess.Popen[str]:
-    command = [sys.executable, android.__file__, *case.arguments("--rounds", "1", "--tokens", "4", "--cool-down", "0")]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
+@contextlib.contextmanager
+def started(case: Case) -> Iterator[subprocess.Popen[str]]:
+    """The command as a process, in a group of its own that ends with the block."""
+    command = [sys.executable, "-m", measure.__name__]
+    command += case.arguments("--rounds", "1", "--tokens", "4", "--cool-down", "0")
+    with subprocess.Popen(
+        ["env", "--default-signal=INT", *command],  # tests that run in a shell's background ignore the signal
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    ) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)

@@ -1,6 +1,6 @@
 """Prefill and decode speed beside other engines: the same shapes, the same threads, measured in turn.
 
-    python benchmarks/peers.py PACKAGE --llama-bench PATH [--genai DIR] [--depths 0,10240] [--json FILE]
+    python -m benchmarks.peers.compare PACKAGE --llama-bench PATH [--genai DIR] [--depths 0,10240] [--json FILE]
 
 Needs `meki-bench` and the Python package `gguf`. PACKAGE gives the shapes. llama.cpp runs a model with random Q4_0
 weights of these shapes, which is written to --workdir once. All its matrices have 4.5 bits a weight, the tied head too:
@@ -40,12 +40,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peer_engines import SETTINGS, Genai, LlamaBench, Meki, PeerError, Setting, Workload, best_setting, find_binary
-from peer_models import cached_gguf, read_manifest
 from tqdm import tqdm
 
+from meki.bench.output import check_writable
+from meki.cli.errors import run_command
 from meki.models.config import ModelConfig
+from meki.package import has_random_weights, read_manifest
+from meki.package.files import replace_file
 
+from .engines import SETTINGS, Genai, LlamaBench, Meki, Setting, Workload, best_setting, find_binary
+from .llama_model import cached_gguf
+
+PROGRAM = "peers"
 OURS, LLAMA, GENAI = "meki", "llama.cpp", "onnxruntime-genai"
 PROBE_REPETITIONS = 3
 
@@ -86,15 +92,6 @@ def table(
             row += [spread(samples[peer][i]), spread(ratios(samples[ours][i], samples[peer][i]))]
         lines.append([*row, str(settings[i])])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def write_json(path: Path, figures: object) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def find_settings(
@@ -157,7 +154,7 @@ def compare(args: argparse.Namespace, manifest: dict[str, Any], config: ModelCon
     models = {OURS: f"{manifest['weights']['type']} weights, {args.kv_type} KV", LLAMA: "Q4_0 weights"}
     if genai:
         versions[GENAI], models[GENAI] = metadata.version(GENAI), f"model {args.genai.resolve().name}"
-    own = "random too" if manifest["provenance"].get("weights") == "random" else "its own weights"
+    own = "random too" if has_random_weights(manifest) else "its own weights"
     print(
         f"{config.layers} layers, hidden {config.hidden}, FFN {config.ffn}, {config.heads} query and {config.kv_heads} "
         f"KV heads of {config.head_dim}, vocabulary {config.vocab_size:,}. "
@@ -192,6 +189,20 @@ def compare(args: argparse.Namespace, manifest: dict[str, Any], config: ModelCon
     }
 
 
+def run(args: argparse.Namespace) -> None:
+    if args.json:
+        check_writable(args.json)
+    manifest = read_manifest(args.package)
+    config = ModelConfig.from_dict(manifest["architecture"])
+    longest = max(args.prefill, max(*args.depths, 1) + args.tokens + 1)  # decode begins and ends with a token
+    if longest > config.context:
+        raise ValueError(f"{longest:,} tokens, but {args.package} has a context of {config.context:,}")
+    figures = compare(args, manifest, config)
+    if args.json:
+        with replace_file(args.json) as partial:
+            partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
 def positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
@@ -206,7 +217,11 @@ def depth_list(text: str) -> list[int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("package", type=Path, help="a directory made by meki-convert")
     parser.add_argument("--llama-bench", required=True, metavar="PATH", help="a build of llama.cpp for this machine")
     parser.add_argument("--genai", type=Path, metavar="DIR", help="a model of onnxruntime-genai with the same shapes")
@@ -224,21 +239,7 @@ def main(argv: list[str] | None = None) -> int:
         help="where models for peers are kept (default: %(default)s)",
     )
     args = parser.parse_args(argv)
-    if args.json and not args.json.parent.is_dir():
-        parser.error(f"--json {args.json}: no such directory {args.json.parent}")
-    try:
-        manifest = read_manifest(args.package)
-        config = ModelConfig.from_dict(manifest["architecture"])
-        longest = max(args.prefill, max(*args.depths, 1) + args.tokens + 1)  # decode begins and ends with a token
-        if longest > config.context:
-            parser.error(f"{longest:,} tokens, but {args.package} has a context of {config.context:,}")
-        figures = compare(args, manifest, config)
-        if args.json:
-            write_json(args.json, figures)
-    except (PeerError, OSError, ValueError) as error:
-        print(f"peers.py: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(PROGRAM, lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tests of hub.py have in common: its command line on a compiled package, and the profiles of a stand-in."""
+"""What the tests of AI Hub have in common: the command line on a compiled package, and the profiles of a stand-in."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import hub
 import pytest
 from qai_hub.util import session
 
-from .compiled import SOC, STAGES
-from .hub_stub import TOKEN, StubHub, profile_detail
+from benchmarks.aihub import profile as hub
+
+from ..compiled import SOC, STAGES
+from .stub import TOKEN, StubHub, profile_detail
 
 DEVICE = "Snapdragon 8 Elite QRD"
 # Medians are not the fastest runs, and neither are they symmetric.
@@ -52,5 +53,5 @@ def binary(package: Path, name: str) -> bytes:
 
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     """The one line on stderr, but for progress bars."""
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hub.py: ")]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("aihub: ")]
     return line

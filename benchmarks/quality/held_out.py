@@ -1,6 +1,6 @@
 """What quantisation costs: held-out loss of one checkpoint in every weight and row type, through the engine.
 
-    python benchmarks/quality.py CHECKPOINT_FOLDER HELD_OUT.txt[.xz] --tokenizer tokenizer.json
+    python -m benchmarks.quality.held_out CHECKPOINT_FOLDER HELD_OUT.txt[.xz] --tokenizer tokenizer.json
 
 Each story is cut into windows of the model's context, each of which starts with the end-of-story token, so that every
 token is predicted once. bits per byte = sum of -log2 p(token) / bytes of the stories in UTF-8 and one for each end.
@@ -85,7 +85,11 @@ def torch_logits(model: Decoder) -> Logits:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality.held_out",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("held_out", type=Path, help="stories separated by lines <|story|>, .txt or .txt.xz")
     parser.add_argument("--tokenizer", type=Path, required=True)

@@ -1,4 +1,4 @@
-"""android.py when something is wrong: phones, files, runs. One clear message each, and what was measured is kept."""
+"""What goes wrong on the way to a phone: one clear message each, and what was measured is kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from .adb_device import Phone
-from .android_case import REMOTE, Case, start
+from .case import REMOTE, Case, started
 from .conftest import TIMEOUT, adb, connect, wait_until
 
 
@@ -121,12 +121,12 @@ def test_first_run_that_fails_keeps_the_figures_of_an_earlier_call(
 
 
 def test_unplugged_during_a_run(phone: Phone, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
-    case.hook("if call == 2: open('there', 'w').close(); time.sleep(60)")
+    case.hook("if call == 2: open('there', 'w').close(); time.sleep(600)")
     case.install(phone)
-    process = start(case)
-    wait_until(phone.path(f"{REMOTE}/bin/there").exists, "the second run")
-    phone.unplug()
-    _, error = process.communicate(timeout=TIMEOUT)
+    with started(case) as process:
+        wait_until(phone.path(f"{REMOTE}/bin/there").exists, "the second run")
+        phone.unplug()
+        _, error = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 1
     assert "lost during a command" in error
     assert len(case.report()["runs"]) == 1
@@ -142,13 +142,13 @@ def test_unplugged_during_a_run(phone: Phone, case: Case, capsys: pytest.Capture
 
 
 def test_interrupt(phone: Phone, case: Case) -> None:
-    case.hook("if call == 2: open('there', 'w').close(); time.sleep(60)")
+    case.hook("if call == 2: open('there', 'w').close(); time.sleep(600)")
     case.install(phone)
-    process = start(case)
-    wait_until(phone.path(f"{REMOTE}/bin/there").exists, "the second run")
-    pid = int(phone.path(f"{REMOTE}/bin/run.pid").read_text())
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, error = process.communicate(timeout=TIMEOUT)
+    with started(case) as process:
+        wait_until(phone.path(f"{REMOTE}/bin/there").exists, "the second run")
+        pid = int(phone.path(f"{REMOTE}/bin/run.pid").read_text())
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, error = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130
     assert "interrupted" in error
     assert "Traceback" not in error

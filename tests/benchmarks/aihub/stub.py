@@ -1,5 +1,5 @@
 """A stand-in for AI Hub on the loopback interface: the messages of its own client, and the parts of its REST interface
-that hub.py's use of the client leads to. What it is sent it checks, and refuses as a server would."""
+that benchmarks.aihub's use of the client leads to. What it is sent it checks, and refuses as a server would."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Decode and prefill on an Android phone: dense against MeKi, warm and cold ROM, at 10,240 tokens in the cache.
 
-    python benchmarks/android.py PACKAGE --bench PATH/meki_bench --onnxruntime LIBONNXRUNTIME.so --qnn DIR [--json FILE]
+    python -m benchmarks.android.measure PACKAGE --bench PATH/meki_bench --onnxruntime LIBONNXRUNTIME.so --qnn DIR
 
 docs/android.md tells how to get there. Needs adb and a phone with USB debugging. Pushes what a run needs to
 /data/local/tmp/meki, where it stays for the next time (`adb shell rm -r /data/local/tmp/meki` removes it): a file that
@@ -24,8 +24,15 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
-from android_device import TRANSFER_TIMEOUT, AndroidError, Device, Phone, check_phone, find_device
-from android_files import (
+from tqdm import tqdm
+
+from meki.bench.output import check_writable
+from meki.package import read_manifest
+from meki.package.files import replace_file
+
+from .bench import REPETITIONS, Bench, Run, Settings, Variant, run_rounds
+from .device import TRANSFER_TIMEOUT, AndroidError, Device, Phone, check_phone, find_device
+from .files import (
     ONNXRUNTIME,
     PROGRAM,
     REMOTE,
@@ -40,12 +47,7 @@ from android_files import (
     push_items,
     qnn_libraries,
 )
-from android_report import make_report, to_markdown
-from android_run import REPETITIONS, Bench, Run, Settings, Variant, run_rounds
-from tqdm import tqdm
-
-from meki.bench.output import check_writable, write_file
-from meki.package import read_manifest
+from .report import make_report, to_markdown
 
 POLL_SECONDS = 10.0
 BIN = f"{REMOTE}/bin"
@@ -217,13 +219,14 @@ def run(args: argparse.Namespace) -> int:
     )
     written = args.json if runs else None  # nothing does not replace the figures of an earlier call
     if written:
-        write_file(written, (json.dumps(report, indent=2) + "\n").encode())
+        with replace_file(written) as partial:
+            partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if runs:
         print(to_markdown(report))
     if failure:
-        print(f"android.py: error: {failure}", file=sys.stderr)
+        print(f"android: error: {failure}", file=sys.stderr)
         if written:
-            print(f"android.py: {len(runs)} runs before that are in {written}", file=sys.stderr)
+            print(f"android: {len(runs)} runs before that are in {written}", file=sys.stderr)
     return code
 
 
@@ -247,7 +250,11 @@ def minutes(text: str) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.android.measure",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "package", type=Path, help="a directory made by meki-convert; for the NPU compiled by meki-compile"
     )
@@ -288,13 +295,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(args)
     except KeyboardInterrupt:
-        print("android.py: interrupted; what has arrived on the phone is not sent again", file=sys.stderr)
+        print("android: interrupted; what has arrived on the phone is not sent again", file=sys.stderr)
         return INTERRUPTED
     except ValueError as error:
-        print(f"android.py: error: {error}", file=sys.stderr)
+        print(f"android: error: {error}", file=sys.stderr)
         return USAGE
     except (OSError, RuntimeError) as error:
-        print(f"android.py: error: {error}", file=sys.stderr)
+        print(f"android: error: {error}", file=sys.stderr)
         return FAILURE
 
 

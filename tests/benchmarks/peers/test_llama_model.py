@@ -7,9 +7,9 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import peer_models
 import pytest
 
+from benchmarks.peers import llama_model
 from meki.models.config import ModelConfig
 
 SMALL = ModelConfig(
@@ -26,7 +26,7 @@ def naive_q4_0(block: bytes) -> list[float]:
 
 def test_random_q4_0_has_mean_0_and_variance_1_over_columns() -> None:
     rows, columns = 64, 256
-    packed = peer_models.random_q4_0(np.random.default_rng(3), rows, columns)
+    packed = llama_model.random_q4_0(np.random.default_rng(3), rows, columns)
     assert packed.shape == (rows, columns // 32 * 18)
     values = np.array([naive_q4_0(block.tobytes()) for block in packed.reshape(-1, 18)])
     # Scaled to variance 1, 16,384 values have a standard error of 0.008 in the mean and 0.007 in the mean square (which
@@ -40,7 +40,7 @@ def test_random_q4_0_has_mean_0_and_variance_1_over_columns() -> None:
 def test_gguf_reads_back(tmp_path: Path, qk_norm: bool, tied: bool) -> None:
     config = ModelConfig(**{**asdict(SMALL), "qk_norm": qk_norm, "tied_embeddings": tied, "memory_dim": 0})
     path = tmp_path / "deeper" / "model.gguf"
-    peer_models.write_gguf(config, path)
+    llama_model.write_gguf(config, path)
     assert [file.name for file in path.parent.iterdir()] == ["model.gguf"]
     reader = gguf.GGUFReader(path)
 
@@ -93,33 +93,25 @@ def test_gguf_reads_back(tmp_path: Path, qk_norm: bool, tied: bool) -> None:
 
 def test_gguf_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"blk\.0\.ffn_down\.weight: 80 inputs, expected a multiple of 32"):
-        peer_models.write_gguf(ModelConfig(**{**asdict(SMALL), "ffn": 80}), tmp_path / "model.gguf")
+        llama_model.write_gguf(ModelConfig(**{**asdict(SMALL), "ffn": 80}), tmp_path / "model.gguf")
 
     with pytest.raises(ValueError, match="has biases of query, key and value"):
-        peer_models.write_gguf(ModelConfig(**{**asdict(SMALL), "qkv_bias": True}), tmp_path / "model.gguf")
+        llama_model.write_gguf(ModelConfig(**{**asdict(SMALL), "qkv_bias": True}), tmp_path / "model.gguf")
 
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(peer_models, "random_q4_0", full)
+    monkeypatch.setattr(llama_model, "random_q4_0", full)
     with pytest.raises(OSError, match="no space"):
-        peer_models.write_gguf(SMALL, tmp_path / "model.gguf")
+        llama_model.write_gguf(SMALL, tmp_path / "model.gguf")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_models_are_cached_by_shape(tmp_path: Path) -> None:
-    path = peer_models.cached_gguf(SMALL, tmp_path)
+    path = llama_model.cached_gguf(SMALL, tmp_path)
     path.write_bytes(b"kept")
     # The memory is no part of the backbone.
-    assert peer_models.cached_gguf(ModelConfig(**{**asdict(SMALL), "memory_dim": 0}), tmp_path) == path
+    assert llama_model.cached_gguf(ModelConfig(**{**asdict(SMALL), "memory_dim": 0}), tmp_path) == path
     assert path.read_bytes() == b"kept"
-    other = peer_models.cached_gguf(ModelConfig(**{**asdict(SMALL), "kv_heads": 4}), tmp_path)
+    other = llama_model.cached_gguf(ModelConfig(**{**asdict(SMALL), "kv_heads": 4}), tmp_path)
     assert other != path and other.stat().st_size > 4
-
-
-@pytest.mark.parametrize("content", [None, b"{", b"[]", b"\xff", b'{"architecture": {}}', b'{"architecture": 1}'])
-def test_what_is_no_package_is_named(tmp_path: Path, content: bytes | None) -> None:
-    if content is not None:
-        (tmp_path / "manifest.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"manifest\.json: expected the manifest of a package"):
-        peer_models.read_manifest(tmp_path)

@@ -1,7 +1,7 @@
 """Times of a compiled package's graphs on a real chip: profiles them on a device in Qualcomm's AI Hub.
 
-    python benchmarks/hub.py PACKAGE --device "Snapdragon 8 Elite QRD" [--graphs decode,head] [--json FILE]
-    python benchmarks/hub.py --list-devices
+    python -m benchmarks.aihub.profile PACKAGE --device "Snapdragon 8 Elite QRD" [--graphs decode,head] [--json FILE]
+    python -m benchmarks.aihub.profile --list-devices
 
 Needs `pip install 'meki[hub]'` and an API token. PACKAGE was compiled by meki-compile. Its binaries are profiled as
 they are; with --compile (needs meki[models] too) AI Hub first compiles the graphs that they were made of, with its own
@@ -15,6 +15,7 @@ not finished.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import sys
@@ -26,15 +27,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hub_client import Hub, HubError, Ledger, QuotaError, Submitted, attributes, connect, find_device, list_devices
-from hub_package import GRAPHS, Stage, Target, check_files, model_to_upload, read_target
 from tqdm import tqdm
 
-from meki.bench.output import check_writable, to_json, write_file
+from meki.bench.output import check_writable
 from meki.cli.errors import report, run_command
 from meki.package import has_random_weights
+from meki.package.files import replace_file
 
-PROGRAM = "hub.py"
+from .client import Hub, HubError, Ledger, QuotaError, Submitted, attributes, connect, find_device, list_devices
+from .package import GRAPHS, Stage, Target, check_files, model_to_upload, read_target
+
+PROGRAM = "aihub"
 POLL_SECONDS = 10.0
 
 # AI Hub Workbench documentation, "API documentation": compile options, profile options, common options. What is float32
@@ -249,7 +252,8 @@ def run(args: argparse.Namespace) -> None:
     failures = not_submitted | failed
     outcome = make_report(target, device.name, graphs, args.compile, submitted, figures, failures)
     if args.json is not None:
-        write_file(args.json, to_json(outcome))
+        with replace_file(args.json) as partial:
+            partial.write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
     print(to_markdown(outcome))
     for name, message in failures.items():
         report(PROGRAM, name, message)
@@ -269,7 +273,11 @@ def graph_list(text: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 1 failure, 2 usage, 130 interrupted, 141 output closed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.aihub.profile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "package", nargs="?", type=Path, metavar="PACKAGE", help="a directory that meki-compile was run on"
     )

@@ -1,4 +1,4 @@
-"""android.py end to end: the real adb client, a stand-in phone on loopback, and a stand-in for meki_bench."""
+"""android.measure end to end: the real adb client, a stand-in phone on loopback, and a stand-in for meki_bench."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import android
 import pytest
 
+from benchmarks.android import measure
+
+from ..compiled import compiled_package
 from .adb_device import Phone, elf
-from .android_case import LIBRARIES, REMOTE, Case, calls
-from .compiled import compiled_package
+from .case import LIBRARIES, REMOTE, Case, calls
 from .conftest import battery, connect
 
 
@@ -167,10 +168,10 @@ def test_hot_phone_is_waited_for(
         waits.append(seconds)
         phone.set("dumpsys", thermalservice=f"Thermal Status: {2 - len(waits)}")
 
-    monkeypatch.setattr(android, "sleep", sleep)
+    monkeypatch.setattr(measure, "sleep", sleep)
     phone.set("dumpsys", thermalservice="Thermal Status: 2")
     assert case.run("--cool-down", "5") == 0
-    assert waits == [android.POLL_SECONDS] * 2
+    assert waits == [measure.POLL_SECONDS] * 2
     assert "hot (thermal status 2, battery 30.5 C): waiting" in capsys.readouterr().err
     assert not any(label.startswith("hot") for label in case.report()["labels"])
 

@@ -1,4 +1,4 @@
-"""What android.py is made of: files, libraries, order of runs, figures. No phone."""
+"""What android.measure is made of: files, libraries, order of runs, figures. No phone."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from android import main
-from android_device import AndroidError, Phone, State
-from android_files import check_elf, qnn_libraries
-from android_report import make_report, to_markdown
-from android_run import REPETITIONS, Run, Variant, order, parse_power
 
+from benchmarks.android.bench import REPETITIONS, Run, Variant, order, parse_power
+from benchmarks.android.device import AndroidError, Phone, State
+from benchmarks.android.files import check_elf, qnn_libraries
+from benchmarks.android.measure import main
+from benchmarks.android.report import make_report, to_markdown
 from meki.cli.output import SIMULATED
 
 from .adb_device import elf
@@ -185,4 +185,4 @@ def test_files_that_are_not_there(
     there.write_bytes(elf())
     paths = {"--bench": there, "--onnxruntime": there, "--qnn": tmp_path} | {missing: tmp_path / "missing"}
     assert main(["package", *(str(part) for option in paths.items() for part in option)]) == 2
-    assert f"android.py: error: {missing} {tmp_path / 'missing'}: {message}" in capsys.readouterr().err
+    assert f"android: error: {missing} {tmp_path / 'missing'}: {message}" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """What 4-bit weights cost on an NPU: MatMulNBits against A16W4 QDQ, layer by layer, in the HTP simulator.
 
-    python benchmarks/qnn_precision.py models/meki-tiny-checkpoint TEXT --tokenizer models/meki-tiny/tokenizer.json
+    python -m benchmarks.quality.qnn_precision models/meki-tiny-checkpoint TEXT \\
+        --tokenizer models/packages/meki-tiny/tokenizer.json
 
 Every linear layer of a checkpoint gets the inputs that it has in the text, and computes in three ways: with float16
 weights; with MatMulNBits, weights of 4 bits in blocks of 32 with float16 inputs; and as QuantizeLinear and
@@ -134,7 +135,11 @@ def layer_inputs(checkpoint: Path, ids: list[int]) -> dict[str, tuple[Floats, Fl
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality.qnn_precision",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("checkpoint", type=Path, help="Hugging Face folder, training form")
     parser.add_argument("text", type=Path, help="UTF-8 text")
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json")

@@ -1,4 +1,4 @@
-"""The engines that peers.py compares: each measures tokens/s of one workload at a time."""
+"""The engines that compare.py compares: each measures tokens/s of one workload at a time."""
 
 from __future__ import annotations
 

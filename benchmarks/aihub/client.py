@@ -1,4 +1,4 @@
-"""AI Hub as hub.py needs it: errors of one line, uploads and jobs that a later run finds again, profiles as figures.
+"""AI Hub as profile.py needs it: errors of one line, uploads and jobs that a later run finds, profiles as figures.
 
 Needs the package `qai-hub`, which is imported on first use.
 """
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meki.bench.output import write_file
 from meki.bench.stats import percentiles
+from meki.package.files import replace_file
 
 if TYPE_CHECKING:
     import qai_hub
@@ -146,7 +146,8 @@ class Ledger:
 
     def _write(self, ids: dict[str, str]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(self.path, (json.dumps(ids, indent=2) + "\n").encode())
+        with replace_file(self.path) as partial:
+            partial.write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

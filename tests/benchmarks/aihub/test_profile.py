@@ -8,16 +8,17 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-import hub
 import pytest
+
+from benchmarks.aihub import profile as hub
 
 pytest.importorskip("qai_hub", reason="AI Hub's client is not installed: pip install 'meki[hub]'")
 
 from qai_hub import public_api_pb2 as pb
 
-from .compiled import STAGES, compiled_package
-from .hub_case import DEVICE, MEDIANS, TIMES, binary, profile
-from .hub_stub import StubHub, profile_detail
+from ..compiled import STAGES, compiled_package
+from .case import DEVICE, MEDIANS, TIMES, binary, profile
+from .stub import StubHub, profile_detail
 
 
 def test_binaries_are_profiled_as_they_are(
@@ -71,7 +72,7 @@ def test_upload_with_credentials(
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")  # else the body is wrapped in chunks
     stub.bucket_refuses = True
     assert profile(package, "--graphs", "head") == 1
-    assert "hub.py: head: model" in (errors := capsys.readouterr().err) and "(403)" in errors and not stub.jobs
+    assert "aihub: head: model" in (errors := capsys.readouterr().err) and "(403)" in errors and not stub.jobs
     stub.bucket_refuses = False
     assert profile(package, "--graphs", "head") == 0
     assert [upload.content for upload in stub.models.values()] == [None, binary(package, "head")]
@@ -162,7 +163,7 @@ def test_a_failed_job_leaves_the_others(
     stub.reasons["profile", "decode.1"] = "Failed to load the context binary."
     assert profile(package, "--json", str(out)) == 1
     captured = capsys.readouterr()
-    assert "hub.py: decode.1: profile job j1 failed: Failed to load the context binary." in captured.err
+    assert "aihub: decode.1: profile job j1 failed: Failed to load the context binary." in captured.err
     assert f"1 of {len(STAGES)} stages have no figures" in captured.err
     assert "| decode 1 | meki | a stage is missing |" in captured.out
     report = json.loads(out.read_text())
@@ -187,7 +188,7 @@ def test_a_quota_ends_submitting_not_collecting(
     stub.job_limit = 2
     assert profile(package, "--graphs", "decode,head,dense_decode", "--json", str(tmp_path / "out.json")) == 1
     errors = capsys.readouterr().err
-    assert "You have reached your limit of 2 jobs." in errors and "hub.py: dense_decode.0: not submitted" in errors
+    assert "You have reached your limit of 2 jobs." in errors and "aihub: dense_decode.0: not submitted" in errors
     assert stub.posts("models") == 3  # what comes behind the limit is not uploaded in vain
     report = json.loads((tmp_path / "out.json").read_text())
     assert [stage["stage"] for stage in report["stages"]] == ["decode.0", "decode.1"]

@@ -1,4 +1,4 @@
-"""What hub.py profiles: the stages of a compiled package, and the graphs that they were compiled from."""
+"""What profile.py profiles: the stages of a compiled package, and the graphs that they were compiled from."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hub_client import HubError
 from tqdm import tqdm
 
 from meki.package import check_sha256, compiled_targets, read_manifest, target_directory
+
+from .client import HubError
 
 GRAPHS = ("decode", "prefill", "head", "dense_decode", "dense_prefill")
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -15,22 +14,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from meki.models.config import ModelConfig
+from meki.package.files import replace_file
 
 BLOCK, BLOCK_BYTES = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q4_0]
 RECIPE = 1
 """Counts changes of `write_gguf`, so that a file made by an older version is not taken for a new one."""
-
-
-def read_manifest(package: Path) -> dict[str, Any]:
-    """A package's manifest. Raises ValueError if there is none, or if it lacks what a comparison needs."""
-    path = package / "manifest.json"
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        ModelConfig.from_dict(manifest["architecture"])
-        _ = manifest["name"], manifest["weights"]["type"], manifest["provenance"].get("weights")
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: expected the manifest of a package, got {error!r}") from error
-    return manifest
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -79,7 +67,7 @@ def random_q4_0(rng: np.random.Generator, rows: int, columns: int) -> NDArray[np
 def write_gguf(config: ModelConfig, path: Path, seed: int = 0) -> None:
     """Writes a GGUF model with random weights of `config`'s backbone, without a memory and without a tokenizer.
 
-    Every matrix is Q4_0 (4.5 bits a weight), the embedding too; every norm's gain is 1. The tensors are written
+    Every matrix is Q4_0 (4.5 bits a weight), the embedding too; every norm's weight is 1. The tensors are written
     one by one: the largest, the embedding, is all that is in memory. `path` appears when it is complete.
     """
     shapes = tensor_shapes(config)
@@ -112,19 +100,13 @@ def write_gguf(config: ModelConfig, path: Path, seed: int = 0) -> None:
             writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * shape[0])
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     rng = np.random.default_rng(seed)
-    try:
-        writer.write_header_to_file(temporary)
+    with replace_file(path) as partial, contextlib.closing(writer):
+        writer.write_header_to_file(partial)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for shape in tqdm(shapes.values(), desc=path.name, disable=None):
             writer.write_tensor_data(random_q4_0(rng, *shape) if len(shape) == 2 else np.ones(shape, np.float32))
-        writer.close()
-        temporary.rename(path)
-    finally:
-        writer.close()
-        temporary.unlink(missing_ok=True)
 
 
 def cached_gguf(config: ModelConfig, directory: Path) -> Path:

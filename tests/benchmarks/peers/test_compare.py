@@ -6,17 +6,17 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
-import peer_engines
-import peers
 import pytest
-from peer_engines import Genai, LlamaBench, Meki, PeerError, Setting, Workload, best_setting
 
+from benchmarks.peers import compare, engines
+from benchmarks.peers.engines import Genai, LlamaBench, Meki, PeerError, Setting, Workload, best_setting
 from meki.models.config import ModelConfig
 
 SMALL = ModelConfig(
@@ -41,31 +41,29 @@ def record(workload: Workload = DECODE, **changes: Any) -> str:
     )
 
 
-def write_package(path: Path, config: ModelConfig = SMALL) -> Path:
-    path.mkdir()
-    manifest = {"name": "small", "architecture": asdict(config), "weights": {"type": "int4"}, "provenance": {}}
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    return path
+@pytest.fixture
+def package(make_package: Callable[..., Path]) -> Path:
+    return make_package("int4", context=256)
 
 
 # Figures
 
 
 def test_ratios_are_taken_round_by_round() -> None:
-    assert peers.ratios([10.0, 30.0], [5.0, 10.0]) == [2.0, 3.0]
+    assert compare.ratios([10.0, 30.0], [5.0, 10.0]) == [2.0, 3.0]
     with pytest.raises(ValueError):
-        peers.ratios([1.0], [1.0, 2.0])
+        compare.ratios([1.0], [1.0, 2.0])
 
 
 def test_spread_interpolates_between_values() -> None:
     # Of five sorted values, p10 lies at position 0.4 and p90 at 3.6.
-    assert peers.spread([50.0, 10.0, 30.0, 20.0, 40.0]) == "30.0 (14.0 to 46.0)"
-    assert peers.spread([1234.4]) == "1,234 (1,234 to 1,234)"
-    assert peers.spread([0.25, 0.25]) == "0.25 (0.25 to 0.25)"
+    assert compare.spread([50.0, 10.0, 30.0, 20.0, 40.0]) == "30.0 (14.0 to 46.0)"
+    assert compare.spread([1234.4]) == "1,234 (1,234 to 1,234)"
+    assert compare.spread([0.25, 0.25]) == "0.25 (0.25 to 0.25)"
 
 
 def test_table() -> None:
-    text = peers.table(
+    text = compare.table(
         [PREFILL, DECODE],
         {"meki": [[200.0, 300.0], [20.0, 20.0]], "llama.cpp": [[100.0, 100.0], [10.0, 5.0]]},
         {"meki": "ours", "llama.cpp": "theirs"},
@@ -94,7 +92,7 @@ def test_best_setting_is_the_best_median_of_a_short_run() -> None:
     best, tried = best_setting(measure, Workload("decode", 640, 1000), settings)
     assert best.key_type == "q8_0"
     assert tried == {str(setting): reached[setting.key_type] for setting in settings}
-    assert set(seen) == {Workload("decode", 640, peer_engines.PROBE_DECODE)}
+    assert set(seen) == {Workload("decode", 640, engines.PROBE_DECODE)}
     best_setting(measure, Workload("prefill", 0, 3), settings)
     assert seen[-1] == Workload("prefill", 0, 3)
 
@@ -335,16 +333,17 @@ def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]
         "llama": script(tmp_path / "llama-bench", LLAMA_STAND_IN, sys.executable),
         "meki-bench": script(tmp_path / "meki-bench", ECHO, sys.executable),
     }
-    monkeypatch.setattr(peers, "find_binary", lambda name, remedy: found[name])
+    monkeypatch.setattr(compare, "find_binary", lambda name, remedy: found[name])
     return found
 
 
-def test_comparison(tmp_path: Path, stand_ins: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    package = write_package(tmp_path / "package")
+def test_comparison(
+    package: Path, tmp_path: Path, stand_ins: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     options = "--llama-bench llama --depths 0,64 --prefill 128 --tokens 16 --repetitions 2 --threads 1"
     out = tmp_path / "figures.json"
     arguments = [str(package), *options.split(), "--json", str(out), "--workdir", str(tmp_path / "work")]
-    assert peers.main(arguments) == 0
+    assert compare.main(arguments) == 0
     text = capsys.readouterr().out
     best = "flash attention on, K q8_0, V f16"
     assert "llama.cpp: random weights of these shapes" in text and "Our KV cache has a synthetic depth" in text
@@ -368,25 +367,30 @@ def test_comparison(tmp_path: Path, stand_ins: dict[str, str], capsys: pytest.Ca
 
 
 def test_failures_are_one_error_and_exit_status_1(
-    tmp_path: Path, stand_ins: dict[str, str], capsys: pytest.CaptureFixture[str]
+    package: Path, tmp_path: Path, stand_ins: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    package = write_package(tmp_path / "package")
     out = tmp_path / "figures.json"
     arguments = [str(package), "--llama-bench", "llama", "--depths", "0", "--prefill", "8", "--json", str(out)]
     script(Path(stand_ins["llama"]), "echo cannot load >&2; exit 1")
-    assert peers.main([*arguments, "--workdir", str(tmp_path / "work")]) == 1
+    assert compare.main([*arguments, "--workdir", str(tmp_path / "work")]) == 1
     error = capsys.readouterr().err
-    assert f"peers.py: error: {stand_ins['llama']} ended with exit status 1" in error and "cannot load" in error
-    assert peers.main([str(tmp_path), "--llama-bench", "llama"]) == 1
-    assert "expected the manifest of a package" in capsys.readouterr().err
+    assert f"peers: error: {stand_ins['llama']} ended with exit status 1" in error and "cannot load" in error
     assert not out.exists()
 
 
-def test_missing_binaries_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    package = write_package(tmp_path / "package")
+@pytest.mark.parametrize("content", [None, b"{", b"[]", b"\xff", b'{"architecture": {}}', b'{"architecture": 1}'])
+def test_what_is_no_package_is_named(tmp_path: Path, content: bytes | None, capsys: pytest.CaptureFixture[str]) -> None:
+    if content is not None:
+        (tmp_path / "manifest.json").write_bytes(content)
+    assert compare.main([str(tmp_path), "--llama-bench", "llama"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"peers: error: {tmp_path}")
+
+
+def test_missing_binaries_are_named(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = tmp_path / "llama-bench"
     plain.write_text("not executable")
-    assert peers.main([str(package), "--llama-bench", str(plain), "--depths", "0", "--prefill", "8"]) == 1
+    assert compare.main([str(package), "--llama-bench", str(plain), "--depths", "0", "--prefill", "8"]) == 1
     assert f"{plain}: no such executable; build it" in capsys.readouterr().err
 
 
@@ -396,16 +400,25 @@ def test_missing_binaries_are_named(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("--depths 0,0", "expected different whole numbers"),
         ("--depths 0,-1", "expected different whole numbers"),
         ("--depths", "expected one argument"),
-        ("--depths 250 --prefill 8", "283 tokens, but .* has a context of 256"),
-        ("--depths 0 --prefill 257", "257 tokens, but .* has a context of 256"),
         ("--repetitions 0", "expected a whole number from 1 up, got '0'"),
         ("--threads x", "expected a whole number from 1 up, got 'x'"),
-        ("--json nowhere/figures.json", "no such directory nowhere"),
     ],
 )
-def test_usage_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, message: str) -> None:
-    package = write_package(tmp_path / "package")
+def test_usage_errors(capsys: pytest.CaptureFixture[str], options: str, message: str) -> None:
     with pytest.raises(SystemExit) as caught:
-        peers.main([str(package), "--llama-bench", "llama", *options.split()])
+        compare.main(["package", "--llama-bench", "llama", *options.split()])
     assert caught.value.code == 2
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--depths 250 --prefill 8", "283 tokens, but .* has a context of 256"),
+        ("--depths 0 --prefill 257", "257 tokens, but .* has a context of 256"),
+        ("--json nowhere/figures.json", "nowhere is not a directory"),
+    ],
+)
+def test_what_does_not_fit(package: Path, capsys: pytest.CaptureFixture[str], options: str, message: str) -> None:
+    assert compare.main([str(package), "--llama-bench", "llama", *options.split()]) == 2
+    assert re.search(f"^peers: error: .*{message}", capsys.readouterr().err)

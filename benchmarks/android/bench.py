@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from android_device import AndroidError, Device, State, last_lines
-from android_files import ONNXRUNTIME, PROGRAM, QNN_PROVIDER
+from .device import AndroidError, Device, State, last_lines
+from .files import ONNXRUNTIME, PROGRAM, QNN_PROVIDER
 
 REPETITIONS = 3
 """Rounds within one process, after its warm-up."""

@@ -1,4 +1,4 @@
-"""hub.py when something is wrong: token, network, devices, packages. One clear message each."""
+"""benchmarks.aihub when something is wrong: token, network, devices, packages. One clear message each."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import socket
 import sys
 from pathlib import Path
 
-import hub
 import pytest
+
+from benchmarks.aihub import profile as hub
 
 pytest.importorskip("qai_hub", reason="AI Hub's client is not installed: pip install 'meki[hub]'")
 
-from .compiled import SOC, write_targets
-from .hub_case import DEVICE, configure, error_of, profile
-from .hub_stub import StubHub
+from ..compiled import SOC, write_targets
+from .case import DEVICE, configure, error_of, profile
+from .stub import StubHub
 
 
 def test_no_token(

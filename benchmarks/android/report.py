@@ -7,11 +7,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from android_device import HOT_CELSIUS, Phone
-from android_run import Run, Variant
-
 from meki.bench.stats import median_interval, percentiles
 from meki.cli.output import SIMULATED
+
+from .bench import Run, Variant
+from .device import HOT_CELSIUS, Phone
 
 Report = dict[str, Any]
 
