@@ -45,7 +45,7 @@ int report_error(std::string message, int code) {
   for (char& character : message) {
     if (character == '\n' || character == '\r') character = ' ';
   }
-  std::cerr << "meki_bench: error: " << message << std::endl;
+  std::cerr << "meki_bench: error: " << message << '\n';
   return code;
 }
 
@@ -80,7 +80,7 @@ void run(const Options& options) {
   const double load_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   poll();
   if (engine->backend().info().simulated)
-    std::cerr << "HTP simulator: results as on the chip, speed is not" << std::endl;
+    std::cerr << "HTP simulator: results as on the chip, speed is not\n";
   if (options.cold && engine->rows() == nullptr) {
     throw std::invalid_argument("--rom cold needs a memory, " + engine->manifest().name +
                                 " is opened without one; omit it");

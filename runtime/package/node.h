@@ -35,6 +35,7 @@ class Node {
   std::vector<Node> items() const {
     if (!value_.is_array()) fail("an array");
     std::vector<Node> nodes;
+    nodes.reserve(value_.size());
     for (size_t i = 0; i < value_.size(); ++i) {
       nodes.emplace_back(value_[i], where_ + "[" + std::to_string(i) + "]", remedy_);
     }

@@ -1,0 +1,1 @@
+"""Times of compiled graphs on real chips, in Qualcomm's AI Hub."""

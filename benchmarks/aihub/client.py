@@ -1,0 +1,289 @@
+"""AI Hub as profile.py needs it: errors of one line, uploads and jobs that a later run finds, profiles as figures.
+
+Needs the package `qai-hub`, which is imported on first use.
+"""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import difflib
+import json
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meki.bench.stats import percentiles
+from meki.package.files import replace_file
+
+if TYPE_CHECKING:
+    import qai_hub
+
+HOW_TO_GET_A_TOKEN = (
+    "sign up at https://aihub.qualcomm.com, copy the token from Account > Settings > API Token, "
+    "then run: qai-hub configure --api_token TOKEN"
+)
+
+
+class HubError(RuntimeError):
+    """AI Hub, or the way there, failed."""
+
+
+class QuotaError(HubError):
+    """AI Hub takes no more requests for now."""
+
+
+class GoneError(HubError):
+    """What an id stands for was deleted, or belongs to another account."""
+
+
+@contextlib.contextmanager
+def hub_errors(doing: str) -> Iterator[None]:
+    """Every failure of the client as a HubError that begins with `doing`."""
+    from botocore.exceptions import BotoCoreError, ClientError
+    from qai_hub.client import Error, RateLimitedError
+    from qai_hub.public_rest_api import APIException
+
+    try:
+        yield
+    except (Error, APIException, BotoCoreError, ClientError, OSError, ValueError) as error:
+        text = " ".join(re.sub("[┌─┐└┘|]", " ", str(error)).split())  # the client draws boxes around its messages
+        if "Failed to authenticate" in text:
+            raise HubError(
+                f"{doing}: AI Hub does not accept the API token in {token_file()}; {HOW_TO_GET_A_TOKEN}"
+            ) from error
+        kind = QuotaError if isinstance(error, RateLimitedError) else HubError
+        if "could not be found" in text:
+            kind = GoneError
+        raise kind(f"{doing}: {text or type(error).__name__}") from error
+
+
+def token_file() -> str:
+    from qai_hub.api_utils import get_config_path
+
+    return str(get_config_path())
+
+
+def connect() -> qai_hub.Client:
+    """A client with the user's configuration. HubError without one, or without the package."""
+    try:
+        import qai_hub
+    except ImportError as error:
+        raise HubError(f"AI Hub's client cannot be imported ({error}): pip install 'meki[hub]'") from error
+    client = qai_hub.Client()
+    try:
+        client.set_verbose(False)  # reads the configuration
+    except (qai_hub.Error, configparser.Error, ValueError) as error:
+        raise HubError(f"no API token for AI Hub in {token_file()}; {HOW_TO_GET_A_TOKEN}") from error
+    return client
+
+
+def list_devices(client: qai_hub.Client) -> list[qai_hub.Device]:
+    with hub_errors("list of devices"):
+        return client.get_devices()
+
+
+def find_device(client: qai_hub.Client, name: str, htp_arch: int) -> qai_hub.Device:
+    """The device of that name with the latest system, as AI Hub selects it. ValueError if there is none, or if its
+    Hexagon processor is not `htp_arch`."""
+    from qai_hub import Device
+
+    devices = list_devices(client)
+    found = [device for device in devices if device.name == name]
+    if not found:
+        names = {device.name.lower(): device.name for device in devices}
+        near = [names[match] for match in difflib.get_close_matches(name.lower(), names, n=5, cutoff=0.5)]
+        similar = f"similar ones: {', '.join(near)}; " if near else ""
+        raise ValueError(f"AI Hub has no device {name!r}; {similar}--list-devices shows all {len(names)}")
+    versions = {version for device in found for version in attributes(device, "hexagon")}
+    if versions and f"v{htp_arch}" not in versions:
+        raise ValueError(
+            f"{name} has Hexagon {', '.join(sorted(versions))}, but the package is compiled for v{htp_arch}; choose "
+            "another device, or --soc of its chip after meki-compile for it"
+        )
+    return Device(name)
+
+
+def attributes(device: qai_hub.Device, kind: str) -> list[str]:
+    """Values of attributes such as "chipset:sm8750"."""
+    return [value for key, _, value in (text.partition(":") for text in device.attributes) if key == kind]
+
+
+class Ledger:
+    """Ids of what was uploaded and submitted, in a JSON file, so that a later run need not do it again.
+
+    A file that two runs change at the same moment may lose an id, which costs an upload.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[str, str]:
+        """HubError if the file is not a ledger."""
+        if not self.path.is_file():
+            return {}
+        try:
+            ids = json.loads(self.path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise HubError(
+                f"{self.path}: expected the ids of earlier uploads and jobs, got {error}; delete it"
+            ) from error
+        if not isinstance(ids, dict):
+            raise HubError(f"{self.path}: expected a JSON object, got {type(ids).__name__}; delete it")
+        return ids
+
+    def put(self, key: str, identity: str) -> None:
+        self._write(self.read() | {key: identity})
+
+    def forget(self, key: str) -> None:
+        self._write({known: identity for known, identity in self.read().items() if known != key})
+
+    def _write(self, ids: dict[str, str]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(self.path) as partial:
+            partial.write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """The jobs of one stage with their keys in the ledger, in the order in which they run. The last one profiles."""
+
+    jobs: list[tuple[str, Any]]
+
+
+class Hub:
+    """Uploads and jobs on one device, each done once and then found in the ledger."""
+
+    def __init__(self, client: qai_hub.Client, device: qai_hub.Device, ledger: Ledger) -> None:
+        self.client, self.device, self.ledger = client, device, ledger
+
+    def submit(
+        self,
+        name: str,
+        content: str,
+        source: Callable[[], AbstractContextManager[Path]],
+        *,
+        compile_options: str | None,
+        profile_options: str,
+    ) -> Submitted:
+        """Uploads a model, if AI Hub does not have it, and submits the jobs that profile it.
+
+        content: identifies the model, whatever it is called; source: gives its path if it has to be uploaded;
+        compile_options: None for a model that is compiled already. HubError; QuotaError if it makes no sense to go on.
+        """
+        model = self._once(f"model {content}", self.client.get_model, lambda: self._upload(source), "model_id")
+        jobs: list[tuple[str, Any]] = []
+        if compile_options is not None:
+            key = f"compile {model.model_id} for {self.device.name}, {compile_options}"
+            job = self._once(
+                key,
+                self.client.get_job,
+                lambda: self.client.submit_compile_job(model, self.device, name, options=compile_options, retry=False),
+                "job_id",
+            )
+            jobs.append((key, job))
+            with hub_errors(f"job {job.job_id}"):
+                model = job.get_target_model()  # is named before the job has run: AI Hub chains the two
+            if model is None:
+                self._status(job, jobs)  # if it failed, it says why
+                self.ledger.forget(key)
+                raise HubError(f"compile job {job.job_id} names no compiled model ({job.url})")
+        key = f"profile {model.model_id} on {self.device.name}, {profile_options}"
+        try:
+            job = self._once(
+                key,
+                self.client.get_job,
+                lambda: self.client.submit_inference_job(
+                    model, self.device, name=name, options=profile_options, profile=True, retry=False
+                ),
+                "job_id",
+            )
+        except HubError:
+            for _, before in jobs:
+                self._status(before, jobs)  # a compile job that failed meanwhile says more
+            raise
+        return Submitted([*jobs, (key, job)])
+
+    def _once(self, key: str, get: Callable[[str], Any], make: Callable[[], Any], attribute: str) -> Any:
+        known = self.ledger.read().get(key)
+        if known is not None:
+            try:
+                with hub_errors(key):
+                    return get(known)
+            except GoneError:
+                self.ledger.forget(key)
+        with hub_errors(key):
+            made = make()
+        self.ledger.put(key, getattr(made, attribute))
+        return made
+
+    def _upload(self, source: Callable[[], AbstractContextManager[Path]]) -> Any:
+        previous = tempfile.tempdir
+        with (
+            source() as path,
+            tempfile.TemporaryDirectory(prefix="meki-hub-") as scratch,
+            contextlib.redirect_stdout(sys.stderr),
+        ):
+            try:
+                # The client packs a directory into an archive in the temporary directory, and leaves it there.
+                tempfile.tempdir = scratch
+                self.client.set_verbose(sys.stderr.isatty())  # the client's own progress bars
+                return self.client.upload_model(str(path))
+            finally:
+                tempfile.tempdir = previous
+                self.client.set_verbose(False)
+
+    def state(self, submitted: Submitted) -> str:
+        """The state of the job that is next, in AI Hub's words; "SUCCESS" if all are done. HubError if one failed: it
+        is forgotten with what depends on it, so that the next run submits these again."""
+        for _, job in submitted.jobs:
+            status = self._status(job, submitted.jobs)
+            if not status.success:
+                return str(status.code)
+        return "SUCCESS"
+
+    def _status(self, job: Any, jobs: list[tuple[str, Any]]) -> Any:
+        with hub_errors(f"job {job.job_id}"):
+            status = job.get_status()
+        if status.failure:
+            for key, _ in jobs[[other for _, other in jobs].index(job) :]:  # those behind it fail with it
+                self.ledger.forget(key)
+            kind = "profile" if job.job_type == "inference" else job.job_type
+            raise HubError(f"{kind} job {job.job_id} failed: {status.message or 'without a reason'} ({job.url})")
+        return status
+
+    def profile(self, submitted: Submitted) -> dict[str, Any]:
+        """What `figures` makes of the profile of a finished stage. HubError if it lacks the times."""
+        _, job = submitted.jobs[-1]
+        with hub_errors(f"results of job {job.job_id}"):
+            return figures(job.download_profile())
+
+
+def figures(profile: dict[str, Any]) -> dict[str, Any]:
+    """Times in microseconds, memory in bytes, layers by compute unit. ValueError if there are no times.
+
+    AI Hub's own "estimated_inference_time" is the fastest run; ours is the median of all.
+    """
+    summary = profile.get("execution_summary", {})
+    samples = summary.get("all_inference_times")
+    if not samples:
+        raise ValueError("the profile has no inference times")
+    median, p10, p90 = percentiles(samples, 50, 10, 90)
+    memory = summary.get("inference_memory_peak_range")
+    return {
+        "samples_us": list(samples),
+        "median_us": median,
+        "p10_us": p10,
+        "p90_us": p90,
+        "estimated_inference_time_us": summary["estimated_inference_time"],
+        "memory_peak_range_bytes": None if memory is None else list(memory),
+        "first_load_us": summary["first_load_time"],
+        "warm_load_us": summary["warm_load_time"],
+        "layers": dict(Counter(layer["compute_unit"] for layer in profile["execution_detail"])),
+    }

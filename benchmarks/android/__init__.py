@@ -1,0 +1,1 @@
+"""Decode and prefill on a phone, through adb."""

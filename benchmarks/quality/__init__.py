@@ -1,0 +1,1 @@
+"""What quantisation costs in the quality of the results."""
