@@ -94,11 +94,11 @@ void check(const Options& options, const std::string& measuring) {
   const bool qnn = options.engine.provider == Provider::qnn;
   require(qnn == !options.engine.qnn_library.empty(),
           "--provider qnn and --qnn-library need each other; give both or neither");
-  require(qnn || options.engine.soc.empty(), "--soc chooses a chip for --provider qnn; leave it away or give both");
+  require(qnn || options.engine.soc.empty(), "--soc chooses a chip for --provider qnn; omit it or give both");
   require(options.token_ids.empty() == options.logits.empty(),
           "--token-ids and --logits need each other; give both or neither");
   require(options.token_ids.empty() || measuring.empty(),
-          "--token-ids measures nothing, " + measuring + " belongs to a measurement; leave one of them away");
+          "--token-ids measures nothing, " + measuring + " belongs to a measurement; omit one of them");
 }
 
 }  // namespace

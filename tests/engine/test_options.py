@@ -50,7 +50,7 @@ def relative_error(logits: Logits, expected: Logits) -> float:
 
 
 @pytest.mark.parametrize("kv_type", ["int5", "INT8", "", "float8"])
-def test_a_kv_type_that_is_none(make_package: Callable[..., Path], kv_type: str, capsys) -> None:
+def test_an_unknown_kv_type(make_package: Callable[..., Path], kv_type: str, capsys) -> None:
     with pytest.raises(ValueError, match=f'"{kv_type}", expected float32, float16, int8 or int4'):
         Engine(make_package(), kv_type=kv_type)
     with pytest.raises(SystemExit) as exit_info:

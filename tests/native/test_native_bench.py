@@ -147,12 +147,12 @@ def refusal(done: subprocess.CompletedProcess[str], code: int) -> str:
         (("--threads", 1025), "threads is 1025, expected 0 to 1024"),
         (
             ("--memory", "off", "--rom", "cold"),
-            "--rom cold needs a memory, meki-tiny is opened without one; leave it away",
+            "--rom cold needs a memory, meki-tiny is opened without one; omit it",
         ),
         (("--token-ids", "1"), "--token-ids and --logits need each other; give both or neither"),
         (
             ("--token-ids", "1", "--logits", "x", "--rom", "cold"),
-            "--token-ids measures nothing, --rom belongs to a measurement; leave one of them away",
+            "--token-ids measures nothing, --rom belongs to a measurement; omit one of them",
         ),
         (("--provider", "qnn"), "--provider qnn and --qnn-library need each other; give both or neither"),
     ],
