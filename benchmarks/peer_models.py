@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from meki.models.config import ModelConfig
+from meki.models.architectures.llama import LlamaConfig
 
 BLOCK, BLOCK_BYTES = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q4_0]
 RECIPE = 1
@@ -26,14 +26,14 @@ def read_manifest(package: Path) -> dict[str, Any]:
     path = package / "manifest.json"
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        ModelConfig.from_dict(manifest["architecture"])
+        LlamaConfig.from_settings(manifest["architecture"])
         _ = manifest["name"], manifest["weights"]["type"], manifest["provenance"].get("weights")
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: expected the manifest of a package, got {error!r}") from error
     return manifest
 
 
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """GGUF tensors of the dense backbone by name, in file order: matrices [outputs, inputs], vectors [width].
 
     llama.cpp uses token_embd.weight as the head when there is no output.weight. ValueError for biases.
@@ -76,7 +76,7 @@ def random_q4_0(rng: np.random.Generator, rows: int, columns: int) -> NDArray[np
     return blocks.reshape(rows, -1)
 
 
-def write_gguf(config: ModelConfig, path: Path, seed: int = 0) -> None:
+def write_gguf(config: LlamaConfig, path: Path, seed: int = 0) -> None:
     """Writes a GGUF model with random weights of `config`'s backbone, without a memory and without a tokenizer.
 
     Every matrix is Q4_0 (4.5 bits a weight), the embedding too; every norm's gain is 1. The tensors are written
@@ -127,7 +127,7 @@ def write_gguf(config: ModelConfig, path: Path, seed: int = 0) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def cached_gguf(config: ModelConfig, directory: Path) -> Path:
+def cached_gguf(config: LlamaConfig, directory: Path) -> Path:
     """The path of a model with `config`'s backbone in `directory`; writes it if it is not there yet."""
     backbone = dataclasses.replace(config, memory_dim=0, projector_norm=False)
     digest = hashlib.sha256(f"{RECIPE} {json.dumps(backbone.to_dict())}".encode()).hexdigest()[:12]

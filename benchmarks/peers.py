@@ -44,7 +44,7 @@ from peer_engines import SETTINGS, Genai, LlamaBench, Meki, PeerError, Setting, 
 from peer_models import cached_gguf, read_manifest
 from tqdm import tqdm
 
-from meki.models.config import ModelConfig
+from meki.models.architectures.llama import LlamaConfig
 
 OURS, LLAMA, GENAI = "meki", "llama.cpp", "onnxruntime-genai"
 PROBE_REPETITIONS = 3
@@ -130,7 +130,7 @@ def run_rounds(
     return {name: np.transpose(values).tolist() for name, values in samples.items()}, record
 
 
-def compare(args: argparse.Namespace, manifest: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+def compare(args: argparse.Namespace, manifest: dict[str, Any], config: LlamaConfig) -> dict[str, Any]:
     """Measures, prints the table and returns all figures."""
     workloads = [
         Workload("prefill", 0, args.prefill),
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--json {args.json}: no such directory {args.json.parent}")
     try:
         manifest = read_manifest(args.package)
-        config = ModelConfig.from_dict(manifest["architecture"])
+        config = LlamaConfig.from_settings(manifest["architecture"])
         longest = max(args.prefill, max(*args.depths, 1) + args.tokens + 1)  # decode begins and ends with a token
         if longest > config.context:
             parser.error(f"{longest:,} tokens, but {args.package} has a context of {config.context:,}")

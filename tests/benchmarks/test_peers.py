@@ -17,9 +17,9 @@ import peers
 import pytest
 from peer_engines import Genai, LlamaBench, Meki, PeerError, Setting, Workload, best_setting
 
-from meki.models.config import ModelConfig
+from meki.models.architectures.llama import LlamaConfig
 
-SMALL = ModelConfig(
+SMALL = LlamaConfig(
     vocab_size=96, layers=2, hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=32, memory_dim=16, context=256
 )
 PREFILL, DECODE = Workload("prefill", 0, 128), Workload("decode", 64, 16)
@@ -41,7 +41,7 @@ def record(workload: Workload = DECODE, **changes: Any) -> str:
     )
 
 
-def write_package(path: Path, config: ModelConfig = SMALL) -> Path:
+def write_package(path: Path, config: LlamaConfig = SMALL) -> Path:
     path.mkdir()
     manifest = {"name": "small", "architecture": asdict(config), "weights": {"type": "int4"}, "provenance": {}}
     (path / "manifest.json").write_text(json.dumps(manifest))
@@ -298,7 +298,7 @@ def test_genai_prefill(tmp_path: Path, fake_genai: list[tuple[str, int]]) -> Non
 
 def test_genai_of_other_shapes_or_without_a_model(tmp_path: Path, fake_genai: list[tuple[str, int]]) -> None:
     with pytest.raises(PeerError, match=r"are \[96, 2, 64, 4, 2, 32\], expected the package's \[96, 3, 64, 4, 2, 32\]"):
-        Genai(tmp_path, ModelConfig(**{**asdict(SMALL), "layers": 3}), 2)
+        Genai(tmp_path, LlamaConfig(**{**asdict(SMALL), "layers": 3}), 2)
     with pytest.raises(PeerError, match="not a model of onnxruntime-genai"):
         Genai(tmp_path / "nowhere", SMALL, 2)
 

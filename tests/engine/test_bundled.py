@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from meki import Engine, _core
-from meki.models.decoder import Decoder
-from meki.models.importers.huggingface import load_model
+from meki.models.architectures.llama import Decoder
+from meki.models.checkpoints.huggingface import load_model
 from meki.models.package import export_package
 from meki.models.tokenizer import read_tokenizer
 from meki.package import bundled_models

@@ -13,12 +13,12 @@ from onnx import TensorProto, numpy_helper
 from tokenizers import Tokenizer, models
 
 from meki import Engine
-from meki.models.config import ModelConfig
+from meki.models.architectures.llama import LlamaConfig
 from meki.models.graph import Stage
-from meki.models.memory import MeKi
+from meki.models.graph.tensors import TensorFile
+from meki.models.graph.weights import WEIGHTS_FILE, WeightStore
+from meki.models.memories.meki import MeKi
 from meki.models.rom import RomLayout, write_rom
-from meki.models.tensors import TensorFile
-from meki.models.weights import WEIGHTS_FILE, WeightStore
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -40,7 +40,7 @@ def golden_package(directory: Path, golden: dict[str, np.ndarray], hidden: np.nd
     module = golden_module(golden)
     vocab_size, memory_dim = module.embeddings.weight.shape
     width, length = hidden.shape[1], len(hidden)
-    config = ModelConfig(
+    config = LlamaConfig(
         vocab_size=vocab_size, layers=1, hidden=width, ffn=1, heads=1, kv_heads=1, head_dim=16, memory_dim=memory_dim,
         context=length, norm_eps=float(golden["eps"]),
     )  # fmt: skip

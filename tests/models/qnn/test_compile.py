@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from meki.cli.compile import main
-from meki.models.qnn import CompileError
+from meki.models.config import CompileError
 from meki.models.qnn import package as package_module
+from meki.models.qnn.compile import main
 from meki.models.qnn.compiler import Compiled
 from meki.package import read_manifest
 

@@ -11,8 +11,8 @@ import onnx
 import pytest
 import torch
 
+from meki.models.architectures.llama import Decoder
 from meki.models.config import ConfigError
-from meki.models.decoder import Decoder
 from meki.models.qnn import stages as stages_module
 from meki.models.qnn.graph import embedding
 from meki.models.qnn.stages import Layers, Options, cut, plan
