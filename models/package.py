@@ -37,8 +37,9 @@ def check_exportable(config: Architecture, weight_type: str) -> None:
             f"head_dim is {config.head_dim}: the runtime's attention needs a multiple of {_HEAD_DIM_MULTIPLE}; "
             "such a model cannot be exported"
         )
-    for name, size in config.widths().items() if weight_type != "float32" else ():
-        if size % WEIGHT_BLOCK:
+    memory = {next(iter(config.memory.SETTINGS)): config.memory.dim} if config.memory else {}
+    for name, size in {**config.widths(), **memory}.items():
+        if size % WEIGHT_BLOCK and weight_type != "float32":
             raise ConfigError(
                 f"{name} is {size}: {weight_type} weights need a multiple of {WEIGHT_BLOCK}; use float32 weights"
             )
@@ -105,7 +106,7 @@ def export_package(
     check_target(out, MANIFEST, overwrite)
     check_exportable(config, weights)
     table = config.memory
-    layout = RomLayout(config.vocab_size, table.layers(config), table.row_dim, rows) if table else None
+    layout = RomLayout(config.vocab_size, table.layers(config), table.dim, rows) if table else None
     check_tokenizer(tokenizer, config.vocab_size)
     if tokenizer.chat_template is not None:
         parse_template(tokenizer.chat_template)
@@ -127,16 +128,8 @@ def export_package(
                 source.row_blocks(),
                 lambda done, total: report("memory rows", done, total),
             )
-            memory = {
-                "kind": table.kind,
-                "address": table.address,
-                "layers": layout.layers,
-                "row_dim": layout.row_dim,
-                "file": "memory.rom",
-                "row_type": rows,
-                "content_id": summary.content_id,
-                **table.own(),
-            }
+            file = {"file": "memory.rom", "row_type": rows, "content_id": summary.content_id}
+            memory = {**table.manifest(config), **file}
             quantization_error["rows"] = summary.relative_error
         (directory / "tokenizer.json").write_bytes(tokenizer.json)
         chat_template = None

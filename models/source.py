@@ -20,7 +20,7 @@ class Source:
     config: Architecture
     weights: Weights
     row_blocks: Callable[[], Iterator[Floats]]
-    """The folded rows of a model with memory: float32 [layers, n, row_dim] of the next n tokens, until the last."""
+    """The folded rows of a model with memory: float32 [layers, n, dim] of the next n tokens, until the last."""
 
 
 def lazy_source(config: Architecture, read: Read, folded: bool = False) -> Source:
@@ -70,7 +70,7 @@ def random_source(config: Architecture) -> Source:
         assert memory is not None
         for tokens in memory.token_blocks(config):
             # Of RMS 1, as an RMSNorm leaves rows.
-            shape = (memory.layers(config), tokens.stop - tokens.start, memory.row_dim)
+            shape = (memory.layers(config), tokens.stop - tokens.start, memory.dim)
             yield generator.standard_normal(shape, dtype=np.float32)
 
     return Source(config, weight, row_blocks)

@@ -75,22 +75,23 @@ class Architecture(Dimensions, ABC):
         """All that fixes the model, flat and as JSON holds it: the inverse of `from_settings`."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in self.fields().items()}
         for kind in MEMORIES.values():
-            values |= self.memory.settings() if isinstance(self.memory, kind) else kind.ABSENT
+            values |= (self.memory if isinstance(self.memory, kind) else kind.from_settings({})).settings()
         return values
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
         """settings: fields and those of a memory; what is not given has its default. ConfigError."""
-        absent = {name: value for kind in MEMORIES.values() for name, value in kind.ABSENT.items()}
-        if unknown := sorted(settings.keys() - cls.RULES.keys() - absent.keys()):
-            raise ConfigError(f"unknown configuration keys {unknown}; known: {sorted([*cls.RULES, *absent])}")
+        known = [*cls.RULES, *(name for kind in MEMORIES.values() for name in kind.SETTINGS)]
+        if unknown := sorted(settings.keys() - set(known)):
+            raise ConfigError(f"unknown configuration keys {unknown}; known: {sorted(known)}")
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
         }
-        memories = (kind.from_settings({**absent, **values}) for kind in MEMORIES.values())
+        memories = [kind.from_settings(values) for kind in MEMORIES.values()]
+        memory = next((memory for memory in memories if memory.dim != 0), None)
         fields = {name: value for name, value in values.items() if name in cls.RULES}
         try:
-            return cls(**fields, memory=next(filter(None, memories), None))
+            return cls(**fields, memory=memory)
         except TypeError as error:
             raise ConfigError(f"incomplete configuration: {error}") from error
 
@@ -108,7 +109,7 @@ class Architecture(Dimensions, ABC):
 
     @abstractmethod
     def widths(self) -> dict[str, int]:
-        """Inputs of matrices, which quantised weights want to be of whole blocks."""
+        """Inputs of matrices but the memory's, which quantised weights want to be of whole blocks."""
 
     @abstractmethod
     def module(self) -> Model: ...
@@ -136,12 +137,12 @@ class Architecture(Dimensions, ABC):
             if f".{memory.kind}." not in name or name.endswith(kept)
         }
         tables = [f"layers.{layer}.{memory.kind}.folded_table" for layer in range(memory.layers(self))]
-        return shapes | dict.fromkeys(tables, (self.vocab_size, memory.row_dim))
+        return shapes | dict.fromkeys(tables, (self.vocab_size, memory.dim))
 
     @property
     def rom_parameters(self) -> int:
         """Elements of the folded tables."""
-        return self.memory.layers(self) * self.vocab_size * self.memory.row_dim if self.memory else 0
+        return self.memory.layers(self) * self.vocab_size * self.memory.dim if self.memory else 0
 
     @property
     def layer_parameters(self) -> int:

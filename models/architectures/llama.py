@@ -70,8 +70,7 @@ class LlamaConfig(Architecture):
         return ("o_proj.weight", *FFNS[self.ffn_kind].RESIDUAL, *(self.memory.RESIDUAL if self.memory else ()))
 
     def widths(self) -> dict[str, int]:
-        own = {"hidden": self.hidden, "ffn": self.ffn, "heads * head_dim": self.heads * self.head_dim}
-        return own | (self.memory.widths() if self.memory else {})
+        return {"hidden": self.hidden, "ffn": self.ffn, "heads * head_dim": self.heads * self.head_dim}
 
     def module(self) -> Decoder:
         return Decoder(self)

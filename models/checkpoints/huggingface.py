@@ -39,7 +39,7 @@ _FEATURES: dict[str, dict[str, bool]] = {
 """What the model types that have no flag for it do."""
 _OWN = "meki"
 """The model type of our own layout, with a memory or without (docs/sources/huggingface.md)."""
-_OWN_FIELDS = ("qk_norm", "qkv_bias", "rope_factors", *(name for kind in MEMORIES.values() for name in kind.RULES))
+_OWN_FIELDS = ("qk_norm", "qkv_bias", "rope_factors", *(name for kind in MEMORIES.values() for name in kind.SETTINGS))
 _FIELDS = {
     "vocab_size": "vocab_size",
     "layers": "num_hidden_layers",

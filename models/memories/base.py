@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from torch import Tensor, nn
@@ -42,45 +43,46 @@ class MemoryLayer(nn.Module):
         return x
 
 
+@dataclass(frozen=True)
 class Memory(ABC):
-    """A memory's configuration, an immutable value.
+    """A memory's configuration, an immutable value. Its programs compute what its PyTorch layer does, with `g.rows` in
+    place of the table. `config`: of the decoder. The names of its weights begin with `layers.N.KIND.`."""
 
-    `layers.N.KIND.` is before the names of its weights. Its programs compute what its PyTorch layer does, with `g.rows`
-    in place of the table.
-    """
+    dim: int
+    """Width of one layer's row."""
 
     kind: ClassVar[str]
+    SETTINGS: ClassVar[Mapping[str, str]]
+    """Its fields, `dim` first, by what `--set` and config.json call them, beside the decoder's."""
     RULES: ClassVar[Mapping[str, Rule]]
-    """Its settings, as `--set` and config.json have them beside the decoder's."""
-    ABSENT: ClassVar[Mapping[str, Any]]
-    """Their values in a model without it."""
+    """Of its settings; with `dim` 0 a decoder does not have this memory."""
     KEPT: ClassVar[tuple[str, ...]]
     """The weights that stay at inference; all others go into the rows."""
     RESIDUAL: ClassVar[tuple[str, ...]]
     """How names of weights end that write to the residual stream."""
-    address: ClassVar[dict[str, Any]] = {"kind": "token"}
+    address: ClassVar[Mapping[str, Any]] = {"kind": "token"}
     """Where a token's rows are found, as the manifest has it."""
 
     @classmethod
-    @abstractmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> Memory | None:
-        """settings: all of RULES. None: the model does not have this memory."""
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """settings: any; those of other kinds, and of the decoder, do not matter."""
+        fields = {field: settings[name] for name, field in cls.SETTINGS.items() if name in settings}
+        return cls(**{"dim": 0, **fields})
+
+    def settings(self) -> dict[str, Any]:
+        return {name: getattr(self, field) for name, field in self.SETTINGS.items()}
+
+    def manifest(self, config: Any) -> dict[str, Any]:
+        """What the member `memory` of a package's manifest says of the kind."""
+        (_, row_dim), *own = self.settings().items()
+        shape = {"layers": self.layers(config), "row_dim": row_dim}
+        return {"kind": self.kind, "address": dict(self.address), **shape, **dict(own)}
 
     @classmethod
-    @abstractmethod
     def from_manifest(cls, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of which a manifest has `row_dim` and what `own` gave."""
-
-    @abstractmethod
-    def settings(self) -> dict[str, Any]: ...
-
-    @property
-    @abstractmethod
-    def row_dim(self) -> int: ...
-
-    def own(self) -> dict[str, Any]:
-        """What a manifest has of this kind alone."""
-        return {}
+        """The settings that `manifest` gave."""
+        dim, *own = cls.SETTINGS
+        return {dim: entry["row_dim"], **{name: entry[name] for name in own}}
 
     def layers(self, config: Any) -> int:
         """Layers of the table."""
@@ -88,10 +90,6 @@ class Memory(ABC):
 
     def check(self, config: Any) -> None:  # noqa: B027 (most have nothing to check)
         """ConfigError if a decoder of this shape cannot have the memory."""
-
-    def widths(self) -> dict[str, int]:
-        """Inputs of its matrices beside `hidden`, which quantised weights want to be of whole blocks."""
-        return {}
 
     @abstractmethod
     def module(self, config: Any, layer: int) -> MemoryLayer | None:
@@ -105,7 +103,7 @@ class Memory(ABC):
 
     @abstractmethod
     def folded_rows(self, config: Any, read: Read, block_bytes: int = BLOCK_BYTES) -> Iterator[Floats]:
-        """The rows of all layers, float32 [layers, n, row_dim], for consecutive n tokens: input of `write_rom`.
+        """The rows of all layers, float32 [layers, n, dim], for consecutive n tokens: input of `write_rom`.
 
         In memory is a block of about `block_bytes`, never a table.
         """
@@ -118,7 +116,7 @@ class Memory(ABC):
 
     def token_blocks(self, config: Any, block_bytes: int = BLOCK_BYTES) -> Iterator[slice]:
         """The vocabulary in pieces whose rows of all layers take about `block_bytes` in float32."""
-        step = max(1, block_bytes // (4 * self.layers(config) * self.row_dim))
+        step = max(1, block_bytes // (4 * self.layers(config) * self.dim))
         for start in range(0, config.vocab_size, step):
             yield slice(start, min(start + step, config.vocab_size))
 

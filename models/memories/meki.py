@@ -78,42 +78,18 @@ class MeKi(MemoryLayer):
 class MeKiConfig(Memory):
     """A MeKi memory beside every FFN."""
 
-    dim: int
-    """m, the width of one layer's row."""
     projector_norm: bool = False
     """RMSNorm on the word embedding before the projector G (the published training code's checkpoints have it)."""
 
     kind = "meki"
+    SETTINGS: ClassVar = {"memory_dim": "dim", "projector_norm": "projector_norm"}
     RULES: ClassVar = {"memory_dim": integer(0, WIDTH), "projector_norm": FLAG}
-    ABSENT: ClassVar = {"memory_dim": 0, "projector_norm": False}
     KEPT = ("gate_proj.weight", "out_proj.weight", "post_norm.weight")
     RESIDUAL = ("meki.post_norm.weight",)
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> MeKiConfig | None:
-        dim = settings["memory_dim"]
-        return None if dim == 0 else cls(dim, settings["projector_norm"])
-
-    @classmethod
-    def from_manifest(cls, entry: Mapping[str, Any]) -> dict[str, Any]:
-        return {"memory_dim": entry["row_dim"], "projector_norm": entry["projector_norm"]}
-
-    def settings(self) -> dict[str, Any]:
-        return {"memory_dim": self.dim, **self.own()}
-
-    def own(self) -> dict[str, Any]:
-        return {"projector_norm": self.projector_norm}
-
-    @property
-    def row_dim(self) -> int:
-        return self.dim
 
     def check(self, config: Any) -> None:
         if config.hidden % 2:
             raise ConfigError(f"hidden must be even for the memory projector (hidden / 2), got {config.hidden}")
-
-    def widths(self) -> dict[str, int]:
-        return {"memory_dim": self.dim}
 
     def module(self, config: Any, layer: int) -> MeKi:
         return MeKi(config.vocab_size, config.hidden, self.dim, config.norm_eps, self.projector_norm)
@@ -155,7 +131,7 @@ class MeKiConfig(Memory):
     def megatron_settings(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         table = next((name for name in shapes if name.endswith(f"{_MEGATRON}{_TABLE}")), None)
         if table is None:
-            return dict(cls.ABSENT)
+            return {}
         if len(shapes[table]) != 2:
             raise ConfigError(f"tensor {table} has shape {list(shapes[table])}, expected [tokens, width]")
         norm = any(name.endswith(_MEGATRON_NORM) for name in shapes)
