@@ -192,8 +192,9 @@ class ReferenceSession:
         """stages: "stages" or "dense_stages" of the manifest."""
         self.manifest = json.loads((package / "manifest.json").read_text())
         architecture = self.manifest["architecture"]
+        operators = [Attention, Embedding, Injection, Linear]
         self.stages = [
-            ReferenceEvaluator(onnx.load(package / stage["file"]), new_ops=[Attention, Embedding, Injection, Linear])
+            (ReferenceEvaluator(onnx.load(package / stage["file"]), new_ops=operators), stage.get("rows"))
             for stage in self.manifest[stages]
         ]
         memory = self.manifest["memory"]
@@ -214,9 +215,9 @@ class ReferenceSession:
             "total_sequence_length": np.array(self.length, np.int32),
             "logit_index": index.astype(np.int64),
         }
-        if self.rows is not None:
-            self.values["rows"] = self.rows[:, ids]
-        for stage in self.stages:
+        for stage, layers in self.stages:
+            if layers is not None:
+                self.values["rows"] = self.rows[slice(*layers), ids]
             outputs = stage.run(None, {name: self.values[name] for name in stage.input_names})
             for name, value in zip(stage.output_names, outputs, strict=True):
                 self.values[name.replace("present.", "past.")] = value
