@@ -57,7 +57,7 @@ def golden_package(directory: Path, golden: dict[str, np.ndarray], hidden: np.nd
         g.op("Identity", [past], g.stages[-1].output("present.0", cache, TensorProto.UINT8))
         count = g.op("Size", [ids], "count")
         last = g.op("Cast", [total], "last", to=TensorProto.INT64)
-        one = g.array("one", lambda: np.array(1, np.int64))
+        one = g.op("Squeeze", [g.array("ones", lambda: np.ones(1, np.int64))], "one")
         positions = g.op("Range", [g.op("Sub", [last, count], "first"), last, one], "positions")
         h = g.op("Gather", [g.array("table", lambda: hidden), positions], "h.flat")
         h = g.op("Unsqueeze", [h, g.array("axis", lambda: np.array([0], np.int64))], "h")
