@@ -7,7 +7,6 @@ measure speed with.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -15,36 +14,42 @@ from typing import Any
 
 from tqdm import tqdm
 
+from meki.cli.errors import report, run_command
+from meki.package import bundled_models
 from meki.package.files import MANIFEST, check_target
 
-from .config import CONFIGS, ConfigError, ModelConfig, check_field
-from .importers import open_checkpoint
-from .importers.checkpoint import checkpoint_source
+from .architectures import SETTINGS
+from .checkpoints import open_checkpoint
+from .checkpoints.checkpoint import checkpoint_source
+from .config import ConfigError, check
+from .graph.weights import WEIGHT_TYPES
 from .package import export_package
 from .quantize import ROW_TYPES
+from .sizes import CONFIGS
 from .source import Source, random_source
 from .tokenizer import TokenizerSpec, read_tokenizer
-from .weights import WEIGHT_TYPES
-
-BUNDLED_TOKENIZER = Path(__file__).with_name("meki-tiny") / "tokenizer.json"
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """FIELD=VALUE: a field of ModelConfig and a JSON value."""
+    """FIELD=VALUE: a setting and a JSON value."""
     name, equals, value = text.partition("=")
-    known = [field.name for field in dataclasses.fields(ModelConfig)]
-    if name not in known or not equals:
-        raise argparse.ArgumentTypeError(f"expected FIELD=VALUE with a FIELD out of {', '.join(known)}; got {text!r}")
+    if name not in SETTINGS or not equals:
+        raise argparse.ArgumentTypeError(
+            f"expected FIELD=VALUE with a FIELD out of {', '.join(SETTINGS)}; got {text!r}"
+        )
     try:
         parsed = json.loads(value)
     except (ValueError, RecursionError):
         parsed = value
     parsed = tuple(parsed) if isinstance(parsed, list) else parsed
     try:
-        check_field(name, parsed)
+        check(SETTINGS, {name: parsed})
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return name, parsed
+
+
+PROGRAM = "meki-convert"
 
 
 class UsageError(ValueError):
@@ -80,11 +85,16 @@ def open_source(args: argparse.Namespace) -> tuple[Source, TokenizerSpec, dict[s
         tokenizer = read_tokenizer(args.tokenizer / "tokenizer.json" if args.tokenizer.is_dir() else args.tokenizer)
     if args.random:
         try:
-            config = dataclasses.replace(CONFIGS[args.random], **overrides)
+            known = CONFIGS[args.random]
+            config = known.from_settings({**known.settings(), **overrides})
         except ConfigError as error:
             raise UsageError(f"--set: {error}") from error
         provenance = {"weights": "random", "configuration": args.random}
-        return random_source(config), tokenizer or read_tokenizer(BUNDLED_TOKENIZER), provenance
+        return (
+            random_source(config),
+            tokenizer or read_tokenizer(bundled_models()["meki-tiny"] / "tokenizer.json"),
+            provenance,
+        )
     checkpoint = open_checkpoint(args.source, overrides)
     tokenizer = tokenizer or checkpoint.read_tokenizer()
     if tokenizer is None:
@@ -101,8 +111,8 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     if args.card and not args.card.is_file():
         raise FileNotFoundError(f"{args.card}: no such model card")
     source, tokenizer, provenance = open_source(args)
-    if args.rows and not source.config.memory_dim:
-        raise UsageError(f"--rows {args.rows}: the model has no memory and so no rows; leave it away")
+    if args.rows and not source.config.memory:
+        raise UsageError(f"--rows {args.rows}: the model has no memory and so no rows; omit it")
     bars = ProgressBars()
     try:
         return export_package(
@@ -135,9 +145,25 @@ def summary(path: Path, manifest: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def run(args: argparse.Namespace) -> None:
+    """Exports as the command line says and prints the summary."""
+    try:
+        manifest = convert(args)
+    except KeyboardInterrupt:
+        report(PROGRAM, "note", "interrupted, nothing written")
+        raise
+    except (FileNotFoundError, FileExistsError) as error:  # of the arguments
+        raise UsageError(error) from error
+    except UsageError:
+        raise
+    except ValueError as error:  # of the files that the arguments name
+        raise RuntimeError(error) from error
+    print(summary(args.output, manifest))
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command `meki-convert`. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    parser = argparse.ArgumentParser(prog="meki-convert", description=__doc__)
+    """The exit code: 0, 1 failure, 2 usage, 130 interrupted, 141 output closed."""
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
     models = parser.add_mutually_exclusive_group(required=True)
     models.add_argument("source", type=Path, nargs="?", help="Hugging Face folder, GGUF file or Megatron-LM checkpoint")
     models.add_argument(
@@ -165,20 +191,4 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--card", type=Path, help="model card, becomes the package's README.md")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing package")
     args = parser.parse_args(argv)
-    try:
-        manifest = convert(args)
-    except KeyboardInterrupt:
-        print("meki-convert: interrupted, nothing written", file=sys.stderr)
-        return 130
-    except (FileNotFoundError, FileExistsError, UsageError) as error:  # of the arguments
-        print(f"meki-convert: error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
-        print(f"meki-convert: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        return 1
-    print(summary(args.output, manifest))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command(PROGRAM, lambda: run(args))

@@ -10,18 +10,61 @@ from typing import Any
 from meki.chat import parse_template
 from meki.package.files import MANIFEST, check_target, list_files, replace_directory
 
-from .decoder import Decoder
-from .graph import check_exportable, write_graphs
+from .architectures.base import Architecture, Model
+from .config import ConfigError
+from .graph.cpu import CpuGraph, PackedGraph
+from .graph.tensors import TensorFile
+from .graph.weights import WEIGHT_TYPES, WEIGHTS_FILE, Progress, Weights, WeightStore
 from .quantize import WEIGHT_BLOCK
 from .rom import RomLayout, write_rom
 from .source import Source, model_source
 from .tokenizer import TokenizerSpec, parse_tokenizer
 
 FORMAT = "meki-package"
-VERSION = 3
+VERSION = 4
+_HEAD_DIM_MULTIPLE = 16  # of heads that the runtime's attention takes
 
 PhaseProgress = Callable[[str, int, int], object]
 """Called with (what is being written, done, in all)."""
+
+
+def check_exportable(config: Architecture, weight_type: str) -> None:
+    """ConfigError if the runtime could not run a graph of this configuration with such weights."""
+    if weight_type not in WEIGHT_TYPES:
+        raise ConfigError(f"weight type: got {weight_type!r}, expected one of {', '.join(WEIGHT_TYPES)}")
+    if config.head_dim % _HEAD_DIM_MULTIPLE:
+        raise ConfigError(
+            f"head_dim is {config.head_dim}: the runtime's attention needs a multiple of {_HEAD_DIM_MULTIPLE}; "
+            "such a model cannot be exported"
+        )
+    memory = {next(iter(config.memory.SETTINGS)): config.memory.dim} if config.memory else {}
+    for name, size in {**config.widths(), **memory}.items():
+        if size % WEIGHT_BLOCK and weight_type != "float32":
+            raise ConfigError(
+                f"{name} is {size}: {weight_type} weights need a multiple of {WEIGHT_BLOCK}; use float32 weights"
+            )
+
+
+def write_graphs(
+    config: Architecture, weights: Weights, weight_type: str, directory: Path, progress: Progress | None = None
+) -> tuple[CpuGraph, CpuGraph | None]:
+    """Writes the stages and their weights file into `directory`, of a model with a memory also those without it.
+
+    ValueError for weights that are not finite.
+    """
+    with (directory / WEIGHTS_FILE).open("wb") as file:
+        store = WeightStore(weights, weight_type, TensorFile(file, WEIGHTS_FILE), config.ram_parameters, progress)
+        kind = CpuGraph if weight_type == "float32" else PackedGraph
+        graph, dense = kind(config, store), None
+        config.program(graph)
+        for index, stage in enumerate(graph.stages):
+            stage.save(directory / f"stage{index}.onnx")
+        if config.memory:
+            backbone = config.without_memory()
+            dense = kind(backbone, store)
+            backbone.program(dense)
+            dense.stages[0].save(directory / "dense.onnx")
+    return graph, dense
 
 
 def check_tokenizer(tokenizer: TokenizerSpec, vocab_size: int) -> None:
@@ -40,7 +83,7 @@ def check_tokenizer(tokenizer: TokenizerSpec, vocab_size: int) -> None:
 
 
 def export_package(
-    model: Decoder | Source,
+    model: Model | Source,
     tokenizer: TokenizerSpec,
     out: Path,
     *,
@@ -52,39 +95,41 @@ def export_package(
     overwrite: bool = False,
     progress: PhaseProgress | None = None,
 ) -> dict[str, Any]:
-    """Writes `model` (a Decoder: float32, training form) as the package `out` and returns its manifest.
+    """Writes `model` (a `Model`: float32, training form) as the package `out` and returns its manifest.
 
     weights: float32, int8 or int4; rows: float32, float16, int8 or int4; card: the text of the README. Nothing is at
     `out` before the package is complete. FileExistsError for an existing target (see `replace_directory`), ConfigError
     or ValueError for a model that cannot be exported so: shapes, tokenizer, or weights that are not finite.
     """
-    source = model_source(model) if isinstance(model, Decoder) else model
+    source = model_source(model) if isinstance(model, Model) else model
     config = source.config
     check_target(out, MANIFEST, overwrite)
     check_exportable(config, weights)
-    layout = RomLayout(config.vocab_size, config.layers, config.memory_dim, rows) if config.memory_dim else None
+    table = config.memory
+    layout = RomLayout(config.vocab_size, table.layers(config), table.dim, rows) if table else None
     check_tokenizer(tokenizer, config.vocab_size)
     if tokenizer.chat_template is not None:
         parse_template(tokenizer.chat_template)
     report: PhaseProgress = progress or (lambda phase, done, total: None)
 
     with replace_directory(out, MANIFEST, overwrite) as directory:
-        graphs = write_graphs(
+        graph, dense = write_graphs(
             config, source.weights, weights, directory, lambda done, total: report("dense weights", done, total)
         )
-        errors = graphs.errors
+        errors = graph.store.errors
         quantization_error: dict[str, Any] = {
             "weights": {"overall": errors.overall, "worst": errors.worst, "worst_tensor": errors.worst_tensor}
         }
         memory = None
-        if layout:
+        if table and layout:
             summary = write_rom(
                 directory / "memory.rom",
                 layout,
                 source.row_blocks(),
                 lambda done, total: report("memory rows", done, total),
             )
-            memory = {"kind": "meki", "file": "memory.rom", "row_type": rows, "content_id": summary.content_id}
+            file = {"file": "memory.rom", "row_type": rows, "content_id": summary.content_id}
+            memory = {**table.manifest(config), **file}
             quantization_error["rows"] = summary.relative_error
         (directory / "tokenizer.json").write_bytes(tokenizer.json)
         chat_template = None
@@ -97,15 +142,19 @@ def export_package(
             "format": FORMAT,
             "version": VERSION,
             "name": name,
-            "architecture": config.to_dict(),
+            "architecture": config.manifest(),
             "memory": memory,
-            "stages": graphs.stages,
-            "dense_stages": graphs.dense_stages,
+            "parameters": {"ram": config.ram_parameters, "rom": config.rom_parameters},
+            "stages": [
+                {"file": f"stage{index}.onnx", "rows": stage.rows and [stage.rows.start, stage.rows.stop]}
+                for index, stage in enumerate(graph.stages)
+            ],
+            "dense_stages": dense and [{"file": "dense.onnx"}],
             "weights": {
                 "type": weights,
                 "block": None if weights == "float32" else WEIGHT_BLOCK,
-                "decode_bytes": graphs.decode_bytes,
-                "dense_decode_bytes": graphs.dense_decode_bytes,
+                "decode_bytes": graph.decode_bytes,
+                "dense_decode_bytes": dense and dense.decode_bytes,
             },
             "tokenizer": {
                 "file": "tokenizer.json",

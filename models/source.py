@@ -2,48 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from .config import ModelConfig
-from .decoder import Decoder
-from .fold import ALL, Read, folded_blocks, stored_blocks, token_blocks
+from .architectures.base import Architecture, Model
+from .graph.weights import Weights
+from .memories.base import ALL, Read
 from .quantize import Floats
-from .weights import Weights
 
 
 @dataclass(frozen=True)
 class Source:
     """A model as an export takes it: piece by piece."""
 
-    config: ModelConfig
+    config: Architecture
     weights: Weights
     row_blocks: Callable[[], Iterator[Floats]]
-    """The folded rows of a model with memory: float32 [layers, n, memory_dim] of the next n tokens, until the last."""
+    """The folded rows of a model with memory: float32 [layers, n, dim] of the next n tokens, until the last."""
 
 
-def decoder_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the parameters of `Decoder(config)`."""
-    with torch.device("meta"):  # shapes without storage
-        state = Decoder(dataclasses.replace(config, layers=1)).state_dict()
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, tensor in state.items():
-        layers = range(config.layers) if name.startswith("layers.0.") else range(1)  # all layers are alike
-        shapes |= {name.replace("layers.0.", f"layers.{layer}.", 1): tuple(tensor.shape) for layer in layers}
-    return shapes
+def lazy_source(config: Architecture, read: Read, folded: bool = False) -> Source:
+    """Values that are read when they are needed. folded: the memories are tables `layers.N.KIND.folded_table`."""
+
+    def row_blocks() -> Iterator[Floats]:
+        assert config.memory is not None
+        return config.memory.stored_rows(config, read) if folded else config.memory.folded_rows(config, read)
+
+    return Source(config, lambda name: read(name, ALL), row_blocks)
 
 
-def lazy_source(config: ModelConfig, read: Read, folded: bool = False) -> Source:
-    """Values that are read when they are needed. folded: the memories are tables `layers.N.meki.folded_table`."""
-    blocks = stored_blocks if folded else folded_blocks
-    return Source(config, lambda name: read(name, ALL), lambda: blocks(config, read))
-
-
-def model_source(model: Decoder) -> Source:
+def model_source(model: Model) -> Source:
     """The model's own values. model: float32, training form."""
     state = model.state_dict()
 
@@ -54,13 +44,13 @@ def model_source(model: Decoder) -> Source:
     return lazy_source(model.config, read)
 
 
-def random_source(config: ModelConfig) -> Source:
+def random_source(config: Architecture) -> Source:
     """Random values of a trained model's magnitudes, so that activations stay of order 1 through all layers.
 
     The same at every call. A weight exists only while it is exported; the model never does.
     """
-    shapes = decoder_shapes(config)
-    residual = (2 * config.layers) ** -0.5  # of what adds to the residual stream, as in Decoder.initialise
+    shapes = config.training_shapes
+    residual = (2 * config.layers) ** -0.5  # of what adds to the residual stream, as in Model.initialise
 
     def weight(name: str) -> Floats:
         shape = shapes[name]
@@ -69,17 +59,18 @@ def random_source(config: ModelConfig) -> Source:
             values *= np.float32(shape[1] ** -0.5)
         else:
             values *= np.float32(0.1)
-            if not name.endswith(".bias"):  # gains and scalars
+            if not name.endswith(".bias"):  # norms and scalars
                 values += 1
-        if name.endswith(("o_proj.weight", "down_proj.weight", "post_norm.weight")):
+        if name.endswith(config.residual):
             values *= np.float32(residual)
         return values
 
     def row_blocks() -> Iterator[Floats]:
-        generator = _generator("memory rows")
-        for tokens in token_blocks(config):
-            # Of RMS 1, as the RMSNorm of the folding leaves rows.
-            shape = (config.layers, tokens.stop - tokens.start, config.memory_dim)
+        memory, generator = config.memory, _generator("memory rows")
+        assert memory is not None
+        for tokens in memory.token_blocks(config):
+            # Of RMS 1, as an RMSNorm leaves rows.
+            shape = (memory.layers(config), tokens.stop - tokens.start, memory.dim)
             yield generator.standard_normal(shape, dtype=np.float32)
 
     return Source(config, weight, row_blocks)

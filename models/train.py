@@ -11,7 +11,6 @@ import argparse
 import json
 import lzma
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +23,9 @@ from tqdm import tqdm
 
 from meki.package.files import replace_file
 
-from .config import CONFIGS
-from .decoder import Decoder
-from .importers.huggingface import save_pretrained
+from .architectures.base import Model
+from .checkpoints.huggingface import save_pretrained
+from .sizes import CONFIGS
 from .tokenizer import END_OF_STORY, read_tokenizer, train_tokenizer
 
 SEPARATOR = f"\n{END_OF_STORY}\n"
@@ -85,9 +84,9 @@ def held_out_loss(model: torch.nn.Module, stream: np.ndarray, length: int, windo
     return float(np.mean([loss_of(model, part).item() for part in batch.split(8)]))
 
 
-def make_optimizer(model: Decoder, rate: float) -> torch.optim.AdamW:
+def make_optimizer(model: Model, rate: float) -> torch.optim.AdamW:
     """AdamW (0.9, 0.95), weight decay 0.1 on matrices that multiply; none on tables (a token that is not in the batch
-    must not lose its rows), gains and scales."""
+    must not lose its rows), norms and scales."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     decayed = [p for p in model.parameters() if p.dim() == 2 and id(p) not in tables]
     others = [p for p in model.parameters() if p.dim() != 2 or id(p) in tables]
@@ -105,7 +104,7 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.config = CONFIGS[args.config]
         self.tokenizer, self.train_stream, self.valid_stream = self._prepare_data()
-        self.model = Decoder(self.config).initialise(args.seed)
+        self.model = self.config.module().initialise(args.seed)
         self.optimizer = make_optimizer(self.model, args.rate)
         self.step = 0
         self.steps = args.tokens // (args.batch * self.config.context)
@@ -121,9 +120,8 @@ class Run:
             train, valid = read_stories(self.args.train), read_stories(self.args.valid)
             tokenizer = train_tokenizer(train, self.config.vocab_size)
             tokenizer.save(str(tokenizer_path))
-            partial = streams_path.with_suffix(".partial.npz")
-            np.savez(partial, train=tokenize(tokenizer, train), valid=tokenize(tokenizer, valid))
-            os.replace(partial, streams_path)
+            with replace_file(streams_path) as partial, partial.open("wb") as file:
+                np.savez(file, train=tokenize(tokenizer, train), valid=tokenize(tokenizer, valid))
         with np.load(streams_path) as streams:
             return Tokenizer.from_file(str(tokenizer_path)), streams["train"], streams["valid"]
 

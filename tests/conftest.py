@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from meki.models.config import ModelConfig
-from meki.models.decoder import Decoder
+from meki.models.architectures.llama import Decoder, LlamaConfig
 from meki.models.package import export_package
 from meki.models.tokenizer import TokenizerSpec, train_tokenizer
 
@@ -39,8 +38,8 @@ SENTENCES = [
 ]
 
 
-def random_model(config: ModelConfig, seed: int = 7) -> Decoder:
-    """Every parameter random, gains and scales included, so that none can be left out unnoticed."""
+def random_model(config: LlamaConfig, seed: int = 7) -> Decoder:
+    """Every parameter random, norms and scales included, so that none can be left out unnoticed."""
     model = Decoder(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -51,7 +50,7 @@ def random_model(config: ModelConfig, seed: int = 7) -> Decoder:
                 parameter.normal_(0.0, 1.0, generator=generator)
             elif parameter.dim() == 2:
                 parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
-            else:  # gains, alpha and beta
+            else:  # norms, alpha and beta
                 parameter.uniform_(0.5, 1.5, generator=generator)
     return model
 
@@ -78,7 +77,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., Decoder]:
     """make_model(**overrides of SMALL): a random model, the same at every call."""
-    return lambda **overrides: random_model(ModelConfig(**{**SMALL, **overrides}))
+    return lambda **overrides: random_model(LlamaConfig.from_settings({**SMALL, **overrides}))
 
 
 @pytest.fixture(scope="session")

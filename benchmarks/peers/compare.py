@@ -44,7 +44,8 @@ from tqdm import tqdm
 
 from meki.bench.output import check_writable
 from meki.cli.errors import run_command
-from meki.models.config import ModelConfig
+from meki.models.architectures import read_config
+from meki.models.architectures.llama import LlamaConfig
 from meki.package import has_random_weights, read_manifest
 from meki.package.files import replace_file
 
@@ -127,7 +128,7 @@ def run_rounds(
     return {name: np.transpose(values).tolist() for name, values in samples.items()}, record
 
 
-def compare(args: argparse.Namespace, manifest: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+def compare(args: argparse.Namespace, manifest: dict[str, Any], config: LlamaConfig) -> dict[str, Any]:
     """Measures, prints the table and returns all figures."""
     workloads = [
         Workload("prefill", 0, args.prefill),
@@ -193,7 +194,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         check_writable(args.json)
     manifest = read_manifest(args.package)
-    config = ModelConfig.from_dict(manifest["architecture"])
+    config = read_config(manifest)
     longest = max(args.prefill, max(*args.depths, 1) + args.tokens + 1)  # decode begins and ends with a token
     if longest > config.context:
         raise ValueError(f"{longest:,} tokens, but {args.package} has a context of {config.context:,}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from meki.models.config import ModelConfig
+from meki.models.architectures.llama import LlamaConfig
 from meki.package.files import replace_file
 
 BLOCK, BLOCK_BYTES = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q4_0]
@@ -21,7 +20,7 @@ RECIPE = 1
 """Counts changes of `write_gguf`, so that a file made by an older version is not taken for a new one."""
 
 
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """GGUF tensors of the dense backbone by name, in file order: matrices [outputs, inputs], vectors [width].
 
     llama.cpp uses token_embd.weight as the head when there is no output.weight. ValueError for biases.
@@ -64,7 +63,7 @@ def random_q4_0(rng: np.random.Generator, rows: int, columns: int) -> NDArray[np
     return blocks.reshape(rows, -1)
 
 
-def write_gguf(config: ModelConfig, path: Path, seed: int = 0) -> None:
+def write_gguf(config: LlamaConfig, path: Path, seed: int = 0) -> None:
     """Writes a GGUF model with random weights of `config`'s backbone, without a memory and without a tokenizer.
 
     Every matrix is Q4_0 (4.5 bits a weight), the embedding too; every norm's weight is 1. The tensors are written
@@ -109,10 +108,10 @@ def write_gguf(config: ModelConfig, path: Path, seed: int = 0) -> None:
             writer.write_tensor_data(random_q4_0(rng, *shape) if len(shape) == 2 else np.ones(shape, np.float32))
 
 
-def cached_gguf(config: ModelConfig, directory: Path) -> Path:
+def cached_gguf(config: LlamaConfig, directory: Path) -> Path:
     """The path of a model with `config`'s backbone in `directory`; writes it if it is not there yet."""
-    backbone = dataclasses.replace(config, memory_dim=0, projector_norm=False)
-    digest = hashlib.sha256(f"{RECIPE} {json.dumps(backbone.to_dict())}".encode()).hexdigest()[:12]
+    backbone = config.without_memory()
+    digest = hashlib.sha256(f"{RECIPE} {json.dumps(backbone.settings())}".encode()).hexdigest()[:12]
     path = directory / f"random-L{config.layers}-d{config.hidden}-q4_0-{digest}.gguf"
     if not path.is_file():
         write_gguf(config, path)

@@ -26,13 +26,13 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from meki import Engine
-from meki.models.decoder import Decoder
-from meki.models.importers.huggingface import load_model
+from meki.models.architectures.llama import Decoder
+from meki.models.checkpoints.huggingface import load_model
+from meki.models.graph.weights import WEIGHT_TYPES
 from meki.models.package import export_package
 from meki.models.quantize import ROW_TYPES
 from meki.models.tokenizer import END_OF_STORY, parse_tokenizer, read_tokenizer
 from meki.models.train import read_stories
-from meki.models.weights import WEIGHT_TYPES
 
 Logits = Callable[[list[int]], NDArray[np.float32]]
 

@@ -26,8 +26,8 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from meki.models.builder import GraphBuilder
-from meki.models.importers.huggingface import load_model
+from meki.models.checkpoints.huggingface import load_model
+from meki.models.graph.builder import GraphBuilder
 from meki.models.qnn.chips import CHIPS
 from meki.models.qnn.compiler import open_provider, provider_options
 

@@ -12,11 +12,11 @@ from tqdm import tqdm
 from meki.cli.errors import report, run_command
 from meki.package import find_model, read_manifest, target_directory
 
-from ..config import ModelConfig
+from ..architectures.base import Architecture
+from ..graph.npu import PRECISIONS
 from .check import Difference, compare
 from .chips import CHIPS
 from .compiler import Compiled
-from .graph import PRECISIONS
 from .package import compile_package
 from .stages import Options, precisions
 from .weights import PackageWeights
@@ -62,12 +62,12 @@ def read_options(args: argparse.Namespace, weights: PackageWeights) -> tuple[Opt
     return options, check
 
 
-def cache_bytes(entry: dict[str, Any], config: ModelConfig) -> int:
+def cache_bytes(entry: dict[str, Any], config: Architecture) -> int:
     """Of the KV cache, float16."""
     return 2 * 2 * config.layers * config.kv_heads * config.head_dim * int(entry["context"])
 
 
-def summary(entry: dict[str, Any], compiled: dict[str, Compiled], config: ModelConfig, directory: Path) -> str:
+def summary(entry: dict[str, Any], compiled: dict[str, Compiled], config: Architecture, directory: Path) -> str:
     """What was compiled, for people."""
     lines = [
         f"{directory}: {entry['chip']}, {entry['precision']} weights, context {entry['context']:,}, prefill in chunks "

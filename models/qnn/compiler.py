@@ -13,7 +13,7 @@ from typing import Any
 
 from meki.bench.machine import resident_memory
 
-from . import CompileError
+from ..config import CompileError
 from .chips import Chip
 
 PROVIDER = "QNNExecutionProvider"

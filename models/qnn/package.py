@@ -12,11 +12,10 @@ from typing import Any
 from meki.package import check_parsed_files, check_sha256, compiled_targets, read_manifest, target_directory
 from meki.package.files import MANIFEST, check_target, list_files, replace_directory, replace_file
 
-from ..weights import WEIGHTS_FILE
+from ..graph.weights import WEIGHTS_FILE
 from .chips import CHIPS
 from .compiler import Compiled, compile_stage
-from .graph import embedding
-from .stages import Options, StagePlan, plan, write_stage
+from .stages import Options, StaticStage, plan, write_stage
 from .weights import PackageWeights
 
 EMBED = "embed.onnx"
@@ -54,7 +53,7 @@ def compile_package(
     # The manifest's text is on the disk before the directory is renamed into place, and is renamed right after it.
     with replace_file(package / MANIFEST) as new_manifest, replace_directory(out, EMBED, overwrite) as directory:
         report("embedding", 0, total)
-        embedding(weights, directory / EMBED)
+        plans["head"][0].graph(weights).save_embedding(directory / EMBED)
         for stage in (stage for stages in plans.values() for stage in stages):
             report(stage.name, len(compiled), total)
             with tempfile.TemporaryDirectory(dir=directory, prefix=".stage.") as scratch:
@@ -83,6 +82,6 @@ def compile_package(
     return entry, compiled
 
 
-def _entry(stage: StagePlan) -> dict[str, Any]:
-    rows = stage.layers.rows if stage.layers else None
-    return {"file": f"{stage.name}.onnx", "rows": None if rows is None else [rows.start, rows.stop]}
+def _entry(stage: StaticStage) -> dict[str, Any]:
+    rows = stage.rows and [stage.rows.start, stage.rows.stop]
+    return {"file": f"{stage.name}.onnx", "rows": rows}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..architectures.base import Architecture
 from ..config import ConfigError
-from ..tensors import TensorFile
-from .graph import PRECISIONS, Shape, StaticStage, file_name
+from ..graph.npu import PRECISIONS, NpuGraph, Shape, file_name
+from ..graph.tensors import TensorFile
 from .weights import PackageWeights
 
 SHARD_BYTES = 1 << 30
@@ -16,33 +17,28 @@ SHARD_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class Layers:
-    """Layers `first` .. `last` - 1 of a decoder, as one stage.
-
-    In a model with a memory layer 0 stands alone, without its injection: while it computes, the memory rows arrive. Its
-    injection opens the stage after it.
-    """
-
-    first: int
-    last: int
-    memory: bool
-
-    @property
-    def rows(self) -> range | None:
-        """The layers whose memory rows the stage takes."""
-        if not self.memory or self.first == 0:
-            return None
-        return range(0 if self.first == 1 else self.first, self.last)
-
-
-@dataclass(frozen=True)
-class StagePlan:
+class StaticStage:
     """A stage that is not written yet."""
 
     name: str
+    config: Architecture
     shape: Shape
-    layers: Layers | None
-    """None: the head."""
+    cuts: frozenset[int]
+    """Layers that begin a stage of their set. The first memory row that is used begins one, too: while the stages
+    before it compute, the rows arrive."""
+    index: int
+    """Of the stage in its set."""
+    layers: tuple[int, ...] = ()
+    """Of the decoder, whose KV caches it has."""
+    rows: range | None = None
+    """Layers of the memory whose rows it takes."""
+
+    def graph(self, weights: PackageWeights, tensors: TensorFile | None = None) -> NpuGraph:
+        """The whole set, of which the stage has constants, if there are `tensors`."""
+        wanted = None if tensors is None else self.index
+        graph = NpuGraph(self.config, self.shape, weights, self.cuts, wanted, tensors)
+        self.config.program(graph)
+        return graph
 
 
 @dataclass(frozen=True)
@@ -70,8 +66,8 @@ class Options:
                 f"precision {self.precision}: the package has {weights.type} weights, which can be compiled as "
                 f"{' or '.join(precisions(weights))}; convert the model with --weights {self.precision}"
             )
-        if self.dense and not config.memory_dim:
-            raise ConfigError("--dense: the model has no memory and is dense as it is; leave it away")
+        if self.dense and not config.memory:
+            raise ConfigError("--dense: the model has no memory and is dense as it is; omit it")
 
 
 def precisions(weights: PackageWeights) -> list[str]:
@@ -79,66 +75,48 @@ def precisions(weights: PackageWeights) -> list[str]:
     return [name for name in (weights.type, "float16") if name in PRECISIONS]
 
 
-def cut(weights: PackageWeights, precision: str, memory: bool) -> list[Layers]:
-    """The stages of a decoder, in order: as few as have at most SHARD_BYTES of weights each, of even sizes."""
-    config = weights.config
-    tables = (1 if config.tied_embeddings else 2) * config.vocab_size * config.hidden
-    bits = PRECISIONS[precision]
-    bytes_a_weight = 2.0 if bits is None else (bits + 0.5) / 8  # 16 bits of scale for 32 weights
-    layer_bytes = (config.ram_parameters - tables) / config.layers * bytes_a_weight
-    first = int(memory)
-    layers = config.layers - first
-    count = max(1, -(-layers // max(1, int(SHARD_BYTES // layer_bytes))))
-    ends = [first + layers * index // count for index in range(count + 1)]
-    alone = [Layers(0, 1, memory)] if memory else []
-    return alone + [Layers(start, end, memory) for start, end in itertools.pairwise(ends)]
-
-
-def plan(weights: PackageWeights, options: Options) -> dict[str, list[StagePlan]]:
+def plan(weights: PackageWeights, options: Options) -> dict[str, list[StaticStage]]:
     """Lists of stages by their names in the manifest; "head" is a list of one."""
-    memory = weights.config.memory_dim > 0
-
-    def stages(name: str, tokens: int, memory: bool) -> list[StagePlan]:
-        shape = Shape(tokens, options.context, options.precision)
-        layers = cut(weights, options.precision, memory)
-        return [StagePlan(f"{name}.{index}", shape, part) for index, part in enumerate(layers)]
-
-    plans = {"decode": stages("decode", 1, memory), "prefill": stages("prefill", options.chunk, memory)}
+    sets = {"decode": (weights.config, 1), "prefill": (weights.config, options.chunk)}
     if options.dense:
-        plans["dense_decode"] = stages("dense_decode", 1, False)
-        plans["dense_prefill"] = stages("dense_prefill", options.chunk, False)
-    plans["head"] = [StagePlan("head", Shape(1, options.context, options.precision), None)]
-    return plans
+        sets |= {f"dense_{name}": (config.without_memory(), tokens) for name, (config, tokens) in sets.items()}
+    plans: dict[str, list[StaticStage]] = {}
+    heads = []
+    for name, (config, tokens) in sets.items():
+        *plans[name], head = cut(name, config, Shape(tokens, options.context, options.precision), weights)
+        heads.append(dataclasses.replace(head, name="head"))
+    return {**plans, "head": heads[:1]}
 
 
-def write_stage(weights: PackageWeights, stage: StagePlan, directory: Path) -> Path:
+def cut(name: str, config: Architecture, shape: Shape, weights: PackageWeights) -> list[StaticStage]:
+    """A set of stages, in order, the head's last: where the memory wants it a cut, and of what is between as few as
+    have at most SHARD_BYTES of weights each, of even numbers of layers."""
+
+    def stages(cuts: frozenset[int]) -> list[StaticStage]:
+        whole = StaticStage(name, config, shape, cuts, 0)
+        return [
+            StaticStage(f"{name}.{index}", config, shape, cuts, index, tuple(stage.layers), stage.rows)
+            for index, stage in enumerate(whole.graph(weights).stages)
+        ]
+
+    bits = PRECISIONS[shape.precision]
+    bytes_a_weight = 2.0 if bits is None else (bits + 0.5) / 8  # 16 bits of scale for 32 weights
+    layer_bytes = weights.config.layer_parameters / config.layers * bytes_a_weight
+    a_stage = max(1, int(SHARD_BYTES // layer_bytes))
+    cuts: set[int] = set()
+    for first, count in ((stage.layers[0], len(stage.layers)) for stage in stages(frozenset()) if stage.layers):
+        shards = -(-count // a_stage)
+        cuts |= {first + count * index // shards for index in range(1, shards)}
+    return stages(frozenset(cuts))
+
+
+def write_stage(weights: PackageWeights, stage: StaticStage, directory: Path) -> Path:
     """Writes the stage as `directory`/NAME.onnx, its large tensors beside it as NAME.bin; returns the path.
 
     CompileError for a weight that float16 does not hold.
     """
     path = directory / f"{stage.name}.onnx"
     with (directory / file_name(path)).open("wb") as file:
-        graph = StaticStage(weights, stage.shape, TensorFile(file, file_name(path)))
-        if stage.layers is None:
-            graph.head()
-        else:
-            _add_layers(graph, stage.layers, weights.config.layers)
-    graph.save(path)
+        graph = stage.graph(weights, TensorFile(file, file_name(path)))
+    graph.stages[stage.index].save(path)
     return path
-
-
-def _add_layers(graph: StaticStage, layers: Layers, count: int) -> None:
-    """The layers, between the inputs from the stage before and the outputs for the one behind."""
-    rows = layers.rows
-    if layers.memory and layers.first == 0:
-        a = graph.attention(graph.enter("embedding"), 0)
-        graph.leave(a, "attended.0")
-        graph.leave(graph.ffn(a, 0), "fed.0")
-        return
-    if rows is not None and rows.start == 0:
-        x = graph.inject(graph.enter("fed.0"), graph.enter("attended.0"), 0, rows)
-    else:
-        x = graph.enter(f"hidden.{layers.first}" if layers.first else "embedding")
-    for layer in range(layers.first, layers.last):
-        x = graph.layer(x, layer, rows)
-    graph.leave(x, "final" if layers.last == count else f"hidden.{layers.last}")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from meki import Engine, _core
-from meki.models.decoder import Decoder
-from meki.models.importers.huggingface import load_model
+from meki.models.architectures.llama import Decoder
+from meki.models.checkpoints.huggingface import load_model
 from meki.models.package import export_package
 from meki.models.tokenizer import read_tokenizer
 from meki.package import bundled_models
@@ -74,7 +74,9 @@ def test_a_float32_package_of_the_checkpoint_equals_pytorch(
 def test_the_rom_holds_the_folded_checkpoint(engine: Engine, reference: Decoder) -> None:
     rows = _core.Rom(engine.path / "memory.rom").rows(range(engine.vocab_size))
     words = reference.embed_tokens.weight.detach()
-    expected = torch.stack([layer.meki.fold(words) for layer in reference.layers]).numpy()
+    ids = torch.arange(len(words))
+    with torch.no_grad():
+        expected = torch.stack([layer.meki.experts(ids, words) for layer in reference.layers]).numpy()
     np.testing.assert_allclose(rows, expected, rtol=2**-10, atol=1e-6)
 
 

@@ -105,8 +105,9 @@ def test_a_changed_graph_or_tokenizer_is_noticed(package: Path, name: str) -> No
         ("kv_heads", 4),
         ("kv_heads", 2**20),
         ("head_dim", 32),
-        ("memory_dim", 0),
-        ("memory_dim", 31),
+        ("memory.row_dim", 0),
+        ("memory.row_dim", 31),
+        ("memory.layers", 4),
         ("context", 0),
         ("context", -5),
         ("context", 1e9),
@@ -115,7 +116,8 @@ def test_a_changed_graph_or_tokenizer_is_noticed(package: Path, name: str) -> No
     ],
 )
 def test_architectures_that_the_files_contradict(package: Path, field: str, value: object) -> None:
-    edit_manifest(package, lambda manifest: manifest["architecture"].update({field: value}))
+    *_, member, name = f"architecture.{field}".split(".")
+    edit_manifest(package, lambda manifest: manifest[member].update({name: value}))
     with pytest.raises(PackageError):
         Engine(package)
 

@@ -43,7 +43,7 @@ def package(make_package: Callable[..., Path], tmp_path: Path) -> Path:
 # Nodes by their first output. Layer 1 has 4 query and 2 key heads of 16 elements, hidden 64, ffn 96 and 32 elements of
 # memory; the vocabulary has 300 tokens.
 QKV, ATTENTION, ATTENDED = "layers.1.self_attn.qkv.out", "layers.1.self_attn.heads", "layers.1.self_attn.o_proj.out"
-PROJECTED, DOWN, INJECTED = "layers.1.mlp.gate_up.out", "layers.1.mlp.down_proj.out", "layers.1.injected"
+DOWN, INJECTED = "layers.1.mlp.down_proj.out", "layers.1.injected"
 EMBEDDING = "embedding"
 
 
@@ -102,15 +102,15 @@ NOT_QKV = r"qkv is not \[1, tokens, \(heads \+ 2 \* kv_heads\) \* head_dim\]"
 OTHER_WEIGHT = "a packed weight has another shape"
 OTHER_WIDTH = "x and the weight have different widths"
 OTHER_RESIDUAL = "the residual has another shape than the output"
-OTHER_GAIN = "a gain has another length"
-NOT_CONSTANT = "a weight, gain or table is not a constant"
+OTHER_NORM = "a norm's weight has another length"
+NOT_CONSTANT = "a weight or table is not a constant"
 OTHER_CACHE = "the KV cache has other heads or another head_dim"
 OTHER_MEMORY = "past and present are not the same memory"
 NOT_TABLES = "the rotary tables are not two of"
 SHORT_TABLES = "the sequence is longer than the rotary tables"
 FULL_CACHE = "the sequence is longer than the KV cache"
 SHORT = "the sequence is shorter than this step"
-NOT_X, NOT_GATE, NOT_ROWS = "x is not", "the gate is not", "rows are not"
+NOT_X, NOT_H, NOT_ROWS = "x is not", "h has another shape than x", "rows are not"
 
 ATTRIBUTES = [
     (QKV, "outputs", 144, OTHER_WEIGHT),
@@ -123,7 +123,7 @@ ATTRIBUTES = [
     (QKV, "bits", -8, "bits is neither 4 nor 8"),
     (QKV, "bits", 4, OTHER_WEIGHT),
     (QKV, "swiglu", 2, "an attribute is neither 0 nor 1"),
-    (QKV, "swiglu", 1, "both a gain and swiglu"),
+    (QKV, "swiglu", 1, "both a norm and swiglu"),
     (DOWN, "swiglu", 0, OTHER_WIDTH),
     (EMBEDDING, "outputs", 320, OTHER_WEIGHT),
     (EMBEDDING, "bits", 4, OTHER_WEIGHT),
@@ -171,11 +171,11 @@ INPUTS: dict[str, tuple[str, Inputs, str]] = {
     "weight-of-one-panel-too-few-axes": (QKV, {1: packed(128, 64)[0]}, OTHER_WEIGHT),
     "weight-empty": (QKV, {1: packed(0, 64)}, OTHER_WEIGHT),
     "weight-that-is-computed": (QKV, {1: "past.1"}, NOT_CONSTANT),
-    "gain-longer": (QKV, {2: floats(65)}, OTHER_GAIN),
-    "gain-scalar": (QKV, {2: floats()}, OTHER_GAIN),
-    "gain-of-rank-2": (QKV, {2: floats(1, 64)}, OTHER_GAIN),
-    "gain-that-is-computed": (QKV, {2: "layers.0.injected"}, NOT_CONSTANT),
-    "gain-with-swiglu": (DOWN, {2: floats(96)}, "both a gain and swiglu"),
+    "norm-longer": (QKV, {2: floats(65)}, OTHER_NORM),
+    "norm-scalar": (QKV, {2: floats()}, OTHER_NORM),
+    "norm-of-rank-2": (QKV, {2: floats(1, 64)}, OTHER_NORM),
+    "norm-that-is-computed": (QKV, {2: "layers.0.injected"}, NOT_CONSTANT),
+    "norm-with-swiglu": (DOWN, {2: floats(96)}, "both a norm and swiglu"),
     "residual-wider": (DOWN, {3: floats(1, 1, 65)}, OTHER_RESIDUAL),
     "residual-of-more-tokens": (DOWN, {3: floats(1, 2, 64)}, OTHER_RESIDUAL),
     "residual-of-no-tokens": (DOWN, {3: floats(1, 0, 64)}, OTHER_RESIDUAL),
@@ -205,23 +205,27 @@ INPUTS: dict[str, tuple[str, Inputs, str]] = {
     "tables-of-head-dim-32": (ATTENTION, {3: floats(9, 16), 4: floats(9, 16), 5: None}, NOT_QKV),
     "sin-shorter-than-cos": (ATTENTION, {4: floats(7, 8)}, NOT_TABLES),
     "tables-of-rank-3": (ATTENTION, {3: floats(9, 8, 1), 4: floats(9, 8, 1)}, NOT_TABLES),
-    "q-gain-longer": (ATTENTION, {5: floats(17)}, OTHER_GAIN),
-    "k-gain-shorter": (ATTENTION, {6: floats(15)}, OTHER_GAIN),
-    "q-gain-alone": (ATTENTION, {6: None}, ""),
-    "k-gain-alone": (ATTENTION, {5: ""}, ""),
+    "q-norm-longer": (ATTENTION, {5: floats(17)}, OTHER_NORM),
+    "k-norm-shorter": (ATTENTION, {6: floats(15)}, OTHER_NORM),
+    "q-norm-alone": (ATTENTION, {6: None}, ""),
+    "k-norm-alone": (ATTENTION, {5: ""}, ""),
     "injection-into-another-width": (INJECTED, {0: floats(1, 1, 65)}, NOT_X),
     "injection-into-a-batch": (INJECTED, {0: floats(2, 1, 64)}, NOT_X),
-    "gate-narrower": (INJECTED, {1: floats(1, 1, 31)}, NOT_GATE),
-    "gate-of-more-tokens": (INJECTED, {1: floats(1, 2, 32)}, NOT_GATE),
-    "gate-of-rank-2": (INJECTED, {1: floats(1, 32)}, NOT_GATE),
-    "memory-rows-wider": (INJECTED, {2: floats(3, 1, 33)}, NOT_ROWS),
-    "memory-rows-of-more-tokens": (INJECTED, {2: floats(3, 2, 32)}, NOT_ROWS),
-    "memory-rows-of-fewer-layers": (INJECTED, {2: floats(1, 1, 32)}, NOT_ROWS),
-    "memory-rows-of-rank-2": (INJECTED, {2: floats(3, 32)}, NOT_ROWS),
-    "out-proj-of-other-memory": (INJECTED, {3: packed(64, 64)}, NOT_ROWS),
-    "out-proj-of-fewer-rows": (INJECTED, {3: packed(48, 32)}, OTHER_WEIGHT),
-    "out-gain-longer": (INJECTED, {4: floats(65)}, OTHER_WEIGHT),
-    "out-gain-of-rank-2": (INJECTED, {4: floats(1, 64)}, OTHER_GAIN),
+    "h-narrower": (INJECTED, {1: floats(1, 1, 63)}, NOT_H),
+    "h-of-more-tokens": (INJECTED, {1: floats(1, 2, 64)}, NOT_H),
+    "h-of-rank-2": (INJECTED, {1: floats(1, 64)}, NOT_H),
+    "norm-before-the-gate-longer": (INJECTED, {2: floats(65)}, OTHER_NORM),
+    "norm-before-the-gate-of-rank-2": (INJECTED, {2: floats(1, 64)}, OTHER_NORM),
+    "gate-proj-of-more-rows": (INJECTED, {3: packed(48, 64)}, OTHER_WEIGHT),
+    "gate-proj-narrower": (INJECTED, {3: packed(32, 32)}, "gate_proj and out_proj have different widths"),
+    "memory-rows-wider": (INJECTED, {4: floats(3, 1, 33)}, NOT_ROWS),
+    "memory-rows-of-more-tokens": (INJECTED, {4: floats(3, 2, 32)}, NOT_ROWS),
+    "memory-rows-of-fewer-layers": (INJECTED, {4: floats(1, 1, 32)}, NOT_ROWS),
+    "memory-rows-of-rank-2": (INJECTED, {4: floats(3, 32)}, NOT_ROWS),
+    "projections-of-other-memory": (INJECTED, {3: packed(64, 64), 5: packed(64, 64)}, NOT_ROWS),
+    "out-proj-of-fewer-rows": (INJECTED, {5: packed(48, 32)}, OTHER_WEIGHT),
+    "norms-longer": (INJECTED, {2: floats(65), 6: floats(65)}, OTHER_WEIGHT),
+    "post-norm-of-rank-2": (INJECTED, {6: floats(1, 64)}, OTHER_NORM),
 }
 
 
@@ -241,7 +245,7 @@ def test_inputs(package: Path, case: str) -> None:
         (QKV, {1: ""}),
         (ATTENTION, {2: np.array(1, np.int64)}),
         (ATTENTION, {4: None}),
-        (INJECTED, {4: None}),
+        (INJECTED, {6: None}),
         (EMBEDDING, {0: np.zeros((1, 1), np.int32)}),
     ],
     ids=[
@@ -250,7 +254,7 @@ def test_inputs(package: Path, case: str) -> None:
         "weight-left-out",
         "length-of-8-bytes",
         "no-sin",
-        "no-gain",
+        "no-norm",
         "ids-of-4-bytes",
     ],
 )
@@ -261,7 +265,7 @@ def test_types_and_numbers_of_inputs(package: Path, output: str, inputs: Inputs)
 
 
 def test_a_trailing_empty_name_is_no_input(package: Path) -> None:
-    """ONNX says so: [x, weight, gain, ""] has no residual."""
+    """ONNX says so: [x, weight, norm, ""] has no residual."""
     expected = Engine(package).logits([1, 2, 3])
     edit_graph(package, stage_of(QKV), set_inputs(QKV, {3: ""}))
     np.testing.assert_array_equal(Engine(package).logits([1, 2, 3]), expected)
@@ -286,11 +290,14 @@ NOTHING = np.zeros((8, 0, 544), np.uint8)
         (QKV, {1: NOTHING, 2: ""}),
         (ATTENTION, {2: np.zeros(0, np.int32)}),
         (ATTENTION, {4: floats(128, 8, 0)}),
-        (INJECTED, {1: floats(0, 1, 32)}),
-        (INJECTED, {2: floats(3, 1, 0), 3: NOTHING[:4]}),
-        (INJECTED, {0: floats(1, 1, 0), 3: packed(0, 32), 4: floats(0)}),
+        (INJECTED, {1: floats(0, 1, 64)}),
+        (INJECTED, {3: packed(0, 64), 4: floats(3, 1, 0), 5: NOTHING[:4]}),
+        (
+            INJECTED,
+            {0: floats(1, 1, 0), 1: floats(1, 1, 0), 2: floats(0), 3: NOTHING[:2], 5: packed(0, 32), 6: floats(0)},
+        ),
     ],
-    ids=["x-and-weight", "weight", "length", "sin", "gate", "memory", "hidden"],
+    ids=["x-and-weight", "weight", "length", "sin", "h", "memory", "hidden"],
 )
 def test_tensors_without_elements(package: Path, output: str, inputs: Inputs) -> None:
     """Read without a look at their size they are a crash, so that this is a process of its own."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from meki import Engine, _core
 from meki.cli.run import main
 from meki.engine import find_onnxruntime
-from meki.models.decoder import Decoder
+from meki.models.architectures.llama import Decoder
 
 KV_TYPES = ["float32", "float16", "int8", "int4"]
 IDS = np.random.default_rng(12).integers(0, 300, 100).tolist()

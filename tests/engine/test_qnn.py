@@ -13,8 +13,8 @@ import pytest
 
 from meki import Engine, _core
 from meki.engine import find_onnxruntime, find_qnn_provider
-from meki.models.importers import open_checkpoint
-from meki.models.importers.checkpoint import checkpoint_source
+from meki.models.checkpoints import open_checkpoint
+from meki.models.checkpoints.checkpoint import checkpoint_source
 from meki.models.package import export_package
 from meki.models.qnn.package import compile_package
 from meki.models.qnn.stages import Options

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from meki import Engine, _core
 from meki.bench.machine import resident_memory
-from meki.models.decoder import Decoder
+from meki.models.architectures.llama import Decoder
 
 IDS = np.random.default_rng(11).integers(0, 300, 100).tolist()
 

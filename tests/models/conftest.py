@@ -79,8 +79,8 @@ def unpack_once(data: bytes, shape: tuple[int, ...], bits: int, outputs: int) ->
     return unpack_weight(np.frombuffer(data, np.uint8).reshape(shape), bits, outputs)
 
 
-def rms_norm(x: np.ndarray, gain: np.ndarray, epsilon: float) -> np.ndarray:
-    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + np.float32(epsilon)) * gain
+def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + np.float32(epsilon)) * weight
 
 
 class Linear(OpRun):
@@ -92,7 +92,7 @@ class Linear(OpRun):
         self,
         x: np.ndarray,
         weight: np.ndarray,
-        gain: np.ndarray | None = None,
+        norm: np.ndarray | None = None,
         residual: np.ndarray | None = None,
         *,
         outputs: int,
@@ -100,8 +100,8 @@ class Linear(OpRun):
         swiglu: int,
         epsilon: float,
     ) -> tuple[np.ndarray]:
-        if gain is not None:
-            x = rms_norm(x, gain, epsilon)
+        if norm is not None:
+            x = rms_norm(x, norm, epsilon)
         if swiglu:
             k = 32 * weight.shape[1]
             gate, up = x[..., :k], x[..., k : 2 * k]
@@ -118,17 +118,20 @@ class Injection(OpRun):
     def _run(
         self,
         x: np.ndarray,
-        projected: np.ndarray,
+        h: np.ndarray,
+        norm: np.ndarray,
+        gate_proj: np.ndarray,
         rows: np.ndarray,
         out_proj: np.ndarray,
-        out_gain: np.ndarray,
+        post_norm: np.ndarray,
         bits: int,
         epsilon: float,
         layer: int,
     ) -> tuple[np.ndarray]:
         w_out = unpack_once(out_proj.tobytes(), out_proj.shape, bits, x.shape[-1])
-        opened = 1 / (1 + np.exp(-projected[..., -rows.shape[-1] :]))
-        return (x + rms_norm((rows[layer] + opened) @ w_out.T, out_gain, epsilon),)
+        w_gate = unpack_once(gate_proj.tobytes(), gate_proj.shape, bits, rows.shape[-1])
+        opened = 1 / (1 + np.exp(-rms_norm(h, norm, epsilon) @ w_gate.T))
+        return (x + rms_norm((rows[layer] + opened) @ w_out.T, post_norm, epsilon),)
 
 
 class Embedding(OpRun):
@@ -151,7 +154,7 @@ class Attention(OpRun):
         total_sequence_length: np.ndarray,
         cos: np.ndarray,
         sin: np.ndarray,
-        *gains: np.ndarray,
+        *norms: np.ndarray,
         heads: int,
         kv_heads: int,
         epsilon: float,
@@ -162,9 +165,9 @@ class Attention(OpRun):
         cache = past.copy().view(np.float32).reshape(2, -1, kv_heads, head_dim)
         out = np.zeros((tokens, heads, head_dim))
 
-        def turned(x: np.ndarray, gain: tuple[np.ndarray, ...], position: int) -> np.ndarray:
-            if gain:
-                x = x / np.sqrt(np.mean(x**2) + epsilon) * gain[0]
+        def turned(x: np.ndarray, norm: tuple[np.ndarray, ...], position: int) -> np.ndarray:
+            if norm:
+                x = x / np.sqrt(np.mean(x**2) + epsilon) * norm[0]
             low, high = x[: head_dim // 2], x[head_dim // 2 :]
             c, s = cos[position], sin[position]
             return np.concatenate((low * c - high * s, high * c + low * s))
@@ -172,11 +175,11 @@ class Attention(OpRun):
         for t in range(tokens):
             position = first + t
             for g in range(kv_heads):
-                cache[0, position, g] = turned(split[t, heads + g], gains[1:], position)
+                cache[0, position, g] = turned(split[t, heads + g], norms[1:], position)
                 cache[1, position, g] = split[t, heads + kv_heads + g]
             for h in range(heads):
                 g = h // (heads // kv_heads)
-                scores = cache[0, : position + 1, g] @ turned(split[t, h], gains[:1], position) / np.sqrt(head_dim)
+                scores = cache[0, : position + 1, g] @ turned(split[t, h], norms[:1], position) / np.sqrt(head_dim)
                 weights = np.exp(scores - scores.max())
                 out[t, h] = weights / weights.sum() @ cache[1, : position + 1, g]
         return out.reshape(1, tokens, -1).astype(np.float32), cache.reshape(-1).view(np.uint8)
@@ -189,8 +192,9 @@ class ReferenceSession:
         """stages: "stages" or "dense_stages" of the manifest."""
         self.manifest = json.loads((package / "manifest.json").read_text())
         architecture = self.manifest["architecture"]
+        operators = [Attention, Embedding, Injection, Linear]
         self.stages = [
-            ReferenceEvaluator(onnx.load(package / stage["file"]), new_ops=[Attention, Embedding, Injection, Linear])
+            (ReferenceEvaluator(onnx.load(package / stage["file"]), new_ops=operators), stage.get("rows"))
             for stage in self.manifest[stages]
         ]
         memory = self.manifest["memory"]
@@ -211,9 +215,9 @@ class ReferenceSession:
             "total_sequence_length": np.array(self.length, np.int32),
             "logit_index": index.astype(np.int64),
         }
-        if self.rows is not None:
-            self.values["rows"] = self.rows[:, ids]
-        for stage in self.stages:
+        for stage, layers in self.stages:
+            if layers is not None:
+                self.values["rows"] = self.rows[slice(*layers), ids]
             outputs = stage.run(None, {name: self.values[name] for name in stage.input_names})
             for name, value in zip(stage.output_names, outputs, strict=True):
                 self.values[name.replace("present.", "past.")] = value

@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from meki.models.config import CONFIGS, ConfigError, ModelConfig
-from meki.models.decoder import Decoder
-from meki.models.importers.checkpoint import wanted_shapes
-from meki.models.source import decoder_shapes
+from meki.models.architectures import read_config
+from meki.models.architectures.llama import Decoder, LlamaConfig
+from meki.models.config import ConfigError
+from meki.models.sizes import CONFIGS
+from meki.package.registry import PUBLISHED_SIZES
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_json_holds_it(name: str) -> None:
-    assert ModelConfig.from_dict(json.loads(json.dumps(CONFIGS[name].to_dict()))) == CONFIGS[name]
+    assert LlamaConfig.from_settings(json.loads(json.dumps(CONFIGS[name].settings()))) == CONFIGS[name]
 
 
 def test_json_holds_rotary_factors(make_model: Callable[..., Decoder]) -> None:
     config = make_model(rope_factors=(1.0, 1.0, 1.5, 2.0, 2.5, 4.0, 8.0, 8.0)).config
-    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert LlamaConfig.from_settings(json.loads(json.dumps(config.settings()))) == config
 
 
 @pytest.mark.parametrize(
@@ -51,24 +53,53 @@ def test_json_holds_rotary_factors(make_model: Callable[..., Decoder]) -> None:
 )
 def test_what_no_model_can_have(make_model: Callable[..., Decoder], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        ModelConfig.from_dict({**make_model().config.to_dict(), **changes})
+        LlamaConfig.from_settings({**make_model().config.settings(), **changes})
     assert message in str(error.value)
 
 
-VARIANTS: list[dict[str, Any]] = [{}, {"memory_dim": 0}, {"qkv_bias": True, "tied_embeddings": False, "qk_norm": False}]
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"memory_dim": 0},
+    {"qkv_bias": True, "tied_embeddings": False, "qk_norm": False},
+    {"projector_norm": True},
+]
+
+
+@pytest.mark.parametrize("overrides", VARIANTS, ids=str)
+def test_a_manifest_holds_it(
+    make_package: Callable[..., Path], make_model: Callable[..., Decoder], overrides: dict[str, Any]
+) -> None:
+    manifest = json.loads((make_package(**overrides) / "manifest.json").read_text())
+    assert read_config(manifest) == make_model(**overrides).config
+    for name in ("architecture", "memory") if manifest["memory"] else ("architecture",):
+        other = {**manifest, name: {**manifest[name], "kind": "mamba"}}
+        with pytest.raises(ConfigError, match=f"{name}.kind is 'mamba', this version has .*; convert the model again"):
+            read_config(other)
 
 
 @pytest.mark.parametrize("overrides", VARIANTS, ids=str)
 def test_counts(make_model: Callable[..., Decoder], overrides: dict[str, Any]) -> None:
-    """What stays in memory is what a folded model has beside its tables."""
+    """What stays in memory, matrix by matrix, and what is in the tables."""
     config = make_model(**overrides).config
-    shapes = wanted_shapes(config, folded=config.memory_dim > 0)
-    tables = sum(math.prod(shape) for name, shape in shapes.items() if name.endswith("folded_table"))
-    assert config.rom_weights == tables
-    assert config.ram_parameters == sum(map(math.prod, shapes.values())) - tables
+    hidden, memory_dim = config.hidden, config.memory.dim if config.memory else 0
+    attention = hidden * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
+    if config.qkv_bias:
+        attention += config.head_dim * (config.heads + 2 * config.kv_heads)
+    norms = 2 * hidden + (2 * config.head_dim if config.qk_norm else 0)
+    memory = 2 * hidden * memory_dim + hidden if memory_dim else 0
+    layer = attention + norms + 3 * hidden * config.ffn + memory
+    tables = 1 if config.tied_embeddings else 2
+    assert config.ram_parameters == tables * config.vocab_size * hidden + config.layers * layer + hidden
+    assert config.layer_parameters == config.layers * layer
+    assert config.rom_parameters == config.layers * config.vocab_size * memory_dim
 
 
-@pytest.mark.parametrize("overrides", [*VARIANTS, {"projector_norm": True}], ids=str)
+@pytest.mark.parametrize("overrides", VARIANTS, ids=str)
 def test_shapes_of_a_decoder(make_model: Callable[..., Decoder], overrides: dict[str, Any]) -> None:
     model = make_model(**overrides)
-    assert decoder_shapes(model.config) == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert model.config.training_shapes == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def test_sizes_that_a_newcomer_is_told_of() -> None:
+    """python/meki, which imports nothing of meki.models, names the configurations without weights."""
+    assert {*PUBLISHED_SIZES, "meki-tiny"} == set(CONFIGS)

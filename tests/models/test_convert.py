@@ -10,10 +10,10 @@ import pytest
 from tokenizers import Tokenizer
 
 from meki.models import convert
-from meki.models.config import ModelConfig
-from meki.models.decoder import Decoder
-from meki.models.importers.huggingface import save_pretrained
+from meki.models.architectures.llama import Decoder, LlamaConfig
+from meki.models.checkpoints.huggingface import save_pretrained
 from meki.models.tokenizer import TokenizerSpec
+from meki.package import bundled_models
 
 
 @pytest.fixture
@@ -66,22 +66,23 @@ def test_options(checkpoint: Path, make_package: Callable[..., Path], tmp_path: 
 
 
 @pytest.fixture
-def small_config(make_model: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
+def small_config(make_model: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch) -> LlamaConfig:
     """What `--random small` names; its vocabulary holds the bundled tokenizer's."""
     config = make_model(vocab_size=4096).config
     monkeypatch.setitem(convert.CONFIGS, "small", config)
     return config
 
 
-def test_random(small_config: ModelConfig, tmp_path: Path) -> None:
+def test_random(small_config: LlamaConfig, tmp_path: Path) -> None:
     manifests = []
     for name in ("first", "second"):
         output = tmp_path / name
         assert convert.main(["--random", "small", "--weights", "int4", "--rows", "int8", "-o", str(output)]) == 0
         manifests.append(json.loads((output / "manifest.json").read_text()))
-        assert (output / "tokenizer.json").read_bytes() == convert.BUNDLED_TOKENIZER.read_bytes()
+        bundled = bundled_models()["meki-tiny"] / "tokenizer.json"
+        assert (output / "tokenizer.json").read_bytes() == bundled.read_bytes()
     assert manifests[0]["files"] == manifests[1]["files"]
-    assert manifests[0]["architecture"] == small_config.to_dict()
+    assert manifests[0]["architecture"] == small_config.manifest()
     assert manifests[0]["provenance"] == {"weights": "random", "configuration": "small"}
     assert (manifests[0]["weights"]["type"], manifests[0]["memory"]["row_type"]) == ("int4", "int8")
     # Normal values in blocks of 32 lose some 8.7% in 4 bits, test_quantize says why; rows some 0.6% in 8.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from meki.models.decoder import Decoder
+from meki.models.architectures.llama import Decoder
 
 
 @torch.no_grad()

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from meki.models.decoder import Decoder
-from meki.models.fold import folded_blocks, stored_blocks
+from meki.models.architectures.llama import Decoder
 from meki.models.quantize import Floats
 
 
@@ -22,14 +21,16 @@ def reader_of(model: Decoder) -> Callable[[str, slice], Floats]:
 @pytest.mark.parametrize("overrides", [{}, {"projector_norm": True}])
 @pytest.mark.parametrize("block_bytes", [1, 10_000, 1 << 20])
 def test_folded_blocks(make_model: Callable[..., Decoder], overrides: dict[str, Any], block_bytes: int) -> None:
-    """Blocks of tokens over all layers are the published folding, one layer over the whole vocabulary."""
+    """Blocks of tokens over all layers are what training looks up, one layer over the whole vocabulary."""
     model = make_model(**overrides)
     config = model.config
-    blocks = list(folded_blocks(config, reader_of(model), block_bytes))
-    assert all(block.nbytes <= max(block_bytes, 4 * config.layers * config.memory_dim) for block in blocks)
+    blocks = list(config.memory.folded_rows(config, reader_of(model), block_bytes))
+    assert all(block.nbytes <= max(block_bytes, 4 * config.layers * config.memory.dim) for block in blocks)
     table = np.concatenate(blocks, axis=1)
     words = model.embed_tokens.weight.detach()
-    expected = torch.stack([layer.meki.fold(words) for layer in model.layers]).numpy()
+    ids = torch.arange(config.vocab_size)
+    with torch.no_grad():
+        expected = torch.stack([layer.meki.experts(ids, words) for layer in model.layers]).numpy()
     # Matrix products of other heights may sum in another order: some 64 * 2^-24 on values of about 1.
     np.testing.assert_allclose(table, expected, rtol=2e-5, atol=2e-5)
 
@@ -41,8 +42,8 @@ def test_stored_blocks(make_model: Callable[..., Decoder]) -> None:
 
     def read(name: str, rows: slice) -> Floats:
         layer = int(name.removeprefix("layers.").removesuffix(".meki.folded_table"))
-        return np.repeat(tables[layer, rows, None], config.memory_dim, axis=1)
+        return np.repeat(tables[layer, rows, None], config.memory.dim, axis=1)
 
-    blocks = list(stored_blocks(config, read))
+    blocks = list(config.memory.stored_rows(config, read))
     assert len(blocks) > 1
     np.testing.assert_array_equal(np.concatenate(blocks, axis=1)[:, :, 0], tables)

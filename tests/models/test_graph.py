@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from meki import Engine
-from meki.models.config import ConfigError, ModelConfig
-from meki.models.decoder import Decoder
-from meki.models.graph import check_exportable
+from meki.models.architectures.llama import Decoder
+from meki.models.config import ConfigError
+from meki.models.package import check_exportable
 from meki.models.quantize import quantize_weight
 
 IDS = np.random.default_rng(3).integers(0, 300, 40)
 
 # Three layers of float32 sums of up to 96 products in another order, then a sum of 64 products that gives logits of
-# about 3: 2e-5 was seen, a forgotten gain or a wrong position gives more than 0.1.
+# about 3: 2e-5 was seen, a forgotten norm or a wrong position gives more than 0.1.
 TOLERANCE = 1e-4
 
 VARIANTS: list[dict[str, Any]] = [
@@ -81,7 +81,9 @@ def test_row_types(
     session = reference_session(make_package(rows=rows))
     model = make_model()
     words = model.embed_tokens.weight.detach()
-    exact = torch.stack([layer.meki.fold(words) for layer in model.layers]).numpy()
+    ids = torch.arange(len(words))
+    with torch.no_grad():
+        exact = torch.stack([layer.meki.experts(ids, words) for layer in model.layers]).numpy()
     error = np.linalg.norm(session.rows - exact) / np.linalg.norm(exact)
     # 11 bits: at most 2^-11 / sqrt(3) of a value. Steps of 1/127 or 1/7 of the largest of 32, which is some 2.4 RMS,
     # leave step / sqrt(12): 0.55% and 9.9%.
@@ -239,19 +241,17 @@ def test_operators(make_package: Callable[..., Path], weights: str, qk_norm: boo
             assert node.input[1].replace("past", "present") == node.output[1]
             assert node.input[2] == "total_sequence_length"
             assert [tensors[table] for table in node.input[3:5]] == [(onnx.TensorProto.FLOAT, [128, 8])] * 2
-            assert [tensors[gain] for gain in node.input[5:]] == [(onnx.TensorProto.FLOAT, [16])] * (2 * qk_norm)
+            assert [tensors[norm] for norm in node.input[5:]] == [(onnx.TensorProto.FLOAT, [16])] * (2 * qk_norm)
         head, embeddings = name != "stage0", name != "stage1"
         if weights == "float32":
             assert not nodes["Linear"] and not nodes["Embedding"] and not nodes["Injection"]
             continue
         assert len(nodes["Embedding"]) == embeddings
-        # qkv, o, gate and up, down; the head; the gate of layer 0's memory. With a norm before, a residual behind, or
-        # SwiGLU before.
-        first_gate = memory > 0
-        assert len(nodes["Linear"]) == 4 * layers + head + first_gate
+        # qkv, o, gate and up, down; the head. With a norm before, a residual behind, or SwiGLU before.
+        assert len(nodes["Linear"]) == 4 * layers + head
         assert sum(attributes(node)["swiglu"] for node in nodes["Linear"]) == layers
-        gains = [node.input[2] for node in nodes["Linear"] if len(node.input) > 2 and node.input[2]]
-        assert len(gains) == 2 * layers + head + first_gate and {tensors[gain][1][0] for gain in gains} == {64}
+        norms = [node.input[2] for node in nodes["Linear"] if len(node.input) > 2 and node.input[2]]
+        assert len(norms) == 2 * layers + head and {tensors[norm][1][0] for norm in norms} == {64}
         assert sum(len(node.input) == 4 for node in nodes["Linear"]) == 2 * layers
         packed = []
         for node in nodes["Linear"] + nodes["Embedding"]:
@@ -261,8 +261,8 @@ def test_operators(make_package: Callable[..., Path], weights: str, qk_norm: boo
         assert len(nodes["Injection"]) == memory
         for node in nodes["Injection"]:
             assert attributes(node).keys() == {"bits", "epsilon", "layer"}
-            assert node.input[2] == "rows" and tensors[node.input[4]][1] == [64]
-            packed.append((node, node.input[3], 64))
+            assert node.input[4] == "rows" and [tensors[node.input[i]][1] for i in (2, 6)] == [[64], [64]]
+            packed += [(node, node.input[3], 32), (node, node.input[5], 64)]
         assert [attributes(node)["layer"] for node in nodes["Injection"]] == list(range(memory))
         sizes = []
         for node, name_of_weight, outputs in packed:
@@ -270,9 +270,7 @@ def test_operators(make_package: Callable[..., Path], weights: str, qk_norm: boo
             assert attributes(node)["bits"] == 4
             assert (data_type, panels, block) == (onnx.TensorProto.UINT8, -(-outputs // 16), 288)
             sizes.append((outputs, 32 * groups))
-        gate_up = 192 + 32 * (memory > 0)  # from layer 1 on, the memory's gate stands below
-        matrices = [(128, 64), (64, 64), (gate_up, 64), (64, 96)] * layers + [(32, 64)] * first_gate
-        matrices += [(64, 32)] * memory
+        matrices = [(128, 64), (64, 64), (192, 64), (64, 96)] * layers + [(32, 64), (64, 32)] * memory
         assert sorted(sizes) == sorted(matrices + [(300, 64)] * (head + embeddings))
 
 
@@ -299,10 +297,7 @@ def test_weights_file(make_package: Callable[..., Path], weights: str) -> None:
             places[path.stem][tensor.name] = int(entries["offset"]), int(entries["length"])
     staged = places["stage0"] | places["stage1"]
     backbone = {name: place for name, place in staged.items() if "meki" not in name}
-    assert places["dense"].keys() == backbone.keys()
-    for name, (offset, length) in places["dense"].items():  # the memory's gate stands below the FFN's projections
-        shorter = weights != "float32" and "gate_up" in name and ".0." not in name
-        assert offset == backbone[name][0] and (length < backbone[name][1] if shorter else length == backbone[name][1])
+    assert places["dense"] == backbone
     for name in places["stage0"].keys() & places["stage1"].keys():
         assert places["stage0"][name] == places["stage1"][name]
     assert any(name.startswith("embed_tokens") for name in places["stage0"].keys() & places["stage1"].keys())
@@ -316,7 +311,7 @@ def test_weights_file(make_package: Callable[..., Path], weights: str) -> None:
 @pytest.mark.parametrize(("weights", "bits"), [("float32", 32), ("int8", 8.5), ("int4", 4.5)])
 @pytest.mark.parametrize("overrides", [{}, {"memory_dim": 0}, {"tied_embeddings": False}], ids=str)
 def test_decode_bytes(make_package: Callable[..., Path], weights: str, bits: float, overrides: dict[str, Any]) -> None:
-    """Every matrix and gain once, a block of 32 with its float16 scale, the vocabulary padded to whole panels.
+    """Every matrix and norm once, a block of 32 with its float16 scale, the vocabulary padded to whole panels.
 
     With a head of its own the embedding is a table of which one row is read.
     """
@@ -324,8 +319,8 @@ def test_decode_bytes(make_package: Callable[..., Path], weights: str, bits: flo
     memory_dim = overrides.get("memory_dim", 32)
     vocab_size = 300 if weights == "float32" else 304
     matrices = vocab_size * 64 + 3 * (128 * 64 + 64 * 64 + 192 * 64 + 64 * 96)
-    gains = 3 * (64 + 64 + 2 * 16) + 64
-    dense = matrices * bits // 8 + gains * 4
+    norms = 3 * (64 + 64 + 2 * 16) + 64
+    dense = matrices * bits // 8 + norms * 4
     with_memory = dense + 3 * (2 * memory_dim * 64 * bits // 8 + 64 * 4)
     expected = [with_memory, dense] if memory_dim else [dense, None]
     assert [manifest["weights"][key] for key in ("decode_bytes", "dense_decode_bytes")] == expected
@@ -356,7 +351,7 @@ def test_heads_that_cannot_be_rotated(make_model: Callable[..., Decoder]) -> Non
 
 
 def test_unknown_weight_type(make_model: Callable[..., Decoder]) -> None:
-    config: ModelConfig = make_model().config
+    config = make_model().config
     with pytest.raises(ConfigError, match="got 'int2', expected one of float32, int8, int4"):
         check_exportable(config, "int2")
 

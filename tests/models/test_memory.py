@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from meki.models.memory import MeKi
+from meki.models.architectures.llama import LlamaConfig
+from meki.models.memories.meki import MeKi, MeKiConfig
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -37,20 +38,39 @@ def golden(request: pytest.FixtureRequest) -> tuple[MeKi, dict[str, torch.Tensor
 def test_training_form(golden: tuple[MeKi, dict[str, torch.Tensor]]) -> None:
     module, tensors = golden
     ids = tensors["input_ids"]
-    y = module(ids, tensors["word_emb"][ids], tensors["hidden"])
+    y = module.inject(module.experts(ids, tensors["word_emb"][ids]), tensors["hidden"])
     torch.testing.assert_close(y, tensors["y_train"], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def fold(module: MeKi, tensors: dict[str, torch.Tensor], block: int) -> torch.Tensor:
+    """The folded table, computed in blocks of so many tokens."""
+    vocab_size, dim = module.embeddings.weight.shape
+    memory = MeKiConfig(dim, hasattr(module.word_emb_projection, "fc1_norm"))
+    config = LlamaConfig(
+        vocab_size=vocab_size, layers=1, hidden=tensors["word_emb"].shape[1], ffn=1, heads=1, kv_heads=1, head_dim=2,
+        norm_eps=float(tensors["eps"]), memory=memory,
+    )  # fmt: skip
+    state = {f"layers.0.meki.{name}": value for name, value in module.state_dict().items()}
+    state["embed_tokens.weight"] = tensors["word_emb"]
+
+    def read(name: str, rows: slice) -> np.ndarray:
+        return (state[name][rows] if state[name].dim() else state[name]).numpy()
+
+    blocks = [rows[0] for rows in memory.folded_rows(config, read, block * 4 * dim)]
+    assert max(map(len, blocks)) == min(block, vocab_size)
+    return torch.from_numpy(np.concatenate(blocks))
 
 
 @pytest.mark.parametrize("block", [1, 10, 4096])
 def test_folded_table(golden: tuple[MeKi, dict[str, torch.Tensor]], block: int) -> None:
     module, tensors = golden
-    table = module.fold(tensors["word_emb"], block)
+    table = fold(module, tensors, block)
     torch.testing.assert_close(table, tensors["folded_table"], rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @torch.no_grad()
 def test_folded_form(golden: tuple[MeKi, dict[str, torch.Tensor]]) -> None:
     module, tensors = golden
-    rows = module.fold(tensors["word_emb"])[tensors["input_ids"]]
+    rows = fold(module, tensors, 4096)[tensors["input_ids"]]
     y = module.inject(rows, tensors["hidden"])
     torch.testing.assert_close(y, tensors["y_folded"], rtol=TOLERANCE, atol=TOLERANCE)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from meki.models.architectures.llama import Decoder
 from meki.models.config import ConfigError
-from meki.models.decoder import Decoder
 from meki.models.package import export_package
 from meki.models.tokenizer import TokenizerSpec
 
@@ -50,10 +50,18 @@ def test_manifest(export: Callable[..., dict[str, Any]], make_model: Callable[..
     assert 0 < errors["weights"]["overall"] <= errors["weights"]["worst"] < 0.01 and 0 < errors["rows"] < 0.01
     assert manifest == {
         "format": "meki-package",
-        "version": 3,
+        "version": 4,
         "name": "p",
-        "architecture": make_model().config.to_dict(),
-        "memory": {"kind": "meki", "file": "memory.rom", "row_type": "int8", "content_id": content_id},
+        "architecture": {
+            **{"kind": "llama", "vocab_size": 300, "layers": 3, "hidden": 64, "ffn": 96, "heads": 4, "kv_heads": 2},
+            **{"head_dim": 16, "context": 128, "rope_theta": 10_000.0, "norm_eps": 1e-6, "qk_norm": True},
+            **{"qkv_bias": False, "tied_embeddings": True, "rope_factors": [], "ffn_kind": "swiglu"},
+        },
+        "memory": {
+            **{"kind": "meki", "address": {"kind": "token"}, "layers": 3, "row_dim": 32, "file": "memory.rom"},
+            **{"row_type": "int8", "content_id": content_id, "projector_norm": False},
+        },
+        "parameters": {"ram": make_model().config.ram_parameters, "rom": 3 * 300 * 32},
         "stages": [{"file": "stage0.onnx", "rows": None}, {"file": "stage1.onnx", "rows": [0, 3]}],
         "dense_stages": [{"file": "dense.onnx"}],
         "weights": {"type": "int8", "block": 32},

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from meki.models.decoder import Decoder
+from meki.models.architectures.llama import Decoder
 from meki.models.package import export_package
 from meki.models.source import random_source
 from meki.models.tokenizer import TokenizerSpec
@@ -32,8 +32,8 @@ def test_activations_stay_of_order_one(make_model: Callable[..., Decoder]) -> No
     assert rms.max() < 2 and rms.min() > 0.02
     # A normed vector times an embedding whose values are of RMS hidden^-0.5.
     assert 0.5 < logits.std() < 2
-    gains = torch.cat([value for name, value in state.items() if name.endswith("layernorm.weight")])
-    assert 0.95 < gains.mean() < 1.05 and gains.std() > 0.05
+    norms = torch.cat([value for name, value in state.items() if name.endswith("layernorm.weight")])
+    assert 0.95 < norms.mean() < 1.05 and norms.std() > 0.05
 
 
 def test_every_weight_is_its_own_and_the_same_again(make_model: Callable[..., Decoder]) -> None:
@@ -51,11 +51,11 @@ def test_rows(make_model: Callable[..., Decoder]) -> None:
     squares = 0.0
     for block in random_source(config).row_blocks():
         assert block.dtype == np.float32 and block.nbytes <= 32 << 20
-        assert block.shape[::2] == (config.layers, config.memory_dim)
+        assert block.shape[::2] == (config.layers, config.memory.dim)
         tokens += block.shape[1]
         squares += float(np.square(block).sum(dtype=np.float64))
     assert tokens == config.vocab_size
-    assert squares / config.rom_weights == pytest.approx(1, abs=0.01)  # 19 million samples: 0.0003
+    assert squares / config.rom_parameters == pytest.approx(1, abs=0.01)  # 19 million samples: 0.0003
 
 
 def test_export_does_not_hold_the_model(

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from meki.models import train
-from meki.models.config import ModelConfig
-from meki.models.decoder import Decoder
-from meki.models.importers.huggingface import load_model
+from meki.models.architectures.llama import Decoder, LlamaConfig
+from meki.models.checkpoints.huggingface import load_model
+from meki.models.memories.meki import MeKiConfig
 from meki.models.tokenizer import END_OF_STORY, train_tokenizer
 
 STORIES = [
@@ -22,8 +22,8 @@ STORIES = [
     "The loaf\n\nOne morning there was no loaf. The dog sat before the oven, and the cat sat beside it.",
 ] * 4
 
-SMALL = ModelConfig(
-    vocab_size=300, layers=2, hidden=32, ffn=32, heads=2, kv_heads=1, head_dim=16, memory_dim=16, context=16
+SMALL = LlamaConfig(
+    vocab_size=300, layers=2, hidden=32, ffn=32, heads=2, kv_heads=1, head_dim=16, context=16, memory=MeKiConfig(16)
 )
 
 
@@ -77,7 +77,7 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine() -> None:
     assert all(a >= b for a, b in itertools.pairwise(rates[100:]))
 
 
-def test_tables_gains_and_scales_do_not_decay() -> None:
+def test_tables_norms_and_scales_do_not_decay() -> None:
     model = Decoder(SMALL)
     decayed, others = train.make_optimizer(model, 1e-3).param_groups
     assert decayed["weight_decay"] > 0 == others["weight_decay"]

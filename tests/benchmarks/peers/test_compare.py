@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,10 +17,10 @@ import pytest
 
 from benchmarks.peers import compare, engines
 from benchmarks.peers.engines import Genai, LlamaBench, Meki, PeerError, Setting, Workload, best_setting
-from meki.models.config import ModelConfig
+from meki.models.architectures.llama import LlamaConfig
 
-SMALL = ModelConfig(
-    vocab_size=96, layers=2, hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=32, memory_dim=16, context=256
+SMALL = LlamaConfig.from_settings(
+    dict(vocab_size=96, layers=2, hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=32, memory_dim=16, context=256)
 )
 PREFILL, DECODE = Workload("prefill", 0, 128), Workload("decode", 64, 16)
 SETTING = Setting(False, "q8_0", "f16")
@@ -296,7 +296,7 @@ def test_genai_prefill(tmp_path: Path, fake_genai: list[tuple[str, int]]) -> Non
 
 def test_genai_of_other_shapes_or_without_a_model(tmp_path: Path, fake_genai: list[tuple[str, int]]) -> None:
     with pytest.raises(PeerError, match=r"are \[96, 2, 64, 4, 2, 32\], expected the package's \[96, 3, 64, 4, 2, 32\]"):
-        Genai(tmp_path, ModelConfig(**{**asdict(SMALL), "layers": 3}), 2)
+        Genai(tmp_path, replace(SMALL, layers=3), 2)
     with pytest.raises(PeerError, match="not a model of onnxruntime-genai"):
         Genai(tmp_path / "nowhere", SMALL, 2)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from benchmarks.peers import llama_model
-from meki.models.config import ModelConfig
+from meki.models.architectures.llama import LlamaConfig
 
-SMALL = ModelConfig(
-    vocab_size=96, layers=2, hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=32, memory_dim=16, context=256
+SMALL = LlamaConfig.from_settings(
+    dict(vocab_size=96, layers=2, hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=32, memory_dim=16, context=256)
 )
 
 
@@ -38,7 +38,7 @@ def test_random_q4_0_has_mean_0_and_variance_1_over_columns() -> None:
 
 @pytest.mark.parametrize(("qk_norm", "tied"), [(True, True), (False, True), (True, False)])
 def test_gguf_reads_back(tmp_path: Path, qk_norm: bool, tied: bool) -> None:
-    config = ModelConfig(**{**asdict(SMALL), "qk_norm": qk_norm, "tied_embeddings": tied, "memory_dim": 0})
+    config = replace(SMALL.without_memory(), qk_norm=qk_norm, tied_embeddings=tied)
     path = tmp_path / "deeper" / "model.gguf"
     llama_model.write_gguf(config, path)
     assert [file.name for file in path.parent.iterdir()] == ["model.gguf"]
@@ -93,10 +93,10 @@ def test_gguf_reads_back(tmp_path: Path, qk_norm: bool, tied: bool) -> None:
 
 def test_gguf_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"blk\.0\.ffn_down\.weight: 80 inputs, expected a multiple of 32"):
-        llama_model.write_gguf(ModelConfig(**{**asdict(SMALL), "ffn": 80}), tmp_path / "model.gguf")
+        llama_model.write_gguf(replace(SMALL, ffn=80), tmp_path / "model.gguf")
 
     with pytest.raises(ValueError, match="has biases of query, key and value"):
-        llama_model.write_gguf(ModelConfig(**{**asdict(SMALL), "qkv_bias": True}), tmp_path / "model.gguf")
+        llama_model.write_gguf(replace(SMALL, qkv_bias=True), tmp_path / "model.gguf")
 
     def full(*_: object) -> None:
         raise OSError("no space left on device")
@@ -111,7 +111,7 @@ def test_models_are_cached_by_shape(tmp_path: Path) -> None:
     path = llama_model.cached_gguf(SMALL, tmp_path)
     path.write_bytes(b"kept")
     # The memory is no part of the backbone.
-    assert llama_model.cached_gguf(ModelConfig(**{**asdict(SMALL), "memory_dim": 0}), tmp_path) == path
+    assert llama_model.cached_gguf(SMALL.without_memory(), tmp_path) == path
     assert path.read_bytes() == b"kept"
-    other = llama_model.cached_gguf(ModelConfig(**{**asdict(SMALL), "kv_heads": 4}), tmp_path)
+    other = llama_model.cached_gguf(replace(SMALL, kv_heads=4), tmp_path)
     assert other != path and other.stat().st_size > 4

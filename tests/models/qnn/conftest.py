@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from meki.models.config import ModelConfig
+from meki.models.architectures.llama import LlamaConfig
 from meki.models.qnn.stages import Options, plan, write_stage
 from meki.models.qnn.weights import PackageWeights
 
@@ -29,7 +29,7 @@ def run_on_cpu(stage: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarr
 class NaiveStages:
     """A sequence on stages, in files that are run in order, with the caches that they share."""
 
-    def __init__(self, config: ModelConfig, context: int, run: Run = run_on_cpu) -> None:
+    def __init__(self, config: LlamaConfig, context: int, run: Run = run_on_cpu) -> None:
         self.config, self.run, self.length = config, run, 0
         shape = (config.kv_heads, config.head_dim, context)
         self.keys = [np.zeros(shape, np.float16) for _ in range(config.layers)]

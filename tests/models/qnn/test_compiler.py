@@ -12,9 +12,9 @@ import onnxruntime
 import pytest
 import torch
 
-from meki.models.builder import GraphBuilder
-from meki.models.decoder import Decoder
-from meki.models.qnn import CompileError
+from meki.models.architectures.llama import Decoder
+from meki.models.config import CompileError
+from meki.models.graph.builder import GraphBuilder
 from meki.models.qnn.chips import CHIPS
 from meki.models.qnn.compiler import compile_stage, open_provider, provider_options
 from meki.models.qnn.stages import Options

@@ -11,11 +11,10 @@ import onnx
 import pytest
 import torch
 
+from meki.models.architectures.llama import Decoder
 from meki.models.config import ConfigError
-from meki.models.decoder import Decoder
 from meki.models.qnn import stages as stages_module
-from meki.models.qnn.graph import embedding
-from meki.models.qnn.stages import Layers, Options, cut, plan
+from meki.models.qnn.stages import Options, plan
 
 from .conftest import open_weights, write_stages
 
@@ -62,7 +61,7 @@ def test_decode_and_prefill_equal_pytorch(
     with torch.no_grad():
         expected = model(torch.tensor([ids]))[0].numpy()
     embedded = model.embed_tokens.weight.detach().numpy()[ids]
-    rows = folded_rows(model, ids) if model.config.memory_dim else None
+    rows = folded_rows(model, ids) if model.config.memory else None
 
     naive = naive_stages(model.config, CONTEXT)
     got = []
@@ -109,7 +108,7 @@ def test_what_lies_behind_the_sequence_is_never_seen(
 @pytest.mark.parametrize("weights", ["float32", "int8", "int4"])
 def test_embedding_has_the_packages_table(weights: str, make_package: Callable[..., Path], tmp_path: Path) -> None:
     source = open_weights(make_package(weights))
-    embedding(source, tmp_path / "embed.onnx")
+    plan(source, options())["head"][0].graph(source).save_embedding(tmp_path / "embed.onnx")
     graph = onnx.load(tmp_path / "embed.onnx").graph
     assert [value.name for value in (*graph.input, *graph.output)] == ["token_ids", "embedding"]
     table = onnx.numpy_helper.to_array(graph.initializer[0])
@@ -136,12 +135,12 @@ def test_quantised_weights_keep_their_codes(weights: str, make_package: Callable
             block, place = divmod(column, 32)
             code = codes[row, block, place] if bits == 8 else codes[row, block, place // 2] >> 4 * (place % 2) & 15
             got[row, column] = (int(code) - 2 ** (bits - 1)) * np.float32(scales[row * (columns // 32) + block])
-    exact = open_weights(make_package("float32")).matrix("layers.0.mlp.down_proj", 0, rows).values
+    exact = open_weights(make_package("float32")).matrix("layers.0.mlp.down_proj", rows).values
     assert exact is not None
     block_scales = np.repeat(scales.reshape(rows, -1).astype(np.float32), 32, axis=1)
     # int8 never clips, int4 clips up to a step and a half beyond its range.
     assert (np.abs(got - exact) <= block_scales * (0.5001 if bits == 8 else 2)).all()
-    packed = open_weights(package).matrix("layers.0.mlp.down_proj", 0, rows)
+    packed = open_weights(package).matrix("layers.0.mlp.down_proj", rows)
     assert packed.codes is not None and packed.scales is not None
     np.testing.assert_array_equal(got, (packed.codes * packed.scales[..., None]).reshape(rows, columns))
 
@@ -150,15 +149,20 @@ def test_layer_0_stands_alone_and_rows_go_to_the_stages_that_inject_them(
     make_package: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = open_weights(make_package("float32"))  # 3 layers
-    assert cut(weights, "float16", memory=True) == [Layers(0, 1, True), Layers(1, 3, True)]
-    assert [part.rows for part in cut(weights, "float16", memory=True)] == [None, range(0, 3)]
-    assert cut(weights, "float16", memory=False) == [Layers(0, 3, False)]
+
+    def cut(name: str) -> list[tuple[tuple[int, ...], range | None]]:
+        stages = plan(weights, options(dense=True))[name]
+        assert [stage.name for stage in stages] == [f"{name}.{index}" for index in range(len(stages))]
+        return [(stage.layers, stage.rows) for stage in stages]
+
+    for name in ("decode", "prefill"):
+        assert cut(name) == [((0,), None), ((1, 2), range(0, 3))]
+        assert cut(f"dense_{name}") == [((0, 1, 2), None)]
     config = weights.config
     layer_bytes = 2 * (config.ram_parameters - config.vocab_size * config.hidden) / config.layers
     monkeypatch.setattr(stages_module, "SHARD_BYTES", 1.5 * layer_bytes)
-    parts = cut(weights, "float16", memory=True)
-    assert parts == [Layers(0, 1, True), Layers(1, 2, True), Layers(2, 3, True)]
-    assert [part.rows for part in parts] == [None, range(0, 2), range(2, 3)]
+    assert cut("decode") == [((0,), None), ((1,), range(0, 2)), ((2,), range(2, 3))]
+    assert cut("dense_decode") == [((0,), None), ((1,), None), ((2,), None)]
 
 
 def test_shards_equal_the_whole(

@@ -16,13 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from meki.models.config import ModelConfig
-from meki.models.decoder import Decoder
+from meki.models.architectures.llama import Decoder, LlamaConfig
 
 State = dict[str, Any]
 
 
-def packed_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+def packed_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LlamaConfig) -> torch.Tensor:
     """Row by row: a group's query heads, its key head, its value head, then the next group."""
     rows, size, queries = [], config.head_dim, config.heads // config.kv_heads
     for group in range(config.kv_heads):
@@ -52,7 +51,7 @@ def make_state(model: Decoder, fused_norm: bool = False, scalar_shape: tuple[int
         new[norm] = its["post_attention_layernorm.weight"]
         new["mlp.linear_fc1.weight"] = torch.cat([its["mlp.gate_proj.weight"], its["mlp.up_proj.weight"]])
         new["mlp.linear_fc2.weight"] = its["mlp.down_proj.weight"]
-        if config.memory_dim:
+        if config.memory:
             for name in ("embeddings", "gate_proj", "out_proj", "mix_norm", "post_norm"):
                 new[f"meki_module.{name}.weight"] = its[f"meki.{name}.weight"]
             for name in ("alpha_scale", "beta_scale"):
@@ -62,7 +61,7 @@ def make_state(model: Decoder, fused_norm: bool = False, scalar_shape: tuple[int
                 [its[f"{old}.gate_proj.weight"], its[f"{old}.up_proj.weight"]]
             )
             new[f"{fresh}.linear_fc2.weight"] = its[f"{old}.down_proj.weight"]
-            if config.projector_norm:
+            if config.memory.projector_norm:
                 new[f"{fresh}.linear_fc1.layer_norm_weight"] = its[f"{old}.fc1_norm.weight"]
         # Transformer Engine's, in each of the forms that its versions have.
         new["self_attention.linear_qkv._extra_state"] = io.BytesIO(b"pickled")
@@ -77,7 +76,7 @@ def make_state(model: Decoder, fused_norm: bool = False, scalar_shape: tuple[int
     return state
 
 
-def make_args(config: ModelConfig, **changes: Any) -> Namespace:
+def make_args(config: LlamaConfig, **changes: Any) -> Namespace:
     """What Megatron-LM 0.12 stores of the published training script; of some hundred arguments, those that matter."""
     args = {
         "num_layers": config.layers,
@@ -139,7 +138,7 @@ def write_megatron(tmp_path: Path, megatron_classes: dict[str, Any]) -> Callable
 
     def write(
         state: State,
-        config: ModelConfig,
+        config: LlamaConfig,
         where: str = "run/iter_0000200/mp_rank_00",
         entries: dict[str, Any] | None = None,
         **arguments: Any,

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from meki.models.importers.checkpoint import CheckpointError
-from meki.models.importers.gguf_tokenizer import read_gguf_tokenizer
+from meki.models.checkpoints.checkpoint import CheckpointError
+from meki.models.checkpoints.gguf_tokenizer import read_gguf_tokenizer
 from meki.models.tokenizer import TokenizerSpec
 
 PATH = Path("m.gguf")

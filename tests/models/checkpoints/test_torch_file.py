@@ -18,8 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meki.models.importers.checkpoint import CheckpointError
-from meki.models.importers.torch_file import Inert, TorchFile, is_torch_zip, load_torch_file
+from meki.models.checkpoints.checkpoint import CheckpointError
+from meki.models.checkpoints.torch_file import Inert, TorchFile, is_torch_zip, load_torch_file
 
 NUMPY = {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")}
 STAND_INS = frozenset({*NUMPY, "numpy.dtype", "numpy.ndarray", "_io.BytesIO", "signal.Signals", "torch._C.Generator"})

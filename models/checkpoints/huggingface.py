@@ -6,8 +6,9 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from meki.package.files import read_object, replace_directory
 
-from ..config import ModelConfig
-from ..decoder import Decoder
-from ..fold import ALL
-from ..memory import MeKi
+from ..architectures.base import Architecture, Model
+from ..ffns import FFNS
+from ..memories import MEMORIES
+from ..memories.base import ALL
+from ..source import model_source
 from ..tokenizer import TokenizerSpec, parse_tokenizer, read_tokenizer
 from .checkpoint import Checkpoint, CheckpointError, Part, checkpoint_source, make_config, wanted_shapes
 
@@ -35,9 +37,9 @@ _FEATURES: dict[str, dict[str, bool]] = {
     "qwen3": {"qk_norm": True, "qkv_bias": False},
 }
 """What the model types that have no flag for it do."""
-_MEKI = "meki"
-"""The model type of a decoder with a memory (docs/sources/huggingface.md)."""
-_MEKI_FIELDS = ("qk_norm", "qkv_bias", "memory_dim", "projector_norm", "rope_factors")
+_OWN = "meki"
+"""The model type of our own layout, with a memory or without (docs/sources/huggingface.md)."""
+_OWN_FIELDS = ("qk_norm", "qkv_bias", "rope_factors", *(name for kind in MEMORIES.values() for name in kind.SETTINGS))
 _FIELDS = {
     "vocab_size": "vocab_size",
     "layers": "num_hidden_layers",
@@ -50,7 +52,7 @@ _FIELDS = {
     "norm_eps": "rms_norm_eps",
     "tied_embeddings": "tie_word_embeddings",
 }
-"""Fields of ModelConfig and their names in config.json."""
+"""Settings and their names in config.json."""
 
 
 class SafetensorsFiles:
@@ -165,19 +167,22 @@ def _check_tied(path: Path, tensors: SafetensorsFiles, embedding: str) -> None:
 
 
 def _fields(path: Path, values: Mapping[str, Any], overrides: Mapping[str, Any], has_head: bool) -> dict[str, Any]:
-    """Fields of ModelConfig from a config.json. CheckpointError for what this runtime does not compute."""
+    """Settings from a config.json. CheckpointError for what this runtime does not compute."""
     kind = values.get("model_type")
-    if kind not in (*_FEATURES, _MEKI):
+    if kind not in (*_FEATURES, _OWN):
         raise CheckpointError(
-            f"{path}: model_type is {kind!r}; supported are {', '.join((*_FEATURES, _MEKI))}: dense decoders of the "
+            f"{path}: model_type is {kind!r}; supported are {', '.join((*_FEATURES, _OWN))}: dense decoders of the "
             "Llama family and MeKi"
         )
-    plain = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+    ffns = {ffn.hidden_act: name for name, ffn in FFNS.items()}
+    if (activation := values.get("hidden_act") or "silu") not in ffns:
+        raise CheckpointError(f"{path}: hidden_act is {activation!r}; supported is {' or '.join(map(repr, ffns))}")
+    plain = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
     for name, expected in {**plain, "partial_rotary_factor": 1, "quantization_config": None}.items():
         if (got := values.get(name)) not in (None, expected):
             raise CheckpointError(f"{path}: {name} is {got!r}; supported is {expected!r}")
-    stated = {field: values.get(name) for field, name in _FIELDS.items()}
-    stated |= {name: values.get(name) for name in _MEKI_FIELDS} if kind == _MEKI else _FEATURES[kind]
+    stated = {field: values.get(name) for field, name in _FIELDS.items()} | {"ffn_kind": ffns[activation]}
+    stated |= {name: values.get(name) for name in _OWN_FIELDS} if kind == _OWN else _FEATURES[kind]
     fields = {field: value for field, value in stated.items() if value not in (None, [])} | dict(overrides)
     if "heads" in fields:
         fields.setdefault("kv_heads", fields["heads"])
@@ -231,7 +236,7 @@ def _provenance(path: Path, values: Mapping[str, Any]) -> dict[str, str]:
 
 def save_pretrained(
     path: Path,
-    model: Decoder,
+    model: Model,
     tokenizer: TokenizerSpec | None = None,
     *,
     provenance: Mapping[str, str],
@@ -245,12 +250,11 @@ def save_pretrained(
     known about the training, kept in config.json. FileExistsError as `replace_directory`.
     """
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    if folded:
-        words = model.embed_tokens.weight.detach()
-        memories = [cast(MeKi, layer.meki) for layer in model.layers]
-        tables = {f"layers.{i}.meki.folded_table": memory.fold(words) for i, memory in enumerate(memories)}
-        wanted = wanted_shapes(model.config, folded=True)
-        state = {name: tensor for name, tensor in state.items() if name in wanted} | tables
+    if folded and model.config.memory:
+        kind, kept = model.config.memory.kind, wanted_shapes(model.config, folded=True)
+        rows = torch.from_numpy(np.concatenate(list(model_source(model).row_blocks()), axis=1))
+        tables = {f"layers.{layer}.{kind}.folded_table": table for layer, table in enumerate(rows)}
+        state = {name: tensor for name, tensor in state.items() if name in kept} | tables
     named = {name if name == _HEAD else f"model.{name}": tensor for name, tensor in state.items()}
     with replace_directory(path, CONFIG, overwrite) as directory:
         tensors = {name: tensor.to(dtype).contiguous() for name, tensor in named.items()}
@@ -262,14 +266,15 @@ def save_pretrained(
         (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _config_json(config: ModelConfig) -> dict[str, Any]:
-    values = {name: getattr(config, field) for field, name in _FIELDS.items()}
-    values |= {"rope_theta": config.rope_theta, "hidden_act": "silu", "attention_bias": False}
-    features = {"qk_norm": config.qk_norm, "qkv_bias": config.qkv_bias}
-    kinds = [kind for kind, its in _FEATURES.items() if its == features]
-    if config.memory_dim or config.rope_factors or not kinds:
-        own = {name: getattr(config, name) for name in _MEKI_FIELDS}
-        return {"model_type": _MEKI, "architectures": ["MeKiForCausalLM"], **values, **own}
+def _config_json(config: Architecture) -> dict[str, Any]:
+    settings = config.settings()
+    values = {name: settings[field] for field, name in _FIELDS.items()}
+    activation = FFNS[settings["ffn_kind"]].hidden_act
+    values |= {"rope_theta": settings["rope_theta"], "hidden_act": activation, "attention_bias": False}
+    kinds = [kind for kind, its in _FEATURES.items() if all(settings[name] == value for name, value in its.items())]
+    if config.memory or settings["rope_factors"] or not kinds:
+        own = {name: settings[name] for name in _OWN_FIELDS}
+        return {"model_type": _OWN, "architectures": ["MeKiForCausalLM"], **values, **own}
     return {"model_type": kinds[0], "architectures": [f"{kinds[0].capitalize()}ForCausalLM"], **values}
 
 
@@ -288,13 +293,13 @@ def _save_tokenizer(directory: Path, tokenizer: TokenizerSpec) -> None:
         (directory / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8", newline="")
 
 
-def load_model(path: Path) -> tuple[Decoder, dict[str, str]]:
+def load_model(path: Path) -> tuple[Model, dict[str, str]]:
     """The model of a folder in PyTorch, float32, in training form, and its provenance. CheckpointError."""
     checkpoint = open_huggingface(path, {})
     if checkpoint.folded:
         raise CheckpointError(f"{path}: the memories are folded, which cannot be undone; give the training form")
     source = checkpoint_source(checkpoint)
     with torch.device("meta"):
-        model = Decoder(checkpoint.config)
+        model = checkpoint.config.module()
     model.load_state_dict({name: torch.from_numpy(source.weights(name)) for name in checkpoint.parts}, assign=True)
     return model, checkpoint.provenance

@@ -21,7 +21,7 @@ def open_checkpoint(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     """Looks at `path` and opens what it finds. Names, shapes and settings are read, of the weights only a head that is
     said to be the embedding.
 
-    overrides: fields of ModelConfig that the user states. FileNotFoundError; CheckpointError.
+    overrides: settings that the user states. FileNotFoundError; CheckpointError.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory; {_EXPECTED}")

@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from meki import Engine
-from meki.models.decoder import Decoder
-from meki.models.importers import CheckpointError, gguf_file, open_checkpoint
-from meki.models.importers.checkpoint import checkpoint_source
-from meki.models.importers.gguf_file import GgufFile
+from meki.models.architectures.llama import Decoder
+from meki.models.checkpoints import CheckpointError, gguf_file, open_checkpoint
+from meki.models.checkpoints.checkpoint import checkpoint_source
+from meki.models.checkpoints.gguf_file import GgufFile
 from meki.models.package import export_package
 from meki.models.tokenizer import TokenizerSpec
 

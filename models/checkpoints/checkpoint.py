@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..config import ConfigError, ModelConfig
-from ..fold import ALL
+from ..architectures import ARCHITECTURES
+from ..architectures.base import Architecture
+from ..config import ConfigError
+from ..memories.base import ALL
 from ..quantize import Floats
-from ..source import Source, decoder_shapes, lazy_source
+from ..source import Source, lazy_source
 from ..tokenizer import TokenizerSpec
 
 
@@ -48,7 +49,7 @@ class Checkpoint:
     """A checkpoint that was looked at, but not read yet."""
 
     path: Path
-    config: ModelConfig
+    config: Architecture
     tensors: TensorFile
     parts: Mapping[str, Part]
     """By the names of `wanted_shapes(config, folded)`."""
@@ -63,39 +64,28 @@ class Checkpoint:
     """The user asked for a vocabulary size: tables may have more rows than that, which are left out."""
 
 
-def wanted_shapes(config: ModelConfig, folded: bool = False) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights that a conversion takes: those of the decoder; of a folded model, those that
-    stay at inference and the tables `layers.N.meki.folded_table` [vocab_size, memory_dim]."""
-    shapes = decoder_shapes(config)
-    if not folded:
-        return shapes
-    kept = ("meki.gate_proj.weight", "meki.out_proj.weight", "meki.post_norm.weight")
-    shapes = {name: shape for name, shape in shapes.items() if ".meki." not in name or name.endswith(kept)}
-    table = (config.vocab_size, config.memory_dim)
-    return shapes | {f"layers.{layer}.meki.folded_table": table for layer in range(config.layers)}
+def wanted_shapes(config: Architecture, folded: bool = False) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights that a conversion takes, those of `Checkpoint.parts`."""
+    return config.folded_shapes if folded else config.training_shapes
 
 
-_STATED = (
-    *("vocab_size", "layers", "hidden", "ffn", "heads", "kv_heads", "head_dim"),
-    *("context", "rope_theta", "norm_eps"),  # whose defaults are the paper's, not this model's
-)
-"""Fields that a checkpoint or the user must give."""
-
-
-def make_config(path: Path, values: Mapping[str, Any], overrides: Mapping[str, Any]) -> ModelConfig:
+def make_config(
+    path: Path, values: Mapping[str, Any], overrides: Mapping[str, Any], kind: str = "llama"
+) -> Architecture:
     """A configuration of what the checkpoint says and what the user says instead.
 
-    values: fields of ModelConfig, None or absent where the checkpoint does not say. CheckpointError for a field that
-    nobody gives, and for a configuration that no model can have.
+    values: settings of the architecture `kind`, None or absent where the checkpoint does not say. CheckpointError for a
+    field that nobody gives, and for a configuration that no model can have.
     """
     merged = {name: value for name, value in {**values, **overrides}.items() if value is not None}
-    for name in _STATED:
+    architecture = ARCHITECTURES[kind]
+    for name in architecture.STATED:
         if name not in merged:
             raise CheckpointError(
                 f"{path}: the checkpoint does not say what {name} is; give it with --set {name}=VALUE"
             )
     try:
-        return ModelConfig.from_dict(merged)
+        return architecture.from_settings(merged)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}; correct it with --set FIELD=VALUE") from error
 
@@ -152,7 +142,6 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         )
 
 
-def _describe(config: ModelConfig) -> str:
-    values = dataclasses.asdict(config)
-    shown = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "memory_dim", "vocab_size")
-    return f"a decoder with {', '.join(f'{name}={values[name]}' for name in shown)}"
+def _describe(config: Architecture) -> str:
+    sizes = {name: value for name, value in config.settings().items() if type(value) is int and name != "context"}
+    return f"a decoder with {', '.join(f'{name}={value}' for name, value in sizes.items())}"

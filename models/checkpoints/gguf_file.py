@@ -17,8 +17,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 
-from ..config import ModelConfig
-from ..fold import ALL
+from ..architectures.base import Architecture
+from ..memories.base import ALL
 from .checkpoint import Checkpoint, CheckpointError, Part, make_config, wanted_shapes
 from .gguf_tokenizer import read_gguf_tokenizer
 
@@ -38,7 +38,7 @@ _FIELDS = {
     "rope_theta": "rope.freq_base",
     "norm_eps": "attention.layer_norm_rms_epsilon",
 }
-"""Fields of ModelConfig and their keys, without the architecture's name before them."""
+"""Settings and their keys, without the architecture's name before them."""
 _NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -204,7 +204,7 @@ def _check_supported(file: GgufFile, architecture: str) -> None:
 
 
 def _fields(file: GgufFile, architecture: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ModelConfig."""
+    """Settings."""
     stated = {field: file.number(f"{architecture}.{key}") for field, key in _FIELDS.items()}
     values = {field: value for field, value in stated.items() if value is not None} | dict(overrides)
     heads, hidden = values.get("heads"), values.get("hidden")
@@ -245,7 +245,7 @@ def _rope_factors(file: GgufFile, architecture: str, head_dim: int) -> tuple[flo
     return tuple(factors) if any(factor != 1.0 for factor in factors) else ()
 
 
-def _part(name: str, shape: tuple[int, ...], config: ModelConfig, architecture: str) -> Part:
+def _part(name: str, shape: tuple[int, ...], config: Architecture, architecture: str) -> Part:
     """Where the decoder's weight `name` is found."""
     stem, _, kind = name.rpartition(".")
     if not stem.startswith("layers."):

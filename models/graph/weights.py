@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from onnx import TensorProto
 
-from .quantize import PANEL, WEIGHT_BITS, Codes, Floats, quantize_weight, require_finite
+from ..quantize import PANEL, WEIGHT_BITS, Codes, Floats, quantize_weight, require_finite
 from .tensors import TensorFile
 
 WEIGHT_TYPES = ("float32", *WEIGHT_BITS)
@@ -19,7 +19,7 @@ WEIGHTS_FILE = "weights.bin"
 _WEIGHTS_AT_ONCE = 1 << 17  # weights that a thread quantises together: what a core's cache holds a few copies of
 
 Weights = Callable[[str], Floats]
-"""Gives a weight by its name in `Decoder.state_dict()`, float32."""
+"""Gives a weight by its name in the PyTorch model, float32."""
 Progress = Callable[[int, int], object]
 """Called with (done, in all)."""
 
@@ -70,7 +70,6 @@ class WeightStore:
     progress: Progress | None = None
     errors: WeightErrors = field(default_factory=WeightErrors)
     _tensors: dict[str, TensorProto] = field(default_factory=dict)
-    _packed: dict[str, tuple[TensorProto, int]] = field(default_factory=dict)
     _done: int = 0
 
     def constant(self, name: str, make: Callable[[], np.ndarray]) -> TensorProto:
@@ -78,10 +77,6 @@ class WeightStore:
         if name not in self._tensors:
             self._tensors[name] = self.tensors.store(name, np.ascontiguousarray(make()))
         return self._tensors[name]
-
-    def weight(self, name: str) -> TensorProto:
-        """A weight as it is."""
-        return self.constant(name, lambda: self._fetch_finite(name))
 
     def joined(self, name: str, parts: Sequence[str]) -> TensorProto:
         """Weights [n, ..] one below the other: float32 [sum of n, ..]."""
@@ -91,22 +86,16 @@ class WeightStore:
         """Weights [n, k] one below the other, transposed to what MatMul takes: float32 [k, sum of n]."""
         return self.constant(name, lambda: self._join(parts).T)
 
-    def packed(self, name: str, parts: Sequence[str], rows: int | None = None) -> tuple[TensorProto, int]:
-        """Weights [n, k] one below the other in the panels of `quantize_weight`, and the sum of n.
+    def packed(self, name: str, parts: Sequence[str]) -> TensorProto:
+        """Weights [n, k] one below the other in the panels of `quantize_weight`.
 
-        Every n but the last must be a multiple of a panel's 16 rows. `rows`: only the first so many, a multiple of 16:
-        the same bytes under the same name, fewer of them.
+        Every n but the last must be a multiple of a panel's 16 rows.
         """
-        if name not in self._packed:
-            self._packed[name] = self._pack(name, parts)
-        tensor, outputs = self._packed[name]
-        if rows is None or rows == outputs:
-            return tensor, outputs
-        panels = (rows // PANEL, *tensor.dims[1:])
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        return self.tensors.external(name, TensorProto.UINT8, panels, int(entries["offset"])), rows
+        if name not in self._tensors:
+            self._tensors[name] = self._pack(name, parts)
+        return self._tensors[name]
 
-    def _pack(self, name: str, parts: Sequence[str]) -> tuple[TensorProto, int]:
+    def _pack(self, name: str, parts: Sequence[str]) -> TensorProto:
         bits, offset, outputs, shape = WEIGHT_BITS[self.weight_type], self.tensors.align(), 0, (0, 0)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for part in parts:
@@ -122,19 +111,17 @@ class WeightStore:
                     squared_sum += squares[1]
                     shape = packed.shape[1:]
                 self.errors.add(part, squared_error, squared_sum)
-        return self.tensors.external(name, TensorProto.UINT8, (-(-outputs // PANEL), *shape), offset), outputs
+        return self.tensors.external(name, TensorProto.UINT8, (-(-outputs // PANEL), *shape), offset)
 
     def _join(self, parts: Sequence[str]) -> Floats:
-        return np.concatenate([self._fetch_finite(part) for part in parts])
+        arrays = [self._fetch(part) for part in parts]
+        for part, array in zip(parts, arrays, strict=True):
+            require_finite(array, part)
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def _fetch(self, name: str) -> Floats:
         array = self.weights(name)
         self._done += array.size
         if self.progress:
             self.progress(self._done, self.parameters)
-        return array
-
-    def _fetch_finite(self, name: str) -> Floats:
-        array = self._fetch(name)
-        require_finite(array, name)
         return array

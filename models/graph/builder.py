@@ -19,7 +19,6 @@ class GraphBuilder:
     def __init__(self, *domains: str) -> None:
         self.opsets = [helper.make_opsetid("", _OPSET), *(helper.make_opsetid(domain, 1) for domain in domains)]
         self.nodes: list[onnx.NodeProto] = []
-        self.made: set[str] = set()
         self.initializers: dict[str, TensorProto] = {}
         self.inputs: dict[str, ValueInfoProto] = {}
         self.outputs: dict[str, ValueInfoProto] = {}
@@ -32,12 +31,10 @@ class GraphBuilder:
         node = helper.make_node(kind, inputs, outputs, name=outputs[0], domain=domain)
         node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
         self.nodes.append(node)
-        self.made.update(outputs)
         return outputs[0]
 
     def input(self, name: str, shape: Sequence[int | str], data_type: int = TensorProto.FLOAT) -> str:
         self.inputs[name] = helper.make_tensor_value_info(name, data_type, shape)
-        self.made.add(name)
         return name
 
     def output(self, name: str, shape: Sequence[int | str], data_type: int = TensorProto.FLOAT) -> str:

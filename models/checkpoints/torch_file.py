@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from ..fold import ALL
+from ..memories.base import ALL
 from .checkpoint import CheckpointError
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

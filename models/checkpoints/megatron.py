@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import ModelConfig
-from .checkpoint import Checkpoint, CheckpointError, Part, make_config
+from ..architectures.base import Architecture
+from ..config import ConfigError
+from ..memories import MEMORIES
+from .checkpoint import Checkpoint, CheckpointError, Part, make_config, wanted_shapes
 from .torch_file import TorchFile, is_torch_zip, load_torch_file
 
 _FILE = "model_optim_rng.pt"
@@ -43,7 +45,7 @@ _SUPPORTED: dict[str, tuple[Any, str]] = {
     "pipeline_model_parallel_size": (1, _MERGE),
     "num_experts": (0, "mixtures of experts are not supported"),
     "normalization": ("RMSNorm", "LayerNorm is not supported"),
-    "apply_layernorm_1p": (False, "norms whose gain is centred on zero are not supported"),
+    "apply_layernorm_1p": (False, "norms whose weight is centred on zero are not supported"),
     "apply_residual_connection_post_layernorm": (False, "residuals after the norm are not supported"),
     "add_bias_linear": (False, "biases of all linear layers are not supported, those of --add-qkv-bias are"),
     "swiglu": (True, "feed-forward layers other than SwiGLU are not supported"),
@@ -55,7 +57,7 @@ _SUPPORTED: dict[str, tuple[Any, str]] = {
     "use_rope_scaling": (False, "scaled rotary frequencies are not supported"),
     "no_rope_freq": (0, "layers without rotary positions are not supported"),
     "multi_latent_attention": (False, "latent attention is not supported"),
-    "qk_l2_norm": (False, "QK-norm without gains is not supported"),
+    "qk_l2_norm": (False, "QK-norm without weights is not supported"),
     "window_size": (None, "windowed attention is not supported"),
     "mtp_num_layers": (0, "multi-token prediction is not supported"),
     "hybrid_override_pattern": (None, "hybrids with state-space layers are not supported"),
@@ -63,7 +65,6 @@ _SUPPORTED: dict[str, tuple[Any, str]] = {
 """What an argument that changes the arithmetic must be, where it is stored, and what is wrong otherwise."""
 
 _EMBEDDING = "embedding.word_embeddings.weight"
-_MEMORY = "meki_module.embeddings.weight"
 _LINEAR_NORM = "linear_fc1.layer_norm_weight"
 _IGNORED = re.compile(r"(^|\.)_extra_state\d*$|^rotary_pos_emb\.inv_freq$")
 _EXPERTS = re.compile(r"\.(experts|shared_experts|router)\.")
@@ -203,13 +204,19 @@ def _check_names(path: Path, names: Mapping[str, Any]) -> None:
 
 
 def _fields(path: Path, args: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Fields of ModelConfig, None where the checkpoint does not say."""
+    """Settings, None where the checkpoint does not say."""
     heads = args.get("num_attention_heads")
     untied = args.get("untie_embeddings_and_output_weights", "output_layer.weight" in shapes)
-    table = next((name for name in shapes if name.endswith(_MEMORY)), None)
-    for name in (_EMBEDDING, table):
-        if name is not None and len(shapes[name]) != 2:
-            raise CheckpointError(f"{path}: tensor {name} has shape {list(shapes[name])}, expected [tokens, width]")
+    if len(shapes[_EMBEDDING]) != 2:
+        raise CheckpointError(
+            f"{path}: tensor {_EMBEDDING} has shape {list(shapes[_EMBEDDING])}, expected [tokens, width]"
+        )
+    memory: dict[str, Any] = {}
+    try:
+        for kind in MEMORIES.values():
+            memory |= kind.megatron_settings(shapes)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     return {
         "vocab_size": shapes[_EMBEDDING][0],
         "layers": args.get("num_layers"),
@@ -218,51 +225,83 @@ def _fields(path: Path, args: Mapping[str, Any], shapes: Mapping[str, tuple[int,
         "heads": heads,
         "kv_heads": args.get("num_query_groups") if args.get("group_query_attention") else heads,
         "head_dim": args.get("kv_channels"),
-        "memory_dim": shapes[table][1] if table else 0,
+        **memory,
         "context": args.get("max_position_embeddings") or args.get("seq_length"),
         "rope_theta": args.get("rotary_base"),
         "norm_eps": args.get("norm_epsilon"),
         # The presence of a tensor in one layer asks for it in all: where it lacks, it is an error that names it.
         "qk_norm": bool(args.get("qk_layernorm")) or any(name.endswith(".q_layernorm.weight") for name in shapes),
-        "projector_norm": any(name.endswith(f"word_emb_projection.{_LINEAR_NORM}") for name in shapes),
         "qkv_bias": bool(args.get("add_qkv_bias")) or any(name.endswith(".linear_qkv.bias") for name in shapes),
         "tied_embeddings": not untied,
     }
 
 
-def _parts(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Part]:
-    parts = {
-        "embed_tokens.weight": Part(_EMBEDDING, (config.vocab_size, config.hidden)),
-        "norm.weight": Part("decoder.final_layernorm.weight", (config.hidden,)),
+def _parts(config: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Part]:
+    wanted = wanted_shapes(config)
+    outer = {
+        "embed_tokens.weight": _EMBEDDING,
+        "norm.weight": "decoder.final_layernorm.weight",
+        "lm_head.weight": "output_layer.weight",
     }
-    if not config.tied_embeddings:
-        parts["lm_head.weight"] = Part("output_layer.weight", (config.vocab_size, config.hidden))
+    parts = {name: Part(stored, wanted[name]) for name, stored in outer.items() if name in wanted}
     for layer in range(config.layers):
-        prefix = f"decoder.layers.{layer}."
-        its = {**_attention(config), **_feed_forward(config, f"{prefix}mlp.{_LINEAR_NORM}" in shapes)}
-        if config.memory_dim:
-            its |= _memory(config, {name: shapes.get(f"{prefix}meki_module.{name}") for name in _SCALES})
-        parts |= {
-            f"layers.{layer}.{name}": Part(prefix + part.name, part.shape, part.convert) for name, part in its.items()
-        }
+        prefix, stored_prefix = f"layers.{layer}.", f"decoder.layers.{layer}."
+        its = {name.removeprefix(prefix): shape for name, shape in wanted.items() if name.startswith(prefix)}
+        # Dense models have the norm before the FFN as part of its first linear layer.
+        fused_norm = f"{stored_prefix}mlp.{_LINEAR_NORM}" in shapes
+        names = _NAMES | {"post_attention_layernorm.weight": f"mlp.{_LINEAR_NORM}"} if fused_norm else _NAMES
+        if config.memory:
+            names = names | config.memory.megatron_names()
+        packed = {name: part for name, part in _attention(config).items() if name in its}
+        stored = _stacked({name: names.get(name, name) for name in its if name not in packed}, its)
+        for name, part in {**packed, **stored}.items():
+            shape = (1,) if part.shape == () and shapes.get(stored_prefix + part.name) == (1,) else part.shape
+            parts[prefix + name] = Part(stored_prefix + part.name, shape, part.convert)
     return parts
 
 
-def _attention(config: ModelConfig) -> dict[str, Part]:
-    hidden, head_dim, queries = config.hidden, config.head_dim, config.heads // config.kv_heads
-    packed = config.kv_heads * (queries + 2) * head_dim
-    parts = {
-        "input_layernorm.weight": Part("self_attention.linear_qkv.layer_norm_weight", (hidden,)),
-        "self_attn.o_proj.weight": Part("self_attention.linear_proj.weight", (hidden, config.heads * head_dim)),
-    }
-    # Each group's query heads are followed by its key head and its value head.
+_NAMES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "self_attn.q_norm.weight": "self_attention.q_layernorm.weight",
+    "self_attn.k_norm.weight": "self_attention.k_layernorm.weight",
+    "self_attn.o_proj.weight": "self_attention.linear_proj.weight",
+    "post_attention_layernorm.weight": "pre_mlp_layernorm.weight",
+    "mlp.gate_proj.weight": "mlp.linear_fc1.weight",
+    "mlp.up_proj.weight": "mlp.linear_fc1.weight",
+    "mlp.down_proj.weight": "mlp.linear_fc2.weight",
+}
+"""Of a layer's weights; what several share has their rows one below the other, in this order."""
+
+
+def _stacked(names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Part]:
+    """names: where each weight is stored, in the order of their rows; shapes: of the weights."""
+    parts = {}
+    for stored in dict.fromkeys(names.values()):
+        ours = [name for name, its in names.items() if its == stored]
+        if shapes[ours[0]] == ():
+            parts[ours[0]] = Part(stored, (), lambda scalar: scalar.reshape(()))
+            continue
+        rows, start = sum(shapes[name][0] for name in ours), 0
+        for name in ours:
+            count, *rest = shapes[name]
+            take = functools.partial(_rows, first=start, last=start + count) if count < rows else None
+            parts[name] = Part(stored, (rows, *rest), take)
+            start += count
+    return parts
+
+
+def _rows(tensor: Tensor, first: int, last: int) -> Tensor:
+    return tensor[first:last]
+
+
+def _attention(config: Architecture) -> dict[str, Part]:
+    """Each group's query heads are followed by its key head and its value head."""
+    queries = config.heads // config.kv_heads
+    rows, parts = config.kv_heads * (queries + 2) * config.head_dim, {}
     for name, heads in (("q", slice(queries)), ("k", slice(queries, queries + 1)), ("v", slice(queries + 1, None))):
-        unpack = functools.partial(_unpack_heads, groups=config.kv_heads, head_dim=head_dim, heads=heads)
-        parts[f"self_attn.{name}_proj.weight"] = Part("self_attention.linear_qkv.weight", (packed, hidden), unpack)
-        if config.qkv_bias:
-            parts[f"self_attn.{name}_proj.bias"] = Part("self_attention.linear_qkv.bias", (packed,), unpack)
-        if config.qk_norm and name != "v":
-            parts[f"self_attn.{name}_norm.weight"] = Part(f"self_attention.{name}_layernorm.weight", (head_dim,))
+        unpack = functools.partial(_unpack_heads, groups=config.kv_heads, head_dim=config.head_dim, heads=heads)
+        for kind, shape in (("weight", (rows, config.hidden)), ("bias", (rows,))):
+            parts[f"self_attn.{name}_proj.{kind}"] = Part(f"self_attention.linear_qkv.{kind}", shape, unpack)
     return parts
 
 
@@ -270,46 +309,3 @@ def _unpack_heads(packed: Tensor, groups: int, head_dim: int, heads: slice) -> T
     """Some heads of every group. packed: [groups * heads a group * head_dim, ...]."""
     grouped = packed.view(groups, -1, head_dim, *packed.shape[1:])
     return grouped[:, heads].reshape(-1, *packed.shape[1:])
-
-
-def _feed_forward(config: ModelConfig, fused_norm: bool) -> dict[str, Part]:
-    """fused_norm: the norm before it is part of its first linear layer, as dense models have it."""
-    norm = f"mlp.{_LINEAR_NORM}" if fused_norm else "pre_mlp_layernorm.weight"
-    return {
-        "post_attention_layernorm.weight": Part(norm, (config.hidden,)),
-        **_swiglu("mlp", "mlp", config.hidden, config.ffn, config.hidden),
-    }
-
-
-def _swiglu(name: str, source: str, inputs: int, intermediate: int, outputs: int) -> dict[str, Part]:
-    """The first linear layer has the gate's rows, then the up projection's."""
-    fc1, shape = f"{source}.linear_fc1.weight", (2 * intermediate, inputs)
-    return {
-        f"{name}.gate_proj.weight": Part(fc1, shape, lambda rows: rows[:intermediate]),
-        f"{name}.up_proj.weight": Part(fc1, shape, lambda rows: rows[intermediate:]),
-        f"{name}.down_proj.weight": Part(f"{source}.linear_fc2.weight", (outputs, intermediate)),
-    }
-
-
-_SCALES = ("alpha_scale", "beta_scale")
-
-
-def _memory(config: ModelConfig, scales: Mapping[str, tuple[int, ...] | None]) -> dict[str, Part]:
-    """scales: the shapes of the scalars in the checkpoint, [] or [1]."""
-    hidden, width = config.hidden, config.memory_dim
-    names = {
-        "embeddings.weight": (config.vocab_size, width),
-        "gate_proj.weight": (width, hidden),
-        "out_proj.weight": (hidden, width),
-        "mix_norm.weight": (width,),
-        "post_norm.weight": (hidden,),
-    }
-    parts = {f"meki.{name}": Part(f"meki_module.{name}", shape) for name, shape in names.items()}
-    for name, shape in scales.items():
-        stored = (1,) if shape == (1,) else ()
-        parts[f"meki.{name}"] = Part(f"meki_module.{name}", stored, lambda scale: scale.reshape(()))
-    projector = "word_emb_projection"
-    parts |= _swiglu(f"meki.{projector}", f"meki_module.{projector}", hidden, hidden // 2, width)
-    if config.projector_norm:
-        parts[f"meki.{projector}.fc1_norm.weight"] = Part(f"meki_module.{projector}.{_LINEAR_NORM}", (hidden,))
-    return parts

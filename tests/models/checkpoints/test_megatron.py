@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from meki import Engine
-from meki.models.config import ModelConfig
-from meki.models.decoder import Decoder
-from meki.models.importers import CheckpointError, open_checkpoint
-from meki.models.importers.checkpoint import checkpoint_source
-from meki.models.importers.megatron import is_megatron, open_megatron
+from meki.models.architectures.llama import Decoder, LlamaConfig
+from meki.models.checkpoints import CheckpointError, open_checkpoint
+from meki.models.checkpoints.checkpoint import checkpoint_source
+from meki.models.checkpoints.megatron import is_megatron, open_megatron
 from meki.models.package import export_package
 from meki.models.tokenizer import TokenizerSpec
 
@@ -107,12 +106,12 @@ def state(make_model: Callable[..., Decoder], megatron_state: Callable[..., Stat
 
 
 @pytest.fixture
-def config(make_model: Callable[..., Decoder]) -> ModelConfig:
+def config(make_model: Callable[..., Decoder]) -> LlamaConfig:
     return make_model().config
 
 
 @pytest.fixture
-def refused(write_megatron: Callable[..., Path], state: State, config: ModelConfig) -> Callable[..., str]:
+def refused(write_megatron: Callable[..., Path], state: State, config: LlamaConfig) -> Callable[..., str]:
     """refused(overrides, **arguments): the error's message without the path, with which it must begin."""
 
     def refused(overrides: dict[str, Any] | None = None, **args: Any) -> str:
@@ -128,7 +127,7 @@ def refused(write_megatron: Callable[..., Path], state: State, config: ModelConf
 
 @pytest.mark.parametrize("tracked", ["200", "release"])
 def test_places(
-    write_megatron: Callable[..., Path], state: State, config: ModelConfig, tmp_path: Path, tracked: str
+    write_megatron: Callable[..., Path], state: State, config: LlamaConfig, tmp_path: Path, tracked: str
 ) -> None:
     root, directory = tmp_path / "run", "release" if tracked == "release" else "iter_0000200"
     file = write_megatron(state, config, f"run/{directory}/mp_rank_00")
@@ -169,7 +168,7 @@ def test_directories_that_are_refused(tmp_path: Path, made: list[str], message: 
         open_checkpoint(tmp_path, {})
 
 
-def test_one_rank_of_several(write_megatron: Callable[..., Path], state: State, config: ModelConfig) -> None:
+def test_one_rank_of_several(write_megatron: Callable[..., Path], state: State, config: LlamaConfig) -> None:
     """Naming the first file does not make the others dispensable."""
     path = write_megatron(state, config)
     write_megatron(state, config, "run/iter_0000200/mp_rank_01")
@@ -241,7 +240,7 @@ def test_tensors_that_are_refused(refused: Callable[..., str], state: State, add
     ],
 )
 def test_files_that_are_refused(
-    write_megatron: Callable[..., Path], state: State, config: ModelConfig, entries: dict[str, Any], message: str
+    write_megatron: Callable[..., Path], state: State, config: LlamaConfig, entries: dict[str, Any], message: str
 ) -> None:
     path = write_megatron(state, config, entries=entries)
     with pytest.raises(CheckpointError, match=message):
@@ -294,7 +293,7 @@ def test_more_padding_than_the_memory_has(refused: Callable[..., str]) -> None:
 
 
 def test_each_argument_can_be_overridden(
-    write_megatron: Callable[..., Path], state: State, config: ModelConfig
+    write_megatron: Callable[..., Path], state: State, config: LlamaConfig
 ) -> None:
     wrong = {"num_layers": 1, "hidden_size": 1, "ffn_hidden_size": 1, "num_attention_heads": 4, "kv_channels": 6}
     path = write_megatron(state, config, **wrong, rotary_base=3, norm_epsilon=0.5, max_position_embeddings=9)
@@ -304,7 +303,7 @@ def test_each_argument_can_be_overridden(
     checkpoint_source(checkpoint)
 
 
-def test_without_args(write_megatron: Callable[..., Path], state: State, config: ModelConfig) -> None:
+def test_without_args(write_megatron: Callable[..., Path], state: State, config: LlamaConfig) -> None:
     """Each value that the tensors do not tell is asked for, none is guessed."""
     path = write_megatron(state, config, entries={"args": None})
     given: dict[str, Any] = {}

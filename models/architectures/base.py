@@ -1,0 +1,156 @@
+"""What the rest of meki.models asks of a decoder, of whichever architecture."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+
+from ..config import ConfigError, Rule, check
+from ..graph.primitives import Dimensions, Primitives
+from ..memories import MEMORIES, Memory
+
+
+class Model(nn.Module):
+    """A decoder in PyTorch, in training form. Token ids int64 [b, t] -> logits [b, t, vocab]."""
+
+    embed_tokens: nn.Embedding
+
+    def __init__(self, config: Architecture) -> None:
+        super().__init__()
+        self.config = config
+
+    @torch.no_grad()
+    def initialise(self, seed: int, std: float = 0.02) -> Self:
+        """Normal initialisation; what writes to the residual stream shrinks with depth, norms before it included."""
+        generator = torch.Generator().manual_seed(seed)
+        shrunk = (2 * self.config.layers) ** -0.5
+        for name, parameter in self.named_parameters():
+            residual = name.endswith(self.config.residual)
+            if parameter.dim() == 2:
+                parameter.normal_(0.0, std / (2 * self.config.layers) ** 0.5 if residual else std, generator=generator)
+            elif residual:
+                parameter.fill_(shrunk)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(Dimensions, ABC):
+    """A decoder's configuration, an immutable value: what fixes its shapes and its arithmetic.
+
+    Weights have the names of its PyTorch model; those of layer N begin with `layers.N.`, the embedding is
+    `embed_tokens.weight`.
+    """
+
+    kind: ClassVar[str]
+    RULES: ClassVar[Mapping[str, Rule]]
+    """Of all fields but `memory`."""
+    STATED: ClassVar[tuple[str, ...]]
+    """Fields that a checkpoint or the user must give, defaults or not."""
+
+    layers: int
+    tied_embeddings: bool = True
+    """The output head is the embedding; False: it is a matrix of its own."""
+    memory: Memory | None = None
+
+    def __post_init__(self) -> None:
+        check(self.RULES, self.fields())
+        if self.memory:
+            check(self.memory.RULES, self.memory.settings())
+            self.memory.check(self)
+
+    def fields(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.RULES}
+
+    def settings(self) -> dict[str, Any]:
+        """All that fixes the model, flat and as JSON holds it: the inverse of `from_settings`."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in self.fields().items()}
+        for kind in MEMORIES.values():
+            values |= (self.memory if isinstance(self.memory, kind) else kind.from_settings({})).settings()
+        return values
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """settings: fields and those of a memory; what is not given has its default. ConfigError."""
+        known = [*cls.RULES, *(name for kind in MEMORIES.values() for name in kind.SETTINGS)]
+        if unknown := sorted(settings.keys() - set(known)):
+            raise ConfigError(f"unknown configuration keys {unknown}; known: {sorted(known)}")
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+        }
+        memories = [kind.from_settings(values) for kind in MEMORIES.values()]
+        memory = next((memory for memory in memories if memory.dim != 0), None)
+        fields = {name: value for name, value in values.items() if name in cls.RULES}
+        try:
+            return cls(**fields, memory=memory)
+        except TypeError as error:
+            raise ConfigError(f"incomplete configuration: {error}") from error
+
+    def manifest(self) -> dict[str, Any]:
+        """The member `architecture` of a package's manifest, without the memory."""
+        return {"kind": self.kind, **{name: self.settings()[name] for name in self.RULES}}
+
+    def without_memory(self) -> Self:
+        return dataclasses.replace(self, memory=None)
+
+    @property
+    @abstractmethod
+    def residual(self) -> tuple[str, ...]:
+        """How names of weights end that write to the residual stream."""
+
+    @abstractmethod
+    def widths(self) -> dict[str, int]:
+        """Inputs of matrices but the memory's, which quantised weights want to be of whole blocks."""
+
+    @abstractmethod
+    def module(self) -> Model: ...
+
+    @abstractmethod
+    def program(self, g: Primitives) -> None:
+        """The decoder over graph primitives, from the tokens to the logits."""
+
+    @functools.cached_property
+    def training_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the PyTorch model's parameters."""
+        with torch.device("meta"):  # shapes without storage
+            return {name: tuple(tensor.shape) for name, tensor in self.module().state_dict().items()}
+
+    @functools.cached_property
+    def folded_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Those of a folded model: what stays at inference, and tables `layers.N.KIND.folded_table`."""
+        memory = self.memory
+        if memory is None:
+            return self.training_shapes
+        kept = tuple(f".{memory.kind}.{name}" for name in memory.KEPT)
+        shapes = {
+            name: shape
+            for name, shape in self.training_shapes.items()
+            if f".{memory.kind}." not in name or name.endswith(kept)
+        }
+        tables = [f"layers.{layer}.{memory.kind}.folded_table" for layer in range(memory.layers(self))]
+        return shapes | dict.fromkeys(tables, (self.vocab_size, memory.dim))
+
+    @property
+    def rom_parameters(self) -> int:
+        """Elements of the folded tables."""
+        return self.memory.layers(self) * self.vocab_size * self.memory.dim if self.memory else 0
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of `ram_parameters`, those of all layers."""
+        shapes = self.folded_shapes.items()
+        return sum(math.prod(shape) for name, shape in shapes if name.startswith("layers.")) - self.rom_parameters
+
+    @property
+    def ram_parameters(self) -> int:
+        """Parameters that stay in memory at inference; a tied embedding counts once."""
+        return sum(map(math.prod, self.folded_shapes.values())) - self.rom_parameters

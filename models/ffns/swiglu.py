@@ -1,0 +1,30 @@
+"""SwiGLU: down(SiLU(gate(x)) * up(x)), without biases ("GLU Variants Improve Transformer", arXiv 2002.05202)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..graph.primitives import Matrix, Primitives, Value
+
+
+class SwiGLU(nn.Module):
+    """[.., inputs] -> [.., outputs] through `width`."""
+
+    hidden_act = "silu"
+    RESIDUAL = ("mlp.down_proj.weight",)
+
+    def __init__(self, inputs: int, width: int, outputs: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(inputs, width, bias=False)
+        self.up_proj = nn.Linear(inputs, width, bias=False)
+        self.down_proj = nn.Linear(width, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    @staticmethod
+    def program(g: Primitives, h: Value, prefix: str, width: int, outputs: int) -> Value:
+        gate, up = Matrix(f"{prefix}.gate_proj", width), Matrix(f"{prefix}.up_proj", width)
+        both = g.linear(h, gate, up, name=f"{prefix}.gate_up")
+        return g.linear(g.swiglu(both, prefix), Matrix(f"{prefix}.down_proj", outputs))

@@ -1,0 +1,194 @@
+"""Graphs for the CPU: ONNX stages whose weights lie in one file (docs/package-format.md).
+
+Written with onnx's helpers, not traced, so that every node, name and byte is decided here. Matrices are float32 or
+packed in symmetric blocks of 8 or 4 bits. Attention and what takes packed matrices are operators of the domain "meki",
+which the runtime itself executes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import TensorProto
+
+from ..quantize import WEIGHT_BITS
+from .primitives import Dimensions, Lazy, Matrix, Norm, Primitives, Row, Tables, Value
+from .tensors import tensor_bytes
+from .weights import WeightStore
+
+_DOMAIN = "meki"
+
+
+class CpuGraph(Primitives):
+    """A graph with float32 matrices, in operators of standard ONNX but for attention. T is dynamic."""
+
+    DOMAIN = _DOMAIN
+    tokens = "T"
+
+    def __init__(self, config: Dimensions, store: WeightStore) -> None:
+        super().__init__(config)
+        self.store = store
+        self.looked_up: set[str] = set()
+        """Constants of which a decode step reads a line."""
+
+    @property
+    def decode_bytes(self) -> int:
+        """Bytes of weights that one decode step reads; not the tables of which it reads one line."""
+        tensors = {name: tensor for stage in self.stages for name, tensor in stage.initializers.items()}
+        weights = [tensors[name] for name in tensors.keys() - self.looked_up]
+        return sum(tensor_bytes(tensor) for tensor in weights if tensor.data_type != TensorProto.INT64)  # an index
+
+    def embedding(self, name: str) -> Value:
+        ids, table = self.input("token_ids", [1, "T"], TensorProto.INT64), self.table(name)
+        self.looked_up.add(table)
+        return self.lookup(ids, table)
+
+    def attention(self, qkv: Value, layer: int, name: str, norms: Sequence[str], tables: Tables) -> Value:
+        config, stage = self.config, self.stages[-1]
+        stage.layers.append(layer)
+        cache: list[int | str] = ["blocks", config.kv_heads, "block_bytes"]
+        past = self.input(f"past.{layer}", cache, TensorProto.UINT8)
+        present = stage.output(f"present.{layer}", cache, TensorProto.UINT8)
+        length = self.input("total_sequence_length", [], TensorProto.INT32)
+        cos = self.array("rope.cos", lambda: np.asarray(tables(config.context)[0]))
+        sin = self.array("rope.sin", lambda: np.asarray(tables(config.context)[1]))
+        self.looked_up |= {cos, sin}
+        return self.op(
+            "Attention",
+            [qkv, past, length, cos, sin, *(self.vector(f"{norm}.weight") for norm in norms)],
+            [f"{name}.heads", present],
+            domain=_DOMAIN,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            epsilon=config.norm_eps,
+        )
+
+    def selected(self, x: Value) -> Value:
+        """[K, hidden], of the positions in logit_index."""
+        index = self.input("logit_index", ["K"], TensorProto.INT64)
+        batch_axis = self.array("batch_axis", lambda: np.zeros(1, np.int64))
+        return self.op("Gather", [self.op("Squeeze", [x, batch_axis], "final.tokens"), index], "final.selected")
+
+    def head(self, x: Value, name: str) -> Value:
+        table = self.table(name)
+        self.looked_up.discard(table)
+        return self.multiply_table(x, table, name)
+
+    def logits(self, x: Value) -> None:
+        name, last = self.use(x), self.stages[-1].nodes[-1]
+        assert [name] == last.output, "the logits are not what the program computes last"
+        last.output[0] = last.name = self.stages[-1].output("logits", ["K", self.config.vocab_size])
+
+    # Where matrices are float32.
+
+    def table(self, name: str) -> str:
+        return self.vector(f"{name}.weight")
+
+    def lookup(self, ids: str, table: str) -> Value:
+        return self.op("Gather", [table, ids], "embedding")
+
+    def multiply_table(self, x: Value, table: str, name: str) -> Value:
+        # Gemm takes the table as the embedding has it; MatMul would want a transposed copy.
+        return self.op("Gemm", [x, table], f"{name}.out", transB=1)
+
+    def product(self, x: Value, matrices: Sequence[Matrix], name: str) -> Value:
+        weight = self._constant(self.store.transposed(name, [f"{matrix.name}.weight" for matrix in matrices]))
+        return self.op("MatMul", [x, weight], f"{name}.out")
+
+    def vector(self, name: str, parts: Sequence[str] = ()) -> str:
+        return self._constant(self.store.joined(name, parts or [name]))
+
+    def array(self, name: str, make: Callable[[], np.ndarray]) -> str:
+        return self._constant(self.store.constant(name, make))
+
+    def _constant(self, tensor: TensorProto) -> str:
+        self._here[tensor.name] = tensor.name
+        return self.stages[-1].constant(tensor)
+
+    def enter(self, name: str) -> str:
+        shape: list[int | str] = [1, self.tokens, self.config.hidden]
+        self._makers[name].output(name, shape)
+        return self.input(name, shape)
+
+
+@dataclass(frozen=True)
+class Product(Lazy):
+    """x times packed matrices: an operator that can add a residual, too."""
+
+    x: Value
+    matrices: tuple[Matrix, ...]
+    name: str
+
+
+@dataclass(frozen=True)
+class SwiGLU(Lazy):
+    x: Value
+    name: str
+
+
+class PackedGraph(CpuGraph):
+    """A graph with packed matrices. The operators that take them compute the norm or SwiGLU before, too."""
+
+    def swiglu(self, x: Value, name: str) -> Value:
+        return SwiGLU(x, name)
+
+    def product(self, x: Value, matrices: Sequence[Matrix], name: str) -> Value:
+        return Product(x, tuple(matrices), name)
+
+    def add(self, a: Value, b: Value, name: str) -> Value:
+        return self._linear(b, a) if isinstance(b, Product) else super().add(a, b, name)
+
+    def compute(self, value: Lazy) -> str:
+        match value:
+            case Product():
+                return self._linear(value)
+            case SwiGLU(x, name):
+                return self.use(super().swiglu(x, name))
+        return super().compute(value)
+
+    def fused(self, kind: str, inputs: Sequence[Value | Matrix], output: str) -> Value:
+        attributes: dict[str, int] = {}
+        passed: list[Value] = []
+        for value in inputs:
+            match value:
+                case Norm(x, norm):
+                    passed += [x, self.vector(f"{norm}.weight")]
+                case Matrix():
+                    passed.append(self._panels(value.name, [value.name]))
+                case Row(layer):
+                    passed.append("rows")
+                    attributes["layer"] = layer - self._stage_rows().start
+                case _:
+                    passed.append(value)
+        return self._own(kind, passed, output, epsilon=self.config.norm_eps, **attributes)
+
+    def table(self, name: str) -> str:
+        return self._panels(name, [name])
+
+    def lookup(self, ids: str, table: str) -> Value:
+        return self._own("Embedding", [ids, table], "embedding", outputs=self.config.vocab_size)
+
+    def multiply_table(self, x: Value, table: str, name: str) -> Value:
+        return self.linear(x, Matrix(name, self.config.vocab_size))
+
+    def _linear(self, product: Product, residual: Value = "") -> str:
+        x, weight, swiglu = product.x, "", isinstance(product.x, SwiGLU)
+        match x:
+            case Norm(normed, norm):
+                x, weight = normed, self.vector(f"{norm}.weight")
+            case SwiGLU(both):
+                x = both
+        inputs = [x, self._panels(product.name, [matrix.name for matrix in product.matrices]), weight, residual]
+        while not inputs[-1]:
+            inputs.pop()
+        outputs = sum(matrix.outputs for matrix in product.matrices)
+        out, epsilon = f"{product.name}.out", self.config.norm_eps
+        return self._own("Linear", inputs, out, outputs=outputs, swiglu=int(swiglu), epsilon=epsilon)
+
+    def _own(self, kind: str, inputs: Sequence[Value], output: str, **attributes: float) -> str:
+        return self.op(kind, inputs, output, domain=_DOMAIN, bits=WEIGHT_BITS[self.store.weight_type], **attributes)
+
+    def _panels(self, name: str, matrices: Sequence[str]) -> str:
+        return self._constant(self.store.packed(f"{name}.panels", [f"{matrix}.weight" for matrix in matrices]))

@@ -1,0 +1,216 @@
+"""What a decoder's program is written against, and what both kinds of graphs have in common.
+
+A program (of an architecture, an FFN or a memory) says what a model computes, calling `Primitives`; graph/cpu.py and
+graph/npu.py make nodes of it. A value stands for a tensor [1, T, width], T being the tokens of a step: float32 on the
+CPU, float16 on the NPU. Stages need no word in a program: the first memory row that is asked for begins a stage, and a
+value [1, T, hidden] that is used in a later stage than it was made in becomes an output of that and an input of this.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+from onnx import TensorProto
+
+from .builder import GraphBuilder
+
+
+class Matrix(NamedTuple):
+    """The weight `name`.weight, [outputs, inputs]."""
+
+    name: str
+    outputs: int
+
+
+class Lazy:
+    """A value that is computed in each stage that uses it, unless the operator that uses it computes it itself."""
+
+
+@dataclass(frozen=True)
+class Norm(Lazy):
+    x: Value
+    name: str
+
+
+@dataclass(frozen=True)
+class Row(Lazy):
+    layer: int
+
+
+Value = str | Lazy
+"""The name of a tensor, or what is none yet."""
+Tables = Callable[[int], tuple[ArrayLike, ArrayLike]]
+"""Rotary tables of so many positions: cos and sin, float32 [positions, head_dim / 2]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dimensions:
+    """What graphs want to know of a decoder."""
+
+    vocab_size: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int = 4096
+    """Longest sequence the model was trained for, in tokens."""
+    norm_eps: float = 1e-6
+
+
+class StageGraph(GraphBuilder):
+    """One stage."""
+
+    def __init__(self, *domains: str) -> None:
+        super().__init__(*domains)
+        self.layers: list[int] = []
+        """Of the decoder, whose KV caches it has."""
+        self.rows: range | None = None
+        """Layers of the memory whose rows it takes."""
+
+
+class Primitives(ABC):
+    """A graph under construction, in stages."""
+
+    DOMAIN: ClassVar[str]
+    """Of the operators that are not ONNX's own."""
+    rows_tensor: ClassVar[str] = "rows"
+    """Has the memory rows as values."""
+    tokens: int | str
+    """T."""
+
+    def __init__(self, config: Dimensions) -> None:
+        self.config = config
+        self.stages: list[StageGraph] = []
+        self._makers: dict[str, StageGraph] = {}
+        self._begin()
+
+    # What programs call.
+
+    @abstractmethod
+    def embedding(self, name: str) -> Value:
+        """The rows `token_ids` of the table `name`.weight, [vocab_size, hidden]."""
+
+    def begin_layer(self, layer: int) -> None:  # noqa: B027 (not every graph is)
+        """Here a graph may be cut for its size."""
+
+    def norm(self, x: Value, name: str) -> Value:
+        """x / sqrt(mean(x^2) + norm_eps) * `name`.weight, over the last axis."""
+        return Norm(x, name)
+
+    def linear(self, x: Value, *matrices: Matrix, name: str = "", bias: bool = False) -> Value:
+        """x times the transposed matrices, one below the other in one called `name`: [.., sum of their outputs].
+
+        bias: plus their biases, MATRIX.bias.
+        """
+        name = name or matrices[0].name
+        product = self.product(x, matrices, name)
+        if not bias:
+            return product
+        joined = self.vector(f"{name}.bias", [f"{matrix.name}.bias" for matrix in matrices])
+        return self.op("Add", [product, joined], f"{name}.biased")
+
+    def swiglu(self, x: Value, name: str) -> Value:
+        """SiLU of the first half of the columns, times the second half."""
+        gate, up = f"{name}.gate", f"{name}.up"
+        self.op("Split", [x], [gate, up], axis=-1, num_outputs=2)
+        silu = self.op("Mul", [gate, self.op("Sigmoid", [gate], f"{gate}.sigmoid")], f"{gate}.silu")
+        return self.op("Mul", [silu, up], f"{name}.product")
+
+    @abstractmethod
+    def attention(self, qkv: Value, layer: int, name: str, norms: Sequence[str], tables: Tables) -> Value:
+        """Causal attention over layer `layer`'s cache, to which the step's keys and values are added.
+
+        qkv: [1, T, (heads + 2 * kv_heads) * head_dim]; norms: of queries and keys, or none -> [1, T, heads * head_dim].
+        """
+
+    def add(self, a: Value, b: Value, name: str) -> Value:
+        return self.op("Add", [a, b], name)
+
+    def rows(self, layer: int, width: int) -> Value:
+        """What the memory's layer `layer` has for the tokens, [1, T, width]. To be called in ascending order."""
+        if not any(stage.rows for stage in self.stages):
+            self._begin()
+        stage = self.stages[-1]
+        stage.rows = range(stage.rows.start if stage.rows else layer, layer + 1)
+        self.input("rows", [len(stage.rows), self.tokens, width])
+        return Row(layer)
+
+    @abstractmethod
+    def selected(self, x: Value) -> Value:
+        """The tokens whose logits are wanted."""
+
+    def head(self, x: Value, name: str) -> Value:
+        """`linear`, with a matrix [vocab_size, hidden] that may be the embedding."""
+        return self.linear(x, Matrix(name, self.config.vocab_size))
+
+    @abstractmethod
+    def logits(self, x: Value) -> None:
+        """The end of the program: x, [.., vocab_size], is what it computes."""
+
+    def op(
+        self, kind: str, inputs: Sequence[Value], outputs: str | Sequence[str], /, domain: str = "", **attributes: Any
+    ) -> str:
+        """An operator of standard ONNX; its first output. `outputs` are names that nothing else has."""
+        names = [self.use(value) if value else "" for value in inputs]
+        outputs = [outputs] if isinstance(outputs, str) else outputs
+        for name in outputs:
+            self._makers[name], self._here[name] = self.stages[-1], name
+        return self.stages[-1].op(kind, names, outputs, domain, **attributes)
+
+    def fused(self, kind: str, inputs: Sequence[Value | Matrix], output: str) -> Value | None:
+        """An operator of the domain meki (docs/package-format.md) in place of plain ones; None: the graph has none.
+
+        A norm is passed as what is normed and the weight, a matrix in panels, a memory row as the rows of the stage.
+        """
+        return None
+
+    @abstractmethod
+    def vector(self, name: str, parts: Sequence[str] = ()) -> str:
+        """The weight `name` as it is, for `op` and `fused`; with `parts`: those, one after the other."""
+
+    # What the two kinds of graphs add.
+
+    @abstractmethod
+    def product(self, x: Value, matrices: Sequence[Matrix], name: str) -> Value: ...
+
+    @abstractmethod
+    def array(self, name: str, make: Callable[[], np.ndarray]) -> str:
+        """A constant that is no weight."""
+
+    @abstractmethod
+    def enter(self, name: str) -> str:
+        """Takes a value of an earlier stage into this one."""
+
+    def input(self, name: str, shape: Sequence[int | str], data_type: int = TensorProto.FLOAT) -> str:
+        self._here[name] = name
+        return self.stages[-1].input(name, shape, data_type)
+
+    def use(self, value: Value) -> str:
+        """The name of the tensor in this stage."""
+        if value not in self._here:
+            self._here[value] = self.enter(value) if isinstance(value, str) else self.compute(value)
+        return self._here[value]
+
+    def compute(self, value: Lazy) -> str:
+        if isinstance(value, Norm):
+            weight, out = self.vector(f"{value.name}.weight"), f"{value.name}.out"
+            return self.op("RMSNormalization", [value.x, weight], out, axis=-1, epsilon=self.config.norm_eps)
+        assert isinstance(value, Row)
+        place = value.layer - self._stage_rows().start
+        index = self.array(f"rows.{place}", lambda: np.array([place], np.int64))
+        return self.op("Gather", [self.rows_tensor, index], f"rows.of.{value.layer}", axis=0)
+
+    def _stage_rows(self) -> range:
+        rows = self.stages[-1].rows
+        assert rows is not None, "a memory row is used in another stage than it was asked for in"
+        return rows
+
+    def _begin(self) -> None:
+        self.stages.append(StageGraph(self.DOMAIN))
+        self._here: dict[Value, str] = {}
+        """What this stage has of the values, by name."""

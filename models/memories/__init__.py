@@ -1,0 +1,6 @@
+"""Row memories, by their kind. A new one is a file here and a line below."""
+
+from .base import Memory
+from .meki import MeKiConfig
+
+MEMORIES: dict[str, type[Memory]] = {"meki": MeKiConfig}

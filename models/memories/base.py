@@ -1,0 +1,131 @@
+"""What the rest of meki.models asks of a row memory, of whichever kind."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+from torch import Tensor, nn
+
+from ..config import Rule
+from ..graph.primitives import Primitives, Value
+from ..quantize import Floats
+
+ALL = slice(None)
+BLOCK_BYTES = 32 << 20
+"""Of float32 rows that are in memory at a time."""
+
+Read = Callable[[str, slice], Floats]
+"""Gives rows of a weight by its name in the PyTorch model, float32; `ALL` of them where it is no table."""
+
+
+class Tokens(NamedTuple):
+    """What decides the rows of a memory in training form."""
+
+    ids: Tensor
+    """int64 [b, t]."""
+    words: Tensor
+    """embedding(ids), [b, t, hidden]."""
+    embedding: nn.Embedding
+
+
+class MemoryLayer(nn.Module):
+    """A layer's memory in PyTorch, in training form. x: the residual stream, [b, t, hidden], to which it adds."""
+
+    def before_attention(self, x: Tensor, tokens: Tokens) -> Tensor:
+        return x
+
+    def after_ffn(self, x: Tensor, h: Tensor, tokens: Tokens) -> Tensor:
+        """h: the FFN's normed input."""
+        return x
+
+
+@dataclass(frozen=True)
+class Memory(ABC):
+    """A memory's configuration, an immutable value. Its programs compute what its PyTorch layer does, with `g.rows` in
+    place of the table. `config`: of the decoder. The names of its weights begin with `layers.N.KIND.`."""
+
+    dim: int
+    """Width of one layer's row."""
+
+    kind: ClassVar[str]
+    SETTINGS: ClassVar[Mapping[str, str]]
+    """Its fields, `dim` first, by what `--set` and config.json call them, beside the decoder's."""
+    RULES: ClassVar[Mapping[str, Rule]]
+    """Of its settings; with `dim` 0 a decoder does not have this memory."""
+    KEPT: ClassVar[tuple[str, ...]]
+    """The weights that stay at inference; all others go into the rows."""
+    RESIDUAL: ClassVar[tuple[str, ...]]
+    """How names of weights end that write to the residual stream."""
+    address: ClassVar[Mapping[str, Any]] = {"kind": "token"}
+    """Where a token's rows are found, as the manifest has it."""
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """settings: any; those of other kinds, and of the decoder, do not matter."""
+        fields = {field: settings[name] for name, field in cls.SETTINGS.items() if name in settings}
+        return cls(**{"dim": 0, **fields})
+
+    def settings(self) -> dict[str, Any]:
+        return {name: getattr(self, field) for name, field in self.SETTINGS.items()}
+
+    def manifest(self, config: Any) -> dict[str, Any]:
+        """What the member `memory` of a package's manifest says of the kind."""
+        (_, row_dim), *own = self.settings().items()
+        shape = {"layers": self.layers(config), "row_dim": row_dim}
+        return {"kind": self.kind, "address": dict(self.address), **shape, **dict(own)}
+
+    @classmethod
+    def from_manifest(cls, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings that `manifest` gave."""
+        dim, *own = cls.SETTINGS
+        return {dim: entry["row_dim"], **{name: entry[name] for name in own}}
+
+    def layers(self, config: Any) -> int:
+        """Layers of the table."""
+        return int(config.layers)
+
+    def check(self, config: Any) -> None:  # noqa: B027 (most have nothing to check)
+        """ConfigError if a decoder of this shape cannot have the memory."""
+
+    @abstractmethod
+    def module(self, config: Any, layer: int) -> MemoryLayer | None:
+        """None: the layer has no memory."""
+
+    def before_attention(self, g: Primitives, layer: int, x: Value, words: Value) -> Value:
+        return x
+
+    def after_ffn(self, g: Primitives, layer: int, x: Value, h: Value, words: Value) -> Value:
+        return x
+
+    @abstractmethod
+    def folded_rows(self, config: Any, read: Read, block_bytes: int = BLOCK_BYTES) -> Iterator[Floats]:
+        """The rows of all layers, float32 [layers, n, dim], for consecutive n tokens: input of `write_rom`.
+
+        In memory is a block of about `block_bytes`, never a table.
+        """
+
+    def stored_rows(self, config: Any, read: Read) -> Iterator[Floats]:
+        """The same of a model whose memory is folded already, to tables `layers.N.KIND.folded_table`."""
+        for tokens in self.token_blocks(config):
+            layers = range(self.layers(config))
+            yield np.stack([read(f"layers.{layer}.{self.kind}.folded_table", tokens) for layer in layers])
+
+    def token_blocks(self, config: Any, block_bytes: int = BLOCK_BYTES) -> Iterator[slice]:
+        """The vocabulary in pieces whose rows of all layers take about `block_bytes` in float32."""
+        step = max(1, block_bytes // (4 * self.layers(config) * self.dim))
+        for start in range(0, config.vocab_size, step):
+            yield slice(start, min(start + step, config.vocab_size))
+
+    @classmethod
+    def megatron_settings(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """What the tensors of a Megatron-LM checkpoint tell of the settings."""
+        return {}
+
+    def megatron_names(self) -> dict[str, str]:
+        """Where a layer's weights, by their names after `layers.N.`, are in a Megatron-LM checkpoint, after
+        `decoder.layers.N.`. What several share has their rows one below the other, in this order."""
+        return {}
