@@ -204,20 +204,20 @@ class AttentionKernel final : public Kernel {
     require(length <= static_cast<size_t>(cos_.shape.sizes[0]), "the sequence is longer than the rotary tables");
     auto* const cache = call.output<std::byte>(1, blocks);
     require(cache == call.input<std::byte>(1), "past and present are not the same memory");
-    const AttentionStep step{
+    const AttentionArgs args{
         .heads = heads_,
         .tokens = tokens,
         .past = length - tokens,
         .qkv = call.input<float>(0),
         .cos = static_cast<const float*>(cos_.data),
         .sin = static_cast<const float*>(sin_.data),
-        .q_gain = q_gain_,
-        .k_gain = k_gain_,
+        .q_norm_weight = q_gain_,
+        .k_norm_weight = k_gain_,
         .epsilon = epsilon_,
         .cache = cache,
         .out = call.output<float>(0, {{1, qkv.sizes[1], static_cast<int64_t>(heads_ * head_dim)}, 3}),
     };
-    attention(simd(), layout_, step, call.parallel());
+    attention(simd(), layout_, args, call.parallel());
   }
 
  private:
@@ -241,7 +241,7 @@ class LinearKernel final : public Kernel {
     if (node.has_input(2)) {
       require(input_.kind == LinearInput::Kind::plain, "both a gain and swiglu are asked for");
       input_.kind = LinearInput::Kind::norm;
-      input_.gain = node.constant(2).floats(weight_.inputs);
+      input_.norm_weight = node.constant(2).floats(weight_.inputs);
     }
   }
 
