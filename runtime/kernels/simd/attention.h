@@ -121,7 +121,7 @@ template <int Q, int V, class Numbers>
 void add_nibble_products(const std::byte* codes, size_t columns, size_t count, const Numbers (&numbers)[Q], size_t from,
                          const std::byte* next, Sums<Q, V>& sums) {
   constexpr int N = V < kNibbleVectors ? V : kNibbleVectors;
-#pragma GCC unroll 1
+#pragma GCC unroll 1  // unrolled, GCC moves additions around until it spills
   for (size_t k = 0; k < count; k += kDepth) {
     prefetch_rows<V>(next, k, columns);
     for (int v = 0; v < V; v += N) {

@@ -34,6 +34,7 @@ inline Floats magnitude(Floats x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0F
 inline Floats negative_magnitude(Floats x) { return _mm256_or_ps(_mm256_set1_ps(-0.0F), x); }
 inline Floats round_even(Floats x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Ints round(Floats x) { return _mm256_cvtps_epi32(x); }
+inline Ints round_level(Floats x) { return round(max(x, broadcast(-127))); }
 inline Floats to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
 inline Floats only_nan(Floats x) { return _mm256_and_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q), x); }
 inline Floats where_negative(Floats x, Floats a, Floats b) { return _mm256_blendv_ps(b, a, x); }
@@ -196,7 +197,7 @@ void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const 
     const __m256i mask = _mm256_set1_epi8(15);
     Ints sum[T][2];
     for (auto& row : sum) row[0] = row[1] = _mm256_setzero_si256();
-#pragma GCC unroll 1
+#pragma GCC unroll 1  // unrolled, GCC moves additions around until it spills
     for (int i = 0; i < 4; ++i) {
       __m256i low[2];
       __m256i high[2];
@@ -227,7 +228,7 @@ void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const 
       for (int i = 0; i < 32; i += 16) store_paired(load_wide(xs[t] + i), paired[t] + i);
       out[t][0] = out[t][1] = _mm256_setzero_si256();
     }
-#pragma GCC unroll 1
+#pragma GCC unroll 1  // as above
     for (int i = 0; i < 8; ++i) {
       Code rows[2];
       for (int h = 0; h < 2; ++h) rows[h] = signed_bytes(_mm256_xor_si256(load_bytes(codes + 64 * i + 32 * h), sign));

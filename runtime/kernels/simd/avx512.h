@@ -34,6 +34,7 @@ inline Floats magnitude(Floats x) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0F
 inline Floats negative_magnitude(Floats x) { return _mm512_or_ps(_mm512_set1_ps(-0.0F), x); }
 inline Floats round_even(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT); }
 inline Ints round(Floats x) { return _mm512_cvtps_epi32(x); }
+inline Ints round_level(Floats x) { return round(max(x, broadcast(-127))); }
 inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
 inline Floats times_power(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
 inline Floats only_nan(Floats x) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x); }

@@ -1,34 +1,32 @@
 #pragma once
 
 // What the algorithms over vectors share. They stand once, in attention.h and linear.h, and are compiled once an
-// instruction set: AVX2.cc and its like include the vectors of one instruction set (avx2.h), then the algorithms.
-// Everything is in an anonymous namespace, and nothing of the standard library is instantiated: what is compiled with
-// more than the baseline's instructions must not be merged by the linker with another file's copy of the same function.
-// tests/cpp/kernels/symbols.sh checks that.
+// instruction set: avx2.cc includes that set's vectors (avx2.h), then the algorithms, and so do its siblings. All of it
+// is in an anonymous namespace, and nothing of the standard library is instantiated: what is compiled with more than
+// the baseline's instructions must not be merged by the linker with another file's copy of the same function
+// (tests/cpp/kernels/symbols.sh checks it).
 //
-// The vectors of an instruction set are
+// An instruction set has vectors of kLanes elements, Floats and Ints (int32_t), with
 //
-//   kLanes, Floats, Ints   elements of a vector; vectors of float and of int32_t
-//   load, store            kLanes floats; load also takes halves
-//   broadcast              one float in every lane
-//   add, sub, mul, div, fma (a * b + c), fnma (c - a * b)
-//   max, larger            max keeps a NaN of its second operand; larger may pass over a NaN
-//   magnitude, negative_magnitude, round_even (to float), round (to int, ties to even; NaN becomes any integer)
-//   times_power (x * 2^n), only_nan (what is no NaN becomes 0), where_negative(x, a, b) (x < 0 ? a : b)
-//   to_floats, first_of (lane 0), sum_of, largest_of (all lanes; may pass over a NaN)
-//   largest_or_nan         of an array of vectors of numbers >= 0; a NaN of one is the result, also for infinity on x86
-//   store_codes            32 integers as bytes
-//   kPrefetch              the cache to prefetch into: 3 is the nearest
+//   load, store       kLanes floats; load also takes halves. broadcast: one float in every lane
+//   add, sub, mul, div, fma (a * b + c), fnma (c - a * b), times_power (x * 2^n)
+//   max, larger       max keeps a NaN of its second operand, larger may pass over a NaN
+//   magnitude, negative_magnitude, only_nan (0 for what is no NaN), where_negative(x, a, b) (x < 0 ? a : b)
+//   round_even        to an integer as a float, ties to even
+//   round, round_level, to_floats   to Ints and back. NaN becomes any integer; of round_level, one of -127 .. 127
+//   first_of, sum_of, largest_of    of the lanes; largest_of may pass over a NaN
+//   largest_or_nan    of an array of vectors of numbers >= 0; NaN if one of them is. store_codes: 32 Ints as bytes
+//   kPrefetch         locality of __builtin_prefetch for what is streamed
 //
-// and what they know of products of integers, with what the registers hold:
+// and, for products of bytes, which differ most,
 //
-//   Bytes, Code            kDepth / 4 rows of bytes as loaded (load_rows), and as multiplied (low_nibbles,
-//   high_nibbles) QueryNumbers, WeightNumbers   what Code is multiplied by: 15 and 14 bits; unpack turns Bytes into
-//   Code, which is
-//                                 the int8 + kByteOffset then
-//   Sums<Q, V>             int32 sums of products: start, add, get
-//   block_products         of one block of a panel
-//   kFloatVectors, kInt8Vectors, kInt4ScoreVectors<Q>, kInt8ValueQueries, kNibbleVectors, kPanelVectors, kPanelTokens
+//   Bytes, Code       kDepth bytes of every column, as loaded by load_rows, and as multiplied: unpack (of int8),
+//                     low_nibbles and high_nibbles (0 .. 15)
+//   QueryNumbers, WeightNumbers     what Code is multiplied by: a query's 15 bits, 64 weights' 14 bits. unpack turns
+//                                   bytes into the code + kByteOffset of the numbers that it is for
+//   Sums<Q, V>        int32 sums of Q rows of numbers times V vectors of columns: start, add, get
+//   block_products    of one block of a panel with T tokens: int32 [T][kPanelVectors]
+//   k...Vectors, k...Queries, k...Tokens   what the registers hold at a time, of queries, tokens and vectors
 
 #include <cstddef>
 

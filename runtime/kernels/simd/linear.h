@@ -26,9 +26,7 @@ inline void quantize(const float* x, size_t inputs, int8_t* codes, float* scales
     const float largest = largest_or_nan(magnitudes);
     const Floats inverse = broadcast(quantizer(127, largest));
     Ints code[N];
-    for (int v = 0; v < N; ++v) {
-      code[v] = round(max(mul(load(x + kLanes * v), inverse), broadcast(-127)));  // which a NaN becomes
-    }
+    for (int v = 0; v < N; ++v) code[v] = round_level(mul(load(x + kLanes * v), inverse));
     Ints sum = code[0];
     for (int v = 1; v < N; ++v) sum = add(sum, code[v]);
     store_codes(code, codes);

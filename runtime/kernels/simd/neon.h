@@ -32,6 +32,7 @@ inline Floats magnitude(Floats x) { return vabsq_f32(x); }
 inline Floats negative_magnitude(Floats x) { return vnegq_f32(vabsq_f32(x)); }
 inline Floats round_even(Floats x) { return vrndnq_f32(x); }
 inline Ints round(Floats x) { return vcvtnq_s32_f32(x); }
+inline Ints round_level(Floats x) { return round(x); }
 inline Floats to_floats(Ints x) { return vcvtq_f32_s32(x); }
 inline Floats only_nan(Floats x) { return vbslq_f32(vceqq_f32(x, x), vdupq_n_f32(0), x); }
 inline Floats where_negative(Floats x, Floats a, Floats b) { return vbslq_f32(vcltzq_f32(x), a, b); }
