@@ -17,9 +17,9 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
-// How a step is cut into pieces of work. A row is one query head of one token; the rows of a kv head are ordered by
+// How the work is cut into pieces of work. A row is one query head of one token; the rows of a kv head are ordered by
 // token, then head. A piece is a tile of rows of one kv head against one range of cache blocks.
-struct Plan {
+struct Partition {
   size_t group;  // query heads of a kv head
   size_t rows;   // of one kv head
   size_t tile_rows;
@@ -28,14 +28,14 @@ struct Plan {
   size_t split_blocks;  // in one range
   bool integer;
 
-  Plan(const KvLayout& layout, const AttentionStep& step, size_t threads)
-      : group(step.heads / layout.kv_heads),
-        rows(step.tokens * group),
+  Partition(const KvLayout& layout, const AttentionArgs& args, size_t threads)
+      : group(args.heads / layout.kv_heads),
+        rows(args.tokens * group),
         tile_rows(std::min(rows, kTileRows)),
         tiles(divide_up(rows, tile_rows)),
         integer(layout.type == KvType::int8 || layout.type == KvType::int4) {
     constexpr size_t kPiecesPerThread = 16;
-    const size_t blocks = divide_up(step.past + step.tokens, kBlock);
+    const size_t blocks = divide_up(args.past + args.tokens, kBlock);
     const size_t wanted = divide_up(kPiecesPerThread * threads, tiles * layout.kv_heads);
     split_blocks = std::max<size_t>(2, divide_up(blocks, threads == 1 ? 1 : wanted));
     splits = divide_up(blocks, split_blocks);
@@ -58,13 +58,13 @@ struct Prepared {
   int32_t* sums;
 };
 
-// RMSNorm, where there is a gain, then RoPE; both in float32.
-void normalise_and_rotate(const float* in, size_t head_dim, const float* gain, float epsilon, const float* cos,
+// RMSNorm, where there is a weight, then RoPE; both in float32.
+void normalise_and_rotate(const float* in, size_t head_dim, const float* norm_weight, float epsilon, const float* cos,
                           const float* sin, float* out) {
   std::copy_n(in, head_dim, out);
-  if (gain != nullptr) {
+  if (norm_weight != nullptr) {
     const float inverse = inverse_rms(in, head_dim, epsilon);
-    for (size_t e = 0; e < head_dim; ++e) out[e] = in[e] * inverse * gain[e];
+    for (size_t e = 0; e < head_dim; ++e) out[e] = in[e] * inverse * norm_weight[e];
   }
   const size_t half = head_dim / 2;
   for (size_t e = 0; e < half; ++e) {
@@ -114,12 +114,12 @@ void quantize_query(const float* query, size_t head_dim, const Prepared& out, si
 
 class Attention {
  public:
-  Attention(const Simd& simd, const KvLayout& layout, const AttentionStep& step, size_t threads)
-      : simd_(simd), layout_(layout), step_(step), plan_(layout, step, threads) {
+  Attention(const Simd& simd, const KvLayout& layout, const AttentionArgs& args, size_t threads)
+      : simd_(simd), layout_(layout), args_(args), partition_(layout, args, threads) {
     const size_t dim = layout.head_dim;
-    const size_t rows = layout.kv_heads * plan_.rows;
-    const size_t partials = plan_.splits > 1 ? rows * plan_.splits : 0;
-    const size_t codes = plan_.integer ? rows * dim : 0;
+    const size_t rows = layout.kv_heads * partition_.rows;
+    const size_t partials = partition_.splits > 1 ? rows * partition_.splits : 0;
+    const size_t codes = partition_.integer ? rows * dim : 0;
     thread_local Scratch scratch;
     scratch.begin(Scratch::bytes<float>(rows * dim) + 2 * Scratch::bytes<int8_t>(codes) + Scratch::bytes<float>(rows) +
                   Scratch::bytes<int32_t>(rows * dim / 16) + 2 * Scratch::bytes<float>(partials) +
@@ -129,45 +129,45 @@ class Attention {
     partial_ = {scratch.take<float>(partials), scratch.take<float>(partials), scratch.take<float>(partials * dim)};
   }
 
-  size_t pieces() const { return layout_.kv_heads * plan_.tiles * plan_.splits; }
-  size_t splits() const { return plan_.splits; }
+  size_t pieces() const { return layout_.kv_heads * partition_.tiles * partition_.splits; }
+  size_t splits() const { return partition_.splits; }
 
   // Appends one kv head's keys and values, and prepares the queries of its group.
   void prepare(size_t kv_head) const {
     const size_t dim = layout_.head_dim;
     const float scale = 1 / std::sqrt(static_cast<float>(dim));
-    const size_t width = (step_.heads + 2 * layout_.kv_heads) * dim;
+    const size_t width = (args_.heads + 2 * layout_.kv_heads) * dim;
     float rotated[KvLayout::kMaxHeadDim];
-    for (size_t t = 0; t < step_.tokens; ++t) {
-      const size_t position = step_.past + t;
-      const float* const cos = step_.cos + position * (dim / 2);
-      const float* const sin = step_.sin + position * (dim / 2);
-      const float* const key = step_.qkv + t * width + (step_.heads + kv_head) * dim;
-      normalise_and_rotate(key, dim, step_.k_gain, step_.epsilon, cos, sin, rotated);
+    for (size_t t = 0; t < args_.tokens; ++t) {
+      const size_t position = args_.past + t;
+      const float* const cos = args_.cos + position * (dim / 2);
+      const float* const sin = args_.sin + position * (dim / 2);
+      const float* const key = args_.qkv + t * width + (args_.heads + kv_head) * dim;
+      normalise_and_rotate(key, dim, args_.k_norm_weight, args_.epsilon, cos, sin, rotated);
       if (layout_.type == KvType::int4) hadamard(rotated, dim);
-      append(layout_, step_.cache + layout_.block_offset(kv_head, position), position % kBlock, rotated,
+      append(layout_, args_.cache + layout_.block_offset(kv_head, position), position % kBlock, rotated,
              key + layout_.kv_heads * dim);
-      for (size_t g = 0; g < plan_.group; ++g) {
-        const size_t row = kv_head * plan_.rows + t * plan_.group + g;
+      for (size_t g = 0; g < partition_.group; ++g) {
+        const size_t row = kv_head * partition_.rows + t * partition_.group + g;
         float* const query = queries_.values + row * dim;
-        normalise_and_rotate(step_.qkv + t * width + (kv_head * plan_.group + g) * dim, dim, step_.q_gain,
-                             step_.epsilon, cos, sin, query);
+        normalise_and_rotate(args_.qkv + t * width + (kv_head * partition_.group + g) * dim, dim, args_.q_norm_weight,
+                             args_.epsilon, cos, sin, query);
         if (layout_.type == KvType::int4) hadamard(query, dim);
         for (size_t e = 0; e < dim; ++e) query[e] *= scale;
-        if (plan_.integer) quantize_query(query, dim, queries_, row);
+        if (partition_.integer) quantize_query(query, dim, queries_, row);
       }
     }
   }
 
   void piece(size_t index) const {
-    const size_t split = index % plan_.splits;
-    const size_t tile = index / plan_.splits % plan_.tiles;
-    const size_t kv_head = index / plan_.splits / plan_.tiles;
-    const size_t first = tile * plan_.tile_rows;
-    const size_t count = std::min(plan_.tile_rows, plan_.rows - first);
+    const size_t split = index % partition_.splits;
+    const size_t tile = index / partition_.splits % partition_.tiles;
+    const size_t kv_head = index / partition_.splits / partition_.tiles;
+    const size_t first = tile * partition_.tile_rows;
+    const size_t count = std::min(partition_.tile_rows, partition_.rows - first);
     // Only blocks that the tile's last token may see.
-    const size_t end = std::min((split + 1) * plan_.split_blocks,
-                                divide_up(step_.past + (first + count - 1) / plan_.group + 1, kBlock));
+    const size_t end = std::min((split + 1) * partition_.split_blocks,
+                                divide_up(args_.past + (first + count - 1) / partition_.group + 1, kBlock));
     const size_t dim = layout_.head_dim;
     const Queries queries = slice(kv_head, first, count);
     alignas(64) float scores[kTileRows * kBlock];
@@ -179,8 +179,8 @@ class Attention {
     std::fill_n(sums, count, 0.0F);
 
     const auto type = static_cast<size_t>(layout_.type);
-    for (size_t b = split * plan_.split_blocks; b < end; ++b) {
-      const std::byte* const block = step_.cache + layout_.block_offset(kv_head, b * kBlock);
+    for (size_t b = split * partition_.split_blocks; b < end; ++b) {
+      const std::byte* const block = args_.cache + layout_.block_offset(kv_head, b * kBlock);
       const std::byte* const next = b + 1 < end ? block + layout_.kv_heads * layout_.block_bytes() : nullptr;
       const size_t values = layout_.values_offset();
       simd_.scores[type](queries, block, next, scores);
@@ -191,10 +191,10 @@ class Attention {
       simd_.values[type](scores, count, dim, block + values, next != nullptr ? next + values : nullptr, outputs);
     }
     for (size_t q = 0; q < count; ++q) {
-      if (plan_.splits == 1) {
+      if (partition_.splits == 1) {
         finish(kv_head, first + q, outputs + q * dim, sums[q]);
       } else {
-        const size_t at = (kv_head * plan_.rows + first + q) * plan_.splits + split;
+        const size_t at = (kv_head * partition_.rows + first + q) * partition_.splits + split;
         partial_.maxima[at] = maxima[q];
         partial_.sums[at] = sums[q];
         std::copy_n(outputs + q * dim, dim, partial_.outputs + at * dim);
@@ -206,12 +206,12 @@ class Attention {
   void combine(size_t kv_head) const {
     const size_t dim = layout_.head_dim;
     float output[KvLayout::kMaxHeadDim];
-    for (size_t row = 0; row < plan_.rows; ++row) {
-      const size_t at = (kv_head * plan_.rows + row) * plan_.splits;
-      const float largest = *std::max_element(partial_.maxima + at, partial_.maxima + at + plan_.splits);
+    for (size_t row = 0; row < partition_.rows; ++row) {
+      const size_t at = (kv_head * partition_.rows + row) * partition_.splits;
+      const float largest = *std::max_element(partial_.maxima + at, partial_.maxima + at + partition_.splits);
       float sum = 0;
       std::fill_n(output, dim, 0.0F);
-      for (size_t split = at; split < at + plan_.splits; ++split) {
+      for (size_t split = at; split < at + partition_.splits; ++split) {
         const float weight = std::exp(partial_.maxima[split] - largest);
         sum += weight * partial_.sums[split];
         for (size_t e = 0; e < dim; ++e) output[e] += weight * partial_.outputs[split * dim + e];
@@ -223,8 +223,8 @@ class Attention {
  private:
   Queries slice(size_t kv_head, size_t first, size_t count) const {
     const size_t dim = layout_.head_dim;
-    const size_t row = kv_head * plan_.rows + first;
-    const size_t codes = plan_.integer ? row * dim : 0;
+    const size_t row = kv_head * partition_.rows + first;
+    const size_t codes = partition_.integer ? row * dim : 0;
     return {count,
             dim,
             queries_.values + row * dim,
@@ -237,7 +237,7 @@ class Attention {
   // No query sees what comes after its token.
   void mask(size_t first, size_t count, size_t position, float* scores) const {
     for (size_t q = 0; q < count; ++q) {
-      const size_t visible = step_.past + (first + q) / plan_.group + 1;
+      const size_t visible = args_.past + (first + q) / partition_.group + 1;
       if (visible >= position + kBlock) continue;
       const size_t keep = visible > position ? visible - position : 0;
       std::fill(scores + q * kBlock + keep, scores + (q + 1) * kBlock, kMinusInfinity);
@@ -246,28 +246,28 @@ class Attention {
 
   void finish(size_t kv_head, size_t row, const float* output, float sum) const {
     const size_t dim = layout_.head_dim;
-    const size_t head = kv_head * plan_.group + row % plan_.group;
-    float* const out = step_.out + (row / plan_.group * step_.heads + head) * dim;
+    const size_t head = kv_head * partition_.group + row % partition_.group;
+    float* const out = args_.out + (row / partition_.group * args_.heads + head) * dim;
     const float inverse = 1 / sum;
     for (size_t e = 0; e < dim; ++e) out[e] = output[e] * inverse;
   }
 
   const Simd& simd_;
   const KvLayout& layout_;
-  const AttentionStep& step_;
-  const Plan plan_;
+  const AttentionArgs& args_;
+  const Partition partition_;
   Prepared queries_{};
   Partial partial_{};
 };
 
 }  // namespace
 
-void attention(const Simd& simd, const KvLayout& layout, const AttentionStep& step, const Parallel& parallel) {
+void attention(const Simd& simd, const KvLayout& layout, const AttentionArgs& args, const Parallel& parallel) {
   // What takes some microseconds is over before another thread has taken its share.
   constexpr size_t kSerialBytes = 64 << 10;
-  const bool small = layout.bytes(step.past + step.tokens) * step.tokens < kSerialBytes;
+  const bool small = layout.bytes(args.past + args.tokens) * args.tokens < kSerialBytes;
   const Parallel threads = small ? Parallel{} : parallel;
-  const Attention work(simd, layout, step, threads.threads);
+  const Attention work(simd, layout, args, threads.threads);
   threads(layout.kv_heads, [&work](size_t kv_head) { work.prepare(kv_head); });
   threads(work.pieces(), [&work](size_t index) { work.piece(index); });
   if (work.splits() > 1) threads(layout.kv_heads, [&work](size_t kv_head) { work.combine(kv_head); });

@@ -9,18 +9,18 @@
 namespace meki {
 
 // What one layer's attention computes on. Passive data.
-struct AttentionStep {
-  size_t heads = 0;               // query heads, a multiple of the layout's kv_heads
-  size_t tokens = 0;              // of this step
-  size_t past = 0;                // tokens in the cache before it
-  const float* qkv = nullptr;     // [tokens, (heads + 2 * kv_heads) * head_dim]: queries, keys, values
-  const float* cos = nullptr;     // [at least past + tokens, head_dim / 2]
-  const float* sin = nullptr;     // as cos
-  const float* q_gain = nullptr;  // [head_dim] of the RMSNorm over every query head; null: none
-  const float* k_gain = nullptr;  // as q_gain, of keys
-  float epsilon = 1e-6F;          // of these norms
-  std::byte* cache = nullptr;     // the layer's, layout.bytes(past + tokens) or more
-  float* out = nullptr;           // [tokens, heads * head_dim]
+struct AttentionArgs {
+  size_t heads = 0;                      // query heads, a multiple of the layout's kv_heads
+  size_t tokens = 0;                     // to compute
+  size_t past = 0;                       // tokens in the cache before them
+  const float* qkv = nullptr;            // [tokens, (heads + 2 * kv_heads) * head_dim]: queries, keys, values
+  const float* cos = nullptr;            // [at least past + tokens, head_dim / 2]
+  const float* sin = nullptr;            // as cos
+  const float* q_norm_weight = nullptr;  // [head_dim] of the RMSNorm over every query head; null: none
+  const float* k_norm_weight = nullptr;  // as q_norm_weight, of keys
+  float epsilon = 1e-6F;                 // of these norms
+  std::byte* cache = nullptr;            // the layer's, layout.bytes(past + tokens) or more
+  float* out = nullptr;                  // [tokens, heads * head_dim]
 };
 
 // Normalises and rotates queries and keys (RoPE by half rotation: element i with i + head_dim / 2), appends keys and
@@ -33,6 +33,6 @@ struct AttentionStep {
 // its group. Queries and keys of an int4 cache are rotated by an orthonormal Hadamard matrix over the largest power of
 // two that divides head_dim, which leaves their products as they are. Thread-safe on distinct caches. Throws
 // std::bad_alloc.
-void attention(const Simd& simd, const KvLayout& layout, const AttentionStep& step, const Parallel& parallel);
+void attention(const Simd& simd, const KvLayout& layout, const AttentionArgs& args, const Parallel& parallel);
 
 }  // namespace meki

@@ -31,7 +31,7 @@ void quantize_row(const Simd& simd, const LinearInput& input, const float* x, si
   for (size_t first = 0; first < inputs; first += kChunk) {
     const size_t count = std::min(kChunk, inputs - first);
     if (norm) {
-      for (size_t i = 0; i < count; ++i) made[i] = x[first + i] * inverse * input.gain[first + i];
+      for (size_t i = 0; i < count; ++i) made[i] = x[first + i] * inverse * input.norm_weight[first + i];
     } else {
       simd.swiglu(x + first, x + inputs + first, count, made);
     }

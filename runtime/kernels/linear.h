@@ -25,13 +25,13 @@ struct PackedWeight {
 struct LinearInput {
   enum class Kind {
     plain,   // x
-    norm,    // x / sqrt(mean(x^2) + epsilon) * gain: RMSNorm
+    norm,    // x / sqrt(mean(x^2) + epsilon) * norm_weight: RMSNorm
     swiglu,  // silu(x[0 .. inputs)) * x[inputs .. 2 * inputs); a row may be longer
   };
   Kind kind = Kind::plain;
   const float* x = nullptr;  // [tokens, stride]
   size_t stride = 0;
-  const float* gain = nullptr;  // [inputs], of norm
+  const float* norm_weight = nullptr;  // [inputs], of norm
   float epsilon = 0;
 };
 

@@ -45,8 +45,8 @@ class Sequence {
       : shape(shape_),
         layout(type, shape.kv_heads, shape.head_dim),
         qkv(random.floats(shape.total() * shape.width(), -2, 2)),
-        q_gain(random.floats(shape.head_dim, 0.5F, 1.5F)),
-        k_gain(random.floats(shape.head_dim, 0.5F, 1.5F)),
+        q_norm_weight(random.floats(shape.head_dim, 0.5F, 1.5F)),
+        k_norm_weight(random.floats(shape.head_dim, 0.5F, 1.5F)),
         // Finite in every type, and not 0: nobody may look at what was not stored.
         cache(layout.bytes(shape.total()), std::byte{0x55}) {
     for (size_t position = 0; position < shape.total(); ++position) {
@@ -64,33 +64,33 @@ class Sequence {
     const size_t row = shape.heads() * shape.head_dim;
     std::vector<float> out((last - first) * row + 1, kNaN);
     for (size_t at = first; at < last; at += chunk) {
-      attention(path, layout, step(at, std::min(chunk, last - at), out.data() + (at - first) * row), parallel);
+      attention(path, layout, args(at, std::min(chunk, last - at), out.data() + (at - first) * row), parallel);
     }
     CHECK(std::isnan(out.back()));
     out.pop_back();
     return out;
   }
-  AttentionStep step(size_t past, size_t tokens, float* out) {
-    AttentionStep step;
-    step.heads = shape.heads();
-    step.tokens = tokens;
-    step.past = past;
-    step.qkv = qkv.data() + past * shape.width();
-    step.cos = cos.data();
-    step.sin = sin.data();
-    step.q_gain = shape.norm ? q_gain.data() : nullptr;
-    step.k_gain = shape.norm ? k_gain.data() : nullptr;
-    step.epsilon = 1e-5F;
-    step.cache = cache.data();
-    step.out = out;
-    return step;
+  AttentionArgs args(size_t past, size_t tokens, float* out) {
+    AttentionArgs args;
+    args.heads = shape.heads();
+    args.tokens = tokens;
+    args.past = past;
+    args.qkv = qkv.data() + past * shape.width();
+    args.cos = cos.data();
+    args.sin = sin.data();
+    args.q_norm_weight = shape.norm ? q_norm_weight.data() : nullptr;
+    args.k_norm_weight = shape.norm ? k_norm_weight.data() : nullptr;
+    args.epsilon = 1e-5F;
+    args.cache = cache.data();
+    args.out = out;
+    return args;
   }
 
   Shape shape;
   KvLayout layout;
   std::vector<float> qkv;  // [total, width]
-  std::vector<float> q_gain;
-  std::vector<float> k_gain;
+  std::vector<float> q_norm_weight;
+  std::vector<float> k_norm_weight;
   std::vector<float> cos;  // [total, head_dim / 2]
   std::vector<float> sin;
   Bytes cache;
@@ -125,12 +125,12 @@ Vector hadamard(const Vector& x) {
 }
 
 // A query or key as it takes part in the products: QK-norm, RoPE, and the Hadamard matrix for int4.
-Vector prepared(const Sequence& s, size_t position, const float* in, const std::vector<float>& gain) {
+Vector prepared(const Sequence& s, size_t position, const float* in, const std::vector<float>& norm_weight) {
   const size_t dim = s.shape.head_dim;
   Vector x(in, in + dim);
   if (s.shape.norm) {
     const double mean = dot(x, x) / static_cast<double>(dim);
-    for (size_t e = 0; e < dim; ++e) x[e] *= gain[e] / std::sqrt(mean + 1e-5F);
+    for (size_t e = 0; e < dim; ++e) x[e] *= norm_weight[e] / std::sqrt(mean + 1e-5F);
   }
   Vector out(dim);
   for (size_t e = 0; e < dim / 2; ++e) {
@@ -164,7 +164,7 @@ class Naive {
     for (size_t t = 0; t < shape.tokens; ++t) {
       for (size_t h = 0; h < shape.heads(); ++h) {
         const float* const query = s_.qkv.data() + (shape.past + t) * shape.width() + h * shape.head_dim;
-        head(h / shape.group, shape.past + t, prepared(s_, shape.past + t, query, s_.q_gain), expected);
+        head(h / shape.group, shape.past + t, prepared(s_, shape.past + t, query, s_.q_norm_weight), expected);
       }
     }
     return expected;
@@ -180,7 +180,7 @@ class Naive {
     const float* const key = s_.qkv.data() + position * shape.width() + (shape.heads() + kv_head) * dim;
     const float* const value = key + shape.kv_heads * dim;
     const std::byte* const block = s_.cache.data() + s_.layout.block_offset(kv_head, position);
-    const Vector k = prepared(s_, position, key, s_.k_gain);
+    const Vector k = prepared(s_, position, key, s_.k_norm_weight);
     const Vector v(value, value + dim);
     Vector stored_k(dim);
     Vector stored_v(dim);
@@ -209,8 +209,8 @@ class Naive {
     values_.push_back(elements);
   }
 
-  // Of one element, in parts of the vector's norm: the mean of squares, the quotient, gain, and RoPE's three; Hadamard
-  // adds one a level.
+  // Of one element, in parts of the vector's norm: the mean of squares, the quotient, the weight, and RoPE's three;
+  // Hadamard adds one a level.
   double roundings() const { return static_cast<double>(s_.shape.head_dim) / 2 + 20; }
 
   void head(size_t kv_head, size_t position, Vector query, Expected& expected) const {
@@ -395,11 +395,11 @@ TEST_CASE("attention: allocates nothing after the first call" * doctest::skip(!t
     Sequence sequence({2, 4, 64, 200, 40, true}, type, random);
     std::vector<float> out(240 * 8 * 64);
     Threads threads(4, true);
-    const AttentionStep steps[] = {sequence.step(0, 240, out.data()), sequence.step(200, 40, out.data()),
-                                   sequence.step(239, 1, out.data())};
+    const AttentionArgs steps[] = {sequence.args(0, 240, out.data()), sequence.args(200, 40, out.data()),
+                                   sequence.args(239, 1, out.data())};
     attention(simd(), sequence.layout, steps[0], threads.parallel());
     const uint64_t before = test::allocations();
-    for (const AttentionStep& step : steps) {
+    for (const AttentionArgs& step : steps) {
       attention(simd(), sequence.layout, step, threads.parallel());
       attention(simd(), sequence.layout, step, {});
     }

@@ -196,9 +196,9 @@ void check_linear(const Case& c, Random& random) {
   const Weight weight(c.outputs, c.inputs, c.bits, random);
   const size_t stride = (swiglu ? 2 : 1) * c.inputs + 5;
   const std::vector<float> x = random.floats(c.tokens * stride, -2, 2);
-  const std::vector<float> gain = random.floats(c.inputs, 0.5F, 1.5F);
+  const std::vector<float> norm_weight = random.floats(c.inputs, 0.5F, 1.5F);
   const std::vector<float> residual = random.floats(c.tokens * c.outputs, -1, 1);
-  const LinearInput input{c.kind, x.data(), stride, norm ? gain.data() : nullptr, norm ? 1e-3F : 0};
+  const LinearInput input{c.kind, x.data(), stride, norm ? norm_weight.data() : nullptr, norm ? 1e-3F : 0};
 
   std::vector<double> made;
   std::vector<double> errors;
@@ -208,7 +208,7 @@ void check_linear(const Case& c, Random& random) {
     for (const float value : row.first(c.inputs)) squares += double{value} * value;
     const double inverse = 1 / std::sqrt(squares / static_cast<double>(c.inputs) + double{1e-3F});
     for (size_t i = 0; i < c.inputs; ++i) {
-      made.push_back(norm     ? row[i] * inverse * gain[i]
+      made.push_back(norm     ? row[i] * inverse * norm_weight[i]
                      : swiglu ? row[i] / (1 + std::exp(-double{row[i]})) * row[c.inputs + i]
                               : row[i]);
       // The mean of squares sums as many terms; SwiGLU has an exponential and four operations.
@@ -284,11 +284,11 @@ TEST_CASE("linear: allocates nothing after the first call" * doctest::skip(!test
   Random random(8);
   const Weight weight(1024, 512, 4, random);
   const std::vector<float> x = random.floats(20 * 1024, -1, 1);
-  const std::vector<float> gain(512, 1.0F);
+  const std::vector<float> norm_weight(512, 1.0F);
   std::vector<float> out(20 * 1024);
   Threads threads(4, true);
   const auto run = [&](LinearInput::Kind kind, size_t tokens) {
-    const LinearInput input{kind, x.data(), 1024, gain.data(), 1e-6F};
+    const LinearInput input{kind, x.data(), 1024, norm_weight.data(), 1e-6F};
     linear(simd(), weight.view(), input, x.data(), tokens, out.data(), threads.parallel());
     linear(simd(), weight.view(), input, nullptr, tokens, out.data(), {});
   };

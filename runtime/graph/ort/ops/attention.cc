@@ -7,7 +7,7 @@
 namespace meki::ops {
 namespace {
 
-// Inputs: qkv, past, total_sequence_length, cos, sin, and with QK-norm q_gain, k_gain.
+// Inputs: qkv, past, total_sequence_length, cos, sin, and with QK-norm q_norm_weight, k_norm_weight.
 class AttentionKernel final : public Kernel {
  public:
   AttentionKernel(const Definition& node, KvType kv_type)
@@ -20,10 +20,10 @@ class AttentionKernel final : public Kernel {
     require(heads_ % kv_heads_ == 0, "heads is not a multiple of kv_heads");
     require(cos_.shape.rank == 2 && sin_.shape.rank == 2 && cos_.shape.sizes == sin_.shape.sizes,
             "the rotary tables are not two of [context, head_dim / 2]");
-    require(node.has_input(5) == node.has_input(6), "q_gain and k_gain come together or not at all");
+    require(node.has_input(5) == node.has_input(6), "q_norm_weight and k_norm_weight come together or not at all");
     if (!node.has_input(5)) return;
-    q_gain_ = node.constant(5).floats(layout_.head_dim);
-    k_gain_ = node.constant(6).floats(layout_.head_dim);
+    q_norm_weight_ = node.constant(5).floats(layout_.head_dim);
+    k_norm_weight_ = node.constant(6).floats(layout_.head_dim);
   }
 
   void compute(const Call& call) const override {
@@ -46,20 +46,20 @@ class AttentionKernel final : public Kernel {
     require(length <= static_cast<size_t>(cos_.shape.sizes[0]), "the sequence is longer than the rotary tables");
     auto* const cache = call.output<std::byte>(1, blocks);
     require(cache == call.input<std::byte>(1), "past and present are not the same memory");
-    const AttentionStep step{
+    const AttentionArgs args{
         .heads = heads_,
         .tokens = tokens,
         .past = length - tokens,
         .qkv = call.input<float>(0),
         .cos = static_cast<const float*>(cos_.data),
         .sin = static_cast<const float*>(sin_.data),
-        .q_gain = q_gain_,
-        .k_gain = k_gain_,
+        .q_norm_weight = q_norm_weight_,
+        .k_norm_weight = k_norm_weight_,
         .epsilon = epsilon_,
         .cache = cache,
         .out = call.output<float>(0, {{1, qkv.sizes[1], static_cast<int64_t>(heads_ * head_dim)}, 3}),
     };
-    attention(simd(), layout_, step, call.parallel());
+    attention(simd(), layout_, args, call.parallel());
   }
 
  private:
@@ -69,8 +69,8 @@ class AttentionKernel final : public Kernel {
   Constant cos_;
   Constant sin_;
   KvLayout layout_;
-  const float* q_gain_ = nullptr;
-  const float* k_gain_ = nullptr;
+  const float* q_norm_weight_ = nullptr;
+  const float* k_norm_weight_ = nullptr;
 };
 
 }  // namespace

@@ -15,7 +15,7 @@ class LinearKernel final : public Kernel {
     if (node.has_input(2)) {
       require(input_.kind == LinearInput::Kind::plain, "both a norm and swiglu are asked for");
       input_.kind = LinearInput::Kind::norm;
-      input_.gain = node.constant(2).floats(weight_.inputs);
+      input_.norm_weight = node.constant(2).floats(weight_.inputs);
     }
   }
 

@@ -1,0 +1,354 @@
+#pragma once
+
+// Attention over vectors (common.h): the members of Simd that read a block of the cache, and the online softmax.
+
+#include "runtime/kernels/simd/common.h"
+
+namespace meki {
+namespace {
+
+constexpr size_t kBlock = KvLayout::kBlock;
+constexpr size_t kGroup = KvLayout::kGroup;
+
+// Calls tile.template run<Q>(first) for queries first .. first + Q - 1, kLargest at a time.
+template <int kLargest, class Tile>
+void for_queries(size_t count, Tile tile) {
+  size_t q = 0;
+  if constexpr (kLargest == 4) {
+    for (; q + 4 <= count; q += 4) tile.template run<4>(q);
+  }
+  for (; q + 2 <= count; q += 2) tile.template run<2>(q);
+  for (; q < count; ++q) tile.template run<1>(q);
+}
+
+// The same place of the block that is streamed next. Null but for the first queries: once is enough.
+inline const std::byte* next_at(const std::byte* next, size_t first, size_t at) {
+  return first == 0 && next != nullptr ? next + at : nullptr;
+}
+
+// sum[q][v] += sum over k of numbers[q][k] * rows[k][vector v], for `count` rows of `columns` elements.
+template <int Q, int V, class T>
+void add_products(const T* rows, size_t columns, size_t count, const float* numbers, size_t stride,
+                  const std::byte* next, Floats (&sum)[Q][V]) {
+  for (size_t k = 0; k < count; ++k) {
+    if (next != nullptr) prefetch(next + k * columns * sizeof(T), kLanes * V * sizeof(T));
+    for (int v = 0; v < V; ++v) {
+      const Floats row = load(rows + k * columns + kLanes * v);
+      for (int q = 0; q < Q; ++q) sum[q][v] = fma(row, broadcast(numbers[q * stride + k]), sum[q][v]);
+    }
+  }
+}
+
+template <class T>
+struct FloatScores {
+  const Queries& queries;
+  const T* keys;
+  const std::byte* next;
+  float* scores;
+
+  template <int Q>
+  void run(size_t first) const {
+    constexpr int V = kFloatVectors<Q>;
+    const size_t head_dim = queries.head_dim;
+    for (size_t p = 0; p < kBlock; p += kLanes * V) {
+      Floats sum[Q][V];
+      for (auto& row : sum) {
+        for (Floats& vector : row) vector = broadcast(0);
+      }
+      add_products(keys + p, kBlock, head_dim, queries.values + first * head_dim, head_dim,
+                   next_at(next, first, p * sizeof(T)), sum);
+      for (int q = 0; q < Q; ++q) {
+        for (int v = 0; v < V; ++v) store(scores + (first + q) * kBlock + p + kLanes * v, sum[q][v]);
+      }
+    }
+  }
+};
+
+template <class T>
+struct FloatValues {
+  const float* weights;
+  size_t head_dim;
+  const T* values;
+  const std::byte* next;
+  float* outputs;
+
+  template <int Q>
+  void run(size_t first) const {
+    constexpr int V = kFloatVectors<Q>;
+    size_t e = 0;
+    for (; e + kLanes * V <= head_dim; e += kLanes * V) columns<Q, V>(first, e);
+    for (; e < head_dim; e += 16) columns<Q, 16 / kLanes>(first, e);
+  }
+  template <int Q, int V>
+  void columns(size_t first, size_t e) const {
+    float* const out = outputs + first * head_dim + e;
+    Floats sum[Q][V];
+    for (int q = 0; q < Q; ++q) {
+      for (int v = 0; v < V; ++v) sum[q][v] = load(out + q * head_dim + kLanes * v);
+    }
+    add_products(values + e, head_dim, kBlock, weights + first * kBlock, kBlock, next_at(next, first, e * sizeof(T)),
+                 sum);
+    for (int q = 0; q < Q; ++q) {
+      for (int v = 0; v < V; ++v) store(out + q * head_dim + kLanes * v, sum[q][v]);
+    }
+  }
+};
+
+// Of the next kDepth / 4 rows of codes, V vectors.
+template <int V>
+void prefetch_rows(const std::byte* next, size_t k, size_t columns) {
+  if (next == nullptr) return;
+  for (size_t row = k; row < k + kDepth; row += 4) prefetch(next + row * columns, 4 * kLanes * V);
+}
+
+// sums[q][v] += sum over k of numbers[q][k] * code k of the columns of vector v, for codes int8 [count /
+// 4][columns][4].
+template <int Q, int V, class Numbers>
+void add_byte_products(const std::byte* codes, size_t columns, size_t count, const Numbers (&numbers)[Q],
+                       const std::byte* next, Sums<Q, V>& sums) {
+  for (size_t k = 0; k < count; k += kDepth) {
+    prefetch_rows<V>(next, k, columns);
+    Code code[V];
+    for (int v = 0; v < V; ++v) {
+      code[v] = unpack<Numbers::kByteOffset>(load_rows(codes + k * columns + 4 * kLanes * v, 4 * columns));
+    }
+    for (int q = 0; q < Q; ++q) sums.add(q, 0, code, numbers[q], k);
+  }
+}
+
+// The same for numbers from `from` on and nibbles 0 to 15, of which there are 2 * count: low ones first.
+template <int Q, int V, class Numbers>
+void add_nibble_products(const std::byte* codes, size_t columns, size_t count, const Numbers (&numbers)[Q], size_t from,
+                         const std::byte* next, Sums<Q, V>& sums) {
+  constexpr int N = V < kNibbleVectors ? V : kNibbleVectors;
+#pragma GCC unroll 1  // unrolled, GCC moves additions around until it spills
+  for (size_t k = 0; k < count; k += kDepth) {
+    prefetch_rows<V>(next, k, columns);
+    for (int v = 0; v < V; v += N) {
+      Code code[2][N];
+      for (int i = 0; i < N; ++i) {
+        const Bytes bytes = load_rows(codes + k * columns + 4 * kLanes * (v + i), 4 * columns);
+        code[0][i] = low_nibbles(bytes);
+        code[1][i] = high_nibbles(bytes);
+      }
+      for (int q = 0; q < Q; ++q) {
+        for (size_t half = 0; half < 2; ++half) sums.add(q, v, code[half], numbers[q], from + half * count + k);
+      }
+    }
+  }
+}
+
+struct Int8Scores {
+  const Queries& queries;
+  const std::byte* block;
+  const std::byte* next;
+  float* scores;
+
+  template <int Q>
+  void run(size_t first) const {
+    constexpr int V = kInt8Vectors<Q>;
+    const auto* const scales = reinterpret_cast<const float*>(block);
+    QueryNumbers numbers[Q];
+    int32_t excess[Q] = {};
+    for (int q = 0; q < Q; ++q) {
+      numbers[q].set(queries, first + q);
+      if constexpr (QueryNumbers::kByteOffset != 0) {
+        const size_t groups = queries.head_dim / 16;
+        for (size_t g = 0; g < groups; ++g) excess[q] += queries.sums[(first + q) * groups + g];
+        excess[q] *= QueryNumbers::kByteOffset;
+      }
+    }
+    for (size_t p = 0; p < kBlock; p += kLanes * V) {
+      const size_t at = kBlock * sizeof(float) + 4 * p;
+      Sums<Q, V> sums;
+      for (int q = 0; q < Q; ++q) sums.start(q, -excess[q]);
+      add_byte_products(block + at, kBlock, queries.head_dim, numbers, next_at(next, first, at), sums);
+      for (int q = 0; q < Q; ++q) {
+        const Floats query_scale = broadcast(queries.scales[first + q]);
+        for (int v = 0; v < V; ++v) {
+          const Floats scale = mul(load(scales + p + kLanes * v), query_scale);
+          store(scores + (first + q) * kBlock + p + kLanes * v, mul(to_floats(sums.get(q, v)), scale));
+        }
+      }
+    }
+  }
+};
+
+struct Int4Scores {
+  const Queries& queries;
+  const std::byte* block;
+  const std::byte* next;
+  float* scores;
+
+  template <int Q>
+  void run(size_t first) const {
+    constexpr int V = kInt4ScoreVectors<Q>;
+    const size_t groups = queries.head_dim / kGroup;
+    const auto* const scales = reinterpret_cast<const uint16_t*>(block);
+    QueryNumbers numbers[Q];
+    for (int q = 0; q < Q; ++q) numbers[q].set(queries, first + q);
+    for (size_t p = 0; p < kBlock; p += kLanes * V) {
+      Floats total[Q][V];
+      for (auto& row : total) {
+        for (Floats& vector : row) vector = broadcast(0);
+      }
+      for (size_t g = 0; g < groups; ++g) {
+        const size_t at = groups * kBlock * sizeof(uint16_t) + g * kGroup / 2 * kBlock + 4 * p;
+        Sums<Q, V> sums;
+        for (int q = 0; q < Q; ++q) {
+          const int32_t* const of_query = queries.sums + (first + q) * 2 * groups + 2 * g;
+          sums.start(q, -8 * (of_query[0] + of_query[1]));  // nibbles are code + 8
+        }
+        add_nibble_products(block + at, kBlock, kGroup / 2, numbers, g * kGroup, next_at(next, first, at), sums);
+        for (int v = 0; v < V; ++v) {
+          const Floats scale = load(scales + g * kBlock + p + kLanes * v);
+          for (int q = 0; q < Q; ++q) total[q][v] = fma(to_floats(sums.get(q, v)), scale, total[q][v]);
+        }
+      }
+      for (int q = 0; q < Q; ++q) {
+        const Floats scale = broadcast(queries.scales[first + q]);
+        for (int v = 0; v < V; ++v) {
+          store(scores + (first + q) * kBlock + p + kLanes * v, mul(total[q][v], scale));
+        }
+      }
+    }
+  }
+};
+
+// weight * value scale in 14 bits: codes 0 .. 16383 that are worth `unit` each.
+template <class T>
+void quantize_weights(const float* weights, const T* scales, WeightNumbers& out) {
+  constexpr int N = kBlock / kLanes;
+  Floats scaled[N];
+  for (int v = 0; v < N; ++v) scaled[v] = mul(load(weights + kLanes * v), load(scales + kLanes * v));
+  const float largest = largest_or_nan(scaled);
+  const Floats inverse = broadcast(quantizer(16383, largest));
+  Ints rounded[N];
+  for (int v = 0; v < N; ++v) rounded[v] = round(mul(scaled[v], inverse));
+  out.set(rounded);
+  out.unit = largest / 16383;
+}
+
+// out[q][vector v] += sums * unit.
+template <int Q, int V>
+void add_scaled(const Sums<Q, V>& sums, const WeightNumbers (&weights)[Q], float* out, size_t head_dim) {
+  for (int q = 0; q < Q; ++q) {
+    const Floats unit = broadcast(weights[q].unit);
+    for (int v = 0; v < V; ++v) {
+      float* const at = out + q * head_dim + kLanes * v;
+      store(at, fma(to_floats(sums.get(q, v)), unit, load(at)));
+    }
+  }
+}
+
+struct Int8Values {
+  const float* weights;
+  size_t head_dim;
+  const std::byte* block;
+  const std::byte* next;
+  float* outputs;
+
+  template <int Q>
+  void run(size_t first) const {
+    constexpr int V = kInt8Vectors<Q>;
+    WeightNumbers numbers[Q];
+    for (int q = 0; q < Q; ++q) {
+      quantize_weights(weights + (first + q) * kBlock, reinterpret_cast<const float*>(block), numbers[q]);
+    }
+    size_t e = 0;
+    for (; e + kLanes * V <= head_dim; e += kLanes * V) columns<Q, V>(first, e, numbers);
+    for (; e < head_dim; e += 16) columns<Q, 16 / kLanes>(first, e, numbers);
+  }
+  template <int Q, int V>
+  void columns(size_t first, size_t e, const WeightNumbers (&numbers)[Q]) const {
+    const size_t at = kBlock * sizeof(float) + 4 * e;
+    Sums<Q, V> sums;
+    for (int q = 0; q < Q; ++q) sums.start(q, 0);
+    add_byte_products(block + at, head_dim, kBlock, numbers, next_at(next, first, at), sums);
+    add_scaled(sums, numbers, outputs + first * head_dim + e, head_dim);
+  }
+};
+
+struct Int4Values {
+  const float* weights;
+  size_t head_dim;
+  const std::byte* block;
+  const std::byte* next;
+  float* outputs;
+
+  template <int Q>
+  void run(size_t first) const {
+    constexpr int kVectors = kGroup / kLanes;  // of a group
+    constexpr int V = kInt8Vectors<Q> < kVectors ? kInt8Vectors<Q> : kVectors;
+    for (size_t g = 0; g < head_dim / kGroup; ++g) {
+      WeightNumbers numbers[Q];
+      for (int q = 0; q < Q; ++q) {
+        const auto* const scales = reinterpret_cast<const uint16_t*>(block) + g * kBlock;
+        quantize_weights(weights + (first + q) * kBlock, scales, numbers[q]);
+      }
+      for (size_t e = g * kGroup; e < (g + 1) * kGroup; e += kLanes * V) columns<Q, V>(first, e, numbers);
+    }
+  }
+  template <int Q, int V>
+  void columns(size_t first, size_t e, const WeightNumbers (&numbers)[Q]) const {
+    const size_t at = head_dim / kGroup * kBlock * sizeof(uint16_t) + 4 * e;
+    Sums<Q, V> sums;
+    for (int q = 0; q < Q; ++q) sums.start(q, -8 * numbers[q].sum);  // nibbles are code + 8
+    add_nibble_products(block + at, head_dim, kBlock / 2, numbers, 0, next_at(next, first, at), sums);
+    add_scaled(sums, numbers, outputs + first * head_dim + e, head_dim);
+  }
+};
+
+// Members of Simd.
+
+template <class T>
+void scores_float(const Queries& queries, const std::byte* block, const std::byte* next, float* scores) {
+  for_queries<4>(queries.count, FloatScores<T>{queries, reinterpret_cast<const T*>(block), next, scores});
+}
+template <class Scores>
+void scores_integer(const Queries& queries, const std::byte* block, const std::byte* next, float* scores) {
+  for_queries<4>(queries.count, Scores{queries, block, next, scores});
+}
+template <class T>
+void values_float(const float* weights, size_t count, size_t head_dim, const std::byte* block, const std::byte* next,
+                  float* outputs) {
+  for_queries<4>(count, FloatValues<T>{weights, head_dim, reinterpret_cast<const T*>(block), next, outputs});
+}
+template <class Values, int kLargest>
+void values_integer(const float* weights, size_t count, size_t head_dim, const std::byte* block, const std::byte* next,
+                    float* outputs) {
+  for_queries<kLargest>(count, Values{weights, head_dim, block, next, outputs});
+}
+
+inline void softmax(float* scores, float* maximum, float* sum, float* output, size_t head_dim) {
+  constexpr int N = kBlock / kLanes;
+  Floats most = load(scores);
+  for (int v = 1; v < N; ++v) most = larger(most, load(scores + kLanes * v));
+  const float block_max = largest_of(most);
+  const float largest = block_max > *maximum ? block_max : *maximum;
+  Floats total = broadcast(0);
+  if (largest == -__builtin_inff()) {  // nothing to see but, perhaps, NaN
+    for (int v = 0; v < N; ++v) {
+      const Floats weight = only_nan(load(scores + kLanes * v));
+      total = add(total, weight);
+      store(scores + kLanes * v, weight);
+    }
+    *sum += sum_of(total);
+    return;
+  }
+  if (largest > *maximum) {
+    const Floats shrink = exp_negative(broadcast(*maximum - largest));
+    *sum *= first_of(shrink);
+    for (size_t e = 0; e < head_dim; e += kLanes) store(output + e, mul(load(output + e), shrink));
+    *maximum = largest;
+  }
+  for (int v = 0; v < N; ++v) {
+    const Floats weight = exp_negative(sub(load(scores + kLanes * v), broadcast(largest)));
+    total = add(total, weight);
+    store(scores + kLanes * v, weight);
+  }
+  *sum += sum_of(total);
+}
+
+}  // namespace
+}  // namespace meki

@@ -1,0 +1,186 @@
+#pragma once
+
+// Vectors of AVX-512 F, BW, DQ, VL and VNNI (common.h says what they are). _mm512_dpbusd_epi32 adds up 4 products of
+// unsigned by signed bytes in every lane: numbers are 128 * high + low.
+
+#include <immintrin.h>
+
+#include "runtime/kernels/simd/paths.h"
+
+namespace meki {
+namespace {
+
+constexpr size_t kLanes = 16;
+using Floats = __m512;
+using Ints = __m512i;
+
+inline Floats load(const float* at) { return _mm512_loadu_ps(at); }
+inline Floats load(const uint16_t* at) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+}
+inline void store(float* at, Floats x) { _mm512_storeu_ps(at, x); }
+inline Floats broadcast(float x) { return _mm512_set1_ps(x); }
+
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats larger(Floats a, Floats b) { return max(a, b); }
+inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
+inline Floats magnitude(Floats x) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0F), x); }
+inline Floats negative_magnitude(Floats x) { return _mm512_or_ps(_mm512_set1_ps(-0.0F), x); }
+inline Floats round_even(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT); }
+inline Ints round(Floats x) { return _mm512_cvtps_epi32(x); }
+inline Ints round_level(Floats x) { return round(max(x, broadcast(-127))); }
+inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
+inline Floats times_power(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
+inline Floats only_nan(Floats x) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x); }
+inline Floats where_negative(Floats x, Floats a, Floats b) {
+  return _mm512_mask_mov_ps(b, _mm512_movepi32_mask(_mm512_castps_si512(x)), a);
+}
+
+inline float first_of(Floats x) { return _mm512_cvtss_f32(x); }
+inline float sum_of(Floats x) { return _mm512_reduce_add_ps(x); }
+inline int32_t sum_of(Ints x) { return _mm512_reduce_add_epi32(x); }
+
+inline float largest_of(Floats x) { return _mm512_reduce_max_ps(x); }
+template <int N>
+float largest_or_nan(const Floats (&x)[N]) {
+  constexpr int kNanOrInfinite = 0x99;
+  __m512 most = x[0];
+  unsigned bad = 0;
+  for (const Floats& vector : x) {
+    most = max(most, vector);
+    bad |= _mm512_fpclass_ps_mask(vector, kNanOrInfinite);
+  }
+  return bad != 0 ? __builtin_nanf("") : largest_of(most);
+}
+
+inline void store_codes(const Ints (&x)[2], int8_t* out) {
+  for (int v = 0; v < 2; ++v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * v), _mm512_cvtsepi32_epi8(x[v]));
+  }
+}
+
+// What the registers hold.
+template <int Q>
+constexpr int kFloatVectors = 4;
+template <int Q>
+constexpr int kInt8Vectors = Q > 2 ? 2 : 4;
+template <int Q>
+constexpr int kInt4ScoreVectors = Q > 2 ? 2 : 4;
+constexpr int kInt8ValueQueries = 2;
+constexpr int kNibbleVectors = 4;
+constexpr int kPanelVectors = 1;
+constexpr int kPanelTokens = 8;
+// Into the second-level cache: the first has too few outstanding misses to stream from memory with.
+constexpr int kPrefetch = 2;
+
+inline __m512i load_bytes(const void* at) { return _mm512_loadu_si512(at); }
+inline __m512i broadcast4(const void* at) {
+  int32_t word;
+  __builtin_memcpy(&word, at, sizeof(word));
+  return _mm512_set1_epi32(word);
+}
+
+constexpr size_t kDepth = 4;
+using Bytes = __m512i;
+using Code = __m512i;
+inline Bytes load_rows(const std::byte* at, size_t) { return load_bytes(at); }
+template <int kOffset>
+Code unpack(Bytes bytes) {
+  return kOffset == 0 ? bytes : _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(0x80)));
+}
+inline Code low_nibbles(Bytes bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
+inline Code high_nibbles(Bytes bytes) { return low_nibbles(_mm512_srli_epi16(bytes, 4)); }
+
+struct QueryNumbers {
+  static constexpr int kByteOffset = 128;  // numbers are signed
+  const int8_t* high;
+  const int8_t* low;
+
+  void set(const Queries& queries, size_t query) {
+    high = queries.high + query * queries.head_dim;
+    low = queries.low + query * queries.head_dim;
+  }
+};
+
+struct WeightNumbers {
+  static constexpr int kByteOffset = 0;
+  alignas(64) uint8_t high[KvLayout::kBlock];
+  alignas(64) uint8_t low[KvLayout::kBlock];
+  int32_t sum;
+  float unit;
+
+  void set(const Ints (&rounded)[4]) {
+    __m512i sums = _mm512_setzero_si512();
+    for (int v = 0; v < 4; ++v) {
+      const __m512i code =
+          _mm512_max_epi32(_mm512_min_epi32(rounded[v], _mm512_set1_epi32(16383)), _mm512_setzero_si512());
+      sums = add(sums, code);
+      _mm_store_si128(reinterpret_cast<__m128i*>(high) + v, _mm512_cvtepi32_epi8(_mm512_srli_epi32(code, 7)));
+      _mm_store_si128(reinterpret_cast<__m128i*>(low) + v,
+                      _mm512_cvtepi32_epi8(_mm512_and_si512(code, _mm512_set1_epi32(127))));
+    }
+    sum = sum_of(sums);
+  }
+};
+
+// One of the two is unsigned: the code if it has an offset, else the number.
+template <int kOffset>
+Ints dot(Ints sum, Code code, __m512i number) {
+  return kOffset == 0 ? _mm512_dpbusd_epi32(sum, number, code) : _mm512_dpbusd_epi32(sum, code, number);
+}
+
+template <int Q, int V>
+struct Sums {
+  Ints high[Q][V];
+  Ints low[Q][V];
+
+  void start(int q, int32_t initial) {
+    for (int v = 0; v < V; ++v) {
+      high[q][v] = _mm512_setzero_si512();
+      low[q][v] = _mm512_set1_epi32(initial);
+    }
+  }
+  template <int N, class Numbers>
+  void add(int q, int v, const Code (&code)[N], const Numbers& numbers, size_t k) {
+    const __m512i h = broadcast4(numbers.high + k);
+    const __m512i l = broadcast4(numbers.low + k);
+    for (int i = 0; i < N; ++i) {
+      high[q][v + i] = dot<Numbers::kByteOffset>(high[q][v + i], code[i], h);
+      low[q][v + i] = dot<Numbers::kByteOffset>(low[q][v + i], code[i], l);
+    }
+  }
+  Ints get(int q, int v) const { return _mm512_add_epi32(_mm512_slli_epi32(high[q][v], 7), low[q][v]); }
+};
+
+template <int kBits, int T>
+void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const int32_t (&sums)[T], Ints (&out)[T][1]) {
+  constexpr int kOffset = kBits == 4 ? 8 : 128;  // codes are the value + kOffset
+  __m512i row[8];                                // columns 4i .. 4i + 3 of all 16 rows
+  for (int i = 0; i < kBits; ++i) {
+    const __m512i bytes = load_bytes(codes + 64 * i);
+    if constexpr (kBits == 4) {
+      row[i] = low_nibbles(bytes);
+      row[4 + i] = high_nibbles(bytes);
+    } else {
+      row[i] = bytes;
+    }
+  }
+  for (int t = 0; t < T; ++t) {
+    __m512i even = _mm512_set1_epi32(-kOffset * sums[t]);
+    __m512i odd = _mm512_setzero_si512();
+    for (int i = 0; i < 8; i += 2) {
+      even = _mm512_dpbusd_epi32(even, row[i], broadcast4(xs[t] + 4 * i));
+      odd = _mm512_dpbusd_epi32(odd, row[i + 1], broadcast4(xs[t] + 4 * i + 4));
+    }
+    out[t][0] = add(even, odd);
+  }
+}
+
+}  // namespace
+}  // namespace meki

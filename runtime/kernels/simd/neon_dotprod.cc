@@ -1,0 +1,9 @@
+#include "runtime/kernels/simd/neon_dotprod.h"
+
+#include "runtime/kernels/simd/algorithms.h"
+
+namespace meki {
+
+constinit const Simd kNeonDotprod = make_path("neon-dotprod");
+
+}  // namespace meki
