@@ -13,13 +13,13 @@
 #include <string>
 #include <vector>
 
+#include "csrc/bindings.h"
 #include "runtime/base/error.h"
 #include "runtime/base/file.h"
 #include "runtime/engine/engine.h"
 #include "runtime/engine/sampler.h"
 #include "runtime/engine/session.h"
 #include "runtime/kernels/simd/simd.h"
-#include "runtime/measure/bandwidth.h"
 #include "runtime/package/manifest.h"
 #include "runtime/rows/open_rows.h"
 #include "runtime/rows/token_table.h"
@@ -28,15 +28,15 @@ namespace py = pybind11;
 using namespace py::literals;
 
 namespace meki {
-namespace {
 
-using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
-
-// Lets Ctrl-C through between two prefill steps.
 void poll_signals() {
   const py::gil_scoped_acquire gil;
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
+
+namespace {
+
+using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
 
 // Makes a second thread that enters a session an error instead of a data race.
 class GuardedSession {
@@ -358,12 +358,11 @@ PYBIND11_MODULE(_core, m) {
   meki::bind_options(m);
   meki::bind_rom(m);
   meki::bind_engine(m);
+  meki::bind_measure(m);
   m.def(
       "cpu_kernels", [] { return meki::simd().name; },
       "The instruction set that attention and linear layers use: \"avx512vnni\", \"avx2\", \"neon-i8mm\",\n"
       "\"neon-dotprod\" or \"portable\".");
-  m.def("read_bandwidth", &meki::read_bandwidth, "threads"_a, "bytes"_a, py::call_guard<py::gil_scoped_release>(),
-        "Bytes per second that `threads` threads read together, once through a buffer of `bytes` bytes in memory.");
   m.def(
       "read_manifest",
       [](const std::filesystem::path& path, const std::string& provider, const std::string& soc) {

@@ -15,9 +15,9 @@
 #include <string>
 #include <vector>
 
+#include "runtime/apps/figures.h"
 #include "runtime/apps/options.h"
 #include "runtime/apps/output.h"
-#include "runtime/measure/measure.h"
 
 namespace {
 
@@ -62,8 +62,8 @@ void write_logits(const std::shared_ptr<const Engine>& engine, const Options& op
 
 void write_report(const std::shared_ptr<const Engine>& engine, const Options& options, double load_s) {
   const Plan plan = make_plan(options, engine->backend().info().context);
-  const Measurement measurement = measure(engine, plan, poll);
-  const std::string text = make_report(*engine, options, plan, load_s, measurement).dump(2) + "\n";
+  const Figures figures = take_figures(engine, plan, poll);
+  const std::string text = make_report(*engine, options, plan, load_s, figures).dump(2) + "\n";
   if (options.json.empty()) {
     print(text);
   } else {

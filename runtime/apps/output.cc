@@ -36,12 +36,12 @@ int write_and_rename(const std::filesystem::path& path, std::span<const std::byt
 }  // namespace
 
 Json make_report(const Engine& engine, const Options& options, const Plan& plan, double load_s,
-                 const Measurement& measurement) {
+                 const Figures& figures) {
   const auto manifest = Json::parse(engine.manifest().json);
   const RowSource* const rows = engine.rows().get();
   const BackendInfo& backend = engine.backend().info();
   const bool qnn = backend.provider == Provider::qnn;
-  const auto& memory = measurement.memory;
+  const auto& memory = figures.memory;
   return {
       {"program", "meki_bench"},
       {"version", MEKI_VERSION},
@@ -61,17 +61,17 @@ Json make_report(const Engine& engine, const Options& options, const Plan& plan,
       {"threads", qnn ? Json() : Json(engine.threads())},
       {"simd", qnn ? Json() : Json(simd().name)},
       {"onnxruntime", onnxruntime_version(options.engine.onnxruntime)},
-      {"depth", plan.depth},
-      {"synthetic_depth", plan.filled() > 0},
+      {"depth", plan.depths.front()},
+      {"synthetic_depth", plan.depths.front() > 1},
       {"tokens", plan.tokens},
       {"prefill_tokens", plan.prefill},
       {"repetitions", plan.repetitions},
       {"load_s", load_s},
-      {"decode_tokens_per_s", measurement.decode_tokens_per_s},
-      {"prefill_tokens_per_s", measurement.prefill_tokens_per_s},
-      {"stall_us", measurement.stall_us},
-      {"storage_bytes_per_token", or_null(measurement.storage_bytes_per_token)},
-      {"resident_bytes", memory ? Json(memory->now) : Json()},
+      {"decode_tokens_per_s", figures.decode_tokens_per_s},
+      {"prefill_tokens_per_s", figures.prefill_tokens_per_s},
+      {"stall_us", figures.stall_us},
+      {"storage_bytes_per_token", or_null(figures.storage_bytes_per_token)},
+      {"resident_bytes", memory ? Json(memory->resident) : Json()},
       {"peak_resident_bytes", memory ? Json(memory->peak) : Json()},
   };
 }

@@ -4,13 +4,13 @@
 #include <nlohmann/json.hpp>
 #include <span>
 
-#include "runtime/measure/measure.h"
+#include "runtime/apps/figures.h"
 
 namespace meki::bench {
 
 // The report; docs/benchmark.md lists its fields. load_s: seconds that opening the package took.
 nlohmann::ordered_json make_report(const Engine& engine, const Options& options, const Plan& plan, double load_s,
-                                   const Measurement& measurement);
+                                   const Figures& figures);
 
 // Throws std::runtime_error if no file can be written at `path`.
 void check_writable(const std::filesystem::path& path);

@@ -1,155 +1,132 @@
 #include "runtime/measure/measure.h"
 
-#include <random>
+#include <deque>
 #include <stdexcept>
-#include <string>
 
 namespace meki::bench {
 namespace {
 
-constexpr size_t kDepth = 10240;  // the paper's
-constexpr size_t kPrefill = 512;
-constexpr size_t kStarts = 100;  // tokens from which a generation may start, tried when the model ends its text
+// A test and what runs it: a sequence a contender, of one kind.
+struct Test {
+  Case description;
+  std::deque<PrefillSequence> prefills;
+  std::deque<DecodeSequence> decodes;
 
-void require_fit(size_t count, size_t most, const std::string& what, size_t context) {
-  if (count <= most) return;
-  throw std::invalid_argument(what + " is " + std::to_string(count) + " tokens, expected at most " +
-                              std::to_string(most) + ": the context is " + std::to_string(context));
-}
-
-// Pseudo-random token ids, the same at every call.
-std::vector<int64_t> random_ids(size_t count, size_t vocab_size) {
-  std::mt19937_64 random(20260203);
-  std::vector<int64_t> ids(count);
-  for (int64_t& id : ids) id = static_cast<int64_t>(random() % vocab_size);
-  return ids;
-}
-
-double per_second(uint64_t tokens, uint64_t expected, uint64_t ns) {
-  if (tokens != expected || ns == 0) {
-    throw std::runtime_error("the engine counted " + std::to_string(tokens) + " tokens in " + std::to_string(ns) +
-                             " ns, expected " + std::to_string(expected) + " tokens; the measurement is void");
+  std::string title(const std::string& round) const {
+    return round + ": " + std::string(description.kind) + " " + std::to_string(description.tokens) + " at " +
+           std::to_string(description.depth);
   }
-  return static_cast<double>(tokens) * 1e9 / static_cast<double>(ns);
-}
-
-// The session that is measured.
-class Subject {
- public:
-  Subject(const std::shared_ptr<const Engine>& engine, const Plan& plan, const Session::Poll& poll)
-      : engine_(engine),
-        plan_(plan),
-        poll_(poll),
-        starts_(random_ids(kStarts, engine->manifest().architecture.vocab_size)),
-        session_(engine, {.context = plan.context()}) {}
-
-  // Computes the prefill from an empty cache; tokens/s.
-  double prefill() {
-    session_.rewind(0);
-    session_.append(random_ids(plan_.prefill, engine_->manifest().architecture.vocab_size));
-    session_.start(kGreedy, 1);
-    session_.reset_stats();
-    static_cast<void>(step());
-    const Stats stats = session_.stats();
-    return per_second(stats.prefill_tokens, plan_.prefill, stats.prefill_ns);
-  }
-
-  // Fills the cache for decode.
-  void fill() {
-    session_.rewind(0);
-    session_.fill_synthetic(plan_.filled());
-  }
-
-  // Decodes from the depth; the statistics are those of the round's steps. Every round decodes the same tokens.
-  Stats decode() {
-    next_start_ = 0;
-    begin();
-    session_.reset_stats();
-    for (size_t count = 0; count < plan_.tokens; ++count) {
-      if (!step()) begin();  // the step was computed, but ended the text
-    }
-    return session_.stats();
-  }
-
- private:
-  static constexpr SamplingOptions kGreedy{.temperature = 0};
-
-  // One step; whether it made a token. A cold ROM is dropped before it, and so before the request for the rows of the
-  // next one.
-  bool step() {
-    poll_();
-    if (plan_.cold) engine_->rows()->drop_cache();
-    return session_.next(poll_).has_value();
-  }
-
-  // Computes the last token of the depth and has the next one pending. No decode step in the statistics.
-  void begin() {
-    for (size_t tries = 0; tries < kStarts; ++tries) {
-      session_.rewind(plan_.filled());
-      session_.append(std::span(starts_).subspan(next_start_++ % kStarts, 1));
-      session_.start(kGreedy, 0);
-      if (step()) return;
-    }
-    throw std::runtime_error("the model ends its text after every one of " + std::to_string(kStarts) +
-                             " pseudo-random tokens, so that no decode step can be measured; measure a package whose "
-                             "manifest names no end token (tokenizer.eos_token_ids)");
-  }
-
-  const std::shared_ptr<const Engine> engine_;
-  const Plan plan_;
-  const Session::Poll poll_;
-  const std::vector<int64_t> starts_;
-  Session session_;
-  size_t next_start_ = 0;
 };
+
+void check(const Plan& plan, size_t contenders) {
+  const auto require = [](bool holds, const std::string& what) {
+    if (!holds) throw std::invalid_argument(what);
+  };
+  const size_t expected = plan.compare ? 2 : 1;
+  require(contenders == expected, std::to_string(contenders) + " contenders, the plan has " + std::to_string(expected));
+  require(plan.tokens > 0, "tokens is 0, expected at least 1");
+  require(!plan.compare || plan.tokens % Plan::kGroup == 0, "tokens is " + std::to_string(plan.tokens) +
+                                                                ", to compare it has to be a multiple of " +
+                                                                std::to_string(Plan::kGroup));
+}
+
+StepHooks step_hooks(Contenders contenders, const Plan& plan, const Session::Poll& poll) {
+  std::vector<std::shared_ptr<const RowSource>> dropped;
+  for (const auto& engine : contenders) {
+    if (plan.cold && engine->rows() != nullptr) dropped.push_back(engine->rows());
+  }
+  const auto before_step = [poll, dropped] {
+    poll();
+    for (const auto& rows : dropped) rows->drop_cache();
+  };
+  return {before_step, poll};
+}
+
+// In a list, as sequences do not move.
+std::deque<Test> make_tests(Contenders contenders, const Plan& plan, const Hooks& hooks) {
+  const StepHooks steps = step_hooks(contenders, plan, hooks.poll);
+  std::deque<Test> tests;
+  if (plan.prefill > 0) {
+    Test& test = tests.emplace_back();
+    test.description = {.kind = "prefill", .tokens = plan.prefill};
+    for (const auto& engine : contenders) test.prefills.emplace_back(engine, plan.prefill, steps);
+  }
+  for (const size_t depth : plan.depths) {
+    hooks.progress("filling " + std::to_string(depth) + " tokens");
+    Test& test = tests.emplace_back();
+    for (const auto& engine : contenders) {
+      test.decodes.emplace_back(engine, depth, plan.steps(), plan.synthetic_depth, steps);
+    }
+    const size_t kv_bytes = test.decodes.front().session().kv_bytes(plan.mean_depth(depth));
+    test.description = {.kind = "decode", .depth = depth, .tokens = plan.tokens, .kv_bytes = kv_bytes};
+  }
+  return tests;
+}
+
+Blocks run(Test& test, const Plan& plan, bool reverse) {
+  Blocks blocks(std::max(test.prefills.size(), test.decodes.size()));
+  for (size_t index = 0; index < test.prefills.size(); ++index) {
+    const size_t contender = reverse ? test.prefills.size() - 1 - index : index;
+    blocks[contender] = {test.prefills[contender].run()};
+  }
+  for (DecodeSequence& sequence : test.decodes) sequence.rewind();
+  if (!test.decodes.empty()) {
+    for (const size_t contender : turns(plan, reverse)) {
+      blocks[contender].push_back(test.decodes[contender].decode(plan.turn(), plan.lead_in));
+    }
+  }
+  return blocks;
+}
+
+std::optional<std::filesystem::path> rom_of(const Manifest& manifest) {
+  return manifest.memory ? std::optional(manifest.directory / manifest.memory->file) : std::nullopt;
+}
 
 }  // namespace
 
-Plan make_plan(const Options& options, size_t context) {
-  require_fit(options.tokens, context - std::min<size_t>(context, 2), "--tokens", context);
-  Plan plan{.tokens = options.tokens, .repetitions = options.repetitions, .cold = options.cold};
-  plan.prefill = options.prefill.value_or(std::min(kPrefill, context - 1));
-  require_fit(plan.prefill, context - 1, "--prefill", context);
-  const size_t deepest = context - plan.tokens - 1;
-  plan.depth = options.depth.value_or(std::min(kDepth, deepest));
-  require_fit(plan.depth, deepest, "--depth with --tokens " + std::to_string(plan.tokens), context);
-  return plan;
-}
-
-Measurement measure(const std::shared_ptr<const Engine>& engine, const Plan& plan, const Session::Poll& poll) {
-  Subject subject(engine, plan, poll);
+Measurement measure(Contenders contenders, const Plan& plan, const Hooks& hooks) {
+  check(plan, contenders.size());
+  std::deque<Test> tests = make_tests(contenders, plan, hooks);
+  const auto run_round = [&](const std::string& name, bool reverse) {
+    std::vector<Blocks> results;
+    for (Test& test : tests) {
+      hooks.progress(test.title(name));
+      results.push_back(run(test, plan, reverse));
+    }
+    return results;
+  };
   Measurement result;
-  if (plan.prefill > 0) {
-    subject.prefill();
-    for (size_t round = 0; round < plan.repetitions; ++round) result.prefill_tokens_per_s.push_back(subject.prefill());
-  }
-  subject.fill();
-  subject.decode();
-  uint64_t fetched = 0;
-  bool told = true;
+  const auto measure_bandwidth = [&] {
+    if (hooks.read_bandwidth) result.bandwidths.push_back(hooks.read_bandwidth());
+  };
+  for (const Test& test : tests) result.cases.push_back(test.description);
+  run_round("warm-up", false);
+  result.memory = resident_memory(rom_of(contenders.front()->manifest()));  // before a bandwidth's buffer
+  measure_bandwidth();
   for (size_t round = 0; round < plan.repetitions; ++round) {
-    const auto before = storage_bytes();
-    const Stats stats = subject.decode();
-    const auto after = storage_bytes();
-    result.decode_tokens_per_s.push_back(per_second(stats.decode_tokens, plan.tokens, stats.decode_ns));
-    for (const uint64_t ns : stats.stall_ns) result.stall_us.push_back(static_cast<double>(ns) / 1000);
-    told = told && before && after;
-    if (told) fetched += *after - *before;
+    result.rounds.push_back(run_round("round " + std::to_string(round + 1), round % 2 == 1));
+    measure_bandwidth();
   }
-  if (told) {
-    result.storage_bytes_per_token = static_cast<double>(fetched) / static_cast<double>(plan.repetitions * plan.tokens);
-  }
-  result.memory = resident_memory();
   return result;
 }
 
-std::vector<float> compute_logits(const std::shared_ptr<const Engine>& engine, const std::vector<int64_t>& ids,
-                                  const Session::Poll& poll) {
-  Session session(engine, {.context = ids.size()});
-  session.append(ids);
-  std::vector<float> logits(ids.size() * engine->manifest().architecture.vocab_size);
-  session.logits(0, logits.data(), poll);
-  return logits;
+std::vector<size_t> turns(const Plan& plan, bool reverse) {
+  if (!plan.compare) return {0};
+  const size_t first = reverse ? 1 : 0;
+  const size_t second = 1 - first;
+  std::vector<size_t> order;
+  for (size_t steps = 0; steps < plan.tokens; steps += Plan::kGroup) {
+    order.insert(order.end(), {first, second, second, first});
+  }
+  return order;
+}
+
+Profile profile_decode(const std::shared_ptr<const Engine>& engine, const Plan& plan, size_t depth,
+                       const Session::Poll& poll) {
+  DecodeSequence sequence(engine, depth, plan.tokens + plan.lead_in, true, step_hooks({&engine, 1}, plan, poll));
+  sequence.rewind();
+  Block block = sequence.decode(plan.tokens, plan.lead_in);
+  return {std::move(block), sequence.history()};
 }
 
 }  // namespace meki::bench

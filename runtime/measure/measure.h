@@ -1,52 +1,68 @@
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
-#include <cstdint>
-#include <filesystem>
+#include <functional>
 #include <memory>
 #include <optional>
+#include <span>
+#include <string>
+#include <string_view>
 #include <vector>
 
-#include "runtime/apps/options.h"
-#include "runtime/engine/session.h"
+#include "runtime/measure/plan.h"
 #include "runtime/measure/process.h"
+#include "runtime/measure/sequence.h"
 
+// The protocol of measuring, described for its readers in docs/benchmark.md: rounds of all tests, in which every
+// contender takes its turn.
 namespace meki::bench {
 
-// What to measure. Counts are of tokens.
-struct Plan {
-  size_t depth = 0;    // in the cache when decode begins; 0 is as 1: a generation needs a token to start from
-  size_t prefill = 0;  // 0: none
-  size_t tokens = 0;   // decode steps of a round
-  size_t repetitions = 0;
-  bool cold = false;
+using Contenders = std::span<const std::shared_ptr<const Engine>>;
 
-  // Sequence that a decode round makes: the depth, a token that starts it, and one a step.
-  size_t decode_context() const { return filled() + 1 + tokens + 1; }
-  // Tokens of the depth whose keys and values are not computed; one more is.
-  size_t filled() const { return depth > 0 ? depth - 1 : 0; }
-  size_t context() const { return std::max(prefill + 1, decode_context()); }
+// One test: prefill of `tokens` tokens, or as many decode steps, from `depth` tokens on.
+struct Case {
+  std::string_view kind;  // "prefill" or "decode"
+  size_t depth = 0;
+  size_t tokens = 0;
+  std::optional<size_t> kv_bytes{};  // of keys and values that a decode step of the first contender reads in the middle
+                                     // of the test; none for prefill
 };
 
-// What the options come to for a model of `context` tokens. Throws std::invalid_argument for what does not fit.
-Plan make_plan(const Options& options, size_t context);
+// What each contender measured in one run of a test: a block, or one a turn. [contender][turn]
+using Blocks = std::vector<std::vector<Block>>;
 
 struct Measurement {
-  std::vector<double> prefill_tokens_per_s;  // of each round
-  std::vector<double> decode_tokens_per_s;   // of each round
-  std::vector<double> stall_us;              // wait for rows of each decode step of all rounds; empty without a memory
-  std::optional<double> storage_bytes_per_token;  // fetched from storage by the process, a decode step
-  std::optional<ResidentMemory> memory;           // at the end
+  std::vector<Case> cases;                  // prefill, if there is one, then the depths in the plan's order
+  std::vector<std::vector<Blocks>> rounds;  // [repetition][case]
+  std::vector<double> bandwidths;           // bytes/s, before the first round and after each
+  std::optional<ResidentMemory> memory;     // after every test has run once; `rom` is that of the first contender
 };
 
-// Runs the plan: a round of prefill that is not counted, and `repetitions` that are; then the same of decode, at the
-// depth, which is filled once. Speeds are those of the time inside the engine. `poll` is called before every step and
-// may throw to interrupt. Throws what a session throws.
-Measurement measure(const std::shared_ptr<const Engine>& engine, const Plan& plan, const Session::Poll& poll);
+// What measure() calls. All may throw to interrupt.
+struct Hooks {
+  Session::Poll poll = [] {};                                             // before every step and between prefill's
+  std::function<void(const std::string&)> progress = [](const auto&) {};  // told what comes next, Plan::units() times
+  std::function<double()> read_bandwidth{};                               // empty: not measured
+};
 
-// The logits of all `ids`, float32 [ids, vocab_size].
-std::vector<float> compute_logits(const std::shared_ptr<const Engine>& engine, const std::vector<int64_t>& ids,
-                                  const Session::Poll& poll);
+// Runs every test once to warm up, then `plan.repetitions` rounds of all tests.
+//
+// Round r runs every test once, so that a drift of the machine hits all alike; every other round begins with the other
+// contender. Sessions, one a test and contender, are kept from round to round and rewound. Throws std::invalid_argument
+// for a plan that does not fit the number of contenders, and what sequences throw.
+Measurement measure(Contenders contenders, const Plan& plan, const Hooks& hooks);
+
+// Who measures when in one run of a decode test: alone, or A B B A, which neither a linear drift nor the order favours.
+std::vector<size_t> turns(const Plan& plan, bool reverse);
+
+struct Profile {
+  Block block;
+  std::vector<bool> history;  // as DecodeSequence has it
+};
+
+// `plan.tokens` decode steps of `engine` alone, in one block, from a cache that is filled with `depth` tokens. When it
+// returns, nothing uses the engine any more.
+Profile profile_decode(const std::shared_ptr<const Engine>& engine, const Plan& plan, size_t depth,
+                       const Session::Poll& poll);
 
 }  // namespace meki::bench

@@ -7,17 +7,17 @@ import io
 import json
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
 
+from meki._core import Plan
 from meki.bench import output, plot
 from meki.bench.contender import Contender
-from meki.bench.measure import Blocks, Case, Measurement, Plan
 from meki.bench.parts import PARTS
 from meki.bench.report import Report, make_report
-from meki.bench.sequence import Block
 from meki.package.files import write_file
 
 KV_BYTES, BANDWIDTH = 300_000, 2e9
@@ -25,8 +25,12 @@ SPEEDS = {"meki": (1.00, 1.05, 1.02), "dense": (0.98, 1.00, 1.01)}
 """How long each of three rounds takes, relative to the others."""
 
 
+# In place of what meki._core.measure() returns.
+Measurement = Case = Block = SimpleNamespace
+
+
 def block(tokens: int, ns: float, stall_ns: tuple[int, ...] = ()) -> Block:
-    return Block(tokens, round(ns), 100, stall_ns, storage_bytes=tokens * 512)
+    return Block(tokens=tokens, ns=round(ns), sample_ns=100, stall_ns=stall_ns, storage_bytes=tokens * 512)
 
 
 def decode_blocks(slowness: float, *, stalls: bool) -> list[Block]:
@@ -38,19 +42,19 @@ def decode_blocks(slowness: float, *, stalls: bool) -> list[Block]:
 @pytest.fixture
 def report() -> Report:
     contenders = [
-        Contender("meki", 100, weight_bytes=500_000, row_bytes=2_048, new_session=lambda _: None),
-        Contender("dense", 100, weight_bytes=480_000, row_bytes=0, new_session=lambda _: None),
+        Contender("meki", weight_bytes=500_000, row_bytes=2_048),
+        Contender("dense", weight_bytes=480_000, row_bytes=0),
     ]
     cases = [
-        Case("prefill", 0, 64, lambda _: {}, None),
-        Case("decode", 0, 16, lambda _: {}, 10_000),
-        Case("decode", 1024, 16, lambda _: {}, KV_BYTES),
+        Case(kind="prefill", depth=0, tokens=64, kv_bytes=None),
+        Case(kind="decode", depth=0, tokens=16, kv_bytes=10_000),
+        Case(kind="decode", depth=1024, tokens=16, kv_bytes=KV_BYTES),
     ]
-    rounds: list[list[Blocks]] = []
+    rounds = []
     for i in range(3):
-        prefill = {name: [block(64, 32e6 * SPEEDS[name][i], (7,) if name == "meki" else ())] for name in SPEEDS}
-        shallow = {name: decode_blocks(SPEEDS[name][i], stalls=name == "meki") for name in SPEEDS}
-        deep = {name: decode_blocks(3 * SPEEDS[name][i], stalls=name == "meki") for name in SPEEDS}
+        prefill = [[block(64, 32e6 * SPEEDS[name][i], (7,) if name == "meki" else ())] for name in SPEEDS]
+        shallow = [decode_blocks(SPEEDS[name][i], stalls=name == "meki") for name in SPEEDS]
+        deep = [decode_blocks(3 * SPEEDS[name][i], stalls=name == "meki") for name in SPEEDS]
         rounds.append([prefill, shallow, deep])
     memory = {"resident": 90_000_000, "anonymous": 60_000_000, "file": 30_000_000, "shared": 0, "peak": 95_000_000}
     environment = {
@@ -90,8 +94,8 @@ def report() -> Report:
     ]
     return make_report(
         contenders,
-        Plan((0, 1024), 64, 16, 3, True, True),
-        Measurement(cases, rounds, [1e9, BANDWIDTH, BANDWIDTH, 3e9], memory),
+        Plan(depths=(0, 1024), prefill=64, tokens=16, repetitions=3, synthetic_depth=True, compare=True),
+        Measurement(cases=cases, rounds=rounds, bandwidths=[1e9, BANDWIDTH, BANDWIDTH, 3e9], memory=memory),
         parts=parts,
         environment=environment,
         protocol=protocol,
@@ -137,12 +141,13 @@ def test_bytes_and_bandwidth(report: Report) -> None:
 
 
 def test_storage_that_the_system_does_not_tell_is_absent(report: Report) -> None:
-    plan, cases = Plan((), 64, 16, 1, False, False), [Case("prefill", 0, 64, lambda _: {}, None)]
-    rounds = [[{"meki": [Block(64, 1000, 0, (1,), None)]}]]
+    plan = Plan(depths=(), prefill=64, tokens=16, repetitions=1)
+    cases = [Case(kind="prefill", depth=0, tokens=64, kv_bytes=None)]
+    rounds = [[[[Block(tokens=64, ns=1000, sample_ns=0, stall_ns=(1,), storage_bytes=None)]]]]
     made = make_report(
-        [Contender("meki", 100, 1, 1, lambda _: None)],
+        [Contender("meki", 1, 1)],
         plan,
-        Measurement(cases, rounds, [1e9], None),
+        Measurement(cases=cases, rounds=rounds, bandwidths=[1e9], memory=None),
         parts=[],
         environment={**report["environment"], "machine_note": None, "random_weights": False},
         protocol={**report["protocol"], "synthetic_depth": False, "rom": "warm", "rom_delay_ms": 0.0},

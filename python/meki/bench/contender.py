@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 from .. import _core
 from ..engine import Engine
 from ..package import MANIFEST, read_manifest
-from .sequence import MeasuredSession
 
 
 @dataclass(frozen=True)
@@ -19,13 +18,10 @@ class Contender:
 
     memory: str
     """"meki", or "dense": the package has no memory, or it is switched off."""
-    vocab_size: int
     weight_bytes: int
     """Of the weights that one decode step reads."""
     row_bytes: int
     """Of the bundle that one decode step reads; 0 without a memory."""
-    new_session: Callable[[int], MeasuredSession]
-    """Capacity in tokens -> an empty session."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +63,12 @@ class Package:
         """memory and profile: as of `Engine`."""
         return Engine(self.path, **self.options, memory=memory, profile=profile)._core
 
-    def contender(self, engine: _core.Engine, *, memory: bool = True) -> Contender:
-        """What `engine`, opened with the same `memory`, is in a measurement."""
+    def contender(self, *, memory: bool = True) -> Contender:
+        """What an engine opened with the same `memory` is in a measurement."""
         weights = self.manifest["weights"]
         rom = self.rom if memory else None
         return Contender(
             memory="meki" if rom else "dense",
-            vocab_size=engine.vocab_size,
             weight_bytes=weights["decode_bytes" if memory else "dense_decode_bytes"],
             row_bytes=_core.Rom(str(rom)).info.bundle_bytes if rom else 0,
-            new_session=lambda tokens: _core.Session(engine, _core.SessionOptions(context=tokens)),
         )

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from .. import _core
 from .contender import Package
-from .measure import Plan
-from .sequence import Block, DecodeSequence, capacity
 
 PARTS = (
     "attention",
@@ -65,21 +64,15 @@ def trace_times(path: Path, steps: Sequence[bool]) -> dict[str, float]:
     return times
 
 
-def measure_parts(
-    package: Package,
-    plan: Plan,
-    *,
-    memory: bool,
-    depth: int,
-    before_step: Callable[[], None],
-) -> dict[str, Any]:
+def measure_parts(package: Package, plan: _core.Plan, *, memory: bool, depth: int) -> dict[str, Any]:
     """Profiles `plan.tokens` decode steps in an engine of their own.
 
     The cache is filled, not computed: how long attention takes does not depend on what it reads. The result is a
     report's entry of "parts", in microseconds a token.
     """
     with TemporaryDirectory(prefix="meki-bench-") as directory:
-        history, block = _profile(package, plan, memory, depth, before_step, f"{directory}/trace")
+        # The engine ends here: only then are the traces complete.
+        block, history = _core.profile_decode(package.engine(memory=memory, profile=f"{directory}/trace"), plan, depth)
         times = dict.fromkeys(PARTS, 0.0)
         traces = list(Path(directory).iterdir())
         if not traces:
@@ -97,15 +90,3 @@ def measure_parts(
         "synthetic_depth": depth > 1,
         "us_per_token": {part: time / block.tokens for part, time in times.items()},
     }
-
-
-def _profile(
-    package: Package, plan: Plan, memory: bool, depth: int, before_step: Callable[[], None], prefix: str
-) -> tuple[list[bool], Block]:
-    """The `DecodeSequence.history` and its block. Engine and session end here: only then are the traces complete."""
-    contender = package.contender(package.engine(memory=memory, profile=prefix), memory=memory)
-    session = contender.new_session(capacity(depth, plan.tokens + 1))
-    sequence = DecodeSequence(session, depth, contender.vocab_size, synthetic=True, before_step=before_step)
-    sequence.rewind()
-    block = sequence.decode(plan.tokens)
-    return sequence.history, block

@@ -6,9 +6,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from .._core import Block, Case, Measurement, Plan
 from .contender import Contender
-from .measure import GROUP, TURN, Blocks, Case, Measurement, Plan
-from .sequence import Block
 from .stats import median_interval, percentiles
 
 Report = dict[str, Any]
@@ -27,10 +26,12 @@ def make_report(
     (bandwidth,) = percentiles(measurement.bandwidths, 50)
     results, compare = [], []
     for index, case in enumerate(measurement.cases):
-        rounds = [blocks[index] for blocks in measurement.rounds]
-        results += [_result(contender, case, plan, rounds, bandwidth) for contender in contenders]
+        # Of each contender: its blocks in each round.
+        runs = list(zip(*(blocks[index] for blocks in measurement.rounds), strict=True))
+        for contender, its in zip(contenders, runs, strict=True):
+            results.append(_result(contender, case, plan, its, bandwidth))
         if plan.compare and case.kind == "decode":
-            compare.append(_comparison(case, rounds))
+            compare.append(_comparison(case, *runs))
     return {
         "results": results,
         "read_bandwidth_gb_s": bandwidth / 1e9,
@@ -44,8 +45,9 @@ def make_report(
     }
 
 
-def _result(contender: Contender, case: Case, plan: Plan, rounds: Sequence[Blocks], bandwidth: float) -> dict[str, Any]:
-    runs = [blocks[contender.memory] for blocks in rounds]
+def _result(
+    contender: Contender, case: Case, plan: Plan, runs: Sequence[Sequence[Block]], bandwidth: float
+) -> dict[str, Any]:
     blocks = list(itertools.chain.from_iterable(runs))
     samples = [speed(run) for run in runs]
     median, p10, p90 = percentiles(samples, 50, 10, 90)
@@ -81,13 +83,13 @@ def _storage(blocks: Sequence[Block]) -> float | None:
     return sum(fetched) / sum(block.tokens for block in blocks) if len(fetched) == len(blocks) else None
 
 
-def _comparison(case: Case, rounds: Sequence[Blocks]) -> dict[str, Any]:
+def _comparison(case: Case, meki: Sequence[Sequence[Block]], dense: Sequence[Sequence[Block]]) -> dict[str, Any]:
     """How fast MeKi is for a dense model: a sample is the ratio of the speeds in one group of turns, A B B A."""
-    samples, turns = [], GROUP // TURN
-    for blocks in rounds:
-        for first in range(0, len(blocks["meki"]), turns):
-            meki, dense = (speed(blocks[name][first : first + turns]) for name in ("meki", "dense"))
-            samples.append(meki / dense)
+    samples, turns = [], Plan.GROUP // Plan.TURN
+    for blocks in zip(meki, dense, strict=True):
+        for first in range(0, len(blocks[0]), turns):
+            ours, theirs = (speed(run[first : first + turns]) for run in blocks)
+            samples.append(ours / theirs)
     interval = median_interval(samples)
     return {
         "test": case.kind,

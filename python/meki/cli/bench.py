@@ -14,10 +14,8 @@ from .. import _core
 from ..bench import output, plot
 from ..bench.contender import Package
 from ..bench.environment import describe
-from ..bench.measure import GROUP, Plan, measure
 from ..bench.parts import measure_parts
 from ..bench.report import Report, make_report
-from ..bench.sequence import capacity
 from ..package import find_model
 from ..package.files import write_file
 from .arguments import Parser, add_engine_options, engine_options, integer, number, token_counts
@@ -114,12 +112,12 @@ def _check_memory(arguments: argparse.Namespace, package: Package) -> None:
             raise ValueError(f"{option} needs a model with a memory, {package.manifest['name']} is dense; omit it")
 
 
-def _plan(arguments: argparse.Namespace, context: int) -> Plan:
+def _plan(arguments: argparse.Namespace, context: int) -> _core.Plan:
     """ValueError for what does not fit the model's context."""
-    compare = arguments.compare is not None
-    if compare and arguments.tokens % GROUP:
+    compare, group = arguments.compare is not None, _core.Plan.GROUP
+    if compare and arguments.tokens % group:
         raise ValueError(
-            f"--tokens is {arguments.tokens}, --compare takes turns in groups of {GROUP}; give a multiple of {GROUP}"
+            f"--tokens is {arguments.tokens}, --compare takes turns in groups of {group}; give a multiple of {group}"
         )
     prefill = min(_PREFILL, context - 1) if arguments.prefill is None else arguments.prefill
     if prefill >= context:
@@ -128,15 +126,22 @@ def _plan(arguments: argparse.Namespace, context: int) -> Plan:
             f"give at most {context - 1:,}"
         )
 
-    def plan(depths: tuple[int, ...]) -> Plan:
-        return Plan(depths, prefill, arguments.tokens, arguments.repetitions, arguments.synthetic_depth, compare)
+    def plan(depths: Sequence[int]) -> _core.Plan:
+        return _core.Plan(
+            depths=depths,
+            prefill=prefill,
+            tokens=arguments.tokens,
+            repetitions=arguments.repetitions,
+            synthetic_depth=arguments.synthetic_depth,
+            compare=compare,
+            cold=arguments.rom == "cold",
+        )
 
-    steps = plan(()).steps
-    deepest = context - steps - 1
+    least = plan(()).context(0)
+    deepest = context - least + 1
     if deepest < 1:
         raise ValueError(
-            f"--tokens {arguments.tokens} takes {capacity(0, steps):,} tokens of context, the model's has {context:,}; "
-            "give fewer"
+            f"--tokens {arguments.tokens} takes {least:,} tokens of context, the model's has {context:,}; give fewer"
         )
     if arguments.depths is None:
         fitting = tuple(depth for depth in _DEPTHS if depth <= deepest)
@@ -144,20 +149,17 @@ def _plan(arguments: argparse.Namespace, context: int) -> Plan:
     if max(arguments.depths) > deepest:
         depth = max(arguments.depths)
         raise ValueError(
-            f"depth {depth:,} with {arguments.tokens} tokens to decode needs a context of {capacity(depth, steps):,} "
+            f"depth {depth:,} with {arguments.tokens} tokens to decode needs a context of {plan(()).context(depth):,} "
             f"tokens, the model's has {context:,}; give --depths of at most {deepest:,}"
         )
     return plan(arguments.depths)
 
 
-def _measure(arguments: argparse.Namespace, package: Package, plan: Plan) -> Report:
-    engine = package.engine()
-    environment = describe(package, engine)
-    contenders = [package.contender(engine)]
-    if plan.compare:
-        contenders.append(package.contender(package.engine(memory=False), memory=False))
-    before_step = engine.drop_rom_cache if arguments.rom == "cold" else _nothing
-    profiled = [(memory, depth) for depth in plan.depths for memory in (True, False)[: len(contenders)]]
+def _measure(arguments: argparse.Namespace, package: Package, plan: _core.Plan) -> Report:
+    memories = (True, False) if plan.compare else (True,)
+    engines = [package.engine(memory=memory) for memory in memories]
+    environment = describe(package, engines[0])
+    profiled = [(memory, depth) for depth in plan.depths for memory in memories]
     units = plan.units + len(profiled) * arguments.parts
     with tqdm(total=units, unit="run", leave=False, disable=None) as progress:
 
@@ -165,20 +167,13 @@ def _measure(arguments: argparse.Namespace, package: Package, plan: Plan) -> Rep
             progress.set_description_str(text)
             progress.update()
 
-        measurement = measure(
-            contenders,
-            plan,
-            read_bandwidth=lambda: _core.read_bandwidth(engine.threads, _BANDWIDTH_BYTES),
-            before_step=before_step,
-            advance=advance,
-            rom=package.rom,
-        )
+        measurement = _core.measure(engines, plan, advance, _BANDWIDTH_BYTES)
         parts: list[dict[str, Any]] = []
         for memory, depth in profiled if arguments.parts else ():
             advance(f"profiling at {depth:,}")
-            parts.append(measure_parts(package, plan, memory=memory, depth=depth, before_step=before_step))
+            parts.append(measure_parts(package, plan, memory=memory, depth=depth))
     protocol = {
-        "depths": list(plan.depths),
+        "depths": plan.depths,
         "prefill": plan.prefill,
         "tokens": plan.tokens,
         "repetitions": plan.repetitions,
@@ -187,11 +182,8 @@ def _measure(arguments: argparse.Namespace, package: Package, plan: Plan) -> Rep
         "rom": arguments.rom if package.has_memory else None,
         "rom_delay_ms": arguments.rom_delay_ms,
     }
+    contenders = [package.contender(memory=memory) for memory in memories]
     return make_report(contenders, plan, measurement, parts=parts, environment=environment, protocol=protocol)
-
-
-def _nothing() -> None:
-    """A warm ROM stays as it is."""
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ class FakeBinding final : public Binding {
   void run() override {
     if (fault_ != nullptr && fault_->countdown > 0 && --fault_->countdown == 0) throw std::runtime_error("fake fault");
     const int64_t total = *total_;
+    if (fault_ != nullptr && fault_->on_run) fault_->on_run(tokens_, total);
     const int64_t start = total - tokens_;
     require(start >= 0 && total <= capacity_, "a step beyond the cache");
     for (int64_t t = 0; t < tokens_; ++t) {

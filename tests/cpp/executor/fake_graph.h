@@ -5,6 +5,7 @@
 // or chunk gives other logits, and a plain recurrence without cache, stages or chunks gives the expected ones.
 
 #include <atomic>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -16,10 +17,12 @@
 
 namespace meki::test {
 
-// Makes graph runs fail.
+// Makes graph runs fail, or tells of them.
 struct Fault {
   std::atomic<int> countdown = 0;  // above 0: every run takes one off, and the one that reaches 0 throws
   std::atomic<bool> nan = false;   // all logits are NaN
+  std::function<void(int64_t tokens, int64_t total)> on_run;  // not empty: told of every run: its tokens, and how many
+                                                              // there are then in the cache
 };
 
 // A graph that does what its inputs and outputs are named for. It checks the types, shapes and bindings that it is

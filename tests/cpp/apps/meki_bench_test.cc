@@ -1,4 +1,4 @@
-// runtime/bench: the command line, what it comes to for a model, the rounds over fake stages, and files. What the
+// runtime/apps: the command line, what it comes to for a model, its figures over fake stages, and files. What the
 // report says of a real package: tests/native.
 
 #include <doctest/doctest.h>
@@ -11,9 +11,9 @@
 #include <string>
 #include <vector>
 
+#include "runtime/apps/figures.h"
 #include "runtime/apps/options.h"
 #include "runtime/apps/output.h"
-#include "runtime/measure/measure.h"
 #include "tests/cpp/engine/session_support.h"
 #include "tests/cpp/executor/fake_graph.h"
 #include "tests/cpp/support.h"
@@ -129,22 +129,23 @@ TEST_CASE("bench: what a command line may not say is refused, with what was expe
 TEST_CASE("bench: a plan fills the context and no more") {
   Options options;
   options.tokens = 32;
+  const auto needed = [](const Plan& plan) { return std::max(plan.prefill + 1, plan.context(plan.depths.at(0))); };
   const Plan longest = bench::make_plan(options, 100'000);
-  CHECK(longest.depth == 10240);
+  CHECK(longest.depths == std::vector<size_t>{10240});
   CHECK(longest.prefill == 512);
   const Plan fitting = bench::make_plan(options, 512);
-  CHECK(fitting.depth == 512 - 32 - 1);
+  CHECK(fitting.depths == std::vector<size_t>{512 - 32 - 1});
   CHECK(fitting.prefill == 511);
-  CHECK(fitting.context() == 512);
+  CHECK(needed(fitting) == 512);
 
   options.depth = 479;
-  CHECK(bench::make_plan(options, 512).context() == 512);
+  CHECK(needed(bench::make_plan(options, 512)) == 512);
   options.depth = 480;
   CHECK(error_of<std::invalid_argument>([&] { bench::make_plan(options, 512); }) ==
         "--depth with --tokens 32 is 480 tokens, expected at most 479: the context is 512");
   options.depth = 0;
   options.tokens = 510;
-  CHECK(bench::make_plan(options, 512).context() == 512);
+  CHECK(needed(bench::make_plan(options, 512)) == 512);
   options.tokens = 511;
   check_names(error_of<std::invalid_argument>([&] { bench::make_plan(options, 512); }), "--tokens is 511 tokens");
   options.tokens = SIZE_MAX;
@@ -162,16 +163,17 @@ TEST_CASE("bench: rounds have the steps that were asked for, also where the mode
       const FakeModel model(kind, eos);
       for (const size_t depth : {0U, 1U, 20U, FakeModel::kContext - 11}) {
         CAPTURE(depth);
-        const Plan plan{.depth = depth, .prefill = 9, .tokens = 10, .repetitions = 3};
+        const Plan plan{
+            .depths = {depth}, .prefill = 9, .tokens = 10, .repetitions = 3, .synthetic_depth = true, .lead_in = 0};
         int polls = 0;
-        const bench::Measurement found = bench::measure(model.engine, plan, [&polls] { ++polls; });
+        const bench::Figures found = bench::take_figures(model.engine, plan, [&polls] { ++polls; });
         CHECK(found.prefill_tokens_per_s.size() == 3);
         CHECK(found.decode_tokens_per_s.size() == 3);
         CHECK(found.stall_us.size() == (kind == FakeModel::Kind::dense ? 0 : 30));
         for (const double speed : found.decode_tokens_per_s) CHECK(speed > 0);
         CHECK(polls >= 4 * (1 + 11));  // before every step of every round
         REQUIRE(found.memory.has_value());
-        CHECK(found.memory->now <= found.memory->peak);
+        CHECK(found.memory->resident <= found.memory->peak);
       }
     }
   }
@@ -179,8 +181,9 @@ TEST_CASE("bench: rounds have the steps that were asked for, also where the mode
 
 TEST_CASE("bench: no prefill is no rounds of it, and a cold ROM is still read right") {
   const FakeModel model(FakeModel::Kind::two_stages);
-  const Plan plan{.depth = 5, .prefill = 0, .tokens = 4, .repetitions = 2, .cold = true};
-  const bench::Measurement found = bench::measure(model.engine, plan, [] {});
+  const Plan plan{
+      .depths = {5}, .prefill = 0, .tokens = 4, .repetitions = 2, .synthetic_depth = true, .cold = true, .lead_in = 0};
+  const bench::Figures found = bench::take_figures(model.engine, plan, [] {});
   CHECK(found.prefill_tokens_per_s.empty());
   CHECK(found.stall_us.size() == 8);
 }
@@ -189,20 +192,20 @@ TEST_CASE("bench: a model that ends its text whatever it reads cannot be measure
   std::vector<int32_t> all(FakeModel::kVocab);
   for (size_t id = 0; id < all.size(); ++id) all[id] = static_cast<int32_t>(id);
   const FakeModel model(FakeModel::Kind::dense, all);
-  const Plan plan{.depth = 5, .prefill = 0, .tokens = 4, .repetitions = 2};
-  check_names(error_of<std::runtime_error>([&] { bench::measure(model.engine, plan, [] {}); }), "no decode step");
+  const Plan plan{.depths = {5}, .prefill = 0, .tokens = 4, .repetitions = 2, .synthetic_depth = true, .lead_in = 0};
+  check_names(error_of<std::runtime_error>([&] { bench::take_figures(model.engine, plan, [] {}); }), "no decode step");
 }
 
 TEST_CASE("bench: polling can interrupt every step") {
   struct Stop {};
   const FakeModel model(FakeModel::Kind::two_stages);
-  const Plan plan{.depth = 5, .prefill = 3, .tokens = 4, .repetitions = 1};
+  const Plan plan{.depths = {5}, .prefill = 3, .tokens = 4, .repetitions = 1, .synthetic_depth = true, .lead_in = 0};
   for (int limit = 0; limit < 14; ++limit) {
     int polls = 0;
     const auto poll = [&] {
       if (polls++ == limit) throw Stop();
     };
-    CHECK_THROWS_AS(bench::measure(model.engine, plan, poll), Stop);
+    CHECK_THROWS_AS(bench::take_figures(model.engine, plan, poll), Stop);
   }
 }
 
