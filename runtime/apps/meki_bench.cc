@@ -79,8 +79,7 @@ void run(const Options& options) {
   const std::shared_ptr<const Engine> engine = Engine::open(options.package, options.engine);
   const double load_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   poll();
-  if (engine->backend().info().simulated)
-    std::cerr << "HTP simulator: results as on the chip, speed is not\n";
+  if (engine->backend().info().simulated) std::cerr << "HTP simulator: results as on the chip, speed is not\n";
   if (options.cold && engine->rows() == nullptr) {
     throw std::invalid_argument("--rom cold needs a memory, " + engine->manifest().name +
                                 " is opened without one; omit it");

@@ -100,8 +100,8 @@ Manifest Manifest::open(const std::filesystem::path& directory) {
 
   const Node root(json, path.string());
   if (root.at("format").string() != "meki-package") root.at("format").fail("\"meki-package\"");
-  const Node version = root.at("version").with_remedy(
-      "convert the model again, or use a runtime of the package's version");
+  const Node version =
+      root.at("version").with_remedy("convert the model again, or use a runtime of the package's version");
   if (version.integer(0, UINT32_MAX) != kVersion) version.fail(std::to_string(kVersion));
   manifest.name = root.at("name").string();
   manifest.architecture = parse_architecture(root.at("architecture"));

@@ -1,4 +1,4 @@
-"""The programs in examples/, run as anybody would. MEKI_HELLO names the one in C++, built against an installed library."""
+"""The programs in examples/, run as anybody would; MEKI_HELLO names the C++ one, built against an installed library."""
 
 from __future__ import annotations
 
