@@ -35,7 +35,7 @@ def test_hello_cc() -> None:
     done = hello(engine.path, find_onnxruntime(), *prompt)
     expected = engine.generate("Once upon a time", max_new_tokens=16, temperature=0)
     assert (done.returncode, done.stderr) == (0, "")
-    assert engine.tokenizer.decode([int(token) for token in done.stdout.split()]) == expected.text.strip()
+    assert engine.tokenizer.decode([int(token) for token in done.stdout.split()]) == expected.text
 
     done = hello("nowhere", find_onnxruntime(), 1)
     assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith("hello: error: nowhere/manifest.json")
