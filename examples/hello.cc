@@ -22,7 +22,7 @@ int main(int argc, char** argv) try {
   for (int i = 3; i < argc; ++i) prompt.push_back(std::stoll(argv[i]));
 
   meki::Session session(engine, {});
-  session.prompt(prompt);
+  session.append(prompt);
   session.start({.temperature = 0.0}, 16);
   while (const auto token = session.next()) std::cout << *token << ' ' << std::flush;
   std::cout << '\n';

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from meki.bench.output import to_json
 from meki.bench.stats import percentiles
-from meki.package.files import replace_file
+from meki.package.files import write_file
 
 if TYPE_CHECKING:
     import qai_hub
@@ -146,8 +147,7 @@ class Ledger:
 
     def _write(self, ids: dict[str, str]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replace_file(self.path) as partial:
-            partial.write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
+        write_file(self.path, to_json(ids))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ not finished.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -29,10 +28,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from meki.bench.output import check_writable
+from meki.bench.markdown import head, row
+from meki.bench.output import check_writable, to_json
 from meki.cli.errors import report, run_command
 from meki.package import has_random_weights
-from meki.package.files import replace_file
+from meki.package.files import write_file
 
 from .client import Hub, HubError, Ledger, QuotaError, Submitted, attributes, connect, find_device, list_devices
 from .package import GRAPHS, Stage, Target, check_files, model_to_upload, read_target
@@ -202,22 +202,21 @@ def to_markdown(outcome: dict[str, Any]) -> str:
         f"- compiled by {outcome['protocol']['compiled_by']}; qai-hub {it['qai_hub']}, {it['collected']}",
         *(f"- **{label}**" for label in outcome["labels"]),
         "",
-        row("test", "memory", "NPU time, ms", "of"),
-        "| --- | --- | ---: | --- |",
+        *head(["test", "memory", "NPU time, ms", "of"], "llrl"),
     ]
     for entry in outcome["results"]:
         npu_us = entry["npu_us"]
         time_ms = "a stage is missing" if npu_us is None else milliseconds(npu_us)
-        lines.append(row(f"{entry['test']} {entry['tokens']}", entry["memory"], time_ms, " + ".join(entry["stages"])))
+        lines.append(row([f"{entry['test']} {entry['tokens']}", entry["memory"], time_ms, " + ".join(entry["stages"])]))
     columns = ["median, ms", "p10", "p90", "runs", "peak memory, MB", "first load, ms", "layers"]
-    lines += ["", row("stage", *columns), "| --- |" + " ---: |" * len(columns)]
+    lines += ["", *head(["stage", *columns], "l")]
     for stage in outcome["stages"]:
         times = [milliseconds(stage[key]) for key in ("median_us", "p10_us", "p90_us")]
         memory = stage["memory_peak_range_bytes"]
         shown = "-" if memory is None else " to ".join(f"{bound / 1e6:,.0f}" for bound in memory)
         layers = ", ".join(f"{unit} {count}" for unit, count in stage["layers"].items())
         load = milliseconds(stage["first_load_us"])
-        lines.append(row(stage["stage"], *times, str(len(stage["samples_us"])), shown, load, layers or "-"))
+        lines.append(row([stage["stage"], *times, str(len(stage["samples_us"])), shown, load, layers or "-"]))
     return "\n".join(lines)
 
 
@@ -225,16 +224,11 @@ def milliseconds(microseconds: float) -> str:
     return f"{microseconds / 1000:,.2f}"
 
 
-def row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def print_devices() -> None:
-    print(row("device", "system", "chip", "Hexagon"))
-    print("| --- | --- | --- | --- |")
+    print("\n".join(head(["device", "system", "chip", "Hexagon"], "llll")))
     for device in list_devices(connect()):
         chips, versions = (", ".join(attributes(device, kind)) for kind in ("chipset", "hexagon"))
-        print(row(device.name, device.os, chips, versions))
+        print(row([device.name, device.os, chips, versions]))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -252,8 +246,7 @@ def run(args: argparse.Namespace) -> None:
     failures = not_submitted | failed
     outcome = make_report(target, device.name, graphs, args.compile, submitted, figures, failures)
     if args.json is not None:
-        with replace_file(args.json) as partial:
-            partial.write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
+        write_file(args.json, to_json(outcome))
     print(to_markdown(outcome))
     for name, message in failures.items():
         report(PROGRAM, name, message)

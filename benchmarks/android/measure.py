@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -26,9 +25,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from meki.bench.output import check_writable
+from meki.bench.output import check_writable, to_json
+from meki.cli.arguments import integer, number
 from meki.package import read_manifest
-from meki.package.files import replace_file
+from meki.package.files import write_file
 
 from .bench import REPETITIONS, Bench, Run, Settings, Variant, run_rounds
 from .device import TRANSFER_TIMEOUT, AndroidError, Device, Phone, check_phone, find_device
@@ -219,8 +219,7 @@ def run(args: argparse.Namespace) -> int:
     )
     written = args.json if runs else None  # nothing does not replace the figures of an earlier call
     if written:
-        with replace_file(written) as partial:
-            partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_file(written, to_json(report))
     if runs:
         print(to_markdown(report))
     if failure:
@@ -228,25 +227,6 @@ def run(args: argparse.Namespace) -> int:
         if written:
             print(f"android: {len(runs)} runs before that are in {written}", file=sys.stderr)
     return code
-
-
-def whole(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {least} up, got {text!r}")
-        return int(text)
-
-    return parse
-
-
-def minutes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 24 * 60:
-        raise argparse.ArgumentTypeError(f"expected minutes from 0 to 1440, got {text!r}")
-    return value
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -270,17 +250,17 @@ def main(argv: list[str] | None = None) -> int:
         "--serial", help="the phone, as `adb devices` names it (default: ANDROID_SERIAL, or the only one)"
     )
     parser.add_argument("--soc", metavar="NAME", help="compiled target (default: the phone's chip, such as sm8750)")
-    parser.add_argument("--depth", type=whole(0), help="tokens in the cache (default: 10,240, or what fits)")
+    parser.add_argument("--depth", type=integer(0), help="tokens in the cache (default: 10,240, or what fits)")
     parser.add_argument(
-        "--tokens", type=whole(1), default=32, help="decode steps of a repetition (default: %(default)s)"
+        "--tokens", type=integer(1), default=32, help="decode steps of a repetition (default: %(default)s)"
     )
-    parser.add_argument("--prefill", type=whole(0), help="tokens to prefill; 0: none (default: 512, or what fits)")
+    parser.add_argument("--prefill", type=integer(0), help="tokens to prefill; 0: none (default: 512, or what fits)")
     parser.add_argument(
-        "--rounds", type=whole(1), default=6, help="below 6 there is no interval (default: %(default)s)"
+        "--rounds", type=integer(1), default=6, help="below 6 there is no interval (default: %(default)s)"
     )
     parser.add_argument(
         "--cool-down",
-        type=minutes,
+        type=number("minutes", 24 * 60),
         default=5.0,
         metavar="MINUTES",
         help="before each round, wait so long at most while the phone is hot (default: %(default)g)",

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from meki.bench.markdown import head, row
 from meki.bench.stats import median_interval, percentiles
 from meki.cli.output import SIMULATED
 
@@ -185,11 +186,8 @@ def _table(report: Report) -> Iterator[str]:
     prefills = {result["rom"]: result for result in report["results"] if result["test"] == "prefill"}
     ratios = {entry["rom"]: entry for entry in report["compare"] if entry["test"] == "decode"}
     depth = decodes[0]["depth"] if decodes else 0
-    yield (
-        f"| | decode at {depth:,}, tokens/s | to dense | prefill, tokens/s | wait p50, us | wait p99, us "
-        "| from storage, bytes a token | battery, mA | battery, C |"
-    )
-    yield f"| --- |{' ---: |' * 8}"
+    speeds = [f"decode at {depth:,}, tokens/s", "to dense", "prefill, tokens/s", "wait p50, us", "wait p99, us"]
+    yield from head(["", *speeds, "from storage, bytes a token", "battery, mA", "battery, C"], "l")
     for result in decodes:
         stall = result["stall_us"] or {}
         cells = [
@@ -202,7 +200,7 @@ def _table(report: Report) -> Iterator[str]:
             _number(result["battery_ma"], ",.0f"),
             _number(result["battery_celsius"], ".1f"),
         ]
-        yield f"| {' | '.join(cells)} |"
+        yield row(cells)
 
 
 def _spread(result: dict[str, Any] | None) -> str:

@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import platform
 import sys
@@ -42,12 +41,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from meki.bench.output import check_writable
+from meki.bench.markdown import head, row
+from meki.bench.output import check_writable, to_json
+from meki.cli.arguments import integer, token_counts
 from meki.cli.errors import run_command
 from meki.models.architectures import read_config
 from meki.models.architectures.llama import LlamaConfig
 from meki.package import has_random_weights, read_manifest
-from meki.package.files import replace_file
+from meki.package.files import write_file
 
 from .engines import SETTINGS, Genai, LlamaBench, Meki, Setting, Workload, best_setting, find_binary
 from .llama_model import cached_gguf
@@ -83,16 +84,14 @@ def table(
     samples: for each engine, ours first, tokens/s [workloads, rounds]; settings: llama.cpp's, [workloads].
     """
     ours, *peers = samples
-    header = ["test", labels[ours]]
-    for peer in peers:
-        header += [labels[peer], "ratio"]
-    lines = [[*header, "best setting of llama.cpp"], ["---"] * (len(header) + 1)]
+    names = ["test", labels[ours], *(name for peer in peers for name in (labels[peer], "ratio"))]
+    lines = [*head([*names, "best setting of llama.cpp"], "l" * (len(names) + 1))]
     for i, workload in enumerate(workloads):
-        row = [str(workload), spread(samples[ours][i])]
+        cells = [str(workload), spread(samples[ours][i])]
         for peer in peers:
-            row += [spread(samples[peer][i]), spread(ratios(samples[ours][i], samples[peer][i]))]
-        lines.append([*row, str(settings[i])])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+            cells += [spread(samples[peer][i]), spread(ratios(samples[ours][i], samples[peer][i]))]
+        lines.append(row([*cells, str(settings[i])]))
+    return "\n".join(lines)
 
 
 def find_settings(
@@ -165,7 +164,7 @@ def compare(args: argparse.Namespace, manifest: dict[str, Any], config: LlamaCon
         f"{args.repetitions} interleaved rounds.\n"
     )
     labels = {name: f"{name} {versions[name]}, {models[name]}" for name in samples}
-    print(table(workloads, samples, labels, settings), end="")
+    print(table(workloads, samples, labels, settings))
     return {
         "package": manifest["name"],
         "architecture": manifest["architecture"],
@@ -200,21 +199,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{longest:,} tokens, but {args.package} has a context of {config.context:,}")
     figures = compare(args, manifest, config)
     if args.json:
-        with replace_file(args.json) as partial:
-            partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
-    return int(text)
-
-
-def depth_list(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.isdecimal() for part in parts) or len({int(part) for part in parts}) < len(parts):
-        raise argparse.ArgumentTypeError(f"expected different whole numbers such as 0,10240, got {text!r}")
-    return [int(part) for part in parts]
+        write_file(args.json, to_json(figures))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -226,11 +211,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("package", type=Path, help="a directory made by meki-convert")
     parser.add_argument("--llama-bench", required=True, metavar="PATH", help="a build of llama.cpp for this machine")
     parser.add_argument("--genai", type=Path, metavar="DIR", help="a model of onnxruntime-genai with the same shapes")
-    parser.add_argument("--depths", type=depth_list, default=[0, 10240], help="tokens in the KV cache, such as 0,10240")
-    parser.add_argument("--prefill", type=positive, default=512, help="tokens of the prefill test")
-    parser.add_argument("--tokens", type=positive, default=32, help="tokens of a decode test")
-    parser.add_argument("--repetitions", type=positive, default=5, help="rounds")
-    parser.add_argument("--threads", type=positive, default=2)
+    parser.add_argument(
+        "--depths", type=token_counts, default=(0, 10240), help="tokens in the KV cache, such as 0,10240"
+    )
+    parser.add_argument("--prefill", type=integer(1), default=512, help="tokens of the prefill test")
+    parser.add_argument("--tokens", type=integer(1), default=32, help="tokens of a decode test")
+    parser.add_argument("--repetitions", type=integer(1), default=5, help="rounds")
+    parser.add_argument("--threads", type=integer(1), default=2)
     parser.add_argument("--kv-type", default="int8", help="our KV cache, as meki-bench takes it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
     parser.add_argument(

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from meki import Engine
+from meki.bench.markdown import head, row
 from meki.models.architectures.llama import Decoder
 from meki.models.checkpoints.huggingface import load_model
 from meki.models.graph.weights import WEIGHT_TYPES
@@ -33,6 +34,7 @@ from meki.models.package import export_package
 from meki.models.quantize import ROW_TYPES
 from meki.models.tokenizer import END_OF_STORY, parse_tokenizer, read_tokenizer
 from meki.models.train import read_stories
+from meki.package.files import write_file
 
 Logits = Callable[[list[int]], NDArray[np.float32]]
 
@@ -108,8 +110,8 @@ def main() -> None:
     probes = held_out.windows[:: max(1, len(held_out.windows) // REFERENCE_WINDOWS)]
     expected = [reference(window) for window in probes]
     print(f"PyTorch, training form: {reference_nats:.4f} nats a token, {reference_bits:.4f} bits a byte. By KV type:")
-    print(f"\n| weights | rows | {' | '.join(KV_TYPES)} | largest logit difference, float32 KV |")
-    print("|---|---|" + "---:|" * (len(KV_TYPES) + 1), flush=True)
+    names = ["weights", "rows", *KV_TYPES, "largest logit difference, float32 KV"]
+    print("", *head(names, "ll"), sep="\n", flush=True)
     figures = [{"weights": "PyTorch", "nats": reference_nats, "bits_per_byte": reference_bits}]
     for weights, rows in itertools.product(WEIGHT_TYPES, ROW_TYPES):
         with tempfile.TemporaryDirectory() as directory:
@@ -124,10 +126,10 @@ def main() -> None:
                 changes.append((bits / reference_bits - 1, difference))
                 figure = {"weights": weights, "rows": rows, "kv_type": kv_type, "nats": loss, "bits_per_byte": bits}
                 figures.append({**figure, "logit_difference": difference})
-        cells = " | ".join(f"{change:+.3%}" for change, _ in changes)
-        print(f"| {weights} | {rows} | {cells} | {changes[0][1]:.2g} |", flush=True)
+        cells = [f"{change:+.3%}" for change, _ in changes]
+        print(row([weights, rows, *cells, f"{changes[0][1]:.2g}"]), flush=True)
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_file(args.json, (json.dumps(figures, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

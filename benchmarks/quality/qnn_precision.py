@@ -26,6 +26,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from meki.bench.markdown import head, row
 from meki.models.checkpoints.huggingface import load_model
 from meki.models.graph.builder import GraphBuilder
 from meki.models.qnn.chips import CHIPS
@@ -156,9 +157,9 @@ def main() -> int:
                 error = float(np.sqrt(np.mean(np.square(got - exact)) / np.mean(np.square(exact))))
                 errors.setdefault(name.split(".")[-1], {}).setdefault(kind, []).append(error)
     print(f"{len(ids)} tokens; relative RMS error of a layer's output, median over the layers\n")
-    print(f"| layer | {' | '.join(KINDS)} |\n|---|{'---:|' * len(KINDS)}")
+    print(*head(["layer", *KINDS], "l"), sep="\n")
     for layer, kinds in errors.items():
-        print(f"| {layer} | {' | '.join(f'{np.median(kinds[kind]):.5f}' for kind in KINDS)} |")
+        print(row([layer, *(f"{np.median(kinds[kind]):.5f}" for kind in KINDS)]))
     return 0
 
 

@@ -159,7 +159,7 @@ def test_simulated_figures_say_so() -> None:
     [
         ([], "--provider qnn needs --qnn DIR"),
         (["--provider", "cpu", "--soc", "sm8750"], "--qnn and --soc belong to --provider qnn"),
-        (["--qnn", "q", "--rounds", "0"], "expected a whole number from 1 up, got '0'"),
+        (["--qnn", "q", "--rounds", "0"], "expected an integer of at least 1, got '0'"),
         (["--qnn", "q", "--cool-down", "nan"], "expected minutes from 0 to 1440, got 'nan'"),
     ],
 )

@@ -397,11 +397,11 @@ def test_missing_binaries_are_named(package: Path, tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--depths 0,0", "expected different whole numbers"),
-        ("--depths 0,-1", "expected different whole numbers"),
+        ("--depths 0,0", "expected different numbers of tokens"),
+        ("--depths 0,-1", "expected different numbers of tokens"),
         ("--depths", "expected one argument"),
-        ("--repetitions 0", "expected a whole number from 1 up, got '0'"),
-        ("--threads x", "expected a whole number from 1 up, got 'x'"),
+        ("--repetitions 0", "expected an integer of at least 1, got '0'"),
+        ("--threads x", "expected an integer of at least 1, got 'x'"),
     ],
 )
 def test_usage_errors(capsys: pytest.CaptureFixture[str], options: str, message: str) -> None:
