@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from meki import Engine
 from meki.bench.markdown import head, row
-from meki.models.architectures.llama import Decoder
+from meki.models.architectures.base import Model
 from meki.models.checkpoints.huggingface import load_model
 from meki.models.graph.weights import WEIGHT_TYPES
 from meki.models.package import export_package
@@ -77,7 +77,7 @@ def measure(logits: Logits, held_out: HeldOut, name: str) -> tuple[float, float]
     return total / held_out.tokens, total / math.log(2) / held_out.bytes
 
 
-def torch_logits(model: Decoder) -> Logits:
+def torch_logits(model: Model) -> Logits:
     @torch.no_grad()
     def run(window: list[int]) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = model(torch.tensor([window]))[0].numpy()

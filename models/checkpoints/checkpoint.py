@@ -12,6 +12,7 @@ from torch import Tensor
 from ..architectures import ARCHITECTURES
 from ..architectures.base import Architecture
 from ..config import ConfigError
+from ..memories import MEMORIES
 from ..memories.base import ALL
 from ..quantize import Floats
 from ..source import Source, lazy_source
@@ -143,5 +144,7 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
 
 
 def _describe(config: Architecture) -> str:
-    sizes = {name: value for name, value in config.settings().items() if type(value) is int and name != "context"}
-    return f"a decoder with {', '.join(f'{name}={value}' for name, value in sizes.items())}"
+    values = config.settings()
+    widths = [next(iter(kind.SETTINGS)) for kind in MEMORIES.values()]
+    shown = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", *widths, "vocab_size")
+    return f"a decoder with {', '.join(f'{name}={values[name]}' for name in shown if name in values)}"

@@ -253,7 +253,7 @@ def save_pretrained(
     if folded and model.config.memory:
         kind, kept = model.config.memory.kind, wanted_shapes(model.config, folded=True)
         rows = torch.from_numpy(np.concatenate(list(model_source(model).row_blocks()), axis=1))
-        tables = {f"layers.{layer}.{kind}.folded_table": table for layer, table in enumerate(rows)}
+        tables = {f"layers.{layer}.{kind}.folded_table": table.clone() for layer, table in enumerate(rows)}
         state = {name: tensor for name, tensor in state.items() if name in kept} | tables
     named = {name if name == _HEAD else f"model.{name}": tensor for name, tensor in state.items()}
     with replace_directory(path, CONFIG, overwrite) as directory:
