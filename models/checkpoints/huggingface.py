@@ -106,7 +106,7 @@ def open_huggingface(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{file}: has a value of another kind than expected: {error!r}") from error
     config = make_config(file, fields, overrides)
-    folded = any(name.endswith(".meki.folded_table") for name in tensors.shapes)
+    folded = any(name.endswith(".folded_table") for name in tensors.shapes)
     prefix = "model." if any(name.startswith("model.") for name in tensors.shapes) else ""
     parts = {
         name: Part(name if name == _HEAD else prefix + name, shape)
