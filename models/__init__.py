@@ -1,4 +1,4 @@
-"""What a MeKi model is, offline: configurations, the PyTorch reference, training, folding and export to packages.
+"""What a model is, offline: architectures, memories and FFNs, checkpoints, training, folding and export to packages.
 
-Running a package needs nothing of this but the configurations; the rest needs `pip install 'meki[models]'`.
+Running a package needs nothing of this, and nothing that does imports it. It needs `pip install 'meki[models]'`.
 """

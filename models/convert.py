@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from meki.cli.errors import report, run_command
 from meki.package import bundled_models
@@ -24,6 +21,7 @@ from .checkpoints.checkpoint import checkpoint_source
 from .config import ConfigError, check
 from .graph.weights import WEIGHT_TYPES
 from .package import export_package
+from .progress import ProgressBars
 from .quantize import ROW_TYPES
 from .sizes import CONFIGS
 from .source import Source, random_source
@@ -54,27 +52,6 @@ PROGRAM = "meki-convert"
 
 class UsageError(ValueError):
     """The command line asks for what cannot be."""
-
-
-class ProgressBars:
-    """One bar on stderr for each phase of the export."""
-
-    def __init__(self) -> None:
-        self.phase: str | None = None
-        self.bar: tqdm | None = None
-
-    def update(self, phase: str, done: int, total: int) -> None:
-        if self.bar is None or phase != self.phase:
-            self.close()
-            self.phase = phase
-            self.bar = tqdm(
-                desc=phase, total=total, unit_scale=True, file=sys.stderr, disable=None
-            )  # None: no terminal
-        self.bar.update(done - self.bar.n)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 def open_source(args: argparse.Namespace) -> tuple[Source, TokenizerSpec, dict[str, str]]:
@@ -113,7 +90,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     source, tokenizer, provenance = open_source(args)
     if args.rows and not source.config.memory:
         raise UsageError(f"--rows {args.rows}: the model has no memory and so no rows; omit it")
-    bars = ProgressBars()
+    bars = ProgressBars(unit_scale=True)
     try:
         return export_package(
             source,

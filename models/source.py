@@ -49,7 +49,7 @@ def random_source(config: Architecture) -> Source:
 
     The same at every call. A weight exists only while it is exported; the model never does.
     """
-    shapes = config.training_shapes
+    shapes = config.shapes()
     residual = (2 * config.layers) ** -0.5  # of what adds to the residual stream, as in Model.initialise
 
     def weight(name: str) -> Floats:

@@ -118,26 +118,21 @@ class Architecture(Dimensions, ABC):
     def program(self, g: Primitives) -> None:
         """The decoder over graph primitives, from the tokens to the logits."""
 
-    @functools.cached_property
-    def training_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the PyTorch model's parameters."""
-        with torch.device("meta"):  # shapes without storage
-            return {name: tuple(tensor.shape) for name, tensor in self.module().state_dict().items()}
-
-    @functools.cached_property
-    def folded_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Those of a folded model: what stays at inference, and tables `layers.N.KIND.folded_table`."""
-        memory = self.memory
+    @functools.cache  # noqa: B019 (configurations are few, and small)
+    def shapes(self, folded: bool = False) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the PyTorch model's parameters; with `folded` of those that stay at inference, and of
+        tables `layers.N.KIND.folded_table`."""
+        if not folded:
+            with torch.device("meta"):  # shapes without storage
+                return {name: tuple(tensor.shape) for name, tensor in self.module().state_dict().items()}
+        shapes, memory = self.shapes(), self.memory
         if memory is None:
-            return self.training_shapes
-        kept = tuple(f".{memory.kind}.{name}" for name in memory.KEPT)
-        shapes = {
-            name: shape
-            for name, shape in self.training_shapes.items()
-            if f".{memory.kind}." not in name or name.endswith(kept)
-        }
-        tables = [f"layers.{layer}.{memory.kind}.folded_table" for layer in range(memory.layers(self))]
-        return shapes | dict.fromkeys(tables, (self.vocab_size, memory.dim))
+            return shapes
+        its = f".{memory.kind}."
+        kept = tuple(its + name for name in memory.KEPT)
+        stays = {name: shape for name, shape in shapes.items() if its not in name or name.endswith(kept)}
+        tables = [f"layers.{layer}{its}folded_table" for layer in range(memory.layers(self))]
+        return stays | dict.fromkeys(tables, (self.vocab_size, memory.dim))
 
     @property
     def rom_parameters(self) -> int:
@@ -145,12 +140,6 @@ class Architecture(Dimensions, ABC):
         return self.memory.layers(self) * self.vocab_size * self.memory.dim if self.memory else 0
 
     @property
-    def layer_parameters(self) -> int:
-        """Of `ram_parameters`, those of all layers."""
-        shapes = self.folded_shapes.items()
-        return sum(math.prod(shape) for name, shape in shapes if name.startswith("layers.")) - self.rom_parameters
-
-    @property
     def ram_parameters(self) -> int:
         """Parameters that stay in memory at inference; a tied embedding counts once."""
-        return sum(map(math.prod, self.folded_shapes.values())) - self.rom_parameters
+        return sum(map(math.prod, self.shapes(folded=True).values())) - self.rom_parameters

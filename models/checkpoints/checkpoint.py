@@ -53,7 +53,7 @@ class Checkpoint:
     config: Architecture
     tensors: TensorFile
     parts: Mapping[str, Part]
-    """By the names of `wanted_shapes(config, folded)`."""
+    """By the names of `config.shapes(folded)`."""
     read_tokenizer: Callable[[], TokenizerSpec | None]
     """The checkpoint's own; None: it has none. Called unless the user names another; CheckpointError."""
     provenance: dict[str, str]
@@ -63,11 +63,6 @@ class Checkpoint:
     """The memories are folded tables."""
     trimmed: bool = False
     """The user asked for a vocabulary size: tables may have more rows than that, which are left out."""
-
-
-def wanted_shapes(config: Architecture, folded: bool = False) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights that a conversion takes, those of `Checkpoint.parts`."""
-    return config.folded_shapes if folded else config.training_shapes
 
 
 def make_config(
@@ -116,7 +111,7 @@ def checkpoint_source(checkpoint: Checkpoint) -> Source:
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
     path, found = checkpoint.path, checkpoint.tensors.shapes
-    assert checkpoint.parts.keys() == wanted_shapes(checkpoint.config, checkpoint.folded).keys()
+    assert checkpoint.parts.keys() == checkpoint.config.shapes(checkpoint.folded).keys()
     missing = {part.name: part for part in checkpoint.parts.values() if part.name not in found}
     if missing:
         first = next(iter(missing.values()))

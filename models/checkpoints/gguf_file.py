@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..architectures.base import Architecture
 from ..memories.base import ALL
-from .checkpoint import Checkpoint, CheckpointError, Part, make_config, wanted_shapes
+from .checkpoint import Checkpoint, CheckpointError, Part, make_config
 from .gguf_tokenizer import read_gguf_tokenizer
 
 _MAGIC = b"GGUF"
@@ -170,7 +170,7 @@ def open_gguf(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         path,
         config,
         file,
-        {name: _part(name, shape, config, architecture) for name, shape in wanted_shapes(config).items()},
+        {name: _part(name, shape, config, architecture) for name, shape in config.shapes().items()},
         read_tokenizer=lambda: read_gguf_tokenizer(path, file.metadata),
         provenance=_provenance(file, architecture),
         ignored=lambda name: name == _ROPE_FACTORS,

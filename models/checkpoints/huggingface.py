@@ -22,7 +22,7 @@ from ..memories import MEMORIES
 from ..memories.base import ALL
 from ..source import model_source
 from ..tokenizer import TokenizerSpec, parse_tokenizer, read_tokenizer
-from .checkpoint import Checkpoint, CheckpointError, Part, checkpoint_source, make_config, wanted_shapes
+from .checkpoint import Checkpoint, CheckpointError, Part, checkpoint_source, make_config
 
 CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -109,8 +109,7 @@ def open_huggingface(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     folded = any(name.endswith(".folded_table") for name in tensors.shapes)
     prefix = "model." if any(name.startswith("model.") for name in tensors.shapes) else ""
     parts = {
-        name: Part(name if name == _HEAD else prefix + name, shape)
-        for name, shape in wanted_shapes(config, folded).items()
+        name: Part(name if name == _HEAD else prefix + name, shape) for name, shape in config.shapes(folded).items()
     }
     if config.tied_embeddings:
         _check_tied(file, tensors, parts["embed_tokens.weight"].name)
@@ -251,7 +250,7 @@ def save_pretrained(
     """
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if folded and model.config.memory:
-        kind, kept = model.config.memory.kind, wanted_shapes(model.config, folded=True)
+        kind, kept = model.config.memory.kind, model.config.shapes(folded=True)
         rows = torch.from_numpy(np.concatenate(list(model_source(model).row_blocks()), axis=1))
         tables = {f"layers.{layer}.{kind}.folded_table": table.clone() for layer, table in enumerate(rows)}
         state = {name: tensor for name, tensor in state.items() if name in kept} | tables

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..architectures.base import Architecture
 from ..config import ConfigError
 from ..memories import MEMORIES
-from .checkpoint import Checkpoint, CheckpointError, Part, make_config, wanted_shapes
+from .checkpoint import Checkpoint, CheckpointError, Part, make_config
 from .torch_file import TorchFile, is_torch_zip, load_torch_file
 
 _FILE = "model_optim_rng.pt"
@@ -237,7 +237,7 @@ def _fields(path: Path, args: Mapping[str, Any], shapes: Mapping[str, tuple[int,
 
 
 def _parts(config: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Part]:
-    wanted = wanted_shapes(config)
+    wanted = config.shapes()
     outer = {
         "embed_tokens.weight": _EMBEDDING,
         "norm.weight": "decoder.final_layernorm.weight",

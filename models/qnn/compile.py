@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from meki.cli.errors import report, run_command
 from meki.package import find_model, read_manifest, target_directory
 
 from ..architectures.base import Architecture
 from ..graph.npu import PRECISIONS
+from ..progress import ProgressBars
 from .check import Difference, compare
 from .chips import CHIPS
 from .compiler import Compiled
@@ -25,23 +24,6 @@ PROGRAM = "meki-compile"
 DEFAULT_CONTEXT, DEFAULT_CHUNK, DEFAULT_CHECK = 10_240, 128, 16
 SMALL_MODEL = 50_000_000
 """Parameters up to which the result is checked by default: the simulator takes seconds a token for a larger one."""
-
-
-class ProgressBar:
-    """One bar on stderr, a step for each stage."""
-
-    def __init__(self) -> None:
-        self.bar: tqdm | None = None
-
-    def update(self, phase: str, done: int, total: int) -> None:
-        if self.bar is None:
-            self.bar = tqdm(total=total, unit="stage", file=sys.stderr, disable=None)  # None: no terminal
-        self.bar.set_description(phase)
-        self.bar.update(done - self.bar.n)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 def read_options(args: argparse.Namespace, weights: PackageWeights) -> tuple[Options, int]:
@@ -56,7 +38,7 @@ def read_options(args: argparse.Namespace, weights: PackageWeights) -> tuple[Opt
     options.check(weights)
     check = args.check
     if check is None:
-        check = min(DEFAULT_CHECK, context) if weights.config.ram_parameters <= SMALL_MODEL else 0
+        check = min(DEFAULT_CHECK, context) if weights.parameters <= SMALL_MODEL else 0
     if not 0 <= check <= context:
         raise ValueError(f"--check is {check}, expected 0 to the context of {context} tokens")
     return options, check
@@ -101,16 +83,16 @@ def run(args: argparse.Namespace) -> None:
     package = find_model(args.package)
     weights = PackageWeights(package, read_manifest(package))
     options, check = read_options(args, weights)
-    bar = ProgressBar()
+    bars = ProgressBars(unit="stage")
     try:
-        entry, compiled = compile_package(package, args.soc, options, overwrite=args.overwrite, progress=bar.update)
+        entry, compiled = compile_package(package, args.soc, options, overwrite=args.overwrite, progress=bars.update)
     except KeyboardInterrupt:
         report(PROGRAM, "note", "interrupted, the package is unchanged")
         raise
     except FileExistsError as error:
         raise ValueError(error) from error
     finally:
-        bar.close()
+        bars.close()
     print(summary(entry, compiled, weights.config, target_directory(package, args.soc)), flush=True)
     if not check:
         print("  logits not compared with the CPU's: --check N does it, in the HTP simulator")

@@ -21,6 +21,7 @@ class PackageWeights:
     def __init__(self, package: Path, manifest: dict[str, Any]) -> None:
         self.config = read_config(manifest)
         self.type: str = manifest["weights"]["type"]
+        self.parameters: int = manifest["parameters"]["ram"]
         self._package = package
         self._tensors: dict[str, TensorProto] = {}
         for stage in manifest["stages"]:

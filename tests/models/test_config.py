@@ -90,14 +90,13 @@ def test_counts(make_model: Callable[..., Decoder], overrides: dict[str, Any]) -
     layer = attention + norms + 3 * hidden * config.ffn + memory
     tables = 1 if config.tied_embeddings else 2
     assert config.ram_parameters == tables * config.vocab_size * hidden + config.layers * layer + hidden
-    assert config.layer_parameters == config.layers * layer
     assert config.rom_parameters == config.layers * config.vocab_size * memory_dim
 
 
 @pytest.mark.parametrize("overrides", VARIANTS, ids=str)
 def test_shapes_of_a_decoder(make_model: Callable[..., Decoder], overrides: dict[str, Any]) -> None:
     model = make_model(**overrides)
-    assert model.config.training_shapes == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert model.config.shapes() == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def test_sizes_that_a_newcomer_is_told_of() -> None:
