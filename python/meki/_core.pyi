@@ -7,7 +7,7 @@ import numpy
 import numpy.typing
 import os
 import typing
-__all__: list[str] = ['Engine', 'EngineOptions', 'PackageError', 'Rom', 'RomInfo', 'Sampler', 'SamplingOptions', 'Session', 'SessionOptions', 'Stats', 'cpu_kernels', 'read_bandwidth', 'read_manifest']
+__all__: list[str] = ['Block', 'Case', 'Engine', 'EngineOptions', 'Measurement', 'PackageError', 'Plan', 'Rom', 'RomInfo', 'Sampler', 'SamplingOptions', 'Session', 'SessionOptions', 'Stats', 'cpu_kernels', 'measure', 'profile_decode', 'read_manifest', 'resident_memory']
 class PackageError(OSError):
     """
     A package, or a file of one, that cannot be used: missing, damaged, inconsistent, or changed while in
@@ -291,18 +291,145 @@ class Session:
         """
         The sequence so far: prompts and generated tokens.
         """
+class Plan:
+    """
+    What to measure. Counts are of tokens.
+    """
+    GROUP: typing.ClassVar[int] = 8
+    TURN: typing.ClassVar[int] = 4
+    def __init__(self, *, depths: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], prefill: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex, repetitions: typing.SupportsInt | typing.SupportsIndex, synthetic_depth: bool = False, compare: bool = False, cold: bool = False) -> None:
+        """
+        depths: in the cache when decode begins. prefill: 0 for none. tokens: decode steps of each contender in one
+        run of a test, at least 1; to compare, a multiple of GROUP. repetitions: rounds. compare: two contenders,
+        which take turns. cold: drop the contenders' rows from the page cache before every step.
+        """
+    def context(self, depth: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Context that the test of decode at `depth` needs.
+        """
+    @property
+    def compare(self) -> bool:
+        ...
+    @property
+    def depths(self) -> list[int]:
+        ...
+    @property
+    def prefill(self) -> int:
+        ...
+    @property
+    def repetitions(self) -> int:
+        ...
+    @property
+    def synthetic_depth(self) -> bool:
+        ...
+    @property
+    def tokens(self) -> int:
+        ...
+    @property
+    def turn(self) -> int:
+        """
+        Decode steps in a row.
+        """
+    @property
+    def units(self) -> int:
+        """
+        How often measure() calls `progress`.
+        """
+class Block:
+    """
+    What one prefill, or some decode steps in a row, took.
+    """
+    @property
+    def ns(self) -> int:
+        """
+        Inside the engine, without Python.
+        """
+    @property
+    def sample_ns(self) -> int:
+        """
+        Of `ns`: in the sampler.
+        """
+    @property
+    def stall_ns(self) -> list[int]:
+        """
+        The wait for rows: of each decode step, or of a prefill the mean of its tokens; empty in a dense
+        model.
+        """
+    @property
+    def storage_bytes(self) -> int | None:
+        """
+        What the whole process fetched from storage meanwhile; None: the system does not tell.
+        """
+    @property
+    def tokens(self) -> int:
+        ...
+class Case:
+    """
+    A test: prefill of `tokens` tokens, or as many decode steps, from `depth` tokens on.
+    """
+    @property
+    def depth(self) -> int:
+        ...
+    @property
+    def kind(self) -> str:
+        """
+        "prefill" or "decode".
+        """
+    @property
+    def kv_bytes(self) -> int | None:
+        """
+        Bytes of keys and values that a decode step reads in the middle of the test; None for prefill.
+        """
+    @property
+    def tokens(self) -> int:
+        ...
+class Measurement:
+    """
+    What measure() found.
+    """
+    @property
+    def bandwidths(self) -> list[float]:
+        """
+        Bytes/s, before the first round and after each.
+        """
+    @property
+    def cases(self) -> list[Case]:
+        ...
+    @property
+    def memory(self) -> dict | None:
+        """
+        resident_memory() after every test has run once.
+        """
+    @property
+    def rounds(self) -> list[list[list[list[Block]]]]:
+        """
+        [repetition][case][contender]: blocks, one a turn.
+        """
 def cpu_kernels() -> str:
     """
     The instruction set that attention and linear layers use: "avx512vnni", "avx2", "neon-i8mm",
     "neon-dotprod" or "portable".
     """
-def read_bandwidth(threads: typing.SupportsInt | typing.SupportsIndex, bytes: typing.SupportsInt | typing.SupportsIndex) -> float:
+def measure(engines: collections.abc.Sequence[Engine], plan: Plan, progress: collections.abc.Callable[[str], None], bandwidth_bytes: typing.SupportsInt | typing.SupportsIndex) -> Measurement:
     """
-    Bytes per second that `threads` threads read together, once through a buffer of `bytes` bytes in memory.
+    Runs every test once to warm up, then `plan.repetitions` rounds of all tests; before the first round and after
+    each, reads `bandwidth_bytes` of memory. `progress` is told what comes next. KeyboardInterrupt is raised
+    between two steps. ValueError for a plan that does not fit the number of engines, its contenders.
+    """
+def profile_decode(engine: Engine, plan: Plan, depth: typing.SupportsInt | typing.SupportsIndex) -> tuple[Block, list[bool]]:
+    """
+    `plan.tokens` decode steps in one block, from a cache that is filled with `depth` tokens; and for every step of
+    one token that was made, the last ones of the engine: whether the block counts it.
     """
 def read_manifest(path: os.PathLike | str | bytes, provider: str = 'cpu', soc: str = '') -> str:
     """
     Checks the package at `path` as Engine.open does with this provider and chip, without loading a graph;
     returns the manifest's JSON text. With "cpu" the compiled files may be missing, with "qnn" all but those
     and the ROM.
+    """
+def resident_memory(rom: os.PathLike | str | bytes | None) -> dict | None:
+    """
+    Bytes of this process: "resident", of it "anonymous" (heap and caches), "file" (mapped files) and
+    "shared"; "peak", the greatest that "resident" ever was; and "rom", what of "file" is the file `rom`.
+    None where the system does not tell.
     """
