@@ -197,8 +197,7 @@ void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const 
     const __m256i mask = _mm256_set1_epi8(15);
     Ints sum[T][2];
     for (auto& row : sum) row[0] = row[1] = _mm256_setzero_si256();
-#pragma GCC unroll 1  // unrolled, GCC moves additions around until it spills
-    for (int i = 0; i < 4; ++i) {
+    const auto add_columns = [&](int i) {  // 4i .. 4i + 3, and 16 after them
       __m256i low[2];
       __m256i high[2];
       for (int h = 0; h < 2; ++h) {
@@ -214,6 +213,12 @@ void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const 
           sum[t][h] = _mm256_add_epi16(sum[t][h], _mm256_maddubs_epi16(high[h], second));
         }
       }
+    };
+    if constexpr (T == 1) {
+      for (int i = 0; i < 4; ++i) add_columns(i);
+    } else {
+#pragma GCC unroll 1  // unrolled, GCC moves additions around until it spills
+      for (int i = 0; i < 4; ++i) add_columns(i);
     }
     for (int t = 0; t < T; ++t) {
       const __m256i excess = _mm256_set1_epi32(8 * sums[t]);
