@@ -78,11 +78,14 @@ void check_draws(const SamplingOptions& options, const std::vector<float>& logit
   Sampler sampler(options, logits.size());
   std::map<int32_t, int> counts;
   for (int i = 0; i < draws; ++i) ++counts[sampler.sample(logits, sequence)];
-  for (const auto& [id, count] : counts) {
+  for (const auto& drawn : counts) {
+    const int32_t id = drawn.first;
     CAPTURE(id);
     CHECK(expected.contains(id));
   }
-  for (const auto& [id, probability] : expected) {
+  for (const auto& candidate : expected) {
+    const int32_t id = candidate.first;
+    const double probability = candidate.second;
     CAPTURE(id);
     const double mean = probability * draws;
     const double deviation = largest_deviation(probability, draws);

@@ -120,7 +120,9 @@ Product naive_injection(const Inputs& in) {
 TEST_CASE("inject: every path against the formula") {
   Random random(31);
   for (const int bits : {4, 8}) {
-    for (const auto& [hidden, memory_dim] : {std::pair<size_t, size_t>{64, 32}, {96, 64}, {512, 128}}) {
+    for (const auto& shape : {std::pair<size_t, size_t>{64, 32}, {96, 64}, {512, 128}}) {
+      const size_t hidden = shape.first;
+      const size_t memory_dim = shape.second;
       for (const size_t tokens : {1, 2, 9, 33}) {
         CAPTURE(bits);
         CAPTURE(hidden);

@@ -58,8 +58,8 @@ void set_callbacks(Operator& table) {
     return guarded(it, [&] { *kernel = new Instance{it, it.kind.make(Definition(*it.api, info), it.kv_type)}; });
   };
   table.KernelComputeV2 = [](void* kernel, ort::KernelContext* context) {
-    const auto& [op, node] = *static_cast<const Instance*>(kernel);
-    return guarded(op, [&] { node->compute(Call(*op.api, context, op.parallel)); });
+    const auto& it = *static_cast<const Instance*>(kernel);
+    return guarded(it.op, [&] { it.kernel->compute(Call(*it.op.api, context, it.op.parallel)); });
   };
   table.KernelDestroy = [](void* kernel) { delete static_cast<Instance*>(kernel); };
 }
