@@ -194,6 +194,8 @@ def run(args: argparse.Namespace) -> None:
         check_writable(args.json)
     manifest = read_manifest(args.package)
     config = read_config(manifest)
+    if not isinstance(config, LlamaConfig):
+        raise ValueError(f"{args.package} has an architecture of kind {config.kind}, expected {LlamaConfig.kind}")
     longest = max(args.prefill, max(*args.depths, 1) + args.tokens + 1)  # decode begins and ends with a token
     if longest > config.context:
         raise ValueError(f"{longest:,} tokens, but {args.package} has a context of {config.context:,}")

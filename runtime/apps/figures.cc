@@ -24,6 +24,7 @@ std::vector<Block> measure_test(const std::shared_ptr<const Engine>& engine, con
   Measurement measurement = measure({&engine, 1}, plan, {.poll = poll});
   figures.memory = measurement.memory;
   std::vector<Block> blocks;
+  blocks.reserve(measurement.rounds.size());
   for (std::vector<Blocks>& round : measurement.rounds) blocks.push_back(std::move(round.at(0).at(0).at(0)));
   return blocks;
 }

@@ -98,11 +98,11 @@ std::shared_ptr<const Engine> Engine::open(const std::filesystem::path& director
   if (rows != nullptr && options.rom_delay.count() > 0) {
     rows = std::make_shared<DelayedRows>(std::move(rows), options.rom_delay);
   }
-  return make(std::move(rows), std::move(backend), threads);
+  return make(rows, backend, threads);
 }
 
-std::shared_ptr<const Engine> Engine::make(std::shared_ptr<const RowSource> rows,
-                                           std::shared_ptr<const Backend> backend, int threads) {
+std::shared_ptr<const Engine> Engine::make(const std::shared_ptr<const RowSource>& rows,
+                                           const std::shared_ptr<const Backend>& backend, int threads) {
   auto engine = std::make_shared<const Engine>(rows, backend, threads);
   if (const auto fallback = backend->fallback()) {
     try {

@@ -35,8 +35,8 @@ class Engine {
   // From parts; `rows` is what open_rows(manifest) gave: null exactly for a dense model. One step of each kind is
   // taken, which finds what does not fit the manifest; where the backend fails and has a fallback, that one is used.
   // Throws PackageError.
-  static std::shared_ptr<const Engine> make(std::shared_ptr<const RowSource> rows,
-                                            std::shared_ptr<const Backend> backend, int threads);
+  static std::shared_ptr<const Engine> make(const std::shared_ptr<const RowSource>& rows,
+                                            const std::shared_ptr<const Backend>& backend, int threads);
 
   // The same without taking a step.
   Engine(std::shared_ptr<const RowSource> rows, std::shared_ptr<const Backend> backend, int threads)

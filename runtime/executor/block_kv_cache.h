@@ -22,7 +22,7 @@ class BlockKvCache final : public SequenceState {
   void append_noise(size_t tokens) override;
 
   // The whole cache of a layer, uint8 [blocks, kv_heads, block bytes].
-  Tensor tensor(const std::string& name, size_t layer) const;
+  Tensor tensor(const std::string& name, size_t index) const;
 
  private:
   std::byte* layer(size_t index) const { return memory_.data() + index * layer_bytes_; }

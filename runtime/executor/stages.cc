@@ -55,7 +55,7 @@ class Checker {
     for (const std::string& name : stage.graph->outputs()) {
       const Io io = names_.output(name);
       if (is_state(io)) add(io, name, made_[io.kind]);
-      if (io.kind == IoKind::logits) require(std::exchange(logits_, true) == false, "the stages make logits twice");
+      if (io.kind == IoKind::logits) require(!std::exchange(logits_, true), "the stages make logits twice");
       if (io.kind != IoKind::hidden) continue;
       require(!is_made(name), "output \"" + name + "\" is an output of an earlier stage, too");
       hidden_.push_back(name);

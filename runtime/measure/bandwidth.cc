@@ -29,6 +29,7 @@ double read_bandwidth(size_t threads, size_t bytes) {
   std::vector<Clock::time_point> begin(threads);
   std::vector<Clock::time_point> end(threads);
   std::vector<std::thread> workers;  // not jthread, which Android's libc++ counts as experimental
+  workers.reserve(threads);
   for (size_t index = 0; index < threads; ++index) {
     workers.emplace_back([&, index] {
       uint64_t* const words = buffer.as<uint64_t>() + index * share;
