@@ -73,7 +73,7 @@ def compiled(make_package: Callable[..., Path], tmp_path_factory: pytest.TempPat
             shutil.copytree(bundled_models()["meki-tiny"], package)
         else:
             source = checkpoint_source(open_checkpoint(MODELS / "meki-tiny-checkpoint", {}))
-            tokenizer = read_tokenizer(MODELS / "meki-tiny" / "tokenizer.json")
+            tokenizer = read_tokenizer(MODELS / "packages" / "meki-tiny" / "tokenizer.json")
             weights = "float32" if name == "float16" else name
             export_package(source, tokenizer, package, name=name, weights=weights, provenance={})
         precision = "float16" if name in ("small", "float16") else name
@@ -101,7 +101,7 @@ def dequantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
             return quantize_weight(weight, WEIGHT_BITS[weights], name)[1] if weight.ndim == 2 else weight
 
         package = tmp_path_factory.mktemp("dequantised") / weights
-        tokenizer = read_tokenizer(MODELS / "meki-tiny" / "tokenizer.json")
+        tokenizer = read_tokenizer(MODELS / "packages" / "meki-tiny" / "tokenizer.json")
         export_package(
             dataclasses.replace(source, weights=values),
             tokenizer,
