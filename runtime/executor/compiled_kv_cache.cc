@@ -111,6 +111,7 @@ void CompiledKvCache::append(size_t tokens) {
 
 template <class Piece>
 void CompiledKvCache::for_pieces(size_t first, size_t last, Piece piece) const {
+  if (first == last) return;
   const size_t dim = shape_.head_dim;
   for (const Layer& layer : layers_) {
     for (size_t r = 0; r < row(); ++r) piece(layer.keys + r * shape_.context + first, last - first);
