@@ -96,7 +96,7 @@ struct FloatValues {
 
 // Of the next kDepth / 4 rows of codes, V vectors.
 template <int V>
-void prefetch_rows(const std::byte* next, size_t k, size_t columns) {
+[[gnu::always_inline]] inline void prefetch_rows(const std::byte* next, size_t k, size_t columns) {
   if (next == nullptr) return;
   for (size_t row = k; row < k + kDepth; row += 4) prefetch(next + row * columns, 4 * kLanes * V);
 }
