@@ -104,21 +104,18 @@ class Device:
     def check(self, command: str, timeout: float = COMMAND_TIMEOUT) -> str:
         """stdout of a command that has to succeed."""
         output = self.shell(command, timeout)
-        if output.status:
-            raise self.command_error(command, output)
-        return output.stdout
-
-    def command_error(self, command: str, output: Output) -> AndroidError:
+        if not output.status:
+            return output.stdout
         if "No space left" in output.stderr:
-            return disk_full(self.serial)
+            raise self._disk_full()
         last = last_lines(output.stderr)
-        return AndroidError(f"{self.serial}: `{command}` ended with exit status {output.status}:\n  {last}")
+        raise AndroidError(f"{self.serial}: `{command}` ended with exit status {output.status}:\n  {last}")
 
     def push(self, local: Path, remote: str) -> None:
         done = self._run("push", str(local), remote, timeout=TRANSFER_TIMEOUT)
         if done.returncode:
             if "No space left" in done.stderr + done.stdout:
-                raise disk_full(self.serial)
+                raise self._disk_full()
             raise self._failure(f"pushing {local.name}", done)
 
     def pull(self, remotes: Sequence[str], directory: Path) -> None:
@@ -153,6 +150,12 @@ class Device:
 
     def _run(self, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
         return run_adb(self.adb, "-s", self.serial, *arguments, timeout=timeout)
+
+    def _disk_full(self) -> AndroidError:
+        return AndroidError(
+            f"{self.serial}: no space left on the phone. Free some and repeat the command: what has arrived is not "
+            "sent again"
+        )
 
     def _failure(self, doing: str, done: subprocess.CompletedProcess[str]) -> AndroidError:
         """Of a transfer: the phone may be back already, so that its state alone does not tell."""
@@ -228,12 +231,6 @@ def check_phone(phone: Phone) -> None:
         raise AndroidError(
             f"{phone.model}: API level {phone.sdk} (Android {phone.release}), expected {SDK} (Android 12) or newer"
         )
-
-
-def disk_full(serial: str) -> AndroidError:
-    return AndroidError(
-        f"{serial}: no space left on the phone. Free some and repeat the command: what has arrived is not sent again"
-    )
 
 
 def _number(pattern: str, text: str) -> int | None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,11 +26,11 @@ from tqdm import tqdm
 
 from meki.bench.output import check_writable, to_json
 from meki.cli.arguments import integer, number
-from meki.package import read_manifest
+from meki.package import check_sha256, read_manifest
 from meki.package.files import write_file
 
 from .bench import REPETITIONS, Bench, Run, Settings, Variant, run_rounds
-from .device import TRANSFER_TIMEOUT, AndroidError, Device, Phone, check_phone, find_device
+from .device import AndroidError, Device, Phone, check_phone, find_device
 from .files import (
     ONNXRUNTIME,
     PROGRAM,
@@ -39,11 +38,10 @@ from .files import (
     Item,
     Target,
     check_elf,
-    check_items,
     find_target,
     local_item,
-    missing_items,
     package_items,
+    progress,
     push_items,
     qnn_libraries,
 )
@@ -109,8 +107,9 @@ def prepare(args: argparse.Namespace) -> Job:
 
     directory = f"{REMOTE}/packages/{args.package.resolve().name}"
     items = package_items(args.package, manifest, target, directory)
-    with tqdm(desc="checking", total=sum(item.bytes for item in items), unit="B", unit_scale=True, disable=None) as bar:
-        check_items(items, bar.update)
+    with progress("checking", items) as bar:
+        for item in items:
+            check_sha256(item.local, item.sha256, bar.update)
     libraries = {PROGRAM: args.bench, ONNXRUNTIME: args.onnxruntime}
     if target:
         libraries |= {path.name: path for path in qnn_libraries(args.qnn, target.members["htp_arch"])}
@@ -125,16 +124,6 @@ def prepare(args: argparse.Namespace) -> Job:
         Bench(device, BIN, directory, settings),
         find_variants(manifest, target),
     )
-
-
-def push(job: Job) -> None:
-    job.device.check(f"mkdir -p {shlex.quote(BIN)}")
-    missing = missing_items(job.device, job.items)
-    with tqdm(
-        desc="pushing", total=sum(item.bytes for item in missing), unit="B", unit_scale=True, disable=None
-    ) as bar:
-        push_items(job.device, missing, bar.update)
-    job.device.check("sync", TRANSFER_TIMEOUT)  # pages that are not written back cannot be dropped for a cold ROM
 
 
 def cool_down(device: Device, minutes: float, say: Callable[[str], None]) -> None:
@@ -199,7 +188,7 @@ def run(args: argparse.Namespace) -> int:
         check_writable(args.json)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     job = prepare(args)
-    push(job)
+    push_items(job.device, job.items)
     runs, failure, code = measure(args, job)
     report = make_report(
         runs,
