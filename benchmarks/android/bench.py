@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 import shlex
 import signal
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,6 @@ class Run:
     report: dict[str, Any]
     """meki_bench's JSON."""
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     @property
     def milliamperes(self) -> list[float]:
         """Between battery and phone, after loading; without sign."""
@@ -76,23 +74,19 @@ class Bench:
 
     def __init__(self, device: Device, directory: str, package: str, settings: Settings) -> None:
         self.device, self.directory, self.settings = device, directory, settings
-        arguments = [f"./{PROGRAM}", package, "--onnxruntime", f"{directory}/{ONNXRUNTIME}"]
-        arguments += ["--provider", settings.provider]
-        if settings.soc:
-            arguments += ["--qnn-library", f"{directory}/{QNN_PROVIDER}", "--soc", settings.soc]
-        if settings.depth is not None:
-            arguments += ["--depth", str(settings.depth)]
-        if settings.prefill is not None:
-            arguments += ["--prefill", str(settings.prefill)]
-        self.arguments = [
-            *arguments,
-            "--tokens",
-            str(settings.tokens),
-            "--repetitions",
-            str(REPETITIONS),
-            "--json",
-            "run.json",
-        ]
+        options = {
+            "--onnxruntime": f"{directory}/{ONNXRUNTIME}",
+            "--provider": settings.provider,
+            "--qnn-library": f"{directory}/{QNN_PROVIDER}" if settings.soc else None,
+            "--soc": settings.soc,
+            "--depth": settings.depth,
+            "--prefill": settings.prefill,
+            "--tokens": settings.tokens,
+            "--repetitions": REPETITIONS,
+            "--json": "run.json",
+        }
+        given = ((name, str(value)) for name, value in options.items() if value is not None)
+        self.arguments = [f"./{PROGRAM}", package, *itertools.chain.from_iterable(given)]
 
     def run(self, variant: Variant, number: int) -> Run:
         before = self.device.state()
@@ -122,16 +116,14 @@ class Bench:
             "echo $! > run.pid; wait $!; status=$?; kill $sampler; rm -f run.pid; (exit $status)\n}"
         )
 
-    def stop(self) -> None:
-        """Ends a meki_bench that an interrupted run has left on the phone."""
+    def clean(self) -> None:
+        """Ends a meki_bench that an interrupted run has left on the phone, and removes what runs leave behind, but not
+        what was pushed."""
         self.device.check(
             f"cd {shlex.quote(self.directory)} && if [ -f run.pid ]; then pid=$(cat run.pid); "
-            f"if grep -q {PROGRAM} /proc/$pid/cmdline 2>/dev/null; then kill -9 $pid; fi; fi"
+            f"if grep -q {PROGRAM} /proc/$pid/cmdline 2>/dev/null; then kill -9 $pid; fi; fi; "
+            f"rm -f {' '.join(_FILES)}"
         )
-
-    def clean(self) -> None:
-        """Removes what runs leave behind, but not what was pushed."""
-        self.device.check(f"cd {shlex.quote(self.directory)} && rm -f {' '.join(_FILES)}")
 
 
 def _death(status: int) -> str:
@@ -195,24 +187,3 @@ def order(variants: Sequence[Variant], number: int) -> list[Variant]:
     """Who runs when in round `number`: A B C C B A, which a linear drift does not favour, and C B A A B C in turn."""
     turn = list(variants) if number % 2 else list(reversed(variants))
     return [*turn, *reversed(turn)]
-
-
-def run_rounds(
-    bench: Bench,
-    variants: Sequence[Variant],
-    rounds: int,
-    runs: list[Run],
-    *,
-    before_round: Callable[[], None],
-    advance: Callable[[str], None],
-) -> None:
-    """Appends each run to `runs`, so that those before a failure are kept. `advance` is told what has been run."""
-    for number in range(1, rounds + 1):
-        before_round()
-        for variant in order(variants, number):
-            run = bench.run(variant, number)
-            if runs and run.report["depth"] != runs[0].report["depth"]:
-                depths = f"{runs[0].report['depth']} and {run.report['depth']}"
-                raise AndroidError(f"{PROGRAM}: runs at depths {depths} cannot be compared: choose one with --depth")
-            runs.append(run)
-            advance(str(variant))

@@ -13,13 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PROPERTIES = {
-    "chip": "ro.soc.model",
-    "model": "ro.product.model",
-    "abi": "ro.product.cpu.abi",
-    "sdk": "ro.build.version.sdk",
-    "release": "ro.build.version.release",
-}
+PROPERTIES = (
+    *("ro.soc.model", "ro.product.model", "ro.product.cpu.abi"),
+    *("ro.build.version.sdk", "ro.build.version.release"),
+)
+"""Of Android, in the order of `Phone`'s fields."""
 ABI, SDK = "arm64-v8a", 31
 HOT_CELSIUS = 38.0
 """Of the battery. Phones slow down when their surface is some 40 degrees warm."""
@@ -124,11 +122,17 @@ class Device:
             raise self._failure(f"pulling {', '.join(remotes)}", done)
 
     def phone(self) -> Phone:
-        values = self.check("; ".join(f"getprop {name}" for name in PROPERTIES.values())).splitlines()
-        found = dict(zip(PROPERTIES, (value.strip() for value in values), strict=False))
-        if len(found) < len(PROPERTIES) or not found["sdk"].isdecimal():
-            raise AndroidError(f"{self.serial}: getprop answered {values}, expected {', '.join(PROPERTIES.values())}")
-        return Phone(found["chip"], found["model"], found["abi"], int(found["sdk"]), found["release"])
+        """AndroidError for one that cannot run meki_bench."""
+        lines = self.check("; ".join(f"getprop {name}" for name in PROPERTIES)).splitlines()
+        values = [line.strip() for line in lines]
+        if len(values) != len(PROPERTIES) or not values[3].isdecimal():
+            raise AndroidError(f"{self.serial}: getprop answered {values}, expected {', '.join(PROPERTIES)}")
+        chip, model, abi, sdk, release = values
+        if abi != ABI:
+            raise AndroidError(f"{model}: its ABI is {abi}, expected {ABI}: meki_bench is built for that alone")
+        if int(sdk) < SDK:
+            raise AndroidError(f"{model}: API level {sdk} (Android {release}), expected {SDK} (Android 12) or newer")
+        return Phone(chip, model, abi, int(sdk), release)
 
     def state(self) -> State:
         told = self.shell("dumpsys thermalservice; dumpsys battery").stdout
@@ -222,15 +226,6 @@ def find_device(adb: str, serial: str | None) -> Device:
         remedy = next((text for key, text in remedies.items() if state.startswith(key)), "start Android on it")
         raise AndroidError(f"{serial} is in state {state!r}, expected 'device': {remedy}")
     return Device(adb, serial)
-
-
-def check_phone(phone: Phone) -> None:
-    if phone.abi != ABI:
-        raise AndroidError(f"{phone.model}: its ABI is {phone.abi}, expected {ABI}: meki_bench is built for that alone")
-    if phone.sdk < SDK:
-        raise AndroidError(
-            f"{phone.model}: API level {phone.sdk} (Android {phone.release}), expected {SDK} (Android 12) or newer"
-        )
 
 
 def _number(pattern: str, text: str) -> int | None:
