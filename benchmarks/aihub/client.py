@@ -234,7 +234,7 @@ class Hub:
                 raise HubError(f"{kind} job {job.job_id} failed: {status.message or 'without a reason'} ({job.url})")
 
     def profile(self, jobs: Jobs) -> dict[str, Any]:
-        """Waits for a stage's jobs. What `figures` makes of its profile; HubError if a job failed or times are lacking."""
+        """Waits for a stage's jobs. What `figures` makes of its profile; HubError if a job failed or it lacks times."""
         self._check(jobs, wait=True)
         _, job = jobs[-1]
         with hub_errors(f"results of job {job.job_id}"):

@@ -9,9 +9,9 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import CompletedProcess
 
 PROPERTIES = (
     *("ro.soc.model", "ro.product.model", "ro.product.cpu.abi"),
@@ -33,16 +33,6 @@ class AndroidError(RuntimeError):
 
 class DeviceLostError(AndroidError):
     """adb no longer reaches the phone."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a command on the phone did."""
-
-    status: int
-    """Exit status; 128 + n: ended by signal n."""
-    stdout: str
-    stderr: str
 
 
 @dataclass(frozen=True)
@@ -87,8 +77,9 @@ class Device:
     def __init__(self, adb: str, serial: str) -> None:
         self.adb, self.serial = adb, serial
 
-    def shell(self, command: str, timeout: float = COMMAND_TIMEOUT) -> Output:
-        """Runs a command in the phone's shell; its names have to be quoted for that.
+    def shell(self, command: str, timeout: float = COMMAND_TIMEOUT) -> CompletedProcess[str]:
+        """Runs a command in the phone's shell; its names have to be quoted for that. Exit status 128 + n: ended by
+        signal n.
 
         The exit status comes as a last line of stdout: what adb returns does not tell a command that has ended from a
         phone that was unplugged.
@@ -97,29 +88,30 @@ class Device:
         found = re.search(rf"\r?\n{_MARKER} (\d+)\r?\n\Z", done.stdout)
         if not found:
             raise self._lost("a command", done)
-        return Output(int(found[1]), done.stdout[: found.start()], done.stderr)
+        return CompletedProcess(command, int(found[1]), done.stdout[: found.start()], done.stderr)
 
     def check(self, command: str, timeout: float = COMMAND_TIMEOUT) -> str:
         """stdout of a command that has to succeed."""
         output = self.shell(command, timeout)
-        if not output.status:
+        if not output.returncode:
             return output.stdout
         if "No space left" in output.stderr:
             raise self._disk_full()
         last = last_lines(output.stderr)
-        raise AndroidError(f"{self.serial}: `{command}` ended with exit status {output.status}:\n  {last}")
+        raise AndroidError(f"{self.serial}: `{command}` ended with exit status {output.returncode}:\n  {last}")
 
     def push(self, local: Path, remote: str) -> None:
         done = self._run("push", str(local), remote, timeout=TRANSFER_TIMEOUT)
-        if done.returncode:
-            if "No space left" in done.stderr + done.stdout:
-                raise self._disk_full()
-            raise self._failure(f"pushing {local.name}", done)
-
-    def pull(self, remotes: Sequence[str], directory: Path) -> None:
-        done = self._run("pull", *remotes, str(directory), timeout=TRANSFER_TIMEOUT)
-        if done.returncode:
-            raise self._failure(f"pulling {', '.join(remotes)}", done)
+        if not done.returncode:
+            return
+        if "No space left" in done.stderr + done.stdout:
+            raise self._disk_full()
+        # The phone may be back already, so that its state alone does not tell.
+        state = self._run("get-state", timeout=COMMAND_TIMEOUT)
+        if state.stdout.strip() != "device" or re.search("couldn't read|closed|offline|protocol fault", done.stderr):
+            raise self._lost(f"pushing {local.name}", done)
+        last = last_lines(done.stderr or done.stdout)
+        raise AndroidError(f"{self.serial}: pushing {local.name} failed; adb says:\n  {last}")
 
     def phone(self) -> Phone:
         """AndroidError for one that cannot run meki_bench."""
@@ -152,7 +144,7 @@ class Device:
             raise AndroidError(f"{self.serial}: df -k answered {lines}, expected the free space of {directory}")
         return int(found[1]) * 1024
 
-    def _run(self, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
+    def _run(self, *arguments: str, timeout: float) -> CompletedProcess[str]:
         return run_adb(self.adb, "-s", self.serial, *arguments, timeout=timeout)
 
     def _disk_full(self) -> AndroidError:
@@ -161,14 +153,7 @@ class Device:
             "sent again"
         )
 
-    def _failure(self, doing: str, done: subprocess.CompletedProcess[str]) -> AndroidError:
-        """Of a transfer: the phone may be back already, so that its state alone does not tell."""
-        state = self._run("get-state", timeout=COMMAND_TIMEOUT)
-        if state.stdout.strip() != "device" or re.search("couldn't read|closed|offline|protocol fault", done.stderr):
-            return self._lost(doing, done)
-        return AndroidError(f"{self.serial}: {doing} failed; adb says:\n  {last_lines(done.stderr or done.stdout)}")
-
-    def _lost(self, doing: str, done: subprocess.CompletedProcess[str]) -> DeviceLostError:
+    def _lost(self, doing: str, done: CompletedProcess[str]) -> DeviceLostError:
         said = last_lines(done.stderr or done.stdout)
         return DeviceLostError(
             f"{self.serial}: lost during {doing}: unplugged, restarted or out of reach. Connect it again and repeat "
@@ -176,7 +161,7 @@ class Device:
         )
 
 
-def run_adb(adb: str, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
+def run_adb(adb: str, *arguments: str, timeout: float) -> CompletedProcess[str]:
     try:
         return subprocess.run(
             [adb, *arguments],

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
 import shlex
-import struct
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,8 @@ from meki.package import compiled_targets, file_sha256, target_directory
 from .device import TRANSFER_TIMEOUT, AndroidError, Device, Phone
 
 REMOTE = "/data/local/tmp/meki"
+BIN = f"{REMOTE}/bin"
+"""Of program and libraries; meki_bench runs here."""
 PROGRAM, ONNXRUNTIME, QNN_PROVIDER = "meki_bench", "libonnxruntime.so", "libonnxruntime_providers_qnn.so"
 PIECE = 64 << 20
 MARGIN = 256 << 20
@@ -43,10 +43,6 @@ class Target:
 
     soc: str
     members: dict[str, Any]
-
-    @property
-    def has_dense(self) -> bool:
-        return self.members["dense_decode"] is not None
 
 
 def find_target(manifest: dict[str, Any], package: Path, phone: Phone, soc: str | None) -> Target:
@@ -110,18 +106,16 @@ def qnn_libraries(directory: Path, htp_arch: int) -> list[Path]:
 def check_elf(path: Path, machine: int = _AARCH64) -> None:
     """AndroidError if the phone could not load this program or library."""
     remedy = "build it with `cmake --preset android-arm64`" if path.name == PROGRAM else "take the one for arm64-v8a"
-    with path.open("rb") as file:
-        head = file.read(64)
-        if len(head) < 64 or head[:4] != b"\x7fELF":
-            raise AndroidError(f"{path}: not an ELF file, expected one for {_MACHINES[machine]}: {remedy}")
-        (got,) = struct.unpack_from("<H", head, 18)
-        if got != machine:
-            name = _MACHINES.get(got, f"machine {got}")
-            raise AndroidError(f"{path}: built for {name}, expected {_MACHINES[machine]}: {remedy}")
-        # The symbol version that all that is linked with glibc on aarch64 asks for; Android's libc has none so named.
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content.find(b"GLIBC_2.17\0") >= 0:
-                raise AndroidError(f"{path}: built for Linux with glibc, expected Android: {remedy}")
+    content = path.read_bytes()
+    if len(content) < 64 or content[:4] != b"\x7fELF":
+        raise AndroidError(f"{path}: not an ELF file, expected one for {_MACHINES[machine]}: {remedy}")
+    got = int.from_bytes(content[18:20], "little")
+    if got != machine:
+        name = _MACHINES.get(got, f"machine {got}")
+        raise AndroidError(f"{path}: built for {name}, expected {_MACHINES[machine]}: {remedy}")
+    # The symbol version that all that is linked with glibc on aarch64 asks for; Android's libc has none so named.
+    if b"GLIBC_2.17\0" in content:
+        raise AndroidError(f"{path}: built for Linux with glibc, expected Android: {remedy}")
 
 
 def push_items(device: Device, items: Sequence[Item]) -> None:

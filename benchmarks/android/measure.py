@@ -28,9 +28,10 @@ from meki.cli.arguments import integer, number
 from meki.package import check_sha256, read_manifest
 from meki.package.files import write_file
 
-from .bench import REPETITIONS, Bench, Run, Settings, Variant, order
+from .bench import REPETITIONS, Bench, Run, Variant, order
 from .device import AndroidError, Device, Phone, find_device
 from .files import (
+    BIN,
     ONNXRUNTIME,
     PROGRAM,
     REMOTE,
@@ -47,7 +48,6 @@ from .files import (
 from .report import make_report, to_markdown
 
 POLL_SECONDS = 10.0
-BIN = f"{REMOTE}/bin"
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 
 
@@ -67,7 +67,7 @@ def find_variants(manifest: dict[str, Any], target: Target | None) -> list[Varia
     dense, meki = Variant("dense", None), [Variant("meki", "warm"), Variant("meki", "cold")]
     if manifest["memory"] is None:
         return [dense]
-    return meki if target and not target.has_dense else [dense, *meki]
+    return meki if target and target.members["dense_decode"] is None else [dense, *meki]
 
 
 def check_lengths(args: argparse.Namespace, context: int) -> None:
@@ -110,8 +110,8 @@ def prepare(args: argparse.Namespace) -> Job:
     if target:
         libraries |= {path.name: path for path in qnn_libraries(args.qnn, target.members["htp_arch"])}
     items = [*(local_item(path, f"{BIN}/{name}") for name, path in libraries.items()), *items]
-    settings = Settings(args.provider, target.soc if target else None, args.depth, args.tokens, args.prefill)
-    bench = Bench(device, BIN, directory, settings)
+    soc = target.soc if target else None
+    bench = Bench(device, directory, args.provider, soc, args.depth, args.tokens, args.prefill)
     return Job(phone, target, items, bench, find_variants(manifest, target))
 
 
@@ -237,12 +237,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("android: interrupted; what has arrived on the phone is not sent again", file=sys.stderr)
         return INTERRUPTED
-    except ValueError as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"android: error: {error}", file=sys.stderr)
-        return USAGE
-    except (OSError, RuntimeError) as error:
-        print(f"android: error: {error}", file=sys.stderr)
-        return FAILURE
+        return USAGE if isinstance(error, ValueError) else FAILURE
 
 
 if __name__ == "__main__":
