@@ -160,14 +160,14 @@ class Hub:
         self,
         name: str,
         content: str,
-        source: Callable[[], AbstractContextManager[Path]],
+        source: AbstractContextManager[Path],
         *,
         compile_options: str | None,
         profile_options: str,
     ) -> Jobs:
         """Uploads a model, if AI Hub does not have it, and submits the jobs that profile it.
 
-        content: identifies the model, whatever it is called; source: gives its path if it has to be uploaded;
+        content: identifies the model, whatever it is called; source: gives its path, is entered only to upload it;
         compile_options: None for a model that is compiled already. HubError; QuotaError if it makes no sense to go on.
         """
         client, device = self.client, self.device
@@ -205,10 +205,10 @@ class Hub:
         self.ledger.put(key, getattr(made, attribute))
         return made
 
-    def _upload(self, source: Callable[[], AbstractContextManager[Path]]) -> Any:
+    def _upload(self, source: AbstractContextManager[Path]) -> Any:
         previous = tempfile.tempdir
         with (
-            source() as path,
+            source as path,
             tempfile.TemporaryDirectory(prefix="meki-hub-") as scratch,
             contextlib.redirect_stdout(sys.stderr),
         ):

@@ -19,8 +19,8 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from meki.package import has_random_weights
 from meki.package.files import write_file
 
 from .client import Hub, HubError, Jobs, Ledger, QuotaError, attributes, connect, find_device, list_devices
-from .package import GRAPHS, Stage, Target, check_files, model_to_upload, read_target
+from .package import GRAPHS, Stage, Target, check_files, read_target, written_stage
 
 PROGRAM = "aihub"
 
@@ -64,7 +64,7 @@ def submit(
                 submitted[stage.name] = hub.submit(
                     f"{target.manifest['name']} {target.soc} {stage.name}",
                     f"graph of {stage.sha256}" if compiling else stage.sha256,
-                    partial(model_to_upload, target, stage, compiling),
+                    written_stage(target, stage.name) if compiling else nullcontext(stage.binary),
                     compile_options=COMPILE_OPTIONS if compiling else None,
                     profile_options=PROFILE_OPTIONS,
                 )
@@ -99,8 +99,7 @@ def make_report(
 ) -> dict[str, Any]:
     """The fields are described in docs/hub.md. Times are microseconds, memory is bytes."""
     manifest, entry = target.manifest, target.entry
-    jobs = {name: [job for _, job in pending] for name, pending in submitted.items()}
-    profiled = [stage for stage in target.stages(graphs) if stage.name in figures]
+    jobs = {name: [job for _, job in submitted[name]] for name in figures}
     stages = [
         {
             "stage": stage.name,
@@ -109,7 +108,8 @@ def make_report(
             **figures[stage.name],
             "jobs": [{"type": job.job_type, "id": job.job_id, "url": job.url} for job in jobs[stage.name]],
         }
-        for stage in profiled
+        for stage in target.stages(graphs)
+        if stage.name in figures
     ]
     return {
         "results": [result(target, graph, figures) for graph in graphs if graph != "head"],
@@ -121,7 +121,7 @@ def make_report(
             "soc": target.soc,
             **{name: entry[name] for name in ("chip", "precision", "context", "chunk")},
             "device": device,
-            "device_os": sorted({jobs[stage.name][-1].device.os for stage in profiled}),
+            "device_os": sorted({its[-1].device.os for its in jobs.values()}),
             "tools": entry.get("tools"),
             "qai_hub": metadata.version("qai-hub"),
             "meki": metadata.version("meki"),
