@@ -31,6 +31,14 @@ HOW_TO_GET_A_TOKEN = (
     "then run: qai-hub configure --api_token TOKEN"
 )
 
+# AI Hub Workbench documentation, "API documentation": compile options, profile options, common options. What is float32
+# in our graphs (rows, hidden states, logits) is computed in float16, as meki-compile does it. An older QAIRT could not
+# load our binaries: "latest". The number of runs (100) and the HTP's performance mode (burst) are AI Hub's defaults.
+PROFILE_OPTIONS = "--qairt_version latest"
+COMPILE_OPTIONS = (
+    "--target_runtime qnn_context_binary --qnn_options default_graph_htp_precision=FLOAT16 --qairt_version latest"
+)
+
 
 class HubError(RuntimeError):
     """AI Hub, or the way there, failed."""
@@ -156,27 +164,19 @@ class Hub:
     def __init__(self, client: qai_hub.Client, device: qai_hub.Device, ledger: Ledger) -> None:
         self.client, self.device, self.ledger = client, device, ledger
 
-    def submit(
-        self,
-        name: str,
-        content: str,
-        source: AbstractContextManager[Path],
-        *,
-        compile_options: str | None,
-        profile_options: str,
-    ) -> Jobs:
+    def submit(self, name: str, content: str, source: AbstractContextManager[Path], compiling: bool) -> Jobs:
         """Uploads a model, if AI Hub does not have it, and submits the jobs that profile it.
 
         content: identifies the model, whatever it is called; source: gives its path, is entered only to upload it;
-        compile_options: None for a model that is compiled already. HubError; QuotaError if it makes no sense to go on.
+        compiling: AI Hub compiles it first. HubError; QuotaError if it makes no sense to go on.
         """
         client, device = self.client, self.device
         model = self._once(f"model {content}", "model_id", client.get_model, partial(self._upload, source))
         jobs: Jobs = []
         make: Callable[[], Any]
-        if compile_options is not None:
-            key = f"compile {model.model_id} for {device.name}, {compile_options}"
-            make = partial(client.submit_compile_job, model, device, name, options=compile_options, retry=False)
+        if compiling:
+            key = f"compile {model.model_id} for {device.name}, {COMPILE_OPTIONS}"
+            make = partial(client.submit_compile_job, model, device, name, options=COMPILE_OPTIONS, retry=False)
             job = self._once(key, "job_id", client.get_job, make)
             jobs.append((key, job))
             with hub_errors(f"job {job.job_id}"):
@@ -185,9 +185,9 @@ class Hub:
                 self._check(jobs, wait=False)  # if it failed, it says why
                 self.ledger.put(key, None)
                 raise HubError(f"compile job {job.job_id} names no compiled model ({job.url})")
-        key = f"profile {model.model_id} on {device.name}, {profile_options}"
+        key = f"profile {model.model_id} on {device.name}, {PROFILE_OPTIONS}"
         make = partial(
-            client.submit_inference_job, model, device, name=name, options=profile_options, profile=True, retry=False
+            client.submit_inference_job, model, device, name=name, options=PROFILE_OPTIONS, profile=True, retry=False
         )
         try:
             return [*jobs, (key, self._once(key, "job_id", client.get_job, make))]

@@ -33,18 +33,22 @@ from meki.cli.errors import report, run_command
 from meki.package import has_random_weights
 from meki.package.files import write_file
 
-from .client import Hub, HubError, Jobs, Ledger, QuotaError, attributes, connect, find_device, list_devices
+from .client import (
+    COMPILE_OPTIONS,
+    PROFILE_OPTIONS,
+    Hub,
+    HubError,
+    Jobs,
+    Ledger,
+    QuotaError,
+    attributes,
+    connect,
+    find_device,
+    list_devices,
+)
 from .package import GRAPHS, Stage, Target, check_files, read_target, written_stage
 
 PROGRAM = "aihub"
-
-# AI Hub Workbench documentation, "API documentation": compile options, profile options, common options. What is float32
-# in our graphs (rows, hidden states, logits) is computed in float16, as meki-compile does it. An older QAIRT could not
-# load our binaries: "latest". The number of runs (100) and the HTP's performance mode (burst) are AI Hub's defaults.
-PROFILE_OPTIONS = "--qairt_version latest"
-COMPILE_OPTIONS = (
-    "--target_runtime qnn_context_binary --qnn_options default_graph_htp_precision=FLOAT16 --qairt_version latest"
-)
 
 
 def submit(
@@ -65,8 +69,7 @@ def submit(
                     f"{target.manifest['name']} {target.soc} {stage.name}",
                     f"graph of {stage.sha256}" if compiling else stage.sha256,
                     written_stage(target, stage.name) if compiling else nullcontext(stage.binary),
-                    compile_options=COMPILE_OPTIONS if compiling else None,
-                    profile_options=PROFILE_OPTIONS,
+                    compiling,
                 )
             except HubError as error:
                 quota = error if isinstance(error, QuotaError) else None

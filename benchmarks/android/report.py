@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from meki.bench.markdown import head, row
+from meki.bench.report import Report
 from meki.bench.stats import median_interval, percentiles
 from meki.cli.output import SIMULATED
 
 from .bench import Run, Variant
 from .device import HOT_CELSIUS, Phone
-
-Report = dict[str, Any]
 
 LOW_BATTERY = 20
 _MEMORY = "resident_bytes", "peak_resident_bytes"  # of meki_bench's process; the greatest of its runs
