@@ -31,10 +31,6 @@ class AndroidError(RuntimeError):
     """A phone, a file or a run that cannot be used. The message says what to do."""
 
 
-class DeviceLostError(AndroidError):
-    """adb no longer reaches the phone."""
-
-
 @dataclass(frozen=True)
 class Phone:
     chip: str
@@ -72,7 +68,7 @@ def last_lines(text: str) -> str:
 
 
 class Device:
-    """One phone. Every method raises DeviceLostError when adb no longer reaches it. Not for two threads at a time."""
+    """One phone. Every method raises AndroidError when adb no longer reaches it. Not for two threads at a time."""
 
     def __init__(self, adb: str, serial: str) -> None:
         self.adb, self.serial = adb, serial
@@ -153,9 +149,9 @@ class Device:
             "sent again"
         )
 
-    def _lost(self, doing: str, done: CompletedProcess[str]) -> DeviceLostError:
+    def _lost(self, doing: str, done: CompletedProcess[str]) -> AndroidError:
         said = last_lines(done.stderr or done.stdout)
-        return DeviceLostError(
+        return AndroidError(
             f"{self.serial}: lost during {doing}: unplugged, restarted or out of reach. Connect it again and repeat "
             f"the command: what has arrived is not sent again. adb says:\n  {said}"
         )
@@ -167,7 +163,6 @@ def run_adb(adb: str, *arguments: str, timeout: float) -> CompletedProcess[str]:
             [adb, *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
             encoding="utf-8",
             errors="replace",
             timeout=timeout,
@@ -177,7 +172,7 @@ def run_adb(adb: str, *arguments: str, timeout: float) -> CompletedProcess[str]:
             f"{adb}: no such program; install Android's platform-tools (Debian: apt install adb) or name it with --adb"
         ) from error
     except subprocess.TimeoutExpired as error:
-        raise DeviceLostError(
+        raise AndroidError(
             f"{' '.join(arguments[:3])}: no answer from the phone within {timeout:.0f} s; connect it again, or restart "
             "adb with `adb kill-server`"
         ) from error

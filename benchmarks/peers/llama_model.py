@@ -45,7 +45,7 @@ def random_q4_0(rng: np.random.Generator, rows: int, columns: int) -> NDArray[np
     return blocks.reshape(rows, -1)
 
 
-def write_gguf(config: LlamaConfig, path: Path, seed: int = 0) -> None:
+def write_gguf(config: LlamaConfig, path: Path) -> None:
     """Writes a GGUF model with random weights of `config`'s backbone, without a memory and without a tokenizer.
 
     Every matrix is Q4_0 (4.5 bits a weight), the embedding too; every norm's weight is 1. The tensors are written
@@ -81,7 +81,7 @@ def write_gguf(config: LlamaConfig, path: Path, seed: int = 0) -> None:
             writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * shape[0])
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     with replace_file(path) as partial, contextlib.closing(writer):
         writer.write_header_to_file(partial)
         writer.write_kv_data_to_file()
