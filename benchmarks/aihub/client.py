@@ -15,7 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,14 @@ if TYPE_CHECKING:
 HOW_TO_GET_A_TOKEN = (
     "sign up at https://aihub.qualcomm.com, copy the token from Account > Settings > API Token, "
     "then run: qai-hub configure --api_token TOKEN"
+)
+
+# AI Hub Workbench documentation, "API documentation": compile options, profile options, common options. What is float32
+# in our graphs (rows, hidden states, logits) is computed in float16, as meki-compile does it. An older QAIRT could not
+# load our binaries: "latest". The number of runs (100) and the HTP's performance mode (burst) are AI Hub's defaults.
+PROFILE_OPTIONS = "--qairt_version latest"
+COMPILE_OPTIONS = (
+    "--target_runtime qnn_context_binary --qnn_options default_graph_htp_precision=FLOAT16 --qairt_version latest"
 )
 
 
@@ -139,22 +147,15 @@ class Ledger:
             raise HubError(f"{self.path}: expected a JSON object, got {type(ids).__name__}; delete it")
         return ids
 
-    def put(self, key: str, identity: str) -> None:
-        self._write(self.read() | {key: identity})
-
-    def forget(self, key: str) -> None:
-        self._write({known: identity for known, identity in self.read().items() if known != key})
-
-    def _write(self, ids: dict[str, str]) -> None:
+    def put(self, key: str, identity: str | None) -> None:
+        """None: forgets the key."""
+        ids = {known: value for known, value in (self.read() | {key: identity}).items() if value is not None}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_file(self.path, to_json(ids))
 
 
-@dataclass(frozen=True)
-class Submitted:
-    """The jobs of one stage with their keys in the ledger, in the order in which they run. The last one profiles."""
-
-    jobs: list[tuple[str, Any]]
+Jobs = list[tuple[str, Any]]
+"""The jobs of one stage with their keys in the ledger, in the order in which they run. The last one profiles."""
 
 
 class Hub:
@@ -163,70 +164,51 @@ class Hub:
     def __init__(self, client: qai_hub.Client, device: qai_hub.Device, ledger: Ledger) -> None:
         self.client, self.device, self.ledger = client, device, ledger
 
-    def submit(
-        self,
-        name: str,
-        content: str,
-        source: Callable[[], AbstractContextManager[Path]],
-        *,
-        compile_options: str | None,
-        profile_options: str,
-    ) -> Submitted:
+    def submit(self, name: str, content: str, source: AbstractContextManager[Path], compiling: bool) -> Jobs:
         """Uploads a model, if AI Hub does not have it, and submits the jobs that profile it.
 
-        content: identifies the model, whatever it is called; source: gives its path if it has to be uploaded;
-        compile_options: None for a model that is compiled already. HubError; QuotaError if it makes no sense to go on.
+        content: identifies the model, whatever it is called; source: gives its path, is entered only to upload it;
+        compiling: AI Hub compiles it first. HubError; QuotaError if it makes no sense to go on.
         """
-        model = self._once(f"model {content}", self.client.get_model, lambda: self._upload(source), "model_id")
-        jobs: list[tuple[str, Any]] = []
-        if compile_options is not None:
-            key = f"compile {model.model_id} for {self.device.name}, {compile_options}"
-            job = self._once(
-                key,
-                self.client.get_job,
-                lambda: self.client.submit_compile_job(model, self.device, name, options=compile_options, retry=False),
-                "job_id",
-            )
+        client, device = self.client, self.device
+        model = self._once(f"model {content}", "model_id", client.get_model, partial(self._upload, source))
+        jobs: Jobs = []
+        make: Callable[[], Any]
+        if compiling:
+            key = f"compile {model.model_id} for {device.name}, {COMPILE_OPTIONS}"
+            make = partial(client.submit_compile_job, model, device, name, options=COMPILE_OPTIONS, retry=False)
+            job = self._once(key, "job_id", client.get_job, make)
             jobs.append((key, job))
             with hub_errors(f"job {job.job_id}"):
                 model = job.get_target_model()  # is named before the job has run: AI Hub chains the two
             if model is None:
-                self._status(job, jobs)  # if it failed, it says why
-                self.ledger.forget(key)
+                self._check(jobs, wait=False)  # if it failed, it says why
+                self.ledger.put(key, None)
                 raise HubError(f"compile job {job.job_id} names no compiled model ({job.url})")
-        key = f"profile {model.model_id} on {self.device.name}, {profile_options}"
+        key = f"profile {model.model_id} on {device.name}, {PROFILE_OPTIONS}"
+        make = partial(
+            client.submit_inference_job, model, device, name=name, options=PROFILE_OPTIONS, profile=True, retry=False
+        )
         try:
-            job = self._once(
-                key,
-                self.client.get_job,
-                lambda: self.client.submit_inference_job(
-                    model, self.device, name=name, options=profile_options, profile=True, retry=False
-                ),
-                "job_id",
-            )
+            return [*jobs, (key, self._once(key, "job_id", client.get_job, make))]
         except HubError:
-            for _, before in jobs:
-                self._status(before, jobs)  # a compile job that failed meanwhile says more
+            self._check(jobs, wait=False)  # a compile job that failed meanwhile says more
             raise
-        return Submitted([*jobs, (key, job)])
 
-    def _once(self, key: str, get: Callable[[str], Any], make: Callable[[], Any], attribute: str) -> Any:
-        known = self.ledger.read().get(key)
-        if known is not None:
-            try:
-                with hub_errors(key):
-                    return get(known)
-            except GoneError:
-                self.ledger.forget(key)
+    def _once(self, key: str, attribute: str, get: Callable[[str], Any], make: Callable[[], Any]) -> Any:
+        """What `get` finds for the id that the ledger knows, or what `make` makes, whose `attribute` is its id."""
+        if (known := self.ledger.read().get(key)) is not None:
+            with contextlib.suppress(GoneError), hub_errors(key):
+                return get(known)
         with hub_errors(key):
             made = make()
         self.ledger.put(key, getattr(made, attribute))
         return made
 
-    def _upload(self, source: Callable[[], AbstractContextManager[Path]]) -> Any:
+    def _upload(self, source: AbstractContextManager[Path]) -> Any:
         previous = tempfile.tempdir
         with (
-            source() as path,
+            source as path,
             tempfile.TemporaryDirectory(prefix="meki-hub-") as scratch,
             contextlib.redirect_stdout(sys.stderr),
         ):
@@ -239,28 +221,22 @@ class Hub:
                 tempfile.tempdir = previous
                 self.client.set_verbose(False)
 
-    def state(self, submitted: Submitted) -> str:
-        """The state of the job that is next, in AI Hub's words; "SUCCESS" if all are done. HubError if one failed: it
-        is forgotten with what depends on it, so that the next run submits these again."""
-        for _, job in submitted.jobs:
-            status = self._status(job, submitted.jobs)
-            if not status.success:
-                return str(status.code)
-        return "SUCCESS"
+    def _check(self, jobs: Jobs, *, wait: bool) -> None:
+        """HubError if one of the jobs failed: it is forgotten with those behind it, which fail with it, so that the
+        next run submits these again. wait: until all have ended."""
+        for i, (_, job) in enumerate(jobs):
+            with hub_errors(f"job {job.job_id}"):
+                status = job.wait() if wait else job.get_status()
+            if status.failure:
+                for key, _ in jobs[i:]:
+                    self.ledger.put(key, None)
+                kind = "profile" if job.job_type == "inference" else job.job_type
+                raise HubError(f"{kind} job {job.job_id} failed: {status.message or 'without a reason'} ({job.url})")
 
-    def _status(self, job: Any, jobs: list[tuple[str, Any]]) -> Any:
-        with hub_errors(f"job {job.job_id}"):
-            status = job.get_status()
-        if status.failure:
-            for key, _ in jobs[[other for _, other in jobs].index(job) :]:  # those behind it fail with it
-                self.ledger.forget(key)
-            kind = "profile" if job.job_type == "inference" else job.job_type
-            raise HubError(f"{kind} job {job.job_id} failed: {status.message or 'without a reason'} ({job.url})")
-        return status
-
-    def profile(self, submitted: Submitted) -> dict[str, Any]:
-        """What `figures` makes of the profile of a finished stage. HubError if it lacks the times."""
-        _, job = submitted.jobs[-1]
+    def profile(self, jobs: Jobs) -> dict[str, Any]:
+        """Waits for a stage's jobs. What `figures` makes of its profile; HubError if a job failed or it lacks times."""
+        self._check(jobs, wait=True)
+        _, job = jobs[-1]
         with hub_errors(f"results of job {job.job_id}"):
             return figures(job.download_profile())
 

@@ -82,11 +82,6 @@ def check_files(stages: Sequence[Stage]) -> None:
             check_sha256(stage.binary, stage.sha256, progress.update)
 
 
-def model_to_upload(target: Target, stage: Stage, compiling: bool) -> contextlib.AbstractContextManager[Path]:
-    """The path of a stage's binary, or if AI Hub is to compile it of its graph, for as long as the context lasts."""
-    return written_stage(target, stage.name) if compiling else contextlib.nullcontext(stage.binary)
-
-
 @contextlib.contextmanager
 def written_stage(target: Target, name: str) -> Iterator[Path]:
     """The graph that a stage was compiled from, for as long as the context lasts, as AI Hub takes it: a directory

@@ -18,10 +18,9 @@ import argparse
 import os
 import platform
 import sys
-import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,26 +33,29 @@ from meki.cli.errors import report, run_command
 from meki.package import has_random_weights
 from meki.package.files import write_file
 
-from .client import Hub, HubError, Ledger, QuotaError, Submitted, attributes, connect, find_device, list_devices
-from .package import GRAPHS, Stage, Target, check_files, model_to_upload, read_target
+from .client import (
+    COMPILE_OPTIONS,
+    PROFILE_OPTIONS,
+    Hub,
+    HubError,
+    Jobs,
+    Ledger,
+    QuotaError,
+    attributes,
+    connect,
+    find_device,
+    list_devices,
+)
+from .package import GRAPHS, Stage, Target, check_files, read_target, written_stage
 
 PROGRAM = "aihub"
-POLL_SECONDS = 10.0
-
-# AI Hub Workbench documentation, "API documentation": compile options, profile options, common options. What is float32
-# in our graphs (rows, hidden states, logits) is computed in float16, as meki-compile does it. An older QAIRT could not
-# load our binaries: "latest". The number of runs (100) and the HTP's performance mode (burst) are AI Hub's defaults.
-PROFILE_OPTIONS = "--qairt_version latest"
-COMPILE_OPTIONS = (
-    "--target_runtime qnn_context_binary --qnn_options default_graph_htp_precision=FLOAT16 --qairt_version latest"
-)
 
 
 def submit(
     hub: Hub, target: Target, stages: Sequence[Stage], compiling: bool
-) -> tuple[dict[str, Submitted], dict[str, str]]:
+) -> tuple[dict[str, Jobs], dict[str, str]]:
     """The jobs of each stage, and of the others why there are none."""
-    submitted: dict[str, Submitted] = {}
+    submitted: dict[str, Jobs] = {}
     failures: dict[str, str] = {}
     quota: QuotaError | None = None
     with tqdm(stages, desc="uploads", unit="stage", disable=None) as progress:
@@ -66,9 +68,8 @@ def submit(
                 submitted[stage.name] = hub.submit(
                     f"{target.manifest['name']} {target.soc} {stage.name}",
                     f"graph of {stage.sha256}" if compiling else stage.sha256,
-                    partial(model_to_upload, target, stage, compiling),
-                    compile_options=COMPILE_OPTIONS if compiling else None,
-                    profile_options=PROFILE_OPTIONS,
+                    written_stage(target, stage.name) if compiling else nullcontext(stage.binary),
+                    compiling,
                 )
             except HubError as error:
                 quota = error if isinstance(error, QuotaError) else None
@@ -76,27 +77,17 @@ def submit(
     return submitted, failures
 
 
-def collect(hub: Hub, submitted: dict[str, Submitted]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+def collect(hub: Hub, submitted: dict[str, Jobs]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Waits for all jobs. The figures of each stage, and why there are none for a stage."""
     figures: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
-    waiting = dict(submitted)
-    with tqdm(desc="jobs", total=len(waiting), unit="stage", disable=None) as progress:
-        while waiting:
-            states = {}
-            for name, jobs in list(waiting.items()):
-                try:
-                    states[name] = hub.state(jobs)
-                    if states[name] != "SUCCESS":
-                        continue
-                    figures[name] = hub.profile(jobs)
-                except HubError as error:
-                    failures[name] = str(error)
-                del waiting[name]
-                progress.update()
-            progress.set_postfix_str(", ".join(f"{name} {states[name].lower()}" for name in waiting))
-            if waiting:
-                time.sleep(POLL_SECONDS)
+    with tqdm(submitted.items(), desc="jobs", unit="stage", disable=None) as progress:
+        for name, jobs in progress:
+            progress.set_postfix_str(name)
+            try:
+                figures[name] = hub.profile(jobs)
+            except HubError as error:
+                failures[name] = str(error)
     return figures, failures
 
 
@@ -105,14 +96,13 @@ def make_report(
     device: str,
     graphs: Sequence[str],
     compiling: bool,
-    submitted: dict[str, Submitted],
+    submitted: dict[str, Jobs],
     figures: dict[str, dict[str, Any]],
     failures: dict[str, str],
 ) -> dict[str, Any]:
     """The fields are described in docs/hub.md. Times are microseconds, memory is bytes."""
     manifest, entry = target.manifest, target.entry
-    jobs = {name: [job for _, job in pending.jobs] for name, pending in submitted.items()}
-    profiled = [stage for stage in target.stages(graphs) if stage.name in figures]
+    jobs = {name: [job for _, job in submitted[name]] for name in figures}
     stages = [
         {
             "stage": stage.name,
@@ -121,7 +111,8 @@ def make_report(
             **figures[stage.name],
             "jobs": [{"type": job.job_type, "id": job.job_id, "url": job.url} for job in jobs[stage.name]],
         }
-        for stage in profiled
+        for stage in target.stages(graphs)
+        if stage.name in figures
     ]
     return {
         "results": [result(target, graph, figures) for graph in graphs if graph != "head"],
@@ -131,12 +122,9 @@ def make_report(
             "model": manifest["name"],
             "random_weights": has_random_weights(manifest),
             "soc": target.soc,
-            "chip": entry["chip"],
-            "precision": entry["precision"],
-            "context": entry["context"],
-            "chunk": entry["chunk"],
+            **{name: entry[name] for name in ("chip", "precision", "context", "chunk")},
             "device": device,
-            "device_os": sorted({jobs[stage.name][-1].device.os for stage in profiled}),
+            "device_os": sorted({its[-1].device.os for its in jobs.values()}),
             "tools": entry.get("tools"),
             "qai_hub": metadata.version("qai-hub"),
             "meki": metadata.version("meki"),
@@ -271,18 +259,16 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "package", nargs="?", type=Path, metavar="PACKAGE", help="a directory that meki-compile was run on"
-    )
-    parser.add_argument("--device", metavar="NAME", help="a device of AI Hub, by its exact name")
-    parser.add_argument("--list-devices", action="store_true", help="print all devices instead")
-    parser.add_argument("--soc", metavar="CHIP", help="which of the chips that PACKAGE is compiled for")
-    parser.add_argument(
-        "--graphs", type=graph_list, metavar="G,...", help=f"of {','.join(GRAPHS)} (default: all that are compiled)"
-    )
-    parser.add_argument("--compile", action="store_true", help="let AI Hub compile the graphs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
-    parser.add_argument(
+    add = parser.add_argument
+    add("package", nargs="?", type=Path, metavar="PACKAGE", help="a directory that meki-compile was run on")
+    add("--device", metavar="NAME", help="a device of AI Hub, by its exact name")
+    add("--list-devices", action="store_true", help="print all devices instead")
+    add("--soc", metavar="CHIP", help="which of the chips that PACKAGE is compiled for")
+    graphs = f"of {','.join(GRAPHS)} (default: all that are compiled)"
+    add("--graphs", type=graph_list, metavar="G,...", help=graphs)
+    add("--compile", action="store_true", help="let AI Hub compile the graphs")
+    add("--json", type=Path, metavar="FILE", help="also write all figures to this file")
+    add(
         "--ledger",
         type=Path,
         metavar="FILE",

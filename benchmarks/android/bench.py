@@ -7,14 +7,12 @@ import math
 import re
 import shlex
 import signal
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .device import AndroidError, Device, State, last_lines
-from .files import ONNXRUNTIME, PROGRAM, QNN_PROVIDER
+from .files import BIN, ONNXRUNTIME, PROGRAM, QNN_PROVIDER
 
 REPETITIONS = 3
 """Rounds within one process, after its warm-up."""
@@ -37,19 +35,6 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What all runs have in common. Counts are of tokens."""
-
-    provider: str
-    soc: str | None
-    depth: int | None
-    """None: meki_bench's own choice, 10,240 or what fits."""
-    tokens: int
-    prefill: int | None
-    """None: meki_bench's own choice, 512 or what fits; 0: none."""
-
-
-@dataclass(frozen=True)
 class Run:
     variant: Variant
     round: int
@@ -61,9 +46,6 @@ class Run:
     report: dict[str, Any]
     """meki_bench's JSON."""
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     @property
     def milliamperes(self) -> list[float]:
         """Between battery and phone, after loading; without sign."""
@@ -71,67 +53,65 @@ class Run:
         return [abs(sample["current_ua"]) / 1000 for sample in samples if sample["current_ua"] is not None]
 
 
+@dataclass(frozen=True)
 class Bench:
-    """Runs meki_bench in `directory` of the phone for the package in `package`, both absolute paths there."""
+    """Runs meki_bench on the phone. Counts are of tokens."""
 
-    def __init__(self, device: Device, directory: str, package: str, settings: Settings) -> None:
-        self.device, self.directory, self.settings = device, directory, settings
-        arguments = [f"./{PROGRAM}", package, "--onnxruntime", f"{directory}/{ONNXRUNTIME}"]
-        arguments += ["--provider", settings.provider]
-        if settings.soc:
-            arguments += ["--qnn-library", f"{directory}/{QNN_PROVIDER}", "--soc", settings.soc]
-        if settings.depth is not None:
-            arguments += ["--depth", str(settings.depth)]
-        if settings.prefill is not None:
-            arguments += ["--prefill", str(settings.prefill)]
-        self.arguments = [
-            *arguments,
-            "--tokens",
-            str(settings.tokens),
-            "--repetitions",
-            str(REPETITIONS),
-            "--json",
-            "run.json",
-        ]
+    device: Device
+    package: str
+    """Absolute path on the phone."""
+    provider: str
+    soc: str | None
+    depth: int | None
+    """None: meki_bench's own choice, 10,240 or what fits."""
+    tokens: int
+    prefill: int | None
+    """None: meki_bench's own choice, 512 or what fits; 0: none."""
 
     def run(self, variant: Variant, number: int) -> Run:
         before = self.device.state()
         output = self.device.shell(self.command(variant), TIMEOUT)
-        if output.status:
-            raise AndroidError(f"{variant}, round {number}: {_death(output.status)}:\n  {last_lines(output.stderr)}")
+        if status := output.returncode:
+            raise AndroidError(f"{variant}, round {number}: {_death(status)}:\n  {last_lines(output.stderr)}")
         after = self.device.state()
-        with tempfile.TemporaryDirectory() as directory:
-            local = Path(directory)
-            self.device.pull([f"{self.directory}/{name}" for name in ("run.json", "power.txt")], local)
-            report = parse_report(local / "run.json", variant, self.settings)
-            power = parse_power((local / "power.txt").read_text(encoding="utf-8", errors="replace"))
-        return Run(variant, number, before, after, power, report)
+        report, power = (self.device.check(f"cat {BIN}/{name}") for name in ("run.json", "power.txt"))
+        return Run(variant, number, before, after, parse_power(power), parse_report(report, variant, self))
 
     def command(self, variant: Variant) -> str:
         """A shell command that ends with meki_bench's exit status. The battery is sampled on the phone itself, without
         traffic over the cable."""
-        options = ["--memory", "off"] if variant.rom is None else ["--memory", "on", "--rom", variant.rom]
-        bench = shlex.join([*self.arguments, *options])
+        options = {
+            "--onnxruntime": f"{BIN}/{ONNXRUNTIME}",
+            "--provider": self.provider,
+            "--qnn-library": f"{BIN}/{QNN_PROVIDER}" if self.soc else None,
+            "--soc": self.soc,
+            "--depth": self.depth,
+            "--prefill": self.prefill,
+            "--tokens": self.tokens,
+            "--repetitions": REPETITIONS,
+            "--json": "run.json",
+            "--memory": "on" if variant.rom else "off",
+            "--rom": variant.rom,
+        }
+        given = [text for name, value in options.items() if value is not None for text in (name, str(value))]
+        bench = shlex.join([f"./{PROGRAM}", self.package, *given])
         fields = " ".join(f"$(cat {BATTERY}/{name} 2>/dev/null || echo -)" for name in _POWER.values())
-        here = shlex.quote(self.directory)
         return (
-            f"cd {here} && rm -f {' '.join(_FILES)} && {{\n"
+            f"cd {BIN} && rm -f {' '.join(_FILES)} && {{\n"
             f"while kill -0 $$ 2>/dev/null; do echo {fields}; sleep 1; done > power.txt 2>/dev/null &\n"
             "sampler=$!\n"
-            f"LD_LIBRARY_PATH={here} ADSP_LIBRARY_PATH={here} {bench} >/dev/null &\n"
+            f"LD_LIBRARY_PATH={BIN} ADSP_LIBRARY_PATH={BIN} {bench} >/dev/null &\n"
             "echo $! > run.pid; wait $!; status=$?; kill $sampler; rm -f run.pid; (exit $status)\n}"
         )
 
-    def stop(self) -> None:
-        """Ends a meki_bench that an interrupted run has left on the phone."""
-        self.device.check(
-            f"cd {shlex.quote(self.directory)} && if [ -f run.pid ]; then pid=$(cat run.pid); "
-            f"if grep -q {PROGRAM} /proc/$pid/cmdline 2>/dev/null; then kill -9 $pid; fi; fi"
-        )
-
     def clean(self) -> None:
-        """Removes what runs leave behind, but not what was pushed."""
-        self.device.check(f"cd {shlex.quote(self.directory)} && rm -f {' '.join(_FILES)}")
+        """Ends a meki_bench that an interrupted run has left on the phone, and removes what runs leave behind, but not
+        what was pushed."""
+        self.device.check(
+            f"cd {BIN} && if [ -f run.pid ]; then pid=$(cat run.pid); "
+            f"if grep -q {PROGRAM} /proc/$pid/cmdline 2>/dev/null; then kill -9 $pid; fi; fi; "
+            f"rm -f {' '.join(_FILES)}"
+        )
 
 
 def _death(status: int) -> str:
@@ -155,9 +135,8 @@ def parse_power(text: str) -> list[dict[str, int | None]]:
     ]
 
 
-def parse_report(path: Path, variant: Variant, settings: Settings) -> dict[str, Any]:
+def parse_report(text: str, variant: Variant, bench: Bench) -> dict[str, Any]:
     """meki_bench's JSON, checked: the variant that was asked for, with figures."""
-    text = path.read_text(encoding="utf-8", errors="replace")
     try:
         report = json.loads(text)
         if not isinstance(report, dict):
@@ -169,16 +148,16 @@ def parse_report(path: Path, variant: Variant, settings: Settings) -> dict[str, 
         if not good:
             raise AndroidError(f"{PROGRAM}: {name} is {report.get(name)!r} in its JSON, expected {expected}")
 
-    asked = {"memory": variant.memory, "rom": variant.rom, "provider": settings.provider, "tokens": settings.tokens}
-    for name, value in (asked | {"repetitions": REPETITIONS, "soc": settings.soc}).items():
+    asked = {"memory": variant.memory, "rom": variant.rom, "provider": bench.provider, "tokens": bench.tokens}
+    for name, value in (asked | {"repetitions": REPETITIONS, "soc": bench.soc}).items():
         check(report.get(name) == value, name, repr(value))
-    for name, value in {"depth": settings.depth, "prefill_tokens": settings.prefill, "load_s": None}.items():
+    for name, value in {"depth": bench.depth, "prefill_tokens": bench.prefill, "load_s": None}.items():
         check(value in (None, report.get(name)), name, str(value))
         check(_numbers([report.get(name)], 1, least=0.0), name, "a number")
     check(_numbers(report.get("decode_tokens_per_s"), REPETITIONS), "decode_tokens_per_s", f"{REPETITIONS} speeds")
     prefills = REPETITIONS if report["prefill_tokens"] else 0
     check(_numbers(report.get("prefill_tokens_per_s"), prefills), "prefill_tokens_per_s", f"{prefills} speeds")
-    steps = REPETITIONS * settings.tokens if variant.rom else 0
+    steps = REPETITIONS * bench.tokens if variant.rom else 0
     check(_numbers(report.get("stall_us"), steps, least=0.0), "stall_us", f"{steps} times")
     for name in ("random_weights", "simulated", "shared_memory", "synthetic_depth"):
         check(isinstance(report.get(name), bool), name, "true or false")
@@ -195,24 +174,3 @@ def order(variants: Sequence[Variant], number: int) -> list[Variant]:
     """Who runs when in round `number`: A B C C B A, which a linear drift does not favour, and C B A A B C in turn."""
     turn = list(variants) if number % 2 else list(reversed(variants))
     return [*turn, *reversed(turn)]
-
-
-def run_rounds(
-    bench: Bench,
-    variants: Sequence[Variant],
-    rounds: int,
-    runs: list[Run],
-    *,
-    before_round: Callable[[], None],
-    advance: Callable[[str], None],
-) -> None:
-    """Appends each run to `runs`, so that those before a failure are kept. `advance` is told what has been run."""
-    for number in range(1, rounds + 1):
-        before_round()
-        for variant in order(variants, number):
-            run = bench.run(variant, number)
-            if runs and run.report["depth"] != runs[0].report["depth"]:
-                depths = f"{runs[0].report['depth']} and {run.report['depth']}"
-                raise AndroidError(f"{PROGRAM}: runs at depths {depths} cannot be compared: choose one with --depth")
-            runs.append(run)
-            advance(str(variant))

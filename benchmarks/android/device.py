@@ -9,17 +9,15 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import CompletedProcess
 
-PROPERTIES = {
-    "chip": "ro.soc.model",
-    "model": "ro.product.model",
-    "abi": "ro.product.cpu.abi",
-    "sdk": "ro.build.version.sdk",
-    "release": "ro.build.version.release",
-}
+PROPERTIES = (
+    *("ro.soc.model", "ro.product.model", "ro.product.cpu.abi"),
+    *("ro.build.version.sdk", "ro.build.version.release"),
+)
+"""Of Android, in the order of `Phone`'s fields."""
 ABI, SDK = "arm64-v8a", 31
 HOT_CELSIUS = 38.0
 """Of the battery. Phones slow down when their surface is some 40 degrees warm."""
@@ -31,20 +29,6 @@ _MARKER = "meki-status"
 
 class AndroidError(RuntimeError):
     """A phone, a file or a run that cannot be used. The message says what to do."""
-
-
-class DeviceLostError(AndroidError):
-    """adb no longer reaches the phone."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a command on the phone did."""
-
-    status: int
-    """Exit status; 128 + n: ended by signal n."""
-    stdout: str
-    stderr: str
 
 
 @dataclass(frozen=True)
@@ -84,13 +68,14 @@ def last_lines(text: str) -> str:
 
 
 class Device:
-    """One phone. Every method raises DeviceLostError when adb no longer reaches it. Not for two threads at a time."""
+    """One phone. Every method raises AndroidError when adb no longer reaches it. Not for two threads at a time."""
 
     def __init__(self, adb: str, serial: str) -> None:
         self.adb, self.serial = adb, serial
 
-    def shell(self, command: str, timeout: float = COMMAND_TIMEOUT) -> Output:
-        """Runs a command in the phone's shell; its names have to be quoted for that.
+    def shell(self, command: str, timeout: float = COMMAND_TIMEOUT) -> CompletedProcess[str]:
+        """Runs a command in the phone's shell; its names have to be quoted for that. Exit status 128 + n: ended by
+        signal n.
 
         The exit status comes as a last line of stdout: what adb returns does not tell a command that has ended from a
         phone that was unplugged.
@@ -99,39 +84,43 @@ class Device:
         found = re.search(rf"\r?\n{_MARKER} (\d+)\r?\n\Z", done.stdout)
         if not found:
             raise self._lost("a command", done)
-        return Output(int(found[1]), done.stdout[: found.start()], done.stderr)
+        return CompletedProcess(command, int(found[1]), done.stdout[: found.start()], done.stderr)
 
     def check(self, command: str, timeout: float = COMMAND_TIMEOUT) -> str:
         """stdout of a command that has to succeed."""
         output = self.shell(command, timeout)
-        if output.status:
-            raise self.command_error(command, output)
-        return output.stdout
-
-    def command_error(self, command: str, output: Output) -> AndroidError:
+        if not output.returncode:
+            return output.stdout
         if "No space left" in output.stderr:
-            return disk_full(self.serial)
+            raise self._disk_full()
         last = last_lines(output.stderr)
-        return AndroidError(f"{self.serial}: `{command}` ended with exit status {output.status}:\n  {last}")
+        raise AndroidError(f"{self.serial}: `{command}` ended with exit status {output.returncode}:\n  {last}")
 
     def push(self, local: Path, remote: str) -> None:
         done = self._run("push", str(local), remote, timeout=TRANSFER_TIMEOUT)
-        if done.returncode:
-            if "No space left" in done.stderr + done.stdout:
-                raise disk_full(self.serial)
-            raise self._failure(f"pushing {local.name}", done)
-
-    def pull(self, remotes: Sequence[str], directory: Path) -> None:
-        done = self._run("pull", *remotes, str(directory), timeout=TRANSFER_TIMEOUT)
-        if done.returncode:
-            raise self._failure(f"pulling {', '.join(remotes)}", done)
+        if not done.returncode:
+            return
+        if "No space left" in done.stderr + done.stdout:
+            raise self._disk_full()
+        # The phone may be back already, so that its state alone does not tell.
+        state = self._run("get-state", timeout=COMMAND_TIMEOUT)
+        if state.stdout.strip() != "device" or re.search("couldn't read|closed|offline|protocol fault", done.stderr):
+            raise self._lost(f"pushing {local.name}", done)
+        last = last_lines(done.stderr or done.stdout)
+        raise AndroidError(f"{self.serial}: pushing {local.name} failed; adb says:\n  {last}")
 
     def phone(self) -> Phone:
-        values = self.check("; ".join(f"getprop {name}" for name in PROPERTIES.values())).splitlines()
-        found = dict(zip(PROPERTIES, (value.strip() for value in values), strict=False))
-        if len(found) < len(PROPERTIES) or not found["sdk"].isdecimal():
-            raise AndroidError(f"{self.serial}: getprop answered {values}, expected {', '.join(PROPERTIES.values())}")
-        return Phone(found["chip"], found["model"], found["abi"], int(found["sdk"]), found["release"])
+        """AndroidError for one that cannot run meki_bench."""
+        lines = self.check("; ".join(f"getprop {name}" for name in PROPERTIES)).splitlines()
+        values = [line.strip() for line in lines]
+        if len(values) != len(PROPERTIES) or not values[3].isdecimal():
+            raise AndroidError(f"{self.serial}: getprop answered {values}, expected {', '.join(PROPERTIES)}")
+        chip, model, abi, sdk, release = values
+        if abi != ABI:
+            raise AndroidError(f"{model}: its ABI is {abi}, expected {ABI}: meki_bench is built for that alone")
+        if int(sdk) < SDK:
+            raise AndroidError(f"{model}: API level {sdk} (Android {release}), expected {SDK} (Android 12) or newer")
+        return Phone(chip, model, abi, int(sdk), release)
 
     def state(self) -> State:
         told = self.shell("dumpsys thermalservice; dumpsys battery").stdout
@@ -151,31 +140,29 @@ class Device:
             raise AndroidError(f"{self.serial}: df -k answered {lines}, expected the free space of {directory}")
         return int(found[1]) * 1024
 
-    def _run(self, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
+    def _run(self, *arguments: str, timeout: float) -> CompletedProcess[str]:
         return run_adb(self.adb, "-s", self.serial, *arguments, timeout=timeout)
 
-    def _failure(self, doing: str, done: subprocess.CompletedProcess[str]) -> AndroidError:
-        """Of a transfer: the phone may be back already, so that its state alone does not tell."""
-        state = self._run("get-state", timeout=COMMAND_TIMEOUT)
-        if state.stdout.strip() != "device" or re.search("couldn't read|closed|offline|protocol fault", done.stderr):
-            return self._lost(doing, done)
-        return AndroidError(f"{self.serial}: {doing} failed; adb says:\n  {last_lines(done.stderr or done.stdout)}")
+    def _disk_full(self) -> AndroidError:
+        return AndroidError(
+            f"{self.serial}: no space left on the phone. Free some and repeat the command: what has arrived is not "
+            "sent again"
+        )
 
-    def _lost(self, doing: str, done: subprocess.CompletedProcess[str]) -> DeviceLostError:
+    def _lost(self, doing: str, done: CompletedProcess[str]) -> AndroidError:
         said = last_lines(done.stderr or done.stdout)
-        return DeviceLostError(
+        return AndroidError(
             f"{self.serial}: lost during {doing}: unplugged, restarted or out of reach. Connect it again and repeat "
             f"the command: what has arrived is not sent again. adb says:\n  {said}"
         )
 
 
-def run_adb(adb: str, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
+def run_adb(adb: str, *arguments: str, timeout: float) -> CompletedProcess[str]:
     try:
         return subprocess.run(
             [adb, *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
             encoding="utf-8",
             errors="replace",
             timeout=timeout,
@@ -185,7 +172,7 @@ def run_adb(adb: str, *arguments: str, timeout: float) -> subprocess.CompletedPr
             f"{adb}: no such program; install Android's platform-tools (Debian: apt install adb) or name it with --adb"
         ) from error
     except subprocess.TimeoutExpired as error:
-        raise DeviceLostError(
+        raise AndroidError(
             f"{' '.join(arguments[:3])}: no answer from the phone within {timeout:.0f} s; connect it again, or restart "
             "adb with `adb kill-server`"
         ) from error
@@ -219,21 +206,6 @@ def find_device(adb: str, serial: str | None) -> Device:
         remedy = next((text for key, text in remedies.items() if state.startswith(key)), "start Android on it")
         raise AndroidError(f"{serial} is in state {state!r}, expected 'device': {remedy}")
     return Device(adb, serial)
-
-
-def check_phone(phone: Phone) -> None:
-    if phone.abi != ABI:
-        raise AndroidError(f"{phone.model}: its ABI is {phone.abi}, expected {ABI}: meki_bench is built for that alone")
-    if phone.sdk < SDK:
-        raise AndroidError(
-            f"{phone.model}: API level {phone.sdk} (Android {phone.release}), expected {SDK} (Android 12) or newer"
-        )
-
-
-def disk_full(serial: str) -> AndroidError:
-    return AndroidError(
-        f"{serial}: no space left on the phone. Free some and repeat the command: what has arrived is not sent again"
-    )
 
 
 def _number(pattern: str, text: str) -> int | None:

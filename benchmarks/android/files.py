@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
 import shlex
-import struct
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from meki.package import check_sha256, compiled_targets, file_sha256, target_directory
+from tqdm import tqdm
 
-from .device import TRANSFER_TIMEOUT, AndroidError, Device, Phone, disk_full
+from meki.package import compiled_targets, file_sha256, target_directory
+
+from .device import TRANSFER_TIMEOUT, AndroidError, Device, Phone
 
 REMOTE = "/data/local/tmp/meki"
+BIN = f"{REMOTE}/bin"
+"""Of program and libraries; meki_bench runs here."""
 PROGRAM, ONNXRUNTIME, QNN_PROVIDER = "meki_bench", "libonnxruntime.so", "libonnxruntime_providers_qnn.so"
 PIECE = 64 << 20
 MARGIN = 256 << 20
@@ -24,7 +26,6 @@ MARGIN = 256 << 20
 
 _AARCH64, _HEXAGON = 183, 164  # e_machine of the ELF specification
 _MACHINES = {3: "x86", 40: "32-bit ARM", 62: "x86-64", _AARCH64: "aarch64", _HEXAGON: "Hexagon"}
-_DAMAGED = 65
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,6 @@ class Target:
 
     soc: str
     members: dict[str, Any]
-
-    @property
-    def has_dense(self) -> bool:
-        return self.members["dense_decode"] is not None
 
 
 def find_target(manifest: dict[str, Any], package: Path, phone: Phone, soc: str | None) -> Target:
@@ -66,7 +63,7 @@ def find_target(manifest: dict[str, Any], package: Path, phone: Phone, soc: str 
 def package_items(package: Path, manifest: dict[str, Any], target: Target | None, remote: str) -> list[Item]:
     """The package's files that a run reads: what is compiled for `target` and the ROM, or without one everything.
 
-    Sizes and sums are the manifest's; `check_items` compares the files with them.
+    Sizes and sums are the manifest's; nobody has compared the files with them.
     """
     files: dict[str, dict[str, Any]] = dict(manifest["files"])
     if target:
@@ -78,14 +75,12 @@ def package_items(package: Path, manifest: dict[str, Any], target: Target | None
     return [*items, local_item(package / "manifest.json", f"{remote}/manifest.json")]
 
 
+def progress(doing: str, items: Sequence[Item]) -> tqdm:
+    return tqdm(desc=doing, total=sum(item.bytes for item in items), unit="B", unit_scale=True, disable=None)
+
+
 def local_item(path: Path, remote: str) -> Item:
     return Item(path, remote, path.stat().st_size, file_sha256(path, lambda size: None))
-
-
-def check_items(items: Iterable[Item], advance: Callable[[int], object]) -> None:
-    """PackageError or OSError for a file that is not what its package says."""
-    for item in items:
-        check_sha256(item.local, item.sha256, advance)
 
 
 def qnn_libraries(directory: Path, htp_arch: int) -> list[Path]:
@@ -111,42 +106,42 @@ def qnn_libraries(directory: Path, htp_arch: int) -> list[Path]:
 def check_elf(path: Path, machine: int = _AARCH64) -> None:
     """AndroidError if the phone could not load this program or library."""
     remedy = "build it with `cmake --preset android-arm64`" if path.name == PROGRAM else "take the one for arm64-v8a"
-    with path.open("rb") as file:
-        head = file.read(64)
-        if len(head) < 64 or head[:4] != b"\x7fELF":
-            raise AndroidError(f"{path}: not an ELF file, expected one for {_MACHINES[machine]}: {remedy}")
-        (got,) = struct.unpack_from("<H", head, 18)
-        if got != machine:
-            name = _MACHINES.get(got, f"machine {got}")
-            raise AndroidError(f"{path}: built for {name}, expected {_MACHINES[machine]}: {remedy}")
-        # The symbol version that all that is linked with glibc on aarch64 asks for; Android's libc has none so named.
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content.find(b"GLIBC_2.17\0") >= 0:
-                raise AndroidError(f"{path}: built for Linux with glibc, expected Android: {remedy}")
+    content = path.read_bytes()
+    if len(content) < 64 or content[:4] != b"\x7fELF":
+        raise AndroidError(f"{path}: not an ELF file, expected one for {_MACHINES[machine]}: {remedy}")
+    got = int.from_bytes(content[18:20], "little")
+    if got != machine:
+        name = _MACHINES.get(got, f"machine {got}")
+        raise AndroidError(f"{path}: built for {name}, expected {_MACHINES[machine]}: {remedy}")
+    # The symbol version that all that is linked with glibc on aarch64 asks for; Android's libc has none so named.
+    if b"GLIBC_2.17\0" in content:
+        raise AndroidError(f"{path}: built for Linux with glibc, expected Android: {remedy}")
 
 
-def missing_items(device: Device, items: Sequence[Item]) -> list[Item]:
-    """Those that are not on the phone with the same content. The phone hashes each file that it has once."""
+def push_items(device: Device, items: Sequence[Item]) -> None:
+    """Brings files to the phone that are not there with the same content. One that was interrupted goes on after the
+    last whole piece that arrived. A file has its name on the phone only when all of it is there and its sum is right.
+    """
     names = shlex.join(item.remote for item in items)
     command = f'for file in {names}; do if [ -f "$file" ]; then sha256sum < "$file"; else echo; fi; done'
     sums = device.check(command, TRANSFER_TIMEOUT).splitlines()
     if len(sums) != len(items):
         raise AndroidError(f"{device.serial}: sha256sum gave {len(sums)} lines for {len(items)} files")
-    return [item for item, line in zip(items, sums, strict=True) if line[:64] != item.sha256]
+    missing = [item for item, line in zip(items, sums, strict=True) if line[:64] != item.sha256]
+    with progress("pushing", missing) as bar:
+        for item, start in zip(missing, _find_starts(device, missing), strict=True):
+            _push(device, item, start, bar.update)
+    device.check("sync", TRANSFER_TIMEOUT)  # pages that are not written back cannot be dropped for a cold ROM
 
 
-def push_items(device: Device, items: Sequence[Item], advance: Callable[[int], object]) -> None:
-    """Brings files to the phone. One that was interrupted goes on after the last whole piece that arrived.
-
-    A file has its name on the phone only when all of it is there and its sum is right. `advance` is called with
-    each piece's size in bytes.
-    """
+def _find_starts(device: Device, items: Sequence[Item]) -> list[int]:
+    """How many bytes of each file are there in whole pieces. AndroidError if there is no room for the others."""
     if not items:
-        return
-    quoted = " ".join(sorted({shlex.quote(str(PurePosixPath(item.remote).parent)) for item in items}))
+        return []
+    directories = shlex.join(sorted({str(PurePosixPath(item.remote).parent) for item in items}))
     names = shlex.join(f"{item.remote}.part" for item in items)
     sizes = f'for file in {names}; do stat -c %s "$file" 2>/dev/null || echo 0; done'
-    parts = [int(line) for line in device.check(f"mkdir -p {quoted} && {sizes}").splitlines()]
+    parts = [int(line) for line in device.check(f"mkdir -p {directories} && {sizes}").splitlines()]
     starts = [min(part, item.bytes) // PIECE * PIECE for item, part in zip(items, parts, strict=True)]
     left = sum(item.bytes for item in items) - sum(starts)
     free = device.free_bytes(REMOTE)
@@ -155,58 +150,39 @@ def push_items(device: Device, items: Sequence[Item], advance: Callable[[int], o
             f"{device.serial}: {free / 1e6:,.0f} MB free on the phone, expected {(left + MARGIN) / 1e6:,.0f} MB: "
             f"{left / 1e6:,.0f} to push and {MARGIN / 1e6:,.0f} to spare; free some"
         )
-    for item, start in zip(items, starts, strict=True):
-        remote, part = shlex.quote(item.remote), shlex.quote(f"{item.remote}.part")
-        if item.bytes <= PIECE:
-            device.push(item.local, f"{item.remote}.part")
-            advance(item.bytes)
-        else:
-            _push_pieces(device, item, start, advance)
-        _finish(
-            device,
-            item,
-            f"[ $(sha256sum < {part} | cut -c 1-64) = {item.sha256} ] || {{ rm {part}; exit {_DAMAGED}; }}; "
-            f"chmod 755 {part} && mv -f {part} {remote}",
-        )
+    return starts
 
 
-def _push_pieces(device: Device, item: Item, start: int, advance: Callable[[int], object]) -> None:
-    """Makes the .part file whole, of which `start` bytes are there. Only a piece whose sum is right is added."""
+def _push(device: Device, item: Item, start: int, advance: Callable[[int], object]) -> None:
+    """Makes the .part file whole, of which `start` bytes are there, and renames it. Only a piece whose sum is right is
+    added. `advance` is called with each piece's size in bytes."""
     part, piece = (shlex.quote(item.remote + suffix) for suffix in (".part", ".piece"))
-    if start:
-        got = device.check(f"truncate -s {start} {part} && sha256sum < {part}", TRANSFER_TIMEOUT)
-        start = start if got[:64] == _prefix_sha256(item.local, start) else 0
-    if not start:
-        device.check(f"rm -f {part}")
-    advance(start)
     with item.local.open("rb") as file, tempfile.TemporaryDirectory() as directory:
+        expected = hashlib.sha256()
+        for _ in range(0, start, PIECE):
+            expected.update(file.read(PIECE))
+        there = device.check(f"truncate -s {start} {part} && sha256sum < {part}", TRANSFER_TIMEOUT)
+        if there[:64] != expected.hexdigest():
+            device.check(f"truncate -s 0 {part}")
+            start = 0
+        advance(start)
         local = Path(directory) / "piece"
         file.seek(start)
         while data := file.read(PIECE):
             local.write_bytes(data)
             device.push(local, f"{item.remote}.piece")
-            digest = hashlib.sha256(data).hexdigest()
-            command = f"[ $(sha256sum < {piece} | cut -c 1-64) = {digest} ] || exit {_DAMAGED}; "
-            _finish(device, item, f"{command} cat {piece} >> {part} && rm {piece}")
+            _check_sum(device, item, piece, hashlib.sha256(data).hexdigest())
+            device.check(f"cat {piece} >> {part} && rm {piece}", TRANSFER_TIMEOUT)
             advance(len(data))
+    _check_sum(device, item, part, item.sha256)
+    device.check(f"chmod 755 {part} && mv -f {part} {shlex.quote(item.remote)}")
 
 
-def _finish(device: Device, item: Item, command: str) -> None:
-    output = device.shell(command, TRANSFER_TIMEOUT)
-    if output.status == _DAMAGED:
+def _check_sum(device: Device, item: Item, path: str, expected: str) -> None:
+    """Removes a file of the phone that is damaged. path: quoted."""
+    if device.check(f"sha256sum < {path}", TRANSFER_TIMEOUT)[:64] != expected:
+        device.check(f"rm {path}")
         raise AndroidError(
             f"{item.local.name}: its SHA-256 on the phone is not that of {item.local}: the file changed, or cable or "
             "storage damage data. Repeat the command"
         )
-    if output.status:
-        raise disk_full(device.serial) if "No space left" in output.stderr else device.command_error(command, output)
-
-
-def _prefix_sha256(path: Path, size: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while size:
-            block = file.read(min(size, 1 << 20))
-            digest.update(block)
-            size -= len(block)
-    return digest.hexdigest()

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,30 +25,29 @@ from tqdm import tqdm
 
 from meki.bench.output import check_writable, to_json
 from meki.cli.arguments import integer, number
-from meki.package import read_manifest
+from meki.package import check_sha256, read_manifest
 from meki.package.files import write_file
 
-from .bench import REPETITIONS, Bench, Run, Settings, Variant, run_rounds
-from .device import TRANSFER_TIMEOUT, AndroidError, Device, Phone, check_phone, find_device
+from .bench import REPETITIONS, Bench, Run, Variant, order
+from .device import AndroidError, Device, Phone, find_device
 from .files import (
+    BIN,
     ONNXRUNTIME,
     PROGRAM,
     REMOTE,
     Item,
     Target,
     check_elf,
-    check_items,
     find_target,
     local_item,
-    missing_items,
     package_items,
+    progress,
     push_items,
     qnn_libraries,
 )
 from .report import make_report, to_markdown
 
 POLL_SECONDS = 10.0
-BIN = f"{REMOTE}/bin"
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 
 
@@ -58,11 +55,9 @@ FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 class Job:
     """What is to be measured, and where."""
 
-    device: Device
     phone: Phone
     target: Target | None
     """None: the CPU provider."""
-    manifest: dict[str, Any]
     items: list[Item]
     bench: Bench
     variants: list[Variant]
@@ -72,7 +67,7 @@ def find_variants(manifest: dict[str, Any], target: Target | None) -> list[Varia
     dense, meki = Variant("dense", None), [Variant("meki", "warm"), Variant("meki", "cold")]
     if manifest["memory"] is None:
         return [dense]
-    return meki if target and not target.has_dense else [dense, *meki]
+    return meki if target and target.members["dense_decode"] is None else [dense, *meki]
 
 
 def check_lengths(args: argparse.Namespace, context: int) -> None:
@@ -102,50 +97,33 @@ def prepare(args: argparse.Namespace) -> Job:
     check_elf(args.onnxruntime)
     device = find_device(args.adb, args.serial)
     phone = device.phone()
-    check_phone(phone)
     qnn = args.provider == "qnn"
     target = find_target(manifest, args.package, phone, args.soc) if qnn else None
     check_lengths(args, (target.members if target else manifest["architecture"])["context"])
 
     directory = f"{REMOTE}/packages/{args.package.resolve().name}"
     items = package_items(args.package, manifest, target, directory)
-    with tqdm(desc="checking", total=sum(item.bytes for item in items), unit="B", unit_scale=True, disable=None) as bar:
-        check_items(items, bar.update)
+    with progress("checking", items) as bar:
+        for item in items:
+            check_sha256(item.local, item.sha256, bar.update)
     libraries = {PROGRAM: args.bench, ONNXRUNTIME: args.onnxruntime}
     if target:
         libraries |= {path.name: path for path in qnn_libraries(args.qnn, target.members["htp_arch"])}
     items = [*(local_item(path, f"{BIN}/{name}") for name, path in libraries.items()), *items]
-    settings = Settings(args.provider, target.soc if target else None, args.depth, args.tokens, args.prefill)
-    return Job(
-        device,
-        phone,
-        target,
-        manifest,
-        items,
-        Bench(device, BIN, directory, settings),
-        find_variants(manifest, target),
-    )
+    soc = target.soc if target else None
+    bench = Bench(device, directory, args.provider, soc, args.depth, args.tokens, args.prefill)
+    return Job(phone, target, items, bench, find_variants(manifest, target))
 
 
-def push(job: Job) -> None:
-    job.device.check(f"mkdir -p {shlex.quote(BIN)}")
-    missing = missing_items(job.device, job.items)
-    with tqdm(
-        desc="pushing", total=sum(item.bytes for item in missing), unit="B", unit_scale=True, disable=None
-    ) as bar:
-        push_items(job.device, missing, bar.update)
-    job.device.check("sync", TRANSFER_TIMEOUT)  # pages that are not written back cannot be dropped for a cold ROM
-
-
-def cool_down(device: Device, minutes: float, say: Callable[[str], None]) -> None:
+def cool_down(device: Device, minutes: float) -> None:
     """Waits while the phone is hot, `minutes` at most."""
     end = monotonic() + 60 * minutes
     while (state := device.state()).hot:
         left = end - monotonic()
         if left <= 0:
-            say(f"still hot ({state}): going on, the figures will say so")
+            tqdm.write(f"still hot ({state}): going on, the figures will say so", file=sys.stderr)
             return
-        say(f"hot ({state}): waiting, {left:.0f} s at most")
+        tqdm.write(f"hot ({state}): waiting, {left:.0f} s at most", file=sys.stderr)
         sleep(min(POLL_SECONDS, left))
 
 
@@ -153,37 +131,31 @@ def measure(args: argparse.Namespace, job: Job) -> tuple[list[Run], str | None, 
     """All runs that were made, why there are not more, and the exit code."""
     runs: list[Run] = []
     failure, code = None, 0
-    total = 2 * len(job.variants) * args.rounds
-    with tqdm(desc="runs", total=total, disable=None) as bar:
-
-        def advance(done: str) -> None:
-            bar.set_postfix_str(done)
-            bar.update()
-
-        def say(text: str) -> None:
-            bar.write(text, file=sys.stderr)
-
+    with tqdm(desc="runs", total=2 * len(job.variants) * args.rounds, disable=None) as bar:
         try:
-            job.bench.stop()  # what an unplugged phone may still be running
-            run_rounds(
-                job.bench,
-                job.variants,
-                args.rounds,
-                runs,
-                before_round=lambda: cool_down(job.device, args.cool_down, say),
-                advance=advance,
-            )
+            job.bench.clean()  # what an unplugged phone may still be running
+            for number in range(1, args.rounds + 1):
+                cool_down(job.bench.device, args.cool_down)
+                for variant in order(job.variants, number):
+                    run = job.bench.run(variant, number)
+                    if runs and run.report["depth"] != runs[0].report["depth"]:
+                        depths = f"{runs[0].report['depth']} and {run.report['depth']}"
+                        raise AndroidError(
+                            f"{PROGRAM}: runs at depths {depths} cannot be compared: choose one with --depth"
+                        )
+                    runs.append(run)
+                    bar.set_postfix_str(str(variant))
+                    bar.update()
         except KeyboardInterrupt:
             failure, code = "interrupted", INTERRUPTED
         except AndroidError as error:
             failure, code = str(error), FAILURE
         with contextlib.suppress(AndroidError):  # a lost phone has been reported
-            job.bench.stop()
             job.bench.clean()
     return runs, failure, code
 
 
-def notes(args: argparse.Namespace, job: Job) -> list[str]:
+def notes(job: Job) -> list[str]:
     labels = []
     if job.target and job.target.soc != job.phone.chip.lower():
         labels.append(f"compiled for {job.target.soc}, run on {job.phone.chip or 'an unnamed chip'}")
@@ -199,33 +171,32 @@ def run(args: argparse.Namespace) -> int:
         check_writable(args.json)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     job = prepare(args)
-    push(job)
+    push_items(job.bench.device, job.items)
     runs, failure, code = measure(args, job)
-    report = make_report(
-        runs,
-        job.variants,
-        phone=job.phone,
-        environment={"started": started, "context": job.target.members["context"] if job.target else None},
-        protocol={
-            "rounds": args.rounds,
-            "repetitions": REPETITIONS,
-            "tokens": args.tokens,
-            "prefill": args.prefill,
-            "depth": args.depth,
-            "cool_down_minutes": args.cool_down,
-        },
-        notes=notes(args, job),
-        failure=failure,
-    )
-    written = args.json if runs else None  # nothing does not replace the figures of an earlier call
-    if written:
-        write_file(written, to_json(report))
-    if runs:
+    if runs:  # nothing does not replace the figures of an earlier call
+        report = make_report(
+            runs,
+            job.variants,
+            phone=job.phone,
+            environment={"started": started, "context": job.target.members["context"] if job.target else None},
+            protocol={
+                "rounds": args.rounds,
+                "repetitions": REPETITIONS,
+                "tokens": args.tokens,
+                "prefill": args.prefill,
+                "depth": args.depth,
+                "cool_down_minutes": args.cool_down,
+            },
+            notes=notes(job),
+            failure=failure,
+        )
+        if args.json:
+            write_file(args.json, to_json(report))
         print(to_markdown(report))
     if failure:
         print(f"android: error: {failure}", file=sys.stderr)
-        if written:
-            print(f"android: {len(runs)} runs before that are in {written}", file=sys.stderr)
+        if runs and args.json:
+            print(f"android: {len(runs)} runs before that are in {args.json}", file=sys.stderr)
     return code
 
 
@@ -235,38 +206,27 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "package", type=Path, help="a directory made by meki-convert; for the NPU compiled by meki-compile"
-    )
-    parser.add_argument("--bench", type=Path, required=True, metavar="FILE", help="meki_bench, built for Android")
-    parser.add_argument(
-        "--onnxruntime", type=Path, required=True, metavar="FILE", help="libonnxruntime.so for arm64-v8a"
-    )
-    parser.add_argument(
-        "--qnn", type=Path, metavar="DIR", help="where the QNN libraries for Android are; --provider qnn"
-    )
-    parser.add_argument("--provider", choices=["qnn", "cpu"], default="qnn", help="what computes: NPU or CPU cores")
-    parser.add_argument(
-        "--serial", help="the phone, as `adb devices` names it (default: ANDROID_SERIAL, or the only one)"
-    )
-    parser.add_argument("--soc", metavar="NAME", help="compiled target (default: the phone's chip, such as sm8750)")
-    parser.add_argument("--depth", type=integer(0), help="tokens in the cache (default: 10,240, or what fits)")
-    parser.add_argument(
-        "--tokens", type=integer(1), default=32, help="decode steps of a repetition (default: %(default)s)"
-    )
-    parser.add_argument("--prefill", type=integer(0), help="tokens to prefill; 0: none (default: 512, or what fits)")
-    parser.add_argument(
-        "--rounds", type=integer(1), default=6, help="below 6 there is no interval (default: %(default)s)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("package", type=Path, help="a directory made by meki-convert; for the NPU compiled by meki-compile")
+    add("--bench", type=Path, required=True, metavar="FILE", help="meki_bench, built for Android")
+    add("--onnxruntime", type=Path, required=True, metavar="FILE", help="libonnxruntime.so for arm64-v8a")
+    add("--qnn", type=Path, metavar="DIR", help="where the QNN libraries for Android are; --provider qnn")
+    add("--provider", choices=["qnn", "cpu"], default="qnn", help="what computes: NPU or CPU cores")
+    add("--serial", help="the phone, as `adb devices` names it (default: ANDROID_SERIAL, or the only one)")
+    add("--soc", metavar="NAME", help="compiled target (default: the phone's chip, such as sm8750)")
+    add("--depth", type=integer(0), help="tokens in the cache (default: 10,240, or what fits)")
+    add("--tokens", type=integer(1), default=32, help="decode steps of a repetition (default: %(default)s)")
+    add("--prefill", type=integer(0), help="tokens to prefill; 0: none (default: 512, or what fits)")
+    add("--rounds", type=integer(1), default=6, help="below 6 there is no interval (default: %(default)s)")
+    add(
         "--cool-down",
         type=number("minutes", 24 * 60),
         default=5.0,
         metavar="MINUTES",
         help="before each round, wait so long at most while the phone is hot (default: %(default)g)",
     )
-    parser.add_argument("--adb", default="adb", help="the adb client (default: the one on PATH)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
+    add("--adb", default="adb", help="the adb client (default: the one on PATH)")
+    add("--json", type=Path, metavar="FILE", help="also write all figures to this file")
     args = parser.parse_args(argv)
     if args.provider == "qnn" and args.qnn is None:
         parser.error("--provider qnn needs --qnn DIR (or take --provider cpu)")
@@ -277,12 +237,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("android: interrupted; what has arrived on the phone is not sent again", file=sys.stderr)
         return INTERRUPTED
-    except ValueError as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"android: error: {error}", file=sys.stderr)
-        return USAGE
-    except (OSError, RuntimeError) as error:
-        print(f"android: error: {error}", file=sys.stderr)
-        return FAILURE
+        return USAGE if isinstance(error, ValueError) else FAILURE
 
 
 if __name__ == "__main__":

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from meki.bench.markdown import head, row
+from meki.bench.report import Report
 from meki.bench.stats import median_interval, percentiles
 from meki.cli.output import SIMULATED
 
 from .bench import Run, Variant
 from .device import HOT_CELSIUS, Phone
 
-Report = dict[str, Any]
-
 LOW_BATTERY = 20
+_MEMORY = "resident_bytes", "peak_resident_bytes"  # of meki_bench's process; the greatest of its runs
 _SPEEDS = {"decode": "decode_tokens_per_s", "prefill": "prefill_tokens_per_s"}
 
 
@@ -31,48 +30,46 @@ def make_report(
     failure: str | None,
 ) -> Report:
     """notes: labels that the runs do not tell. failure: why there are not more runs."""
-    by_variant = {variant: [run for run in runs if run.variant == variant] for variant in variants}
+    by_variant = {variant: its for variant in variants if (its := [run for run in runs if run.variant == variant])}
     tests = [test for test, speeds in _SPEEDS.items() if any(run.report[speeds] for run in runs)]
-    results = [_result(test, variant, its) for test in tests for variant, its in by_variant.items() if its]
+    results = [_result(test, variant, its) for test in tests for variant, its in by_variant.items()]
     dense = Variant("dense", None)
     compare = [
         _comparison(test, variant, its, by_variant[dense])
         for test in tests
         for variant, its in by_variant.items()
-        if variant != dense and its and by_variant.get(dense)
+        if variant != dense and dense in by_variant
     ]
     return {
         "results": results,
         "compare": [entry for entry in compare if entry["samples"]],
         "environment": _environment(runs, phone) | environment,
-        "memory": {str(variant): _memory(its) for variant, its in by_variant.items() if its},
+        "memory": {
+            str(variant): {name: max(_known(its, name), default=None) for name in _MEMORY}
+            for variant, its in by_variant.items()
+        },
         "protocol": protocol,
         "labels": [*_labels(runs), *notes, *([f"not complete: {failure.splitlines()[0]}"] if failure else [])],
         "failure": failure,
-        "runs": [run.to_json() for run in runs],
+        "runs": [dataclasses.asdict(run) for run in runs],
     }
 
 
 def _environment(runs: Sequence[Run], phone: Phone) -> dict[str, Any]:
-    reports = [run.report for run in runs]
-
-    def find(name: str) -> Any:
-        """What the runs say; those of the dense model know nothing of the ROM."""
-        return next((report[name] for report in reports if report.get(name) is not None), None)
-
-    names = "model random_weights provider simulated shared_memory soc precision weights kv_type threads simd"
-    found = {name: find(name) for name in (*names.split(), "rom_access", "onnxruntime", "version")}
-    return {"phone": dataclasses.asdict(phone), **found}
+    """What the first run says that says it: those of the dense model know nothing of the ROM."""
+    names = (
+        *("model", "random_weights", "provider", "simulated", "shared_memory", "soc", "precision", "weights"),
+        *("kv_type", "threads", "simd", "rom_access", "onnxruntime", "version"),
+    )
+    return {"phone": dataclasses.asdict(phone), **{name: next(iter(_known(runs, name)), None) for name in names}}
 
 
-def _memory(runs: Sequence[Run]) -> dict[str, int | None]:
-    """Bytes of meki_bench's process, the greatest of its runs."""
-    known = {name: [run.report.get(name) for run in runs] for name in ("resident_bytes", "peak_resident_bytes")}
-    return {name: max((size for size in sizes if size is not None), default=None) for name, sizes in known.items()}
+def _known(runs: Sequence[Run], name: str) -> list[Any]:
+    return [run.report[name] for run in runs if run.report.get(name) is not None]
 
 
 def _speeds(test: str, runs: Sequence[Run]) -> list[float]:
-    return list(itertools.chain.from_iterable(run.report[_SPEEDS[test]] for run in runs))
+    return [speed for run in runs for speed in run.report[_SPEEDS[test]]]
 
 
 def _joint(test: str, runs: Sequence[Run]) -> float:
@@ -84,8 +81,9 @@ def _joint(test: str, runs: Sequence[Run]) -> float:
 def _result(test: str, variant: Variant, runs: Sequence[Run]) -> dict[str, Any]:
     samples, decode = _speeds(test, runs), test == "decode"
     median, p10, p90 = percentiles(samples, 50, 10, 90)
-    stalls = list(itertools.chain.from_iterable(run.report["stall_us"] for run in runs)) if decode else []
-    currents = list(itertools.chain.from_iterable(run.milliamperes for run in runs))
+    stalls = [stall for run in runs for stall in run.report["stall_us"]] if decode else []
+    currents = [current for run in runs for current in run.milliamperes]
+    fetched = _known(runs, "storage_bytes_per_token")
     celsius = [run.after.battery_celsius for run in runs if run.after.battery_celsius is not None]
     return {
         "test": test,
@@ -99,17 +97,10 @@ def _result(test: str, variant: Variant, runs: Sequence[Run]) -> dict[str, Any]:
         "p10": p10,
         "p90": p90,
         "stall_us": dict(zip(("p50", "p99"), percentiles(stalls, 50, 99), strict=True)) if stalls else None,
-        "storage_bytes_per_token": _mean([run.report.get("storage_bytes_per_token") for run in runs])
-        if decode
-        else None,
+        "storage_bytes_per_token": sum(fetched) / len(runs) if decode and len(fetched) == len(runs) else None,
         "battery_ma": percentiles(currents, 50)[0] if currents else None,
         "battery_celsius": max(celsius, default=None),
     }
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def _comparison(test: str, variant: Variant, runs: Sequence[Run], dense: Sequence[Run]) -> dict[str, Any]:

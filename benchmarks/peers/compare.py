@@ -50,12 +50,11 @@ from meki.models.architectures.llama import LlamaConfig
 from meki.package import has_random_weights, read_manifest
 from meki.package.files import write_file
 
-from .engines import SETTINGS, Genai, LlamaBench, Meki, Setting, Workload, best_setting, find_binary
+from .engines import PROBE_REPETITIONS, SETTINGS, Genai, LlamaBench, Meki, Setting, Workload, best_setting, find_binary
 from .llama_model import cached_gguf
 
 PROGRAM = "peers"
 OURS, LLAMA, GENAI = "meki", "llama.cpp", "onnxruntime-genai"
-PROBE_REPETITIONS = 3
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
@@ -210,19 +209,18 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("package", type=Path, help="a directory made by meki-convert")
-    parser.add_argument("--llama-bench", required=True, metavar="PATH", help="a build of llama.cpp for this machine")
-    parser.add_argument("--genai", type=Path, metavar="DIR", help="a model of onnxruntime-genai with the same shapes")
-    parser.add_argument(
-        "--depths", type=token_counts, default=(0, 10240), help="tokens in the KV cache, such as 0,10240"
-    )
-    parser.add_argument("--prefill", type=integer(1), default=512, help="tokens of the prefill test")
-    parser.add_argument("--tokens", type=integer(1), default=32, help="tokens of a decode test")
-    parser.add_argument("--repetitions", type=integer(1), default=5, help="rounds")
-    parser.add_argument("--threads", type=integer(1), default=2)
-    parser.add_argument("--kv-type", default="int8", help="our KV cache, as meki-bench takes it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
-    parser.add_argument(
+    add = parser.add_argument
+    add("package", type=Path, help="a directory made by meki-convert")
+    add("--llama-bench", required=True, metavar="PATH", help="a build of llama.cpp for this machine")
+    add("--genai", type=Path, metavar="DIR", help="a model of onnxruntime-genai with the same shapes")
+    add("--depths", type=token_counts, default=(0, 10240), help="tokens in the KV cache, such as 0,10240")
+    add("--prefill", type=integer(1), default=512, help="tokens of the prefill test")
+    add("--tokens", type=integer(1), default=32, help="tokens of a decode test")
+    add("--repetitions", type=integer(1), default=5, help="rounds")
+    add("--threads", type=integer(1), default=2)
+    add("--kv-type", default="int8", help="our KV cache, as meki-bench takes it")
+    add("--json", type=Path, metavar="FILE", help="also write all figures to this file")
+    add(
         "--workdir",
         type=Path,
         default=Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meki-peers",

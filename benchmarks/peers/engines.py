@@ -253,15 +253,19 @@ class Genai:
         with self.errors():
             return self.prefill(workload) if workload.kind == "prefill" else self.decode(workload)
 
-    def generator(self, workload: Workload, length: int) -> Any:
-        parameters = self.genai.GeneratorParams(self.model)
-        # As long at least as at most: no end-of-text token ends it.
-        parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
-        self.generators[workload] = self.genai.Generator(self.model, parameters)
+    def generator(self, workload: Workload, depth: int) -> Any:
+        """The workload's own, with at least `depth` tokens in its cache."""
+        if workload not in self.generators:
+            length = depth + workload.tokens + 1
+            parameters = self.genai.GeneratorParams(self.model)
+            # As long at least as at most: no end-of-text token ends it.
+            parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
+            self.generators[workload] = self.genai.Generator(self.model, parameters)
+            self.append(self.generators[workload], depth)
         return self.generators[workload]
 
     def prefill(self, workload: Workload) -> float:
-        generator = self.generators.get(workload) or self.generator(workload, workload.tokens + 1)
+        generator = self.generator(workload, 0)
         tokens = self.rng.integers(0, self.vocab_size, workload.tokens).astype(np.int32)
         seconds = 0.0
         for _ in range(2):  # the first is the warm-up
@@ -273,10 +277,7 @@ class Genai:
 
     def decode(self, workload: Workload) -> float:
         depth = max(workload.depth, 1)  # it needs a token to begin with
-        generator = self.generators.get(workload)
-        if generator is None:
-            generator = self.generator(workload, depth + workload.tokens + 1)
-            self.append(generator, depth)
+        generator = self.generator(workload, depth)
         generator.rewind_to(depth - 1)
         self.append(generator, 1)  # the warm-up
         generator.generate_next_token()  # samples from what is computed; each further call computes one token

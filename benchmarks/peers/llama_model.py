@@ -27,27 +27,9 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """
     if config.qkv_bias:
         raise ValueError("the model has biases of query, key and value; compare one without")
-    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (config.vocab_size, config.hidden)}
-    for i in range(config.layers):
-        layer: dict[str, tuple[int, ...]] = {
-            "attn_norm": (config.hidden,),
-            "attn_q": (queries, config.hidden),
-            "attn_k": (keys, config.hidden),
-            "attn_v": (keys, config.hidden),
-            "attn_output": (config.hidden, queries),
-            "ffn_norm": (config.hidden,),
-            "ffn_gate": (config.ffn, config.hidden),
-            "ffn_up": (config.ffn, config.hidden),
-            "ffn_down": (config.hidden, config.ffn),
-        }
-        if config.qk_norm:
-            layer |= {"attn_q_norm": (config.head_dim,), "attn_k_norm": (config.head_dim,)}
-        shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in layer.items()}
-    shapes["output_norm.weight"] = (config.hidden,)
-    if not config.tied_embeddings:
-        shapes["output.weight"] = (config.vocab_size, config.hidden)
-    return shapes
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.layers)  # which has all that a Llama has
+    shapes = config.without_memory().shapes()
+    return {f"{names[name.removesuffix('.weight')]}.weight": shape for name, shape in shapes.items()}
 
 
 def random_q4_0(rng: np.random.Generator, rows: int, columns: int) -> NDArray[np.uint8]:
@@ -63,7 +45,7 @@ def random_q4_0(rng: np.random.Generator, rows: int, columns: int) -> NDArray[np
     return blocks.reshape(rows, -1)
 
 
-def write_gguf(config: LlamaConfig, path: Path, seed: int = 0) -> None:
+def write_gguf(config: LlamaConfig, path: Path) -> None:
     """Writes a GGUF model with random weights of `config`'s backbone, without a memory and without a tokenizer.
 
     Every matrix is Q4_0 (4.5 bits a weight), the embedding too; every norm's weight is 1. The tensors are written
@@ -99,7 +81,7 @@ def write_gguf(config: LlamaConfig, path: Path, seed: int = 0) -> None:
             writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * shape[0])
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     with replace_file(path) as partial, contextlib.closing(writer):
         writer.write_header_to_file(partial)
         writer.write_kv_data_to_file()

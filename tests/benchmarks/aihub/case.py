@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from qai_hub import client
 from qai_hub.util import session
 
 from benchmarks.aihub import profile as hub
@@ -40,7 +41,7 @@ def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, token: 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(session, "MAX_RETRIES", 1)  # the client's own, which takes half a minute
     monkeypatch.setattr(session, "BACKOFF_FACTOR", 0)
-    monkeypatch.setattr(hub, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(client.Job, "_polling_interval", 1 / 1024)  # seconds
 
 
 def profile(package: Path, *args: str, device: str = DEVICE) -> int:

@@ -43,7 +43,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    monkeypatch.setattr(hub_package, "written_stage", written)
+    monkeypatch.setattr(hub, "written_stage", written)
     return temporary
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.aihub import profile as hub
-
 pytest.importorskip("qai_hub", reason="AI Hub's client is not installed: pip install 'meki[hub]'")
 
+from qai_hub import client
 from qai_hub import public_api_pb2 as pb
 
 from ..compiled import STAGES, compiled_package
@@ -122,7 +121,7 @@ def test_an_interrupted_run_is_collected_by_the_next(
     out = tmp_path / "out.json"
     stub.polls_in_a_state = 2
     with monkeypatch.context() as patch:
-        patch.setattr(hub.time, "sleep", interrupt)
+        patch.setattr(client.time, "sleep", interrupt)
         assert profile(package, "--graphs", "head", "--json", str(out)) == 130
     assert not out.exists()
     assert profile(package, "--graphs", "head", "--json", str(out)) == 0

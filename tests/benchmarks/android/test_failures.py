@@ -89,7 +89,7 @@ DEATHS = {
     "report['memory'] = 'other'": "memory is 'other' in its JSON, expected 'meki'",
     "report['decode_tokens_per_s'][0] = float('nan')": "decode_tokens_per_s is .* expected 3 speeds",
     "report['depth'] += 1": "runs at depths 479 and 480 cannot be compared",
-    "sys.exit(0)": "pulling .*run.json, .* failed",
+    "sys.exit(0)": "`cat .*run.json` ended with exit status 1:\n  .*No such file",
 }
 
 

@@ -84,7 +84,7 @@ def test_second_time_nothing_is_sent(phone: Phone, case: Case) -> None:
     sent = len(phone.received)
     phone.path(f"{REMOTE}/bin/libQnnHtp.so").write_bytes(elf("# another release"))
     assert case.run() == 0
-    assert [name for name, _ in phone.received[sent:]] == [f"{REMOTE}/bin/libQnnHtp.so.part"]
+    assert [name for name, _ in phone.received[sent:]] == [f"{REMOTE}/bin/libQnnHtp.so.piece"]
     assert phone.path(f"{REMOTE}/bin/libQnnHtp.so").read_bytes() == (case.qnn / "libQnnHtp.so").read_bytes()
 
 
