@@ -14,8 +14,8 @@ from .architectures.base import Architecture, Model
 from .config import ConfigError
 from .graph.cpu import CpuGraph, PackedGraph
 from .graph.tensors import TensorFile
-from .graph.weights import WEIGHT_TYPES, WEIGHTS_FILE, Progress, Weights, WeightStore
-from .quantize import WEIGHT_BLOCK
+from .graph.weights import WEIGHTS_FILE, Progress, Weights, WeightStore
+from .quantize import WEIGHT_BLOCK, WEIGHT_TYPES
 from .rom import RomLayout, write_rom
 from .source import Source, model_source
 from .tokenizer import TokenizerSpec, parse_tokenizer

@@ -14,6 +14,9 @@ Floats = NDArray[np.float32]
 Codes = NDArray[np.uint8]
 
 WEIGHT_BITS = {"int8": 8, "int4": 4}
+WEIGHT_TYPES = ("float32", *WEIGHT_BITS)
+PRECISIONS = {"float16": None, **WEIGHT_BITS}
+"""On an NPU: bits of a weight in blocks of 32 with a float16 scale; None: float16 itself."""
 WEIGHT_BLOCK = 32
 """Weights that share one scale: consecutive ones along the input dimension."""
 PANEL = 16

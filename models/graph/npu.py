@@ -18,15 +18,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from ..config import CompileError
-from ..quantize import WEIGHT_BITS, WEIGHT_BLOCK, Codes, Floats
+from ..quantize import PRECISIONS, WEIGHT_BLOCK, Codes, Floats
 from .builder import GraphBuilder
 from .primitives import Dimensions, Lazy, Matrix, Primitives, Row, Tables, Value
 from .tensors import TensorFile
 
 MASKED = -30_000.0
 """Added to the scores of what must not be seen: float16 holds it, and e^MASKED is 0."""
-PRECISIONS = {"float16": None, **WEIGHT_BITS}
-"""Bits of a weight in blocks of 32 with a float16 scale; None: float16 itself."""
 
 Halves = NDArray[np.float16]
 

@@ -14,7 +14,6 @@ from onnx import TensorProto
 from ..quantize import PANEL, WEIGHT_BITS, Codes, Floats, quantize_weight, require_finite
 from .tensors import TensorFile
 
-WEIGHT_TYPES = ("float32", *WEIGHT_BITS)
 WEIGHTS_FILE = "weights.bin"
 _WEIGHTS_AT_ONCE = 1 << 17  # weights that a thread quantises together: what a core's cache holds a few copies of
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ..architectures.base import Architecture
 from ..config import ConfigError
-from ..graph.npu import PRECISIONS, NpuGraph, Shape, file_name
+from ..graph.npu import NpuGraph, Shape, file_name
 from ..graph.tensors import TensorFile
+from ..quantize import PRECISIONS
 from .weights import PackageWeights
 
 SHARD_BYTES = 1 << 30
