@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meki.bench.machine import resident_memory
+from meki._core import resident_memory
 
 from ..config import CompileError
 from .chips import Chip

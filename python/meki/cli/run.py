@@ -116,9 +116,7 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
         return
     stream = begin().stream(prompt, **options)
     if arguments.json:
-        for _ in stream:
-            pass
-        _print_json(engine, stream.result)
+        _print_json(engine, stream.finish())
     else:
         if sys.stdout.isatty() and not arguments.chat:
             sys.stdout.write(prompt)
