@@ -53,7 +53,7 @@ def write_graphs(
     ValueError for weights that are not finite.
     """
     with (directory / WEIGHTS_FILE).open("wb") as file:
-        store = WeightStore(weights, weight_type, TensorFile(file, WEIGHTS_FILE), config.ram_parameters, progress)
+        store = WeightStore(weights, weight_type, TensorFile(file), config.ram_parameters, progress)
         kind = CpuGraph if weight_type == "float32" else PackedGraph
         graph, dense = kind(config, store), None
         config.program(graph)
