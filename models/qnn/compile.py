@@ -49,11 +49,6 @@ def read_options(args: argparse.Namespace, weights: PackageWeights) -> tuple[Opt
     return options, check
 
 
-def cache_bytes(entry: dict[str, Any], config: Architecture) -> int:
-    """Of the KV cache, float16."""
-    return 2 * 2 * config.layers * config.kv_heads * config.head_dim * int(entry["context"])
-
-
 def summary(entry: dict[str, Any], compiled: dict[str, Compiled], config: Architecture, directory: Path) -> str:
     """What was compiled, for people."""
     lines = [
@@ -67,10 +62,11 @@ def summary(entry: dict[str, Any], compiled: dict[str, Compiled], config: Archit
         )
     size = sum(file["bytes"] for file in entry["files"].values())
     lines.append(f"  {'in all':<16} {size / 1e6:23,.1f} MB {sum(c.seconds for c in compiled.values()):8,.1f} s")
+    cache = 2 * 2 * config.layers * config.kv_heads * config.head_dim * entry["context"]  # keys and values, float16
     loaded = sum(stage.binary_bytes for name, stage in compiled.items() if not name.startswith("dense_"))
     lines.append(
         f"  loaded together: {loaded / 1e6:,.1f} MB, decode and prefill having the weights each; the KV cache takes "
-        f"{cache_bytes(entry, config) / 1e6:,.1f} MB more"
+        f"{cache / 1e6:,.1f} MB more"
     )
     return "\n".join(lines)
 
@@ -95,9 +91,7 @@ def run(args: argparse.Namespace) -> None:
     options, check = read_options(args, weights)
     try:
         with contextlib.closing(ProgressBars(unit="stage")) as bars:
-            entry, compiled = compile_package(
-                package, args.soc, options, overwrite=args.overwrite, progress=bars.update
-            )
+            entry, compiled = compile_package(package, args.soc, options, overwrite=args.overwrite, report=bars.update)
     except KeyboardInterrupt:
         report(PROGRAM, "note", "interrupted, the package is unchanged")
         raise

@@ -38,7 +38,7 @@ def fake_compiler(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         binary = out.with_name(f"{out.stem}_qnn.bin")
         shutil.copy(stage, out)
         binary.write_bytes(stage.with_suffix(".bin").read_bytes())
-        return Compiled(out, binary, binary.stat().st_size, 7, 0.5, 10**9)
+        return Compiled(binary.stat().st_size, 7, 0.5, 10**9)
 
     monkeypatch.setattr(package_module, "compile_stage", compile_stage)
     return names
