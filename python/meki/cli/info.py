@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,7 +156,3 @@ def _text(value: Any) -> str:
 
 def _rows_of(layers: list[int] | None) -> str:
     return "no memory rows" if layers is None else f"memory rows of layers {layers[0]} to {layers[1] - 1}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
