@@ -7,33 +7,41 @@ measure speed with.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from meki.cli.arguments import Parser
 from meki.cli.errors import report, run_command
 from meki.package import bundled_models
 from meki.package.files import MANIFEST, check_target
 
-from .architectures import SETTINGS
-from .checkpoints import open_checkpoint
-from .checkpoints.checkpoint import checkpoint_source
 from .config import ConfigError, check
-from .graph.weights import WEIGHT_TYPES
-from .package import export_package
 from .progress import ProgressBars
-from .quantize import ROW_TYPES
-from .sizes import CONFIGS
-from .source import Source, random_source
+from .quantize import ROW_TYPES, WEIGHT_TYPES
+from .sizes import SIZES
 from .tokenizer import TokenizerSpec, read_tokenizer
+
+if TYPE_CHECKING:
+    from .source import Source
+
+# PyTorch takes seconds to load: what needs it is imported where it is used.
+PROGRAM = "meki-convert"
+
+
+class UsageError(ValueError):
+    """The command line asks for what cannot be."""
 
 
 def setting(text: str) -> tuple[str, Any]:
     """FIELD=VALUE: a setting and a JSON value."""
+    from .architectures import SETTINGS
+
     name, equals, value = text.partition("=")
     if name not in SETTINGS or not equals:
-        raise argparse.ArgumentTypeError(
-            f"expected FIELD=VALUE with a FIELD out of {', '.join(SETTINGS)}; got {text!r}"
+        raise UsageError(
+            f"argument --set: expected FIELD=VALUE with a FIELD out of {', '.join(SETTINGS)}; got {text!r}"
         )
     try:
         parsed = json.loads(value)
@@ -43,35 +51,29 @@ def setting(text: str) -> tuple[str, Any]:
     try:
         check(SETTINGS, {name: parsed})
     except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        raise UsageError(f"argument --set: {error}") from error
     return name, parsed
-
-
-PROGRAM = "meki-convert"
-
-
-class UsageError(ValueError):
-    """The command line asks for what cannot be."""
 
 
 def open_source(args: argparse.Namespace) -> tuple[Source, TokenizerSpec, dict[str, str]]:
     """The model that the command line names, its tokenizer and its provenance."""
-    overrides = dict(args.set)
+    from .architectures.llama import LlamaConfig
+    from .checkpoints import open_checkpoint
+    from .checkpoints.checkpoint import checkpoint_source
+    from .source import random_source
+
+    overrides = dict(map(setting, args.set))
     tokenizer = None
     if args.tokenizer:  # or the folder that has it
         tokenizer = read_tokenizer(args.tokenizer / "tokenizer.json" if args.tokenizer.is_dir() else args.tokenizer)
     if args.random:
         try:
-            known = CONFIGS[args.random]
-            config = known.from_settings({**known.settings(), **overrides})
+            config = LlamaConfig.from_settings({**SIZES[args.random], **overrides})
         except ConfigError as error:
             raise UsageError(f"--set: {error}") from error
         provenance = {"weights": "random", "configuration": args.random}
-        return (
-            random_source(config),
-            tokenizer or read_tokenizer(bundled_models()["meki-tiny"] / "tokenizer.json"),
-            provenance,
-        )
+        tokenizer = tokenizer or read_tokenizer(bundled_models()["meki-tiny"] / "tokenizer.json")
+        return random_source(config), tokenizer, provenance
     checkpoint = open_checkpoint(args.source, overrides)
     tokenizer = tokenizer or checkpoint.read_tokenizer()
     if tokenizer is None:
@@ -81,6 +83,8 @@ def open_source(args: argparse.Namespace) -> tuple[Source, TokenizerSpec, dict[s
 
 def convert(args: argparse.Namespace) -> dict[str, Any]:
     """Exports as the command line says and returns the manifest."""
+    from .package import export_package
+
     check_target(args.output, MANIFEST, args.overwrite)
     name = args.name or args.output.resolve().name
     if not name.isprintable():  # which names in other encodings than UTF-8 are not
@@ -90,8 +94,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     source, tokenizer, provenance = open_source(args)
     if args.rows and not source.config.memory:
         raise UsageError(f"--rows {args.rows}: the model has no memory and so no rows; omit it")
-    bars = ProgressBars(unit_scale=True)
-    try:
+    with contextlib.closing(ProgressBars(unit_scale=True)) as bars:
         return export_package(
             source,
             tokenizer,
@@ -104,8 +107,6 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
             overwrite=args.overwrite,
             progress=bars.update,
         )
-    finally:
-        bars.close()
 
 
 def summary(path: Path, manifest: dict[str, Any]) -> str:
@@ -140,16 +141,15 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 1 failure, 2 usage, 130 interrupted, 141 output closed."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
+    parser = Parser(PROGRAM, description=__doc__, epilog="Reference: docs/cli.md")
     models = parser.add_mutually_exclusive_group(required=True)
     models.add_argument("source", type=Path, nargs="?", help="Hugging Face folder, GGUF file or Megatron-LM checkpoint")
     models.add_argument(
-        "--random", choices=CONFIGS, help="random weights of this size instead of a checkpoint, to measure speed with"
+        "--random", choices=SIZES, help="random weights of this size instead of a checkpoint, to measure speed with"
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="package directory to write")
     parser.add_argument(
         "--set",
-        type=setting,
         action="append",
         default=[],
         metavar="FIELD=VALUE",
@@ -168,4 +168,4 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--card", type=Path, help="model card, becomes the package's README.md")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing package")
     args = parser.parse_args(argv)
-    return run_command(PROGRAM, lambda: run(args))
+    return run_command(PROGRAM, lambda: run(args), extras="[models]")

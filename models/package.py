@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,8 @@ from .architectures.base import Architecture, Model
 from .config import ConfigError
 from .graph.cpu import CpuGraph, PackedGraph
 from .graph.tensors import TensorFile
-from .graph.weights import WEIGHT_TYPES, WEIGHTS_FILE, Progress, Weights, WeightStore
-from .quantize import WEIGHT_BLOCK
+from .graph.weights import WEIGHTS_FILE, Progress, Weights, WeightStore
+from .quantize import WEIGHT_BLOCK, WEIGHT_TYPES
 from .rom import RomLayout, write_rom
 from .source import Source, model_source
 from .tokenizer import TokenizerSpec, parse_tokenizer
@@ -26,6 +27,10 @@ _HEAD_DIM_MULTIPLE = 16  # of heads that the runtime's attention takes
 
 PhaseProgress = Callable[[str, int, int], object]
 """Called with (what is being written, done, in all)."""
+
+
+def no_progress(phase: str, done: int, total: int) -> None:
+    """A `PhaseProgress` that nobody sees."""
 
 
 def check_exportable(config: Architecture, weight_type: str) -> None:
@@ -53,7 +58,7 @@ def write_graphs(
     ValueError for weights that are not finite.
     """
     with (directory / WEIGHTS_FILE).open("wb") as file:
-        store = WeightStore(weights, weight_type, TensorFile(file, WEIGHTS_FILE), config.ram_parameters, progress)
+        store = WeightStore(weights, weight_type, TensorFile(file), config.ram_parameters, progress)
         kind = CpuGraph if weight_type == "float32" else PackedGraph
         graph, dense = kind(config, store), None
         config.program(graph)
@@ -93,7 +98,7 @@ def export_package(
     provenance: dict[str, str],
     card: str | None = None,
     overwrite: bool = False,
-    progress: PhaseProgress | None = None,
+    progress: PhaseProgress = no_progress,
 ) -> dict[str, Any]:
     """Writes `model` (a `Model`: float32, training form) as the package `out` and returns its manifest.
 
@@ -110,11 +115,10 @@ def export_package(
     check_tokenizer(tokenizer, config.vocab_size)
     if tokenizer.chat_template is not None:
         parse_template(tokenizer.chat_template)
-    report: PhaseProgress = progress or (lambda phase, done, total: None)
 
     with replace_directory(out, MANIFEST, overwrite) as directory:
         graph, dense = write_graphs(
-            config, source.weights, weights, directory, lambda done, total: report("dense weights", done, total)
+            config, source.weights, weights, directory, functools.partial(progress, "dense weights")
         )
         errors = graph.store.errors
         quantization_error: dict[str, Any] = {
@@ -122,12 +126,8 @@ def export_package(
         }
         memory = None
         if table and layout:
-            summary = write_rom(
-                directory / "memory.rom",
-                layout,
-                source.row_blocks(),
-                lambda done, total: report("memory rows", done, total),
-            )
+            report = functools.partial(progress, "memory rows")
+            summary = write_rom(directory / "memory.rom", layout, source.row_blocks(), report)
             file = {"file": "memory.rom", "row_type": rows, "content_id": summary.content_id}
             memory = {**table.manifest(config), **file}
             quantization_error["rows"] = summary.relative_error
@@ -163,7 +163,7 @@ def export_package(
                 "chat_template": chat_template,
             },
             "sampling": dict(tokenizer.sampling),
-            "files": list_files(directory, lambda done, total: report("checksums", done, total)),
+            "files": list_files(directory, functools.partial(progress, "checksums")),
             "quantization_error": quantization_error,
             "provenance": provenance,
         }

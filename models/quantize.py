@@ -14,6 +14,9 @@ Floats = NDArray[np.float32]
 Codes = NDArray[np.uint8]
 
 WEIGHT_BITS = {"int8": 8, "int4": 4}
+WEIGHT_TYPES = ("float32", *WEIGHT_BITS)
+PRECISIONS = {"float16": None, **WEIGHT_BITS}
+"""On an NPU: bits of a weight in blocks of 32 with a float16 scale; None: float16 itself."""
 WEIGHT_BLOCK = 32
 """Weights that share one scale: consecutive ones along the input dimension."""
 PANEL = 16
@@ -85,12 +88,6 @@ def _pack_nibbles(q: NDArray[np.int8]) -> Codes:
     return packed
 
 
-def _unpack_nibbles(packed: Codes, count: int) -> NDArray[np.int8]:
-    """The inverse of `_pack_nibbles`: int8 [.., count]."""
-    nibbles = np.stack((packed & 15, packed >> 4), axis=-1).reshape(*packed.shape[:-1], -1)
-    return nibbles[..., :count].astype(np.int8) - np.int8(8)
-
-
 def quantize_weight(weight: Floats, bits: int, what: str) -> tuple[Codes, Floats]:
     """A matrix as docs/package-format.md packs it for the operators Linear and Embedding.
 
@@ -128,13 +125,6 @@ def unpack_weight(packed: Codes, bits: int, rows: int) -> tuple[NDArray[np.int8]
     q = (fours.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8).reshape(panels * PANEL, groups, WEIGHT_BLOCK)
     scales = np.ascontiguousarray(halves).view("<f2").astype(np.float32).transpose(0, 2, 1)
     return q[:rows], scales.reshape(panels * PANEL, groups)[:rows]
-
-
-def dequantize_weight(packed: Codes, bits: int, rows: int) -> Floats:
-    """The values that packed weights stand for: float32 [rows, k]."""
-    q, scales = unpack_weight(packed, bits, rows)
-    values: Floats = (q * scales[..., None]).reshape(rows, -1)
-    return values
 
 
 def row_group(row_type: str, row_dim: int) -> int:

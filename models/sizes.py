@@ -1,41 +1,27 @@
-"""Known configurations by name. Only meki-tiny comes with weights."""
+"""Settings of known models by name, of the architecture llama. Only meki-tiny comes with weights."""
 
 from __future__ import annotations
 
-from .architectures.base import Architecture
-from .architectures.llama import LlamaConfig
-from .memories.meki import MeKiConfig
+from collections.abc import Mapping
+from typing import Any
 
+# Qwen3's 151,669 tokens padded to 151,680; trained at sequence length 4096, used up to 40,960 as Qwen3 is.
+_PAPER = {"vocab_size": 151_680, "kv_heads": 8, "head_dim": 128, "context": 40_960}
 
-def _paper_size(layers: int, hidden: int, ffn: int, heads: int, memory_dim: int) -> LlamaConfig:
-    # Qwen3's 151,669 tokens padded to 151,680; trained at sequence length 4096, used up to 40,960 as Qwen3 is.
-    return LlamaConfig(
-        vocab_size=151_680,
-        layers=layers,
-        hidden=hidden,
-        ffn=ffn,
-        heads=heads,
-        kv_heads=8,
-        head_dim=128,
-        context=40_960,
-        memory=MeKiConfig(memory_dim),
-    )
-
-
-CONFIGS: dict[str, Architecture] = {
-    "meki-tiny": LlamaConfig(
-        vocab_size=4096,
-        layers=8,
-        hidden=256,
-        ffn=512,
-        heads=8,
-        kv_heads=2,
-        head_dim=32,
-        context=512,
-        rope_theta=10_000.0,
-        memory=MeKiConfig(128),
-    ),
-    "meki-0.6b": _paper_size(28, 1024, 3072, 16, 128),
-    "meki-1.7b": _paper_size(28, 2048, 6144, 16, 256),
-    "meki-4b": _paper_size(36, 2560, 9728, 32, 512),
+SIZES: dict[str, Mapping[str, Any]] = {
+    "meki-tiny": {
+        "vocab_size": 4096,
+        "layers": 8,
+        "hidden": 256,
+        "ffn": 512,
+        "heads": 8,
+        "kv_heads": 2,
+        "head_dim": 32,
+        "context": 512,
+        "rope_theta": 10_000.0,
+        "memory_dim": 128,
+    },
+    "meki-0.6b": {**_PAPER, "layers": 28, "hidden": 1024, "ffn": 3072, "heads": 16, "memory_dim": 128},
+    "meki-1.7b": {**_PAPER, "layers": 28, "hidden": 2048, "ffn": 6144, "heads": 16, "memory_dim": 256},
+    "meki-4b": {**_PAPER, "layers": 36, "hidden": 2560, "ffn": 9728, "heads": 32, "memory_dim": 512},
 }

@@ -57,7 +57,8 @@ def read_tokenizer(path: Path) -> TokenizerSpec:
         tokenizer = parse_tokenizer(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    beside = {name: _read_beside(path, f"{name}.json") for name in _BESIDE}
+    files = {name: path.with_name(f"{name}.json") for name in _BESIDE}
+    beside = {name: read_object(file) if file.is_file() else {} for name, file in files.items()}
     config = {**beside["special_tokens_map"], **beside["tokenizer_config"]}
     special = {key: token for key in config if key.endswith("_token") and (token := _content(config[key])) is not None}
     begins = config.get("add_bos_token") is True and "bos_token" in special
@@ -75,16 +76,11 @@ def read_tokenizer(path: Path) -> TokenizerSpec:
         eos_token_ids=tuple(dict.fromkeys(ends)),
         chat_template=_chat_template(path, config),
         special_tokens=special,
-        sampling=_sampling(path.with_name("generation_config.json"), beside["generation_config"]),
+        sampling=_sampling(files["generation_config"], beside["generation_config"]),
     )
 
 
 _BESIDE = ("special_tokens_map", "tokenizer_config", "generation_config", "config")
-
-
-def _read_beside(path: Path, name: str) -> dict[str, Any]:
-    beside = path.with_name(name)
-    return read_object(beside) if beside.is_file() else {}
 
 
 def _content(token: object) -> str | None:

@@ -24,8 +24,9 @@ from tqdm import tqdm
 from meki.package.files import replace_file
 
 from .architectures.base import Model
+from .architectures.llama import LlamaConfig
 from .checkpoints.huggingface import save_pretrained
-from .sizes import CONFIGS
+from .sizes import SIZES
 from .tokenizer import END_OF_STORY, read_tokenizer, train_tokenizer
 
 SEPARATOR = f"\n{END_OF_STORY}\n"
@@ -68,12 +69,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def loss_of(
-    model: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, reduction: str = "mean"
-) -> torch.Tensor:
+def loss_of(model: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
     """Next-token cross entropy in nats. batch: int64 [b, length + 1]."""
     logits = model(batch[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction=reduction)
+    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
 
 @torch.no_grad()
@@ -102,7 +101,7 @@ class Run:
         self.args = args
         self.out: Path = args.out
         self.out.mkdir(parents=True, exist_ok=True)
-        self.config = CONFIGS[args.config]
+        self.config = LlamaConfig.from_settings(SIZES[args.config])
         self.tokenizer, self.train_stream, self.valid_stream = self._prepare_data()
         self.model = self.config.module().initialise(args.seed)
         self.optimizer = make_optimizer(self.model, args.rate)
@@ -177,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train", type=Path, required=True, help="stories to learn, .txt or .txt.xz")
     parser.add_argument("--valid", type=Path, required=True, help="stories held out")
     parser.add_argument("--out", type=Path, required=True, help="directory of the run")
-    parser.add_argument("--config", default="meki-tiny", choices=sorted(CONFIGS))
+    parser.add_argument("--config", default="meki-tiny", choices=sorted(SIZES))
     parser.add_argument("--tokens", type=int, default=16_000_000, help="tokens to see in all")
     parser.add_argument("--batch", type=int, default=4, help="sequences a step")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")

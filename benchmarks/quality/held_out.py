@@ -29,9 +29,8 @@ from meki import Engine
 from meki.bench.markdown import head, row
 from meki.models.architectures.base import Model
 from meki.models.checkpoints.huggingface import load_model
-from meki.models.graph.weights import WEIGHT_TYPES
 from meki.models.package import export_package
-from meki.models.quantize import ROW_TYPES
+from meki.models.quantize import ROW_TYPES, WEIGHT_TYPES
 from meki.models.tokenizer import END_OF_STORY, parse_tokenizer, read_tokenizer
 from meki.models.train import read_stories
 from meki.package.files import write_file

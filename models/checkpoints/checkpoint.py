@@ -98,11 +98,9 @@ def checkpoint_source(checkpoint: Checkpoint) -> Source:
         part = parts[name]
         if part.convert is not None:
             tensor = part.convert(tensors.read(part.name))
-        elif part.shape:
-            start, stop, _ = rows.indices(part.shape[0])
-            tensor = tensors.read(part.name, slice(start, stop))
         else:
-            tensor = tensors.read(part.name)
+            ours = slice(*rows.indices(part.shape[0])) if part.shape else ALL
+            tensor = tensors.read(part.name, ours)
         values: Floats = tensor.contiguous().numpy()
         return values
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from gguf import GGUFEndian, GGUFReader
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.gguf_reader import ReaderTensor
 from gguf.quants import dequantize
 from torch import Tensor
 
@@ -67,15 +68,6 @@ class _Reader(GGUFReader):
         return values
 
 
-class _Stored(NamedTuple):
-    """How a tensor lies in the file."""
-
-    shape: tuple[int, ...]
-    type: GGMLQuantizationType
-    offset: int
-    """Bytes."""
-
-
 class GgufFile:
     """The metadata and the tensors of a GGUF file. Tensors are read, not mapped: what was read is not kept."""
 
@@ -92,20 +84,17 @@ class GgufFile:
             ) from error
         if reader.endianess == GGUFEndian.BIG:
             raise CheckpointError(f"{path}: is big-endian, expected little-endian; run gguf-convert-endian on it")
-        self._stored = {
-            tensor.name: _Stored(tuple(reversed(tensor.shape.tolist())), tensor.tensor_type, tensor.data_offset)
-            for tensor in reader.tensors
-        }
-        self.shapes = {name: stored.shape for name, stored in self._stored.items()}
-        for name, stored in self._stored.items():
-            self._check_type(name, stored.type)
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.shapes = {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in self._tensors.items()}
+        for name, tensor in self._tensors.items():
+            self._check_type(name, tensor.tensor_type)
 
     @property
     def types(self) -> str:
         """The types of the tensors, the one with the most values first, such as "Q4_K, F32"."""
         values: dict[str, int] = {}
-        for stored in self._stored.values():
-            values[stored.type.name] = values.get(stored.type.name, 0) + int(np.prod(stored.shape))
+        for tensor in self._tensors.values():
+            values[tensor.tensor_type.name] = values.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
         return ", ".join(sorted(values, key=lambda name: -values[name]))
 
     def number(self, key: str, default: float | None = None) -> Any:
@@ -117,20 +106,20 @@ class GgufFile:
 
     def read(self, name: str, rows: slice = ALL) -> Tensor:
         """float32; those rows of dimension 0. Reads and dequantises no others."""
-        shape, type, offset = self._stored[name]
+        tensor, shape = self._tensors[name], self.shapes[name]
         if len(shape) == 1:  # a row of its own
-            return self._read(type, offset, (1, *shape))[0][rows]
+            return self._read(tensor, 0, (1, *shape))[0][rows]
         start, stop, _ = rows.indices(shape[0])
-        return self._read(type, offset + start * _bytes(type, shape[1:]), (stop - start, *shape[1:]))
+        return self._read(tensor, start, (stop - start, *shape[1:]))
 
-    def _read(self, type: GGMLQuantizationType, offset: int, shape: tuple[int, ...]) -> Tensor:
-        values = np.empty(shape, dtype=np.float32)
-        step = max(1, _AT_ONCE // int(np.prod(shape[1:])))
+    def _read(self, tensor: ReaderTensor, first: int, shape: tuple[int, ...]) -> Tensor:
+        values, row = np.empty(shape, dtype=np.float32), int(np.prod(shape[1:]))
+        row_bytes, step = row * tensor.n_bytes // tensor.n_elements, max(1, _AT_ONCE // row)
         with open(self.path, "rb") as file:
-            file.seek(offset)
+            file.seek(tensor.data_offset + first * row_bytes)
             for block in (values[start : start + step] for start in range(0, shape[0], step)):
-                stored = np.fromfile(file, np.uint8, len(block) * _bytes(type, shape[1:]))
-                block[:] = dequantize(stored.reshape(*block.shape[:-1], -1), type)
+                stored = np.fromfile(file, np.uint8, len(block) * row_bytes)
+                block[:] = dequantize(stored.reshape(*block.shape[:-1], -1), tensor.tensor_type)
         return torch.from_numpy(values)
 
     def _check_type(self, name: str, type: GGMLQuantizationType) -> None:
@@ -141,11 +130,6 @@ class GgufFile:
                 f"{self.path}: tensor {name} is stored as {type.name}, which the gguf package does not dequantise; "
                 "choose another quantisation of the model"
             ) from error
-
-
-def _bytes(type: GGMLQuantizationType, shape: tuple[int, ...]) -> int:
-    values, size = GGML_QUANT_SIZES[type]
-    return int(np.prod(shape)) // values * size
 
 
 def is_gguf(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import operator
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -284,14 +285,10 @@ def _stacked(names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) ->
         rows, start = sum(shapes[name][0] for name in ours), 0
         for name in ours:
             count, *rest = shapes[name]
-            take = functools.partial(_rows, first=start, last=start + count) if count < rows else None
+            take = operator.itemgetter(slice(start, start + count)) if count < rows else None
             parts[name] = Part(stored, (rows, *rest), take)
             start += count
     return parts
-
-
-def _rows(tensor: Tensor, first: int, last: int) -> Tensor:
-    return tensor[first:last]
 
 
 def _attention(config: Architecture) -> dict[str, Part]:

@@ -9,7 +9,6 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -91,16 +90,6 @@ def _records(path: Path) -> dict[int, int]:
     return records
 
 
-@dataclass(frozen=True)
-class _Place:
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    """In elements."""
-    offset: int
-    """Of the first element, in bytes from the beginning of the file."""
-
-
 def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """Elements from a tensor's first to its last."""
     return 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if math.prod(shape) else 0
@@ -112,7 +101,8 @@ class TorchFile:
     def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """tensors: of `load_torch_file(path)`. CheckpointError for one that is no float tensor or not in the file."""
         self._path = path
-        self._places = {}
+        self._places: dict[str, tuple[FakeTensor, int]] = {}
+        """Each tensor, and where its first element is, in bytes from the beginning of the file."""
         self.shapes: dict[str, tuple[int, ...]] = {}
         records = _records(path)
         for name, tensor in tensors.items():
@@ -130,19 +120,19 @@ class TorchFile:
                     f"{path}: tensor {name} of shape {list(shape)} needs {needed} bytes, its member of the zip has "
                     f"{there}; the file is damaged, copy it again"
                 )
-            self._places[name] = _Place(tensor.dtype, shape, stride, begin + first * tensor.itemsize)
+            self._places[name] = tensor, begin + first * tensor.itemsize
             self.shapes[name] = shape
 
     def read(self, name: str, rows: slice = ALL) -> Tensor:
         """float32 on the CPU; those rows of dimension 0."""
-        place = self._places[name]
-        shape, offset, size = place.shape, place.offset, place.dtype.itemsize
+        (tensor, offset), shape = self._places[name], self.shapes[name]
+        stride = tensor.stride()
         if shape:
             start, stop, _ = rows.indices(shape[0])
-            shape, offset = (max(0, stop - start), *shape[1:]), offset + start * place.stride[0] * size
-        stored = torch.empty(_extent(shape, place.stride), dtype=place.dtype)
+            shape, offset = (max(0, stop - start), *shape[1:]), offset + start * stride[0] * tensor.itemsize
+        stored = torch.empty(_extent(shape, stride), dtype=tensor.dtype)
         with self._path.open("rb") as file:
             file.seek(offset)
             if file.readinto(stored.view(torch.uint8).numpy().data) != stored.nbytes:
                 raise CheckpointError(f"{self._path}: tensor {name} is cut off; the file changed while it was read")
-        return stored.as_strided(shape, place.stride).float()
+        return stored.as_strided(shape, stride).float()

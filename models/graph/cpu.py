@@ -94,11 +94,11 @@ class CpuGraph(Primitives):
         return self.op("Gemm", [x, table], f"{name}.out", transB=1)
 
     def product(self, x: Value, matrices: Sequence[Matrix], name: str) -> Value:
-        weight = self._constant(self.store.transposed(name, [f"{matrix.name}.weight" for matrix in matrices]))
-        return self.op("MatMul", [x, weight], f"{name}.out")
+        weights = [f"{matrix.name}.weight" for matrix in matrices]
+        return self.op("MatMul", [x, self.array(name, lambda: self.store.joined(weights).T)], f"{name}.out")
 
     def vector(self, name: str, parts: Sequence[str] = ()) -> str:
-        return self._constant(self.store.joined(name, parts or [name]))
+        return self.array(name, lambda: self.store.joined(parts or [name]))
 
     def array(self, name: str, make: Callable[[], np.ndarray]) -> str:
         return self._constant(self.store.constant(name, make))

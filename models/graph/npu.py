@@ -18,15 +18,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from ..config import CompileError
-from ..quantize import WEIGHT_BITS, WEIGHT_BLOCK, Codes, Floats
+from ..quantize import PRECISIONS, WEIGHT_BLOCK, Codes, Floats
 from .builder import GraphBuilder
 from .primitives import Dimensions, Lazy, Matrix, Primitives, Row, Tables, Value
 from .tensors import TensorFile
 
 MASKED = -30_000.0
 """Added to the scores of what must not be seen: float16 holds it, and e^MASKED is 0."""
-PRECISIONS = {"float16": None, **WEIGHT_BITS}
-"""Bits of a weight in blocks of 32 with a float16 scale; None: float16 itself."""
 
 Halves = NDArray[np.float16]
 
@@ -40,30 +38,8 @@ def to_float16(values: NDArray[np.floating], what: str) -> Halves:
     return halves
 
 
-@dataclass(frozen=True)
-class StoredMatrix:
-    """n rows and k columns: either values, float32 [n, k], or codes, int8 [n, k / 32, 32], with a scale each block."""
-
-    values: Floats | None
-    codes: NDArray[np.int8] | None = None
-    scales: Floats | None = None
-    """float32 [n, k / 32], of values that float16 holds."""
-
-    def float16(self, what: str) -> Halves:
-        """The values, [n, k]. CompileError, naming `what`, if float16 does not hold them."""
-        if self.values is not None:
-            return to_float16(self.values, what)
-        assert self.codes is not None and self.scales is not None
-        halves = np.empty((len(self.codes), self.codes[0].size), np.float16)
-        for start in range(0, len(halves), 4096):  # a block of rows at a time: float32 copies of a head are large
-            rows = slice(start, start + 4096)
-            values = self.codes[rows] * self.scales[rows, :, None]
-            halves[rows] = to_float16(values.reshape(len(values), -1), what)
-        return halves
-
-
 class StoredWeights(Protocol):
-    """The weights of a package, by the names that its graphs have for them."""
+    """The weights of a package, by the names that its graphs have for them. n: `rows` of a matrix, k its columns."""
 
     type: str
 
@@ -71,7 +47,11 @@ class StoredWeights(Protocol):
 
     def panels(self, name: str) -> Codes: ...
 
-    def matrix(self, name: str, rows: int) -> StoredMatrix: ...
+    def float16(self, name: str, rows: int) -> Halves:
+        """[n, k]. CompileError if float16 does not hold them."""
+
+    def codes(self, name: str, rows: int) -> tuple[NDArray[np.int8], Floats]:
+        """int8 [n, k / 32, 32], and a scale each block, float32 [n, k / 32]; of a packed matrix."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +96,7 @@ class NpuGraph(Primitives):
         its table. It runs on the CPU: it reads one row a token, of a table that an NPU would hold in memory."""
         name, weights, config = self.table, self.weights, self.config
         with path.with_suffix(".bin").open("wb") as file:
-            tensors = TensorFile(file, file_name(path))
+            tensors = TensorFile(file)
             graph = GraphBuilder("meki")
             ids = graph.input("token_ids", [1, "T"], TensorProto.INT64)
             out = graph.output("embedding", [1, "T", config.hidden])
@@ -136,21 +116,15 @@ class NpuGraph(Primitives):
 
     def product(self, x: Value, matrices: Sequence[Matrix], name: str) -> Value:
         bits, out, rows = PRECISIONS[self.shape.precision], f"{name}.out", sum(matrix.outputs for matrix in matrices)
-        stored = functools.cache(lambda: self.weights.matrix(name, rows))
         if bits is None:
-            return self.op("MatMul", [x, self.array(name, lambda: stored().float16(name).T)], out)
+            return self.op("MatMul", [x, self.array(name, lambda: self.weights.float16(name, rows).T)], out)
+        stored = functools.cache(lambda: self.weights.codes(name, rows))
 
         def codes() -> Codes:
-            signed = stored().codes
-            assert signed is not None, "a package of another weight type"
-            unsigned = (signed.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
+            unsigned = (stored()[0].astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
             return unsigned if bits == 8 else unsigned[..., ::2] | (unsigned[..., 1::2] << 4)
 
-        def scales() -> Halves:
-            blocks = stored().scales
-            assert blocks is not None
-            return blocks.astype(np.float16).reshape(-1)
-
+        scales = lambda: stored()[1].astype(np.float16).reshape(-1)  # noqa: E731
         return self.op(
             "MatMulNBits",
             [x, self.array(name, codes), self.array(f"{name}.scales", scales)],
@@ -305,8 +279,3 @@ class NpuGraph(Primitives):
     def _split(self, x: str, names: Sequence[str], sizes: Sequence[int], axis: int) -> list[str]:
         self.op("Split", [x, self._ints(*sizes)], names, axis=axis)
         return list(names)
-
-
-def file_name(path: Path) -> str:
-    """Of the file that holds the large tensors of the graph at `path`."""
-    return path.with_suffix(".bin").name

@@ -34,8 +34,7 @@ class TensorFile:
     """Where the values of large initialisers are written, each from a page of its own, so that they can be mapped."""
 
     file: BinaryIO
-    location: str
-    """The file's name, relative to the graphs that use it."""
+    """In the directory of the graphs that use it."""
 
     def store(self, name: str, array: np.ndarray) -> TensorProto:
         """An initialiser: inside the graph if it is smaller than a page, else in the file. array: C-contiguous."""
@@ -54,6 +53,6 @@ class TensorFile:
         """The tensor that lies in the file from `offset`."""
         # set_external_data insists on raw_data, of which an external tensor has none.
         tensor = TensorProto(name=name, dims=shape, data_type=data_type, raw_data=b"")
-        external_data_helper.set_external_data(tensor, self.location, offset, tensor_bytes(tensor))
+        external_data_helper.set_external_data(tensor, Path(self.file.name).name, offset, tensor_bytes(tensor))
         tensor.ClearField("raw_data")
         return tensor

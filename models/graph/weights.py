@@ -14,7 +14,6 @@ from onnx import TensorProto
 from ..quantize import PANEL, WEIGHT_BITS, Codes, Floats, quantize_weight, require_finite
 from .tensors import TensorFile
 
-WEIGHT_TYPES = ("float32", *WEIGHT_BITS)
 WEIGHTS_FILE = "weights.bin"
 _WEIGHTS_AT_ONCE = 1 << 17  # weights that a thread quantises together: what a core's cache holds a few copies of
 
@@ -78,24 +77,20 @@ class WeightStore:
             self._tensors[name] = self.tensors.store(name, np.ascontiguousarray(make()))
         return self._tensors[name]
 
-    def joined(self, name: str, parts: Sequence[str]) -> TensorProto:
-        """Weights [n, ..] one below the other: float32 [sum of n, ..]."""
-        return self.constant(name, lambda: self._join(parts))
-
-    def transposed(self, name: str, parts: Sequence[str]) -> TensorProto:
-        """Weights [n, k] one below the other, transposed to what MatMul takes: float32 [k, sum of n]."""
-        return self.constant(name, lambda: self._join(parts).T)
+    def joined(self, parts: Sequence[str]) -> Floats:
+        """Weights [n, ..] one below the other: float32 [sum of n, ..]. ValueError for values that are not finite."""
+        arrays = [self._fetch(part) for part in parts]
+        for part, array in zip(parts, arrays, strict=True):
+            require_finite(array, part)
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def packed(self, name: str, parts: Sequence[str]) -> TensorProto:
         """Weights [n, k] one below the other in the panels of `quantize_weight`.
 
         Every n but the last must be a multiple of a panel's 16 rows.
         """
-        if name not in self._tensors:
-            self._tensors[name] = self._pack(name, parts)
-        return self._tensors[name]
-
-    def _pack(self, name: str, parts: Sequence[str]) -> TensorProto:
+        if name in self._tensors:
+            return self._tensors[name]
         bits, offset, outputs, shape = WEIGHT_BITS[self.weight_type], self.tensors.align(), 0, (0, 0)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for part in parts:
@@ -111,13 +106,9 @@ class WeightStore:
                     squared_sum += squares[1]
                     shape = packed.shape[1:]
                 self.errors.add(part, squared_error, squared_sum)
-        return self.tensors.external(name, TensorProto.UINT8, (-(-outputs // PANEL), *shape), offset)
-
-    def _join(self, parts: Sequence[str]) -> Floats:
-        arrays = [self._fetch(part) for part in parts]
-        for part, array in zip(parts, arrays, strict=True):
-            require_finite(array, part)
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        tensor = self.tensors.external(name, TensorProto.UINT8, (-(-outputs // PANEL), *shape), offset)
+        self._tensors[name] = tensor
+        return tensor
 
     def _fetch(self, name: str) -> Floats:
         array = self.weights(name)

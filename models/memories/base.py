@@ -102,10 +102,10 @@ class Memory(ABC):
         return x
 
     @abstractmethod
-    def folded_rows(self, config: Any, read: Read, block_bytes: int = BLOCK_BYTES) -> Iterator[Floats]:
+    def folded_rows(self, config: Any, read: Read) -> Iterator[Floats]:
         """The rows of all layers, float32 [layers, n, dim], for consecutive n tokens: input of `write_rom`.
 
-        In memory is a block of about `block_bytes`, never a table.
+        In memory is a block of `token_blocks`, never a table.
         """
 
     def stored_rows(self, config: Any, read: Read) -> Iterator[Floats]:
@@ -114,9 +114,9 @@ class Memory(ABC):
             layers = range(self.layers(config))
             yield np.stack([read(f"layers.{layer}.{self.kind}.folded_table", tokens) for layer in layers])
 
-    def token_blocks(self, config: Any, block_bytes: int = BLOCK_BYTES) -> Iterator[slice]:
-        """The vocabulary in pieces whose rows of all layers take about `block_bytes` in float32."""
-        step = max(1, block_bytes // (4 * self.layers(config) * self.dim))
+    def token_blocks(self, config: Any) -> Iterator[slice]:
+        """The vocabulary in pieces whose rows of all layers take about BLOCK_BYTES."""
+        step = max(1, BLOCK_BYTES // (4 * self.layers(config) * self.dim))
         for start in range(0, config.vocab_size, step):
             yield slice(start, min(start + step, config.vocab_size))
 

@@ -18,7 +18,7 @@ from ..config import FLAG, WIDTH, ConfigError, integer
 from ..ffns.swiglu import SwiGLU
 from ..graph.primitives import Matrix, Primitives, Value
 from ..quantize import Floats
-from .base import ALL, BLOCK_BYTES, Memory, MemoryLayer, Read, Tokens
+from .base import ALL, Memory, MemoryLayer, Read, Tokens
 
 _TABLE, _PROJECTOR = "embeddings.weight", "word_emb_projection"
 _MEGATRON = "meki_module."
@@ -106,10 +106,10 @@ class MeKiConfig(Memory):
         fused = g.op("Add", [row, gate], f"{prefix}.fused")
         return g.add(x, g.norm(g.linear(fused, out_proj), f"{prefix}.post_norm"), out)
 
-    def folded_rows(self, config: Any, read: Read, block_bytes: int = BLOCK_BYTES) -> Iterator[Floats]:
+    def folded_rows(self, config: Any, read: Read) -> Iterator[Floats]:
         """Computed in float32 with PyTorch's threads."""
         memories = [self._without_table(config, layer, read) for layer in range(config.layers)]
-        for tokens in self.token_blocks(config, block_bytes):
+        for tokens in self.token_blocks(config):
             with torch.no_grad():
                 words = torch.from_numpy(read("embed_tokens.weight", tokens))
                 rows = np.empty((config.layers, len(words), self.dim), np.float32)

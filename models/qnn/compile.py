@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import contextlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from meki.cli.arguments import Parser
 from meki.cli.errors import report, run_command
 from meki.package import find_model, read_manifest, target_directory
 
-from ..architectures.base import Architecture
-from ..graph.npu import PRECISIONS
 from ..progress import ProgressBars
+from ..quantize import PRECISIONS
 from .check import Difference, compare
 from .chips import CHIPS
 from .compiler import Compiled
-from .package import compile_package
-from .stages import Options, precisions
-from .weights import PackageWeights
 
+if TYPE_CHECKING:
+    from ..architectures.base import Architecture
+    from .stages import Options
+    from .weights import PackageWeights
+
+# PyTorch takes seconds to load: what needs it is imported where it is used.
 PROGRAM = "meki-compile"
 DEFAULT_CONTEXT, DEFAULT_CHUNK, DEFAULT_CHECK = 10_240, 128, 16
 SMALL_MODEL = 50_000_000
@@ -28,6 +31,8 @@ SMALL_MODEL = 50_000_000
 
 def read_options(args: argparse.Namespace, weights: PackageWeights) -> tuple[Options, int]:
     """What to compile, and how many tokens to check it with."""
+    from .stages import Options, precisions
+
     context = min(DEFAULT_CONTEXT, weights.config.context) if args.context is None else args.context
     options = Options(
         context=context,
@@ -44,11 +49,6 @@ def read_options(args: argparse.Namespace, weights: PackageWeights) -> tuple[Opt
     return options, check
 
 
-def cache_bytes(entry: dict[str, Any], config: Architecture) -> int:
-    """Of the KV cache, float16."""
-    return 2 * 2 * config.layers * config.kv_heads * config.head_dim * int(entry["context"])
-
-
 def summary(entry: dict[str, Any], compiled: dict[str, Compiled], config: Architecture, directory: Path) -> str:
     """What was compiled, for people."""
     lines = [
@@ -62,10 +62,11 @@ def summary(entry: dict[str, Any], compiled: dict[str, Compiled], config: Archit
         )
     size = sum(file["bytes"] for file in entry["files"].values())
     lines.append(f"  {'in all':<16} {size / 1e6:23,.1f} MB {sum(c.seconds for c in compiled.values()):8,.1f} s")
+    cache = 2 * 2 * config.layers * config.kv_heads * config.head_dim * entry["context"]  # keys and values, float16
     loaded = sum(stage.binary_bytes for name, stage in compiled.items() if not name.startswith("dense_"))
     lines.append(
         f"  loaded together: {loaded / 1e6:,.1f} MB, decode and prefill having the weights each; the KV cache takes "
-        f"{cache_bytes(entry, config) / 1e6:,.1f} MB more"
+        f"{cache / 1e6:,.1f} MB more"
     )
     return "\n".join(lines)
 
@@ -80,19 +81,22 @@ def difference_line(name: str, difference: Difference) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Compiles as the command line says, compares, and prints both."""
+    import onnxruntime_qnn  # noqa: F401 (which the compiler's process imports later)
+
+    from .package import compile_package
+    from .weights import PackageWeights
+
     package = find_model(args.package)
     weights = PackageWeights(package, read_manifest(package))
     options, check = read_options(args, weights)
-    bars = ProgressBars(unit="stage")
     try:
-        entry, compiled = compile_package(package, args.soc, options, overwrite=args.overwrite, progress=bars.update)
+        with contextlib.closing(ProgressBars(unit="stage")) as bars:
+            entry, compiled = compile_package(package, args.soc, options, overwrite=args.overwrite, report=bars.update)
     except KeyboardInterrupt:
         report(PROGRAM, "note", "interrupted, the package is unchanged")
         raise
     except FileExistsError as error:
         raise ValueError(error) from error
-    finally:
-        bars.close()
     print(summary(entry, compiled, weights.config, target_directory(package, args.soc)), flush=True)
     if not check:
         print("  logits not compared with the CPU's: --check N does it, in the HTP simulator")
@@ -105,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 1 failure, 2 usage, 130 interrupted, 141 output closed."""
     chips = ", ".join(f"{soc} ({chip.name})" for soc, chip in CHIPS.items())
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, epilog="Reference: docs/qnn.md")
+    parser = Parser(PROGRAM, description=__doc__, epilog="Reference: docs/qnn.md")
     parser.add_argument("package", metavar="PACKAGE", help="name or directory of a package")
     parser.add_argument("--soc", choices=CHIPS, required=True, metavar="CHIP", help=chips)
     parser.add_argument(
@@ -128,8 +132,4 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is compiled for this chip")
     args = parser.parse_args(argv)
-    return run_command(PROGRAM, lambda: run(args))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command(PROGRAM, lambda: run(args), extras="[models,qnn]")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meki.bench.machine import resident_memory
+from meki._core import resident_memory
 
 from ..config import CompileError
 from .chips import Chip
@@ -25,9 +25,6 @@ _BINARY_LIMIT = 2 << 30
 class Compiled:
     """What became of a stage."""
 
-    graph: Path
-    """ONNX with one node, which refers to the binary."""
-    binary: Path
     binary_bytes: int
     nodes: int
     """Of the stage, after ONNX Runtime's optimisations; all of them are on the NPU."""
@@ -48,7 +45,7 @@ def provider_options(chip: Chip, optimization: int = 3) -> dict[str, str]:
 
 
 def compile_stage(stage: Path, out: Path, chip: Chip, optimization: int = 3) -> Compiled:
-    """Compiles the ONNX graph `stage` for `chip` to `out` (.onnx) and a binary beside it, NAME_qnn.bin.
+    """Compiles the ONNX graph `stage` for `chip` to `out` (.onnx), one node, and a binary beside it, NAME_qnn.bin.
 
     CompileError, naming the nodes, if the NPU does not take all of them; if the compiler fails, or dies.
     """
@@ -70,11 +67,10 @@ def compile_stage(stage: Path, out: Path, chip: Chip, optimization: int = 3) -> 
     if result["elsewhere"]:
         names = ", ".join(result["elsewhere"])
         raise CompileError(f"{stage.name}: {chip.name} does not take the nodes {names}; this model cannot run there")
-    binary = out.with_name(f"{out.stem}_qnn.bin")
-    size = binary.stat().st_size
+    size = out.with_name(f"{out.stem}_qnn.bin").stat().st_size
     if size >= _BINARY_LIMIT:
         raise CompileError(f"{stage.name}: its binary has {size:,} bytes, an NPU loads less than {_BINARY_LIMIT:,}")
-    return Compiled(out, binary, size, result["nodes"], result["seconds"], result["peak_bytes"])
+    return Compiled(size, result["nodes"], result["seconds"], result["peak_bytes"])
 
 
 def open_provider() -> list[Any]:

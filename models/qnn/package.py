@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from meki.package import check_parsed_files, check_sha256, compiled_targets, rea
 from meki.package.files import MANIFEST, check_target, list_files, replace_directory, replace_file
 
 from ..graph.weights import WEIGHTS_FILE
+from ..package import PhaseProgress, no_progress
 from .chips import CHIPS
 from .compiler import Compiled, compile_stage
 from .stages import Options, StaticStage, plan, write_stage
@@ -22,18 +22,15 @@ EMBED = "embed.onnx"
 _PREFILL_OPTIMIZATION = 2  # 3 takes three times as long, and the binary has the same size
 _LISTS = ("decode", "prefill", "dense_decode", "dense_prefill")
 
-Progress = Callable[[str, int, int], object]
-"""Called with (what is being done, stages done, stages in all)."""
-
 
 def compile_package(
-    package: Path, soc: str, options: Options, *, overwrite: bool = False, progress: Progress | None = None
+    package: Path, soc: str, options: Options, *, overwrite: bool = False, report: PhaseProgress = no_progress
 ) -> tuple[dict[str, Any], dict[str, Compiled]]:
     """Compiles a package's stages for a chip of CHIPS; returns the manifest's entry and what became of each stage.
 
     The package is unchanged until all stages are compiled. FileExistsError if it has stages for the chip already,
     unless `overwrite` is set; PackageError for a damaged package, ConfigError for options that do not suit it,
-    CompileError if the compiler refuses or fails.
+    CompileError if the compiler refuses or fails. report: called with stages done, and in all.
     """
     chip = CHIPS[soc]
     manifest = read_manifest(package)
@@ -44,7 +41,6 @@ def compile_package(
     options.check(weights)
     plans = plan(weights, options)
     total = sum(map(len, plans.values()))
-    report: Progress = progress or (lambda phase, done, total: None)
     compiled: dict[str, Compiled] = {}
     report("checksums", 0, total)
     check_parsed_files(package, manifest)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ..architectures.base import Architecture
 from ..config import ConfigError
-from ..graph.npu import PRECISIONS, NpuGraph, Shape, file_name
+from ..graph.npu import NpuGraph, Shape
 from ..graph.tensors import TensorFile
+from ..quantize import PRECISIONS
 from .weights import PackageWeights
 
 SHARD_BYTES = 1 << 30
@@ -117,7 +118,7 @@ def write_stage(weights: PackageWeights, stage: StaticStage, directory: Path) ->
     CompileError for a weight that float16 does not hold.
     """
     path = directory / f"{stage.name}.onnx"
-    with (directory / file_name(path)).open("wb") as file:
-        graph = stage.graph(weights, TensorFile(file, file_name(path)))
+    with path.with_suffix(".bin").open("wb") as file:
+        graph = stage.graph(weights, TensorFile(file))
     graph.stages[stage.index].save(path)
     return path

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto
 
 from ..architectures import read_config
-from ..graph.npu import StoredMatrix
+from ..graph.npu import Halves, to_float16
 from ..graph.tensors import read_tensor
 from ..quantize import WEIGHT_BITS, Codes, Floats, unpack_weight
 
@@ -36,13 +37,23 @@ class PackageWeights:
         """A packed matrix as the runtime's operators take it."""
         return self._array(f"{name}.panels")
 
-    def matrix(self, name: str, rows: int) -> StoredMatrix:
+    def float16(self, name: str, rows: int) -> Halves:
         """A matrix of so many rows. name: as `Primitives.linear` has it."""
         if self.type == "float32":
             transposed = self._tensors.get(name)
             values = self._array(f"{name}.weight") if transposed is None else self._array(name).T
-            return StoredMatrix(np.ascontiguousarray(values))
-        return StoredMatrix(None, *unpack_weight(np.asarray(self.panels(name)), WEIGHT_BITS[self.type], rows))
+            return to_float16(np.asarray(values), name)
+        codes, scales = self.codes(name, rows)
+        halves = np.empty((rows, codes[0].size), np.float16)
+        for start in range(0, rows, 4096):  # a block of rows at a time: float32 copies of a head are large
+            block = slice(start, start + 4096)
+            values = codes[block] * scales[block, :, None]
+            halves[block] = to_float16(values.reshape(len(values), -1), name)
+        return halves
+
+    def codes(self, name: str, rows: int) -> tuple[NDArray[np.int8], Floats]:
+        """The codes and scales of a packed matrix of so many rows."""
+        return unpack_weight(np.asarray(self.panels(name)), WEIGHT_BITS[self.type], rows)
 
     def _array(self, name: str) -> np.ndarray:
         return read_tensor(self._tensors[name], self._package)

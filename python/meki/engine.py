@@ -220,10 +220,7 @@ class Session:
 
     def generate(self, prompt: str, **options: Unpack[GenerationOptions]) -> GenerationResult:
         """Appends `prompt` and generates. Options and errors as in `stream`."""
-        stream = self.stream(prompt, **options)
-        for _ in stream:
-            pass
-        return stream.result
+        return self.stream(prompt, **options).finish()
 
     def stream(self, prompt: str, **options: Unpack[GenerationOptions]) -> TextStream:
         """Appends `prompt` and generates while the result is iterated over; ends an earlier stream of this session.
@@ -240,10 +237,7 @@ class Session:
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerationOptions]) -> GenerationResult:
         """The model's answer to a conversation. Messages, options and errors as in `stream_chat`."""
-        stream = self.stream_chat(messages, **options)
-        for _ in stream:
-            pass
-        return stream.result
+        return self.stream_chat(messages, **options).finish()
 
     def stream_chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerationOptions]) -> TextStream:
         """Answers a conversation while the result is iterated over; ends an earlier stream of this session.

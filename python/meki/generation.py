@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -96,6 +94,12 @@ class TextStream(Iterator[str]):
         """What there is so far; once the stream is over or closed, the final result."""
         return self._result or self._collect(None)
 
+    def finish(self) -> GenerationResult:
+        """Generates what is left and returns the final result."""
+        for _ in self:
+            pass
+        return self.result
+
     def close(self) -> None:
         """Ends the generation where it stands. The session, if it is the caller's, keeps the tokens."""
         self._result = self.result
@@ -121,6 +125,7 @@ class TextStream(Iterator[str]):
 
     def _collect(self, finish_reason: str | None) -> GenerationResult:
         core = self._core.stats
+        memory = _core.resident_memory(None)
         stall_us = np.array(core.stall_ns, dtype=np.float64) / 1000
         p50, p99 = np.percentile(stall_us, (50, 99)).tolist() if stall_us.size else (None, None)
         stats = GenerationStats(
@@ -137,19 +142,10 @@ class TextStream(Iterator[str]):
             rom_access=self._rom_access,
             stall_us_p50=p50,
             stall_us_p99=p99,
-            resident_bytes=_resident_bytes(),
+            resident_bytes=None if memory is None else memory["resident"],
         )
         return GenerationResult("".join(self._pieces), list(self._token_ids), finish_reason, stats)
 
 
 def _per_second(count: int, nanoseconds: int) -> float | None:
     return count * 1e9 / nanoseconds if count and nanoseconds else None
-
-
-def _resident_bytes() -> int | None:
-    """VmRSS of this process (proc_pid_statm(5): the second field, in pages)."""
-    try:
-        pages = Path("/proc/self/statm").read_text().split()[1]
-    except OSError:
-        return None
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")

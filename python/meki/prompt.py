@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
@@ -12,8 +13,6 @@ from ._core import PackageError
 
 if TYPE_CHECKING:
     from .chat import ChatTemplate
-
-T = TypeVar("T")
 
 
 class PromptEncoder:
@@ -60,9 +59,8 @@ class PromptEncoder:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the prompt is not valid Unicode: {error}; give text that UTF-8 can hold") from error
-        ids: list[int] = _guard_tokenizer(
-            self._directory, lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        )
+        with _tokenizer_guarded(self._directory):
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
 
@@ -75,10 +73,11 @@ def no_chat_template(directory: Path) -> ValueError:
     )
 
 
-def _guard_tokenizer(path: Path, work: Callable[[], T]) -> T:
-    """What `work` returns; PackageError for whatever the tokenizers library raises, be it a panic."""
+@contextlib.contextmanager
+def _tokenizer_guarded(path: Path) -> Iterator[None]:
+    """PackageError for whatever the tokenizers library raises, be it a panic."""
     try:
-        return work()
+        yield
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic is no Exception
@@ -86,7 +85,8 @@ def _guard_tokenizer(path: Path, work: Callable[[], T]) -> T:
 
 
 def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    tokenizer: Tokenizer = _guard_tokenizer(path, lambda: Tokenizer.from_file(str(path)))
+    with _tokenizer_guarded(path):
+        tokenizer = Tokenizer.from_file(str(path))
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocab_size:
         raise PackageError(
@@ -95,5 +95,6 @@ def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
         )
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    _guard_tokenizer(path, lambda: tokenizer.encode("A word, 1 number.\n"))  # what fails on any text fails here
+    with _tokenizer_guarded(path):
+        tokenizer.encode("A word, 1 number.\n")  # what fails on any text fails here
     return tokenizer

@@ -48,7 +48,7 @@ def golden_package(directory: Path, golden: dict[str, np.ndarray], hidden: np.nd
     state = {f"layers.0.meki.{name}": value.numpy() for name, value in module.state_dict().items()}
 
     with (directory / WEIGHTS_FILE).open("wb") as file:
-        store = WeightStore(state.__getitem__, "float32", TensorFile(file, WEIGHTS_FILE), config.ram_parameters)
+        store = WeightStore(state.__getitem__, "float32", TensorFile(file), config.ram_parameters)
         g = CpuGraph(config, store)
         total = g.input("total_sequence_length", [], TensorProto.INT32)
         ids = g.input("token_ids", [1, "T"], TensorProto.INT64)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from meki import Engine, _core
-from meki.bench.machine import resident_memory
+from meki._core import resident_memory
 from meki.models.architectures.llama import Decoder
 
 IDS = np.random.default_rng(11).integers(0, 300, 100).tolist()

@@ -1,26 +1,35 @@
-"""The entry points of meki-convert and meki-compile."""
+"""What meki-convert and meki-compile load, and what they say if it is missing."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
 
-from meki.models import commands
+from meki.models import convert
 
 
 def test_without_the_extra_the_message_names_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in [name for name in sys.modules if name.startswith("meki.models.") and name != commands.__name__]:
+    for name in [name for name in sys.modules if name.startswith("meki.models.") and name != convert.__name__]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "safetensors", None)  # as if it were not installed
-    assert commands.convert(["checkpoint.safetensors", "-o", "package"]) == 1
+    assert convert.main(["checkpoint.safetensors", "-o", "package"]) == 1
     error = capsys.readouterr().err
     assert "'safetensors' is missing" in error
     assert "pip install 'meki[models]'" in error
 
 
 def test_with_it_the_command_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert commands.convert(["no-such-checkpoint.safetensors", "-o", "package"]) != 0
+    assert convert.main(["no-such-checkpoint.safetensors", "-o", "package"]) != 0
     assert "no-such-checkpoint.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["cli.run", "cli.info", "cli.bench", "models.convert", "models.qnn.compile"])
+def test_help_waits_for_nothing_large(command: str) -> None:
+    code = f"import sys, meki.{command} as command\ntry: command.main(['--help'])\nfinally: print(*sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.startswith("usage: ")
+    assert not {"torch", "onnx", "matplotlib"} & set(shown.split())

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from meki.models.architectures.llama import Decoder
+from meki.models.memories import base
 from meki.models.quantize import Floats
 
 
@@ -20,11 +21,14 @@ def reader_of(model: Decoder) -> Callable[[str, slice], Floats]:
 
 @pytest.mark.parametrize("overrides", [{}, {"projector_norm": True}])
 @pytest.mark.parametrize("block_bytes", [1, 10_000, 1 << 20])
-def test_folded_blocks(make_model: Callable[..., Decoder], overrides: dict[str, Any], block_bytes: int) -> None:
+def test_folded_blocks(
+    make_model: Callable[..., Decoder], overrides: dict[str, Any], block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Blocks of tokens over all layers are what training looks up, one layer over the whole vocabulary."""
     model = make_model(**overrides)
     config = model.config
-    blocks = list(config.memory.folded_rows(config, reader_of(model), block_bytes))
+    monkeypatch.setattr(base, "BLOCK_BYTES", block_bytes)
+    blocks = list(config.memory.folded_rows(config, reader_of(model)))
     assert all(block.nbytes <= max(block_bytes, 4 * config.layers * config.memory.dim) for block in blocks)
     table = np.concatenate(blocks, axis=1)
     words = model.embed_tokens.weight.detach()

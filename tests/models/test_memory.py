@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from meki.models.architectures.llama import LlamaConfig
+from meki.models.memories import base
 from meki.models.memories.meki import MeKi, MeKiConfig
 
 DATA = Path(__file__).parents[1] / "data"
@@ -56,7 +57,9 @@ def fold(module: MeKi, tensors: dict[str, torch.Tensor], block: int) -> torch.Te
     def read(name: str, rows: slice) -> np.ndarray:
         return (state[name][rows] if state[name].dim() else state[name]).numpy()
 
-    blocks = [rows[0] for rows in memory.folded_rows(config, read, block * 4 * dim)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "BLOCK_BYTES", block * 4 * dim)
+        blocks = [rows[0] for rows in memory.folded_rows(config, read)]
     assert max(map(len, blocks)) == min(block, vocab_size)
     return torch.from_numpy(np.concatenate(blocks))
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from meki.models.quantize import dequantize_weight, quantize_rows, quantize_weight, row_bytes
+from meki.models.quantize import quantize_rows, quantize_weight, row_bytes, unpack_weight
 
 FLOATS = st.floats(-1e4, 1e4, width=32)
 SHAPES = st.tuples(st.integers(1, 40), st.sampled_from([32, 64, 96]))
@@ -26,7 +26,8 @@ def test_weights(naive_unpack: Unpack, weight: np.ndarray, bits: int) -> None:
     packed, values = quantize_weight(weight, bits, "w")
     assert packed.shape == (-(-len(weight) // 16), weight.shape[1] // 32, 16 * 32 * bits // 8 + 32)
     np.testing.assert_array_equal(values, naive_unpack(packed, bits, len(weight)))
-    np.testing.assert_array_equal(values, dequantize_weight(packed, bits, len(weight)))
+    q, scales = unpack_weight(packed, bits, len(weight))
+    np.testing.assert_array_equal(values, (q * scales[..., None]).reshape(values.shape))
     blocks, errors = weight.reshape(-1, 32), (values - weight).reshape(-1, 32)
     largest = np.abs(blocks).max(axis=1).astype(np.float64)
     # Half a step of the scale that clips nothing, which float16 rounds up by at most 2^-10 of it, or 2^-24. 4 bits may

@@ -37,7 +37,7 @@ def corpus(tmp_path: Path) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def small_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(train.CONFIGS, "small", SMALL)
+    monkeypatch.setitem(train.SIZES, "small", SMALL.settings())
 
 
 def test_streams_hold_every_story_with_its_end(corpus: list[str]) -> None:

@@ -134,12 +134,8 @@ def _parts(report: Report) -> Iterator[str]:
     totals = [sum(entry["us_per_token"].values()) for entry in entries]
     for part in PARTS:
         times = [entry["us_per_token"][part] for entry in entries]
-        yield row([part, *(f"{time:,.1f} ({_share(time, total)})" for time, total in zip(times, totals, strict=True))])
+        yield row([part, *(f"{time:,.1f} ({time / total:.0%})" for time, total in zip(times, totals, strict=True))])
     yield row(["sum", *(f"{total:,.1f}" for total in totals)])
-
-
-def _share(time: float, total: float) -> str:
-    return f"{time / total:.0%}"
 
 
 def _number(value: Any, form: str, unit: float = 1.0) -> str:

@@ -32,7 +32,7 @@ _LINEAR = {"Linear", "MatMul", "Gemm"}
 
 
 def part_of(node: str, op: str) -> str:
-    """The part that a node of a package's graph belongs to, by its name (models/graph.py) and operator."""
+    """The part that a node of a package's graph belongs to, by its name (models/graph/) and operator."""
     if ".meki." in node or ".injected" in node or node.startswith("rows"):
         return "injection"
     if node.startswith("logits"):

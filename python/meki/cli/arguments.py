@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from .errors import USAGE, report
+
+T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,47 +37,35 @@ class Parser(argparse.ArgumentParser):
         sys.exit(USAGE)
 
 
+def _argument(parse: Callable[[str], T], good: Callable[[T], bool], expected: str) -> Callable[[str], T]:
+    """The type of an argument: what `parse` makes of the text, if that is `good`. expected: how the message begins."""
+
+    def read(text: str) -> T:
+        with contextlib.suppress(ValueError):
+            value = parse(text)
+            if good(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{expected} {text!r}")
+
+    return read
+
+
 def integer(minimum: int) -> Callable[[str], int]:
     """The type of an argument that is an integer from `minimum` to 2**31 - 1."""
-
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = minimum - 1
-        if not minimum <= number < 2**31:
-            raise argparse.ArgumentTypeError(f"expected an integer of at least {minimum}, got {text!r}")
-        return number
-
-    return parse
+    return _argument(int, lambda value: minimum <= value < 2**31, f"expected an integer of at least {minimum}, got")
 
 
 def number(unit: str, maximum: float) -> Callable[[str], float]:
     """The type of an argument that is a number of `unit` (for messages) from 0 to `maximum`."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
-        if not 0 <= value <= maximum:
-            raise argparse.ArgumentTypeError(f"expected {unit} from 0 to {maximum:g}, got {text!r}")
-        return value
-
-    return parse
+    return _argument(float, lambda value: 0 <= value <= maximum, f"expected {unit} from 0 to {maximum:g}, got")
 
 
-def token_counts(text: str) -> tuple[int, ...]:
-    """The type of an argument that is different numbers of tokens, as in 0,1024."""
-    try:
-        counts = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        counts = ()
-    if not counts or min(counts) < 0 or len(set(counts)) < len(counts):
-        raise argparse.ArgumentTypeError(
-            f"expected different numbers of tokens with commas between them, as in 0,1024,10240; got {text!r}"
-        )
-    return counts
+token_counts = _argument(
+    lambda text: tuple(int(part) for part in text.split(",")),
+    lambda counts: min(counts) >= 0 and len(set(counts)) == len(counts),
+    "expected different numbers of tokens with commas between them, as in 0,1024,10240; got",
+)
+"""The type of an argument that is different numbers of tokens, as in 0,1024."""
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -184,7 +183,3 @@ def _measure(arguments: argparse.Namespace, package: Package, plan: _core.Plan) 
     }
     contenders = [package.contender(memory=memory) for memory in memories]
     return make_report(contenders, plan, measurement, parts=parts, environment=environment, protocol=protocol)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

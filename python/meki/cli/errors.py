@@ -17,8 +17,9 @@ def report(program: str, kind: str, message: object) -> None:
     print(f"{program}: {kind}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
-def run_command(program: str, command: Callable[[], None]) -> int:
-    """Runs `command` and returns the exit code of the process; reports expected errors on stderr."""
+def run_command(program: str, command: Callable[[], None], extras: str = "") -> int:
+    """Runs `command` and returns the exit code of the process; reports expected errors on stderr. extras: of the
+    distribution, such as "[models]", that have what the command imports."""
     if sys.stdout is None:  # `>&-`
         report(program, "error", "standard output is closed; open or redirect it")
         return FAILURE
@@ -36,6 +37,10 @@ def run_command(program: str, command: Callable[[], None]) -> int:
     except (ModelNotFoundError, ValueError) as error:
         report(program, "error", error)
         return USAGE
+    except ModuleNotFoundError as error:
+        remedy = f"install what {program} needs: pip install 'meki{extras}'"
+        report(program, "error", f"the Python package {error.name!r} is missing; {remedy}")
+        return FAILURE
     except (OSError, RuntimeError, ImportError, MemoryError) as error:
         report(program, "error", str(error) or type(error).__name__)
         return FAILURE

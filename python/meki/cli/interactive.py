@@ -7,11 +7,10 @@ import sys
 from collections.abc import Callable
 from typing import Unpack
 
-from ..engine import Engine, Session
+from ..engine import Session
 from ..generation import TextStream
 from ..options import GenerationOptions
 from .errors import report
-from .output import print_stats, print_stream
 
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401 (gives input() line editing and history)
@@ -65,45 +64,38 @@ class Conversation:
 
 
 def converse(
-    engine: Engine,
     begin: Callable[[], Session | Conversation],
     options: GenerationOptions,
-    *,
-    show_stats: bool,
+    show: Callable[[TextStream], None],
     program: str,
 ) -> None:
     """A line of input is a turn, until the end of input. The text goes on in one session; once its context is full, a
     new one begins. Ctrl-C ends a turn, not the session. In a conversation an empty line is nothing."""
     session = begin()
+    chat = isinstance(session, Conversation)
     while True:
         try:
             turn = input("> " if sys.stdin.isatty() else "")
-            if isinstance(session, Conversation) and not turn.strip():
+            if chat and not turn.strip():
                 continue
-            full = _take_turn(engine, session, turn, options, show_stats=show_stats, program=program)
+            full = _take_turn(session, turn, options, show, program)
         except EOFError:
             return
         except KeyboardInterrupt:
             print(flush=True)
             full = False
         if full:
-            what = (
-                "message starts a new conversation"
-                if isinstance(session, Conversation)
-                else "turn starts a new session"
-            )
+            what = "message starts a new conversation" if chat else "turn starts a new session"
             report(program, "note", f"the context of {session.context} tokens is full; the next {what}")
             del session  # its cache goes before the new one comes
             session = begin()
 
 
 def _take_turn(
-    engine: Engine,
     session: Session | Conversation,
     turn: str,
     options: GenerationOptions,
-    *,
-    show_stats: bool,
+    show: Callable[[TextStream], None],
     program: str,
 ) -> bool:
     """Generates after one line of input. True if the session can take no more."""
@@ -114,7 +106,5 @@ def _take_turn(
             raise  # not for want of room: an option out of range, or a turn that no session can take
         report(program, "error", error)
         return len(session.tokens) >= session.context
-    print_stream(stream)
-    if show_stats:
-        print_stats(engine, stream.result.stats)
+    show(stream)
     return stream.result.finish_reason == "context"

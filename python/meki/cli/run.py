@@ -12,7 +12,7 @@ from typing import cast
 
 from .. import _core
 from ..engine import Engine, Session
-from ..generation import GenerationResult
+from ..generation import GenerationResult, TextStream
 from ..options import DEFAULT_MAX_NEW_TOKENS, SAMPLING, GenerationOptions
 from ..prompt import no_chat_template
 from .arguments import Parser, add_engine_options, engine_options
@@ -111,20 +111,21 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
             return session
         return Conversation(session, arguments.system, lambda text: report(program, "note", text))
 
+    def show(stream: TextStream) -> None:
+        if arguments.json:
+            _print_json(engine, stream.finish())
+        else:
+            print_stream(stream)
+        if arguments.stats:
+            print_stats(engine, stream.result.stats)
+
     if prompt is None:
-        converse(engine, begin, options, show_stats=arguments.stats, program=program)
+        converse(begin, options, show, program)
         return
     stream = begin().stream(prompt, **options)
-    if arguments.json:
-        for _ in stream:
-            pass
-        _print_json(engine, stream.result)
-    else:
-        if sys.stdout.isatty() and not arguments.chat:
-            sys.stdout.write(prompt)
-        print_stream(stream)
-    if arguments.stats:
-        print_stats(engine, stream.result.stats)
+    if sys.stdout.isatty() and not arguments.chat and not arguments.json:
+        sys.stdout.write(prompt)
+    show(stream)
 
 
 def _read_prompt(arguments: argparse.Namespace) -> str | None:

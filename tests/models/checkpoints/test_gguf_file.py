@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from gguf import GGUFEndian, GGUFWriter
+from gguf import GGUFEndian, GGUFReader, GGUFWriter
 from gguf.quants import quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -435,9 +435,8 @@ def whole_file(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) 
 
 def used_bytes(path: Path) -> tuple[int, int]:
     """Where the first tensor begins and the last ends; padding may follow."""
-    file = GgufFile(path)
-    ends = [stored.offset + 4 * int(np.prod(stored.shape)) for stored in file._stored.values()]
-    return min(stored.offset for stored in file._stored.values()), max(ends)
+    tensors = GGUFReader(path).tensors
+    return min(it.data_offset for it in tensors), max(it.data_offset + it.n_bytes for it in tensors)
 
 
 @settings(deadline=None)  # the machine may be busy

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from meki.models import commands
 from meki.models.config import CompileError
 from meki.models.qnn import package as package_module
 from meki.models.qnn.compile import main
@@ -39,7 +38,7 @@ def fake_compiler(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         binary = out.with_name(f"{out.stem}_qnn.bin")
         shutil.copy(stage, out)
         binary.write_bytes(stage.with_suffix(".bin").read_bytes())
-        return Compiled(out, binary, binary.stat().st_size, 7, 0.5, 10**9)
+        return Compiled(binary.stat().st_size, 7, 0.5, 10**9)
 
     monkeypatch.setattr(package_module, "compile_stage", compile_stage)
     return names
@@ -165,7 +164,7 @@ def test_the_missing_provider_names_its_extra(
     package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime_qnn", None)
-    assert commands.compile([str(package), "--soc", "sm8750"]) == 1
+    assert main([str(package), "--soc", "sm8750"]) == 1
     assert re.search(r"'onnxruntime_qnn' is missing; .*pip install 'meki\[models,qnn\]'", capsys.readouterr().err)
 
 

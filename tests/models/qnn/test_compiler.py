@@ -59,11 +59,11 @@ def test_every_chip_takes_all_nodes(
     write_stages(make_package(weights), Options(CONTEXT, CHUNK, precision, dense=False), tmp_path)
     for name in ("decode.1", "prefill.1", "head"):  # in the second stage all kinds of nodes are
         compiled = compile_stage(tmp_path / f"{name}.onnx", tmp_path / f"{name}.out.onnx", CHIPS[soc])
-        assert compiled.graph == tmp_path / f"{name}.out.onnx"
-        assert compiled.binary == tmp_path / f"{name}.out_qnn.bin"
+        binary = tmp_path / f"{name}.out_qnn.bin"
+        assert compiled.binary_bytes == binary.stat().st_size
         assert compiled.nodes >= 4  # the head: casts, norm and product
-        assert f"arch={CHIPS[soc].htp_arch}".encode() in compiled.binary.read_bytes()
-        (node,) = onnx.load(compiled.graph).graph.node
+        assert f"arch={CHIPS[soc].htp_arch}".encode() in binary.read_bytes()
+        (node,) = onnx.load(tmp_path / f"{name}.out.onnx").graph.node
         assert node.op_type == "EPContext"
 
 
@@ -74,9 +74,10 @@ def test_reloaded_binaries_equal_direct_compilation_bit_for_bit(
     stages = write_stages(make_package(weights), Options(CONTEXT, CHUNK, precision, dense=True), tmp_path)
     assert len(stages) == 7  # decode and prefill in two stages each, the dense ones in one, and the head
     for stage in stages:
-        compiled = compile_stage(stage, tmp_path / f"compiled.{stage.name}", ELITE)
+        compiled = tmp_path / f"compiled.{stage.name}"
+        compile_stage(stage, compiled, ELITE)
         inputs = random_inputs(stage)
-        direct, reloaded = simulate(stage, inputs), simulate(compiled.graph, inputs)
+        direct, reloaded = simulate(stage, inputs), simulate(compiled, inputs)
         assert direct.keys() == reloaded.keys()
         for name in direct:
             assert np.isfinite(direct[name]).all() and direct[name].any()

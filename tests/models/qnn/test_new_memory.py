@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from meki.models.config import integer
 from meki.models.graph.primitives import Matrix, Primitives, Value
 from meki.models.memories import MEMORIES
-from meki.models.memories.base import BLOCK_BYTES, Memory, MemoryLayer, Read, Tokens
+from meki.models.memories.base import Memory, MemoryLayer, Read, Tokens
 from meki.models.qnn.stages import Options
 from meki.models.quantize import Floats, quantize_weight
 
@@ -69,8 +69,8 @@ class Opened(Memory):
         out = g.linear(g.op("Mul", [gate, row], f"{prefix}.open"), Matrix(f"{prefix}.out", g.config.hidden))
         return g.add(x, g.norm(out, f"{prefix}.norm"), f"{prefix}.injected")
 
-    def folded_rows(self, config: Any, read: Read, block_bytes: int = BLOCK_BYTES) -> Iterator[Floats]:
-        for tokens in self.token_blocks(config, block_bytes):
+    def folded_rows(self, config: Any, read: Read) -> Iterator[Floats]:
+        for tokens in self.token_blocks(config):
             tables = [read(f"layers.{layer}.opened.table.weight", tokens) for layer in range(1, config.layers)]
             yield np.stack([np.zeros_like(tables[0]), *tables])
 

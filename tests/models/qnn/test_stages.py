@@ -135,14 +135,12 @@ def test_quantised_weights_keep_their_codes(weights: str, make_package: Callable
             block, place = divmod(column, 32)
             code = codes[row, block, place] if bits == 8 else codes[row, block, place // 2] >> 4 * (place % 2) & 15
             got[row, column] = (int(code) - 2 ** (bits - 1)) * np.float32(scales[row * (columns // 32) + block])
-    exact = open_weights(make_package("float32")).matrix("layers.0.mlp.down_proj", rows).values
-    assert exact is not None
+    exact = open_weights(make_package("float32")).vector("layers.0.mlp.down_proj").T  # as MatMul takes it
     block_scales = np.repeat(scales.reshape(rows, -1).astype(np.float32), 32, axis=1)
     # int8 never clips, int4 clips up to a step and a half beyond its range.
     assert (np.abs(got - exact) <= block_scales * (0.5001 if bits == 8 else 2)).all()
-    packed = open_weights(package).matrix("layers.0.mlp.down_proj", rows)
-    assert packed.codes is not None and packed.scales is not None
-    np.testing.assert_array_equal(got, (packed.codes * packed.scales[..., None]).reshape(rows, columns))
+    packed, packed_scales = open_weights(package).codes("layers.0.mlp.down_proj", rows)
+    np.testing.assert_array_equal(got, (packed * packed_scales[..., None]).reshape(rows, columns))
 
 
 def test_layer_0_stands_alone_and_rows_go_to_the_stages_that_inject_them(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from meki.bench.machine import resident_memory
+from meki._core import resident_memory
 
 
 @pytest.fixture
