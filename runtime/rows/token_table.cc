@@ -1,5 +1,3 @@
-#include "runtime/rows/token_table.h"
-
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
@@ -8,10 +6,12 @@
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>
+#include <thread>
 
 #include "runtime/base/crc32c.h"
 #include "runtime/base/error.h"
 #include "runtime/base/half.h"
+#include "runtime/rows/token_table.h"
 
 namespace meki {
 namespace {
@@ -50,8 +50,11 @@ RomAccess parse_rom_access(std::string_view name) {
   throw std::invalid_argument("ROM access is \"" + std::string(name) + "\", expected mmap, pread or direct");
 }
 
-TokenTable::TokenTable(const std::filesystem::path& path, RomAccess access)
-    : path_(path), access_(access), file_(path, O_NONBLOCK) {  // O_NONBLOCK: a FIFO is refused, not waited for
+TokenTable::TokenTable(const std::filesystem::path& path, RomAccess access, std::chrono::microseconds delay)
+    : path_(path),
+      access_(access),
+      delay_(delay),
+      file_(path, O_NONBLOCK) {  // O_NONBLOCK: a FIFO is refused, not waited for
   const uint64_t size = file_.size(path);
   if (size < RomHeader::kBytes) {
     throw PackageError(path.string() + ": " + std::to_string(size) + " bytes, expected at least " +
@@ -169,6 +172,7 @@ void TokenTable::drop_cache() const noexcept {
 }
 
 size_t TokenTable::read(uint64_t token, std::span<std::byte> scratch, float* out, size_t layer_stride) const {
+  if (delay_.count() > 0) std::this_thread::sleep_for(delay_);
   widen(read_bundle(token, scratch), out, layer_stride);
   return window(token).bytes;
 }
