@@ -82,7 +82,6 @@ class TokenTable final : public RowSource {
   void will_need(const Window& window) const noexcept;
   size_t copy_mapped(const Window& window, std::byte* out) const noexcept;
   void unmap(const Window& window) const noexcept;
-  size_t copy_file(const Window& window, std::byte* out) const;
   void widen(std::span<const std::byte> bundle, float* out, size_t layer_stride) const noexcept;
 
   std::filesystem::path path_;
