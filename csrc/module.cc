@@ -7,6 +7,7 @@
 #include <pybind11/stl/filesystem.h>
 
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -36,21 +37,19 @@ void poll_signals() {
 
 namespace {
 
-using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
-
 // Makes a second thread that enters a session an error instead of a data race.
 class GuardedSession {
  public:
   GuardedSession(std::shared_ptr<const Engine> engine, const SessionOptions& options)
       : vocab_size_(engine->manifest().architecture.vocab_size), session_(std::move(engine), options) {}
 
-  // Runs `work(session)` without the GIL.
-  template <class Work>
-  auto call(Work work) {
+  // Runs `work(session, arguments...)`, `work` being a member function of Session perhaps, without the GIL.
+  template <class Work, class... Arguments>
+  auto call(Work work, Arguments&&... arguments) {
     const py::gil_scoped_release release;
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) throw std::runtime_error("this session is in use by another thread; give every thread its own session");
-    return work(session_);
+    return std::invoke(work, session_, std::forward<Arguments>(arguments)...);
   }
   // From `start` on; none: of all pending tokens.
   py::array_t<float> logits(std::optional<size_t> start) {
@@ -80,27 +79,6 @@ std::optional<std::string> finish_name(FinishReason reason) {
     case FinishReason::running: break;
   }
   return std::nullopt;
-}
-
-void check_id(int64_t id, uint64_t vocab_size) {
-  if (id < 0 || static_cast<uint64_t>(id) >= vocab_size) {
-    throw std::invalid_argument("token id " + std::to_string(id) + " is outside the vocabulary, expected 0 to " +
-                                std::to_string(vocab_size - 1));
-  }
-}
-
-FloatArray rom_rows(const TokenTable& rom, const std::vector<int64_t>& ids) {
-  const RomHeader& header = rom.header();
-  for (const int64_t id : ids) check_id(id, header.vocab_size);
-  FloatArray out({size_t{header.layers}, ids.size(), size_t{header.row_dim}});
-  float* data = out.mutable_data();
-  const py::gil_scoped_release release;
-  const Mapping scratch = Mapping::zeroed(rom.scratch_bytes());
-  for (size_t i = 0; i < ids.size(); ++i) {
-    rom.read(static_cast<uint64_t>(ids[i]), {scratch.data(), scratch.size()}, data + i * header.row_dim,
-             ids.size() * header.row_dim);
-  }
-  return out;
 }
 
 void rom_verify(const TokenTable& rom, uint64_t first, uint64_t count) {
@@ -207,31 +185,20 @@ void bind_rom(py::module_& m) {
       .def_readonly("content_id", &RomHeader::content_id);
 
   py::class_<TokenTable>(m, "Rom", "A ROM file. Immutable and thread-safe.")
-      .def(py::init([](const std::filesystem::path& path, const std::string& access) {
+      .def(py::init([](const std::filesystem::path& path) {
              const py::gil_scoped_release release;
-             return std::make_unique<TokenTable>(path, parse_rom_access(access));
+             return std::make_unique<TokenTable>(path, RomAccess::pread);
            }),
-           "path"_a, "access"_a = name_of(EngineOptions().rom_access), "PackageError if the file is not a valid ROM.")
+           "path"_a, "PackageError if the file is not a valid ROM.")
       .def_property_readonly("info", &TokenTable::header, py::return_value_policy::copy)
-      .def_property_readonly("access", &TokenTable::access, "The access mode in use.")
-      .def("rows", &rom_rows, "token_ids"_a,
-           "float32 [layers, len(token_ids), row_dim], each bundle checked. ValueError for an unknown id.")
       .def("verify", &rom_verify, "first"_a, "count"_a,
            "Checks the checksums of `count` bundles from `first` on. PackageError names the first bad token.");
 }
 
 void bind_engine(py::module_& m) {
-  py::class_<Sampler>(m, "Sampler", "Chooses token ids. Not thread-safe.")
+  py::class_<Sampler>(m, "Sampler", "Chooses the tokens of a session.")
       .def(py::init<const SamplingOptions&, size_t>(), "options"_a, "vocab_size"_a,
-           "ValueError if an option is outside its range.")
-      .def(
-          "sample",
-          [](Sampler& sampler, const FloatArray& logits, const std::vector<int32_t>& sequence) {
-            for (const int32_t id : sequence) check_id(id, static_cast<uint64_t>(logits.size()));
-            return sampler.sample({logits.data(), static_cast<size_t>(logits.size())}, sequence);
-          },
-          "logits"_a, "sequence"_a,
-          "One token id. logits: float32 [vocab_size]; sequence: the tokens so far, for the repetition penalty.");
+           "ValueError if an option is outside its range.");
 
   // Engines are shared and immutable; pybind11's holder has no const.
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine", "An opened package. Immutable and thread-safe.")
@@ -266,14 +233,7 @@ void bind_engine(py::module_& m) {
             const std::string& soc = e.backend().info().soc;
             return soc.empty() ? std::nullopt : std::optional(soc);
           },
-          "The chip whose compiled stages run; None with the provider \"cpu\".")
-      .def(
-          "drop_rom_cache",
-          [](const Engine& e) {
-            if (e.rows()) e.rows()->drop_cache();
-          },
-          "Asks the system to forget its cached pages of the ROM, so that the next reads go to storage. Best\n"
-          "effort.");
+          "The chip whose compiled stages run; None with the provider \"cpu\".");
 
   py::class_<Stats>(m, "Stats", "Counters of one session since it was made or last reset. A copy: it does not change.")
       .def_readonly("prefill_tokens", &Stats::prefill_tokens)
@@ -300,8 +260,7 @@ void bind_engine(py::module_& m) {
            }),
            "engine"_a, "options"_a)
       .def_property_readonly(
-          "context", [](GuardedSession& s) { return s.call([](Session& x) { return x.context(); }); },
-          "Capacity in tokens.")
+          "context", [](GuardedSession& s) { return s.call(&Session::context); }, "Capacity in tokens.")
       .def_property_readonly(
           "tokens",
           [](GuardedSession& s) {
@@ -309,44 +268,40 @@ void bind_engine(py::module_& m) {
           },
           "The sequence so far: prompts and generated tokens.")
       .def(
-          "append",
-          [](GuardedSession& s, const std::vector<int64_t>& ids) { s.call([&ids](Session& x) { x.append(ids); }); },
+          "append", [](GuardedSession& s, const std::vector<int64_t>& ids) { s.call(&Session::append, ids); },
           "token_ids"_a,
           "Appends tokens, to be computed by the next call, and ends a running generation. ValueError for an id out\n"
           "of the vocabulary or a sequence that would exceed the context (the message has both numbers).")
       .def(
           "start",
           [](GuardedSession& s, const SamplingOptions& sampling, size_t max_new_tokens) {
-            s.call([&](Session& x) { x.start(sampling, max_new_tokens); });
+            s.call(&Session::start, sampling, max_new_tokens);
           },
           "sampling"_a, "max_new_tokens"_a,
           "Begins a generation after the current sequence. 0 tokens: until the context is full. ValueError if the\n"
           "sequence is empty.")
       .def(
-          "next", [](GuardedSession& s) { return s.call([](Session& x) { return x.next(poll_signals); }); },
+          "next", [](GuardedSession& s) { return s.call(&Session::next, poll_signals); },
           "The next token, or None when the generation is over (see finish_reason). The rows of a returned token\n"
           "are already being fetched. KeyboardInterrupt is raised between two prefill chunks.")
       .def_property_readonly(
-          "finish_reason",
-          [](GuardedSession& s) { return finish_name(s.call([](Session& x) { return x.finish_reason(); })); },
+          "finish_reason", [](GuardedSession& s) { return finish_name(s.call(&Session::finish_reason)); },
           "None while running, \"eos\", \"length\" (max_new_tokens reached) or \"context\" (cache full).")
       .def("logits", &GuardedSession::logits, "start"_a = py::none(),
            "Computes all pending tokens; float32 [tokens from position `start` on, vocab_size], None standing for\n"
            "the first pending one. ValueError for a position that is not pending.")
       .def(
-          "rewind", [](GuardedSession& s, size_t length) { s.call([length](Session& x) { x.rewind(length); }); },
-          "length"_a, "Keeps the first `length` tokens of the sequence.")
+          "rewind", [](GuardedSession& s, size_t length) { s.call(&Session::rewind, length); }, "length"_a,
+          "Keeps the first `length` tokens of the sequence.")
       .def(
-          "fill_synthetic",
-          [](GuardedSession& s, size_t count) { s.call([count](Session& x) { x.fill_synthetic(count); }); }, "count"_a,
+          "fill_synthetic", [](GuardedSession& s, size_t count) { s.call(&Session::fill_synthetic, count); }, "count"_a,
           "Appends `count` arbitrary tokens with pseudo-random keys and values, as if computed: for measurements at\n"
           "a depth. ValueError if they exceed the context or tokens are pending.")
       .def(
-          "kv_bytes",
-          [](GuardedSession& s, size_t tokens) { return s.call([tokens](Session& x) { return x.kv_bytes(tokens); }); },
-          "tokens"_a, "Bytes of the KV cache, all layers together, that a step reads after `tokens` tokens.")
-      .def_property_readonly("stats", [](GuardedSession& s) { return s.call([](Session& x) { return x.stats(); }); })
-      .def("reset_stats", [](GuardedSession& s) { s.call([](Session& x) { x.reset_stats(); }); });
+          "kv_bytes", [](GuardedSession& s, size_t tokens) { return s.call(&Session::kv_bytes, tokens); }, "tokens"_a,
+          "Bytes of the KV cache, all layers together, that a step reads after `tokens` tokens.")
+      .def_property_readonly("stats", [](GuardedSession& s) { return s.call(&Session::stats); })
+      .def("reset_stats", [](GuardedSession& s) { s.call(&Session::reset_stats); });
 }
 
 }  // namespace

@@ -105,37 +105,24 @@ class Rom:
     """
     A ROM file. Immutable and thread-safe.
     """
-    def __init__(self, path: os.PathLike | str | bytes, access: str = 'pread') -> None:
+    def __init__(self, path: os.PathLike | str | bytes) -> None:
         """
         PackageError if the file is not a valid ROM.
-        """
-    def rows(self, token_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> numpy.typing.NDArray[numpy.float32]:
-        """
-        float32 [layers, len(token_ids), row_dim], each bundle checked. ValueError for an unknown id.
         """
     def verify(self, first: typing.SupportsInt | typing.SupportsIndex, count: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
         Checks the checksums of `count` bundles from `first` on. PackageError names the first bad token.
         """
     @property
-    def access(self) -> str:
-        """
-        The access mode in use.
-        """
-    @property
     def info(self) -> RomInfo:
         ...
 class Sampler:
     """
-    Chooses token ids. Not thread-safe.
+    Chooses the tokens of a session.
     """
     def __init__(self, options: SamplingOptions, vocab_size: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
         ValueError if an option is outside its range.
-        """
-    def sample(self, logits: typing.Annotated[numpy.typing.ArrayLike, numpy.float32], sequence: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> int:
-        """
-        One token id. logits: float32 [vocab_size]; sequence: the tokens so far, for the repetition penalty.
         """
 class Engine:
     """
@@ -146,11 +133,6 @@ class Engine:
         """
         PackageError if the package is unusable; ValueError for bad options, such as a chip that the package is
         not compiled for; RuntimeError if ONNX Runtime or its provider cannot be loaded.
-        """
-    def drop_rom_cache(self) -> None:
-        """
-        Asks the system to forget its cached pages of the ROM, so that the next reads go to storage. Best
-        effort.
         """
     @property
     def context(self) -> int:

@@ -39,6 +39,18 @@ uint64_t File::size(const std::filesystem::path& path) const {
   return static_cast<uint64_t>(status.st_size);
 }
 
+size_t File::read(uint64_t offset, std::span<std::byte> out, const std::filesystem::path& path) const {
+  size_t done = 0;
+  while (done < out.size()) {
+    const ssize_t got = ::pread(descriptor_, out.data() + done, out.size() - done, static_cast<off_t>(offset + done));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) throw PackageError(path.string() + ": cannot read: " + system_reason(errno));
+    if (got == 0) break;
+    done += static_cast<size_t>(got);
+  }
+  return done;
+}
+
 Mapping Mapping::of_file(const File& file, size_t bytes) {
   void* data = ::mmap(nullptr, bytes, PROT_READ, MAP_SHARED, file.descriptor(), 0);
   return data == MAP_FAILED ? Mapping() : Mapping(static_cast<std::byte*>(data), bytes);
@@ -79,15 +91,7 @@ std::string read_text(const std::filesystem::path& path, size_t limit) {
                        std::to_string(limit));
   }
   std::string text(size, '\0');
-  size_t done = 0;
-  while (done < text.size()) {
-    const ssize_t got = ::read(file.descriptor(), text.data() + done, text.size() - done);
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) throw PackageError(path.string() + ": cannot read: " + system_reason(errno));
-    if (got == 0) break;
-    done += static_cast<size_t>(got);
-  }
-  text.resize(done);
+  text.resize(file.read(0, std::as_writable_bytes(std::span(text)), path));
   return text;
 }
 

@@ -21,6 +21,8 @@ class File {
   int descriptor() const { return descriptor_; }
   // Size in bytes, now. Throws PackageError unless it is a regular file.
   uint64_t size(const std::filesystem::path& path) const;
+  // Reads from `offset` on, until `out` is full or the file ends; returns the bytes. Throws PackageError.
+  size_t read(uint64_t offset, std::span<std::byte> out, const std::filesystem::path& path) const;
 
  private:
   int descriptor_ = -1;

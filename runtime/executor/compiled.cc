@@ -1,9 +1,9 @@
 #include "runtime/executor/compiled.h"
 
 #include <algorithm>
+#include <functional>
 #include <set>
 
-#include "runtime/base/error.h"
 #include "runtime/executor/compiled_kv_cache.h"
 
 namespace meki {
@@ -33,8 +33,8 @@ class CompiledExecutor final : public Executor {
         past_length_(Mapping::zeroed(sizeof(int32_t))),
         hidden_(model_.hidden_names, model_.chunk, manifest_.architecture.hidden),
         final_(static_cast<float*>(hidden_.tensor(kFinal, 1).data)),
-        decode_{model_.decode, 1, bind_embed(1)},
-        prefill_{model_.prefill, model_.chunk, bind_embed(model_.chunk)},
+        decode_{1, bind_embed(1), bound(model_.decode)},
+        prefill_{model_.chunk, bind_embed(model_.chunk), bound(model_.prefill)},
         head_(model_.head->bind(
             {hidden_.tensor(kFinal, 1)},
             {{"logits", ElementType::float32, {1, int64_t{manifest_.architecture.vocab_size}}, logits_.data()}})) {}
@@ -45,7 +45,7 @@ class CompiledExecutor final : public Executor {
   void prepare(const Prefetcher* rows) override {
     for (Pass* pass : {&decode_, &prefill_}) {
       for (size_t buffer = 0; buffer < (rows != nullptr ? rows->buffers() : 1); ++buffer) {
-        bind(*pass, rows != nullptr ? rows->rows(buffer) : nullptr);
+        pass->stages.bind({.tokens = pass->width, .rows = rows != nullptr ? rows->rows(buffer) : nullptr});
       }
     }
   }
@@ -57,8 +57,8 @@ class CompiledExecutor final : public Executor {
     std::fill(std::copy(step.tokens.begin(), step.tokens.end(), ids), ids + pass.width, step.tokens.back());
     *past_length_.as<int32_t>() = static_cast<int32_t>(cache_.length());
     pass.embed->run();
-    const Bindings& stages = bind(pass, step.rows != nullptr ? step.rows->rows() : nullptr);
-    const uint64_t stall = run_stages(pass.stages, stages, step.rows);
+    float* const rows = step.rows != nullptr ? step.rows->rows() : nullptr;
+    const uint64_t stall = pass.stages.run({.tokens = pass.width, .rows = rows}, step.rows);
     run_head(step);
     cache_.check_finite(tokens, package_);
     cache_.append(tokens);
@@ -68,10 +68,9 @@ class CompiledExecutor final : public Executor {
  private:
   // The stages for steps of one width.
   struct Pass {
-    const std::vector<Stage>& stages;
     size_t width;
     std::unique_ptr<Binding> embed;
-    BindingCache bindings{kRowBuffers};
+    BoundStages stages;
   };
 
   std::unique_ptr<Binding> bind_embed(size_t width) const {
@@ -79,12 +78,8 @@ class CompiledExecutor final : public Executor {
                               {hidden_.tensor(kEmbedding, width)});
   }
 
-  const Bindings& bind(Pass& pass, float* rows) const {
-    return pass.bindings.get({.tokens = pass.width, .rows = rows}, [&](const StepShape& shape) {
-      return bind_stages(kCompiledNames, pass.stages, [&](const std::string& name, Io io, const Stage& stage) {
-        return tensor(name, io, stage, shape);
-      });
-    });
+  BoundStages bound(const std::vector<Stage>& stages) const {
+    return {kCompiledNames, stages, kRowBuffers, std::bind_front(&CompiledExecutor::tensor, this)};
   }
 
   Tensor tensor(const std::string& name, Io io, const Stage& stage, const StepShape& shape) const {
@@ -92,9 +87,7 @@ class CompiledExecutor final : public Executor {
       case IoKind::past_length: return {name, ElementType::int32, {1}, past_length_.data()};
       case IoKind::rows: return rows_tensor(name, stage, shape, manifest_.memory->row_dim);
       case IoKind::keys:
-        return io.is_input ? cache_.past_keys(name, io.layer) : cache_.new_keys(name, io.layer, shape.tokens);
-      case IoKind::values:
-        return io.is_input ? cache_.past_values(name, io.layer) : cache_.new_values(name, io.layer, shape.tokens);
+      case IoKind::values: return cache_.tensor(name, io, shape.tokens);
       default: return hidden_.tensor(name, shape.tokens);
     }
   }
@@ -125,19 +118,13 @@ class CompiledExecutor final : public Executor {
   const std::unique_ptr<Binding> head_;  // from the first row of kFinal to logits_
 };
 
-void require(bool valid, const std::filesystem::path& path, const std::string& what) {
-  if (valid) return;
-  throw PackageError(path.string() + ": " + what +
-                     "; the stage and the manifest disagree: " + std::string(kCompiledNames.remedy));
-}
-
 std::unique_ptr<Graph> load_one(const GraphLoader& load, const std::filesystem::path& path, const char* input,
                                 const char* output) {
   auto graph = load(path);
   const std::vector<std::string> inputs = {input};
   const std::vector<std::string> outputs = {output};
-  require(graph->inputs() == inputs && graph->outputs() == outputs, path,
-          std::string("expected the one input \"") + input + "\" and the one output \"" + output + "\"");
+  kCompiledNames.require(graph->inputs() == inputs && graph->outputs() == outputs, path,
+                         std::string("expected the one input \"") + input + "\" and the one output \"" + output + "\"");
   return graph;
 }
 
@@ -154,7 +141,8 @@ std::shared_ptr<const CompiledModel> load_model(const Manifest& manifest, const 
       stages.push_back({qnn(path), info.rows, path});
     }
     const auto names = check_stages(kCompiledNames, stages, manifest.architecture.layers, {kEmbedding});
-    require(names.back() == kFinal, stages.back().path, std::string("its last output is not \"") + kFinal + "\"");
+    kCompiledNames.require(names.back() == kFinal, stages.back().path,
+                           std::string("its last output is not \"") + kFinal + "\"");
     hidden.insert(names.begin(), names.end());
   };
   load(target.decode, model->decode);

@@ -8,7 +8,6 @@
 #include "runtime/base/checked.h"
 #include "runtime/base/error.h"
 #include "runtime/base/half.h"
-#include "runtime/executor/stages.h"
 
 namespace meki {
 namespace {
@@ -24,28 +23,6 @@ bool is_finite(const uint16_t* halves, size_t count) {
 void copy_rows(const uint16_t* from, size_t from_stride, uint16_t* to, size_t to_stride, size_t rows, size_t count) {
   for (size_t row = 0; row < rows; ++row) std::copy_n(from + row * from_stride, count, to + row * to_stride);
 }
-
-// Pseudo-random halves of a normal distribution, by the piece.
-class NoisePool {
- public:
-  NoisePool() : pool_(65'536) {
-    std::normal_distribution<float> normal;
-    for (uint16_t& value : pool_) value = float_to_half(normal(random_));
-  }
-  void fill(uint16_t* out, size_t count) {
-    while (count > 0) {
-      const size_t first = random_() % (pool_.size() / 2);
-      const size_t piece = std::min(count, pool_.size() / 2);
-      std::copy_n(pool_.data() + first, piece, out);
-      out += piece;
-      count -= piece;
-    }
-  }
-
- private:
-  std::mt19937 random_{1};
-  std::vector<uint16_t> pool_;
-};
 
 }  // namespace
 
@@ -143,41 +120,29 @@ void CompiledKvCache::restore(std::span<const std::byte> snapshot, size_t length
 }
 
 void CompiledKvCache::append_noise(size_t tokens) {
-  NoisePool noise;
-  for_pieces(length_, length_ + tokens, [&noise](uint16_t* data, size_t count) { noise.fill(data, count); });
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  std::vector<uint16_t> pool(65'536);
+  for (uint16_t& value : pool) value = float_to_half(normal(random));
+  const size_t half = pool.size() / 2;  // what a piece is at most: it begins anywhere in the first half
+  for_pieces(length_, length_ + tokens, [&](uint16_t* data, size_t count) {
+    for (size_t done = 0; done < count; done += half) {
+      std::copy_n(pool.data() + random() % half, std::min(count - done, half), data + done);
+    }
+  });
   length_ += tokens;
 }
 
-Tensor CompiledKvCache::past_keys(const std::string& name, size_t layer) const {
-  return cached(keys(name, layers_[layer].keys, shape_.context));
-}
-Tensor CompiledKvCache::past_values(const std::string& name, size_t layer) const {
-  return cached(values(name, layers_[layer].values, shape_.context));
-}
-Tensor CompiledKvCache::new_keys(const std::string& name, size_t layer, size_t width) const {
-  return keys(name, layers_[layer].new_keys, width);
-}
-Tensor CompiledKvCache::new_values(const std::string& name, size_t layer, size_t width) const {
-  return values(name, layers_[layer].new_values, width);
-}
-
-Tensor CompiledKvCache::keys(const std::string& name, uint16_t* data, size_t tokens) const {
-  return {name,
-          ElementType::float16,
-          {static_cast<int64_t>(shape_.kv_heads), static_cast<int64_t>(shape_.head_dim), static_cast<int64_t>(tokens)},
-          data};
-}
-
-Tensor CompiledKvCache::values(const std::string& name, uint16_t* data, size_t tokens) const {
-  return {name,
-          ElementType::float16,
-          {static_cast<int64_t>(shape_.kv_heads), static_cast<int64_t>(tokens), static_cast<int64_t>(shape_.head_dim)},
-          data};
-}
-
-Tensor CompiledKvCache::cached(Tensor tensor) const {
-  tensor.shared = !shared_cache_.empty();
-  return tensor;
+Tensor CompiledKvCache::tensor(const std::string& name, const Io& io, size_t width) const {
+  const Layer& layer = layers_[io.layer];
+  const auto heads = static_cast<int64_t>(shape_.kv_heads);
+  const auto dim = static_cast<int64_t>(shape_.head_dim);
+  const auto tokens = static_cast<int64_t>(io.is_input ? shape_.context : width);
+  const bool shared = io.is_input && !shared_cache_.empty();
+  if (io.kind == IoKind::keys) {
+    return {name, ElementType::float16, {heads, dim, tokens}, io.is_input ? layer.keys : layer.new_keys, shared};
+  }
+  return {name, ElementType::float16, {heads, tokens, dim}, io.is_input ? layer.values : layer.new_values, shared};
 }
 
 }  // namespace meki

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "runtime/base/file.h"
+#include "runtime/executor/stages.h"
 #include "runtime/executor/state.h"
 #include "runtime/graph/graph.h"
 
@@ -37,12 +38,9 @@ class CompiledKvCache final : public SequenceState {
   size_t bytes(size_t) const override { return layers_.size() * 2 * row() * shape_.context * sizeof(uint16_t); }
   void append_noise(size_t tokens) override;
 
-  // Of one layer: keys float16 [kv_heads, head_dim, context], values [kv_heads, context, head_dim].
-  Tensor past_keys(const std::string& name, size_t layer) const;
-  Tensor past_values(const std::string& name, size_t layer) const;
-  // What a step of the given width makes: the same with `width` in place of the context.
-  Tensor new_keys(const std::string& name, size_t layer, size_t width) const;
-  Tensor new_values(const std::string& name, size_t layer, size_t width) const;
+  // Of one layer: keys float16 [kv_heads, head_dim, tokens], values [kv_heads, tokens, head_dim]. An input has all
+  // tokens of the context, an output the `width` of a step.
+  Tensor tensor(const std::string& name, const Io& io, size_t width) const;
 
  private:
   struct Layer {
@@ -54,9 +52,6 @@ class CompiledKvCache final : public SequenceState {
 
   size_t row() const { return shape_.kv_heads * shape_.head_dim; }
   size_t width(size_t tokens) const { return tokens == 1 ? 1 : shape_.chunk; }
-  Tensor keys(const std::string& name, uint16_t* data, size_t tokens) const;
-  Tensor values(const std::string& name, uint16_t* data, size_t tokens) const;
-  Tensor cached(Tensor tensor) const;
   // Calls piece(data, count) for the pieces of the cache that the tokens first .. last - 1 are.
   template <class Piece>
   void for_pieces(size_t first, size_t last, Piece piece) const;

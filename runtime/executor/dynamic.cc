@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 
 #include "runtime/executor/block_kv_cache.h"
 
@@ -23,13 +24,14 @@ class DynamicExecutor final : public Executor {
         token_ids_(Mapping::zeroed(chunk * sizeof(int64_t))),
         logit_index_(Mapping::zeroed(chunk * sizeof(int64_t))),
         length_(Mapping::zeroed(sizeof(int32_t))),
-        hidden_(backend.hidden_names(), chunk, backend.manifest().architecture.hidden) {}
+        hidden_(backend.hidden_names(), chunk, backend.manifest().architecture.hidden),
+        stages_(kDynamicNames, backend.stages(), kShapes, std::bind_front(&DynamicExecutor::tensor, this)) {}
 
   size_t width(size_t tokens) const override { return tokens; }
   SequenceState& state() override { return cache_; }
 
   void prepare(const Prefetcher* rows) override {
-    bind({.rows = rows != nullptr ? rows->rows(0) : nullptr, .logits = logits_.as<float>()});
+    stages_.bind({.rows = rows != nullptr ? rows->rows(0) : nullptr, .logits = logits_.as<float>()});
   }
 
   uint64_t run(const Step& step) override {
@@ -45,7 +47,7 @@ class DynamicExecutor final : public Executor {
       logit_index_.as<int64_t>()[row] = static_cast<int64_t>(tokens - shape.logit_rows + row);
     }
     *length_.as<int32_t>() = static_cast<int32_t>(cache_.length() + tokens);
-    const uint64_t stall = run_stages(backend_.stages(), bind(shape), step.rows);
+    const uint64_t stall = stages_.run(shape, step.rows);
     check_logits({shape.logits, shape.logit_rows * vocab_size});
     if (wanted) std::memcpy(logits_.data(), shape.logits + (shape.logit_rows - 1) * vocab_size, logits_.size());
     cache_.append(tokens);
@@ -53,14 +55,6 @@ class DynamicExecutor final : public Executor {
   }
 
  private:
-  const Bindings& bind(const StepShape& shape) {
-    return bindings_.get(shape, [this](const StepShape& made) {
-      return bind_stages(kDynamicNames, backend_.stages(), [&](const std::string& name, Io io, const Stage& stage) {
-        return tensor(name, io, stage, made);
-      });
-    });
-  }
-
   Tensor tensor(const std::string& name, Io io, const Stage& stage, const StepShape& shape) const {
     const Manifest& manifest = backend_.manifest();
     const auto tokens = static_cast<int64_t>(shape.tokens);
@@ -86,7 +80,7 @@ class DynamicExecutor final : public Executor {
   const Mapping logit_index_;  // int64 [chunk]
   const Mapping length_;       // int32
   const HiddenTensors hidden_;
-  BindingCache bindings_{kShapes};
+  BoundStages stages_;
 };
 
 }  // namespace

@@ -40,7 +40,7 @@ class Checker {
       : names_(names), layers_(layers), hidden_(std::move(entering)) {}
 
   void stage(const Stage& stage) {
-    path_ = stage.path.string();
+    path_ = stage.path;
     bool takes_rows = false;
     for (const std::string& name : stage.graph->inputs()) {
       const Io io = names_.input(name);
@@ -71,7 +71,7 @@ class Checker {
     const size_t found = taken_[names_.states.front().kind].size();
     require(found == layers_,
             "the stages have the caches of " + std::to_string(found) + " layers, expected " + std::to_string(layers_));
-    require(logits_ == contains_logits(), "the stages make no logits");
+    require(logits_ == names_.outputs.contains("logits"), "the stages make no logits");
     return std::move(hidden_);
   }
 
@@ -82,21 +82,16 @@ class Checker {
   bool is_made(const std::string& name) const {
     return std::find(hidden_.begin(), hidden_.end(), name) != hidden_.end();
   }
-  bool contains_logits() const { return names_.outputs.contains("logits"); }
   void add(const Io& io, const std::string& name, std::set<uint32_t>& seen) const {
     require(io.layer < layers_,
             "\"" + name + "\" names layer " + std::to_string(io.layer) + " of " + std::to_string(layers_) + " layers");
     require(seen.insert(io.layer).second, "\"" + name + "\" names a layer twice");
   }
-  void require(bool valid, const std::string& what) const {
-    if (!valid) {
-      throw PackageError(path_ + ": " + what + "; the stage and the manifest disagree: " + std::string(names_.remedy));
-    }
-  }
+  void require(bool valid, const std::string& what) const { names_.require(valid, path_, what); }
 
   const StageNames& names_;
   const uint32_t layers_;
-  std::string path_;
+  std::filesystem::path path_;
   std::map<IoKind, std::set<uint32_t>> taken_;
   std::map<IoKind, std::set<uint32_t>> made_;
   std::vector<std::string> hidden_;
@@ -104,6 +99,11 @@ class Checker {
 };
 
 }  // namespace
+
+void StageNames::require(bool valid, const std::filesystem::path& path, const std::string& what) const {
+  if (valid) return;
+  throw PackageError(path.string() + ": " + what + "; the stage and the manifest disagree: " + std::string(remedy));
+}
 
 Io StageNames::input(std::string_view name) const { return parse(name, true, *this); }
 Io StageNames::output(std::string_view name) const { return parse(name, false, *this); }
@@ -128,32 +128,45 @@ Tensor HiddenTensors::tensor(const std::string& name, size_t tokens) const {
           memory_.at(name).data()};
 }
 
-Bindings bind_stages(const StageNames& names, const std::vector<Stage>& stages, const TensorOf& tensor_of) {
-  Bindings bindings;
-  for (const Stage& stage : stages) {
-    std::vector<Tensor> inputs;
-    std::vector<Tensor> outputs;
-    for (const std::string& name : stage.graph->inputs()) inputs.push_back(tensor_of(name, names.input(name), stage));
-    for (const std::string& name : stage.graph->outputs()) {
-      outputs.push_back(tensor_of(name, names.output(name), stage));
-    }
-    bindings.push_back(stage.graph->bind(inputs, outputs));
-  }
-  return bindings;
+BoundStages::BoundStages(const StageNames& names, const std::vector<Stage>& stages, size_t capacity, TensorOf tensor_of)
+    : names_(names), stages_(stages), capacity_(capacity), tensor_of_(std::move(tensor_of)) {
+  entries_.reserve(capacity + 1);
 }
 
-BindingCache::BindingCache(size_t capacity) : capacity_(capacity) { entries_.reserve(capacity + 1); }
-
-const Bindings& BindingCache::get(const StepShape& shape, const std::function<Bindings(const StepShape&)>& make) {
+void BoundStages::bind(const StepShape& shape) {
   const auto found =
       std::find_if(entries_.begin(), entries_.end(), [&shape](const Entry& entry) { return entry.shape == shape; });
   if (found != entries_.end()) {
     std::rotate(entries_.begin(), found, found + 1);
-  } else {
-    entries_.insert(entries_.begin(), {shape, make(shape)});
-    if (entries_.size() > capacity_) entries_.pop_back();
+    return;
   }
-  return entries_.front().bindings;
+  Entry entry{shape, {}};
+  for (const Stage& stage : stages_) {
+    std::vector<Tensor> inputs;
+    std::vector<Tensor> outputs;
+    for (const std::string& name : stage.graph->inputs()) {
+      inputs.push_back(tensor_of_(name, names_.input(name), stage, shape));
+    }
+    for (const std::string& name : stage.graph->outputs()) {
+      outputs.push_back(tensor_of_(name, names_.output(name), stage, shape));
+    }
+    entry.bindings.push_back(stage.graph->bind(inputs, outputs));
+  }
+  entries_.insert(entries_.begin(), std::move(entry));
+  if (entries_.size() > capacity_) entries_.pop_back();
+}
+
+uint64_t BoundStages::run(const StepShape& shape, RowRequest* rows) {
+  bind(shape);
+  uint64_t stall = 0;
+  for (size_t index = 0; index < stages_.size(); ++index) {
+    if (rows != nullptr && stages_[index].rows) {
+      stall = rows->wait();
+      rows = nullptr;
+    }
+    entries_.front().bindings[index]->run();
+  }
+  return stall;
 }
 
 Tensor rows_tensor(const std::string& name, const Stage& stage, const StepShape& shape, uint32_t row_dim) {
@@ -161,19 +174,6 @@ Tensor rows_tensor(const std::string& name, const Stage& stage, const StepShape&
           ElementType::float32,
           {int64_t{stage.rows->last} - stage.rows->first, static_cast<int64_t>(shape.tokens), row_dim},
           shape.rows + stage.rows->first * shape.tokens * row_dim};
-}
-
-uint64_t run_stages(const std::vector<Stage>& stages, const Bindings& bindings, RowRequest* rows) {
-  uint64_t stall = 0;
-  bool waiting = rows != nullptr;
-  for (size_t index = 0; index < bindings.size(); ++index) {
-    if (waiting && stages[index].rows) {
-      stall = rows->wait();
-      waiting = false;
-    }
-    bindings[index]->run();
-  }
-  return stall;
 }
 
 Mapping allocate(std::optional<uint64_t> bytes, const std::string& what) {

@@ -57,6 +57,8 @@ struct StageNames {
   std::vector<State> states;
   std::string_view remedy;  // where stages and manifest disagree
 
+  // Throws PackageError about the stage at `path` unless `valid`.
+  void require(bool valid, const std::filesystem::path& path, const std::string& what) const;
   Io input(std::string_view name) const;
   Io output(std::string_view name) const;
 };
@@ -79,13 +81,6 @@ class HiddenTensors {
   std::map<std::string, Mapping> memory_;
 };
 
-// Stages bound to memory, in order.
-using Bindings = std::vector<std::unique_ptr<Binding>>;
-// The memory of one input or output.
-using TensorOf = std::function<Tensor(const std::string& name, Io io, const Stage& stage)>;
-// Throws PackageError.
-Bindings bind_stages(const StageNames& names, const std::vector<Stage>& stages, const TensorOf& tensor_of);
-
 // Memory of a step that is not the same for every step.
 struct StepShape {
   size_t tokens = 1;
@@ -96,28 +91,34 @@ struct StepShape {
   bool operator==(const StepShape&) const = default;
 };
 
-// The bindings of the shapes that were used last.
-class BindingCache {
+// The memory of one input or output in steps of a shape.
+using TensorOf = std::function<Tensor(const std::string& name, Io io, const Stage& stage, const StepShape& shape)>;
+
+// Stages bound to memory, for the shapes of step that were used last.
+class BoundStages {
  public:
-  explicit BindingCache(size_t capacity);
-  // `make` is called for a shape that is not there. Allocates nothing otherwise.
-  const Bindings& get(const StepShape& shape, const std::function<Bindings(const StepShape&)>& make);
+  // For up to `capacity` shapes. What is referred to outlives it.
+  BoundStages(const StageNames& names, const std::vector<Stage>& stages, size_t capacity, TensorOf tensor_of);
+  // Binds the stages for steps of a shape, unless they are. Throws PackageError.
+  void bind(const StepShape& shape);
+  // Runs all stages; waits for `rows`, if there are any, before the first that takes some, and returns the nanoseconds
+  // that took. Allocates nothing where the shape is bound. Throws PackageError.
+  uint64_t run(const StepShape& shape, RowRequest* rows);
 
  private:
   struct Entry {
     StepShape shape;
-    Bindings bindings;
+    std::vector<std::unique_ptr<Binding>> bindings;  // of each stage
   };
-  size_t capacity_;
+  const StageNames& names_;
+  const std::vector<Stage>& stages_;
+  const size_t capacity_;
+  const TensorOf tensor_of_;
   std::vector<Entry> entries_;  // the one that was used last in front
 };
 
 // The rows of a stage, which takes those of its layers of float32 [layers, shape.tokens, row_dim].
 Tensor rows_tensor(const std::string& name, const Stage& stage, const StepShape& shape, uint32_t row_dim);
-
-// Runs all stages; waits for `rows`, if there are any, before the first that takes some, and returns the nanoseconds
-// that took. Throws PackageError.
-uint64_t run_stages(const std::vector<Stage>& stages, const Bindings& bindings, RowRequest* rows);
 
 // Zeroed memory for `what`, or std::runtime_error that says how much it needs (nothing: more than 64 bits hold).
 Mapping allocate(std::optional<uint64_t> bytes, const std::string& what);

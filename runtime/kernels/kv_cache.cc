@@ -13,6 +13,7 @@ namespace meki {
 namespace {
 
 constexpr std::array<std::string_view, 4> kNames = {"float32", "float16", "int8", "int4"};
+constexpr std::array<size_t, 4> kBits = {32, 16, 8, 4};  // of an element
 constexpr size_t kBlock = KvLayout::kBlock;
 constexpr size_t kGroup = KvLayout::kGroup;
 
@@ -22,16 +23,6 @@ size_t scale_bytes_of(KvType type, size_t head_dim) {
     case KvType::int4: return head_dim / kGroup * kBlock * sizeof(uint16_t);
     default: return 0;
   }
-}
-
-size_t code_bytes_of(KvType type, size_t head_dim) {
-  switch (type) {
-    case KvType::float32: return kBlock * head_dim * sizeof(float);
-    case KvType::float16: return kBlock * head_dim * sizeof(uint16_t);
-    case KvType::int8: return kBlock * head_dim;
-    case KvType::int4: return kBlock * head_dim / 2;
-  }
-  throw std::logic_error("unknown KV type");
 }
 
 template <class T, class Convert>
@@ -117,7 +108,7 @@ KvLayout::KvLayout(KvType type_, size_t kv_heads_, size_t head_dim_)
       kv_heads(kv_heads_),
       head_dim(head_dim_),
       scale_bytes(scale_bytes_of(type_, head_dim_)),
-      code_bytes(code_bytes_of(type_, head_dim_)) {
+      code_bytes(kBlock * head_dim_ * kBits.at(static_cast<size_t>(type_)) / 8) {
   const size_t unit = type == KvType::int4 ? kGroup : 16;
   if (head_dim == 0 || head_dim % unit != 0 || head_dim > kMaxHeadDim) {
     throw std::invalid_argument("head_dim is " + std::to_string(head_dim) + ", a KV cache of type " +

@@ -9,10 +9,11 @@
 namespace meki {
 namespace {
 
-std::shared_ptr<const RowSource> open_token_table(const Manifest& manifest, RomAccess access) {
+std::shared_ptr<const RowSource> open_token_table(const Manifest& manifest, RomAccess access,
+                                                  std::chrono::microseconds delay) {
   const MemoryInfo& memory = *manifest.memory;
   const std::filesystem::path path = manifest.directory / memory.file;
-  auto table = std::make_shared<const TokenTable>(path, access);
+  auto table = std::make_shared<const TokenTable>(path, access, delay);
   const RomHeader& header = table->header();
   const auto require = [&path](const char* name, const std::string& got, const std::string& expected) {
     if (got != expected) {
@@ -31,7 +32,7 @@ std::shared_ptr<const RowSource> open_token_table(const Manifest& manifest, RomA
 // What opens the rows of each kind of address.
 struct AddressKind {
   std::string_view name;
-  std::shared_ptr<const RowSource> (*open)(const Manifest& manifest, RomAccess access);
+  std::shared_ptr<const RowSource> (*open)(const Manifest& manifest, RomAccess access, std::chrono::microseconds delay);
 };
 constexpr AddressKind kAddressKinds[] = {
     {"token", open_token_table},
@@ -39,11 +40,12 @@ constexpr AddressKind kAddressKinds[] = {
 
 }  // namespace
 
-std::shared_ptr<const RowSource> open_rows(const Manifest& manifest, RomAccess access) {
+std::shared_ptr<const RowSource> open_rows(const Manifest& manifest, RomAccess access,
+                                           std::chrono::microseconds delay) {
   if (!manifest.memory) return nullptr;
   std::string known;
   for (const AddressKind& kind : kAddressKinds) {
-    if (kind.name == manifest.memory->address) return kind.open(manifest, access);
+    if (kind.name == manifest.memory->address) return kind.open(manifest, access, delay);
     known.append(known.empty() ? "" : " or ").append("\"").append(kind.name).append("\"");
   }
   throw PackageError((manifest.directory / "manifest.json").string() + ": memory.address.kind is \"" +

@@ -42,8 +42,6 @@ class RowRequest {
   uint64_t wait();
   // float32 [layers, width, row_dim]; filled when wait() has returned.
   float* rows() const;
-  // Which buffer it holds: below Prefetcher::buffers(). rows() is always the same for the same buffer.
-  size_t buffer() const { return buffer_; }
 
  private:
   friend class Prefetcher;
@@ -74,9 +72,6 @@ class Prefetcher {
   // at once unless the only free ones are still read into for a request that was dropped. Throws std::logic_error if
   // the caller holds all buffers.
   RowRequest request(std::span<const int32_t> sequence, size_t first, size_t width);
-  RowRequest request(std::span<const int32_t> sequence, size_t first) {
-    return request(sequence, first, sequence.size() - first);
-  }
 
   size_t buffers() const { return buffers_.size(); }
   // Where the rows of requests that hold this buffer are.

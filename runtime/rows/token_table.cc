@@ -5,9 +5,11 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#include <cerrno>
+#include <algorithm>
+#include <array>
 #include <cstring>
 #include <stdexcept>
+#include <thread>
 
 #include "runtime/base/crc32c.h"
 #include "runtime/base/error.h"
@@ -16,6 +18,7 @@
 namespace meki {
 namespace {
 
+constexpr std::array<std::string_view, 3> kAccessNames = {"mmap", "pread", "direct"};
 constexpr size_t kChecksumBytes = 4;
 
 inline uint16_t load_u16(const std::byte* at) {
@@ -34,31 +37,28 @@ uint64_t round_up(uint64_t value, uint64_t unit) { return round_down(value + uni
 
 }  // namespace
 
-std::string_view name_of(RomAccess access) {
-  switch (access) {
-    case RomAccess::mmap: return "mmap";
-    case RomAccess::pread: return "pread";
-    case RomAccess::direct: return "direct";
-  }
-  return "unknown";
-}
+std::string_view name_of(RomAccess access) { return kAccessNames.at(static_cast<size_t>(access)); }
 
 RomAccess parse_rom_access(std::string_view name) {
-  for (const RomAccess access : {RomAccess::mmap, RomAccess::pread, RomAccess::direct}) {
-    if (name == name_of(access)) return access;
+  const auto found = std::find(kAccessNames.begin(), kAccessNames.end(), name);
+  if (found == kAccessNames.end()) {
+    throw std::invalid_argument("ROM access is \"" + std::string(name) + "\", expected mmap, pread or direct");
   }
-  throw std::invalid_argument("ROM access is \"" + std::string(name) + "\", expected mmap, pread or direct");
+  return static_cast<RomAccess>(found - kAccessNames.begin());
 }
 
-TokenTable::TokenTable(const std::filesystem::path& path, RomAccess access)
-    : path_(path), access_(access), file_(path, O_NONBLOCK) {  // O_NONBLOCK: a FIFO is refused, not waited for
+TokenTable::TokenTable(const std::filesystem::path& path, RomAccess access, std::chrono::microseconds delay)
+    : path_(path),
+      access_(access),
+      delay_(delay),
+      file_(path, O_NONBLOCK) {  // O_NONBLOCK: a FIFO is refused, not waited for
   const uint64_t size = file_.size(path);
   if (size < RomHeader::kBytes) {
     throw PackageError(path.string() + ": " + std::to_string(size) + " bytes, expected at least " +
                        std::to_string(RomHeader::kBytes) + "; the file is truncated: restore it");
   }
   alignas(8) std::byte bytes[RomHeader::kBytes];
-  if (copy_file({0, sizeof(bytes), 0}, bytes) != sizeof(bytes)) {
+  if (file_.read(0, bytes, path) != sizeof(bytes)) {
     throw PackageError(path.string() + ": the file shrank while it was opened");
   }
   header_ = RomHeader::parse(bytes, path);
@@ -92,7 +92,7 @@ bool TokenTable::use_direct(std::byte* probe) const {
   if (flags < 0 || ::fcntl(descriptor, F_SETFL, flags | O_DIRECT) != 0) return false;
   const Window first = window(0);
   try {
-    if (copy_file(first, probe) == first.bytes) return true;
+    if (file_.read(first.offset, {probe, first.bytes}, path_) == first.bytes) return true;
   } catch (const PackageError&) {  // EINVAL: the file system accepts the flag but not the read
   }
   ::fcntl(descriptor, F_SETFL, flags);
@@ -135,19 +135,6 @@ void TokenTable::unmap(const Window& window) const noexcept {
   ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
 }
 
-size_t TokenTable::copy_file(const Window& window, std::byte* out) const {
-  size_t done = 0;
-  while (done < window.bytes) {
-    const ssize_t got =
-        ::pread(file_.descriptor(), out + done, window.bytes - done, static_cast<off_t>(window.offset + done));
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) throw PackageError(path_.string() + ": cannot read: " + system_reason(errno));
-    if (got == 0) break;
-    done += static_cast<size_t>(got);
-  }
-  return done;
-}
-
 void TokenTable::keys(std::span<const int32_t> sequence, std::span<RowKey> out) const {
   out.front() = {static_cast<uint64_t>(sequence.back()), 0, 0};
 }
@@ -169,14 +156,15 @@ void TokenTable::drop_cache() const noexcept {
 }
 
 size_t TokenTable::read(uint64_t token, std::span<std::byte> scratch, float* out, size_t layer_stride) const {
+  if (delay_.count() > 0) std::this_thread::sleep_for(delay_);
   widen(read_bundle(token, scratch), out, layer_stride);
   return window(token).bytes;
 }
 
 std::span<const std::byte> TokenTable::read_bundle(uint64_t token, std::span<std::byte> scratch) const {
   const Window wanted = window(token);
-  const size_t got =
-      access_ == RomAccess::mmap ? copy_mapped(wanted, scratch.data()) : copy_file(wanted, scratch.data());
+  const size_t got = access_ == RomAccess::mmap ? copy_mapped(wanted, scratch.data())
+                                                : file_.read(wanted.offset, scratch.first(wanted.bytes), path_);
   if (got != wanted.bytes) {
     throw PackageError(path_.string() + ": the bundle of token " + std::to_string(token) + " gave " +
                        std::to_string(got) + " of " + std::to_string(wanted.bytes) +

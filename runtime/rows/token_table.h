@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -48,8 +49,8 @@ struct RomHeader {
 class TokenTable final : public RowSource {
  public:
   // Opens `path` and checks its header and size. Where the file system or the system refuses `access`, falls back to
-  // pread: access() tells. Throws PackageError.
-  TokenTable(const std::filesystem::path& path, RomAccess access);
+  // pread: access() tells. Every read takes `delay` longer. Throws PackageError.
+  TokenTable(const std::filesystem::path& path, RomAccess access, std::chrono::microseconds delay = {});
 
   const RomHeader& header() const { return header_; }
 
@@ -81,11 +82,11 @@ class TokenTable final : public RowSource {
   void will_need(const Window& window) const noexcept;
   size_t copy_mapped(const Window& window, std::byte* out) const noexcept;
   void unmap(const Window& window) const noexcept;
-  size_t copy_file(const Window& window, std::byte* out) const;
   void widen(std::span<const std::byte> bundle, float* out, size_t layer_stride) const noexcept;
 
   std::filesystem::path path_;
   RomAccess access_;
+  const std::chrono::microseconds delay_;
   File file_;
   Mapping mapping_;
   RomHeader header_;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <iterator>
 #include <optional>
 
 #include "runtime/base/checked.h"
@@ -53,24 +54,17 @@ class Checker {
   const std::filesystem::path& path_;
 };
 
-uint64_t row_bytes(RowType type, uint64_t row_dim) {
-  switch (type) {
-    case RowType::float16: return 2 * row_dim;
-    case RowType::int8: return row_dim;
-    case RowType::int4: return (row_dim + 1) / 2;
-    case RowType::float32: return 4 * row_dim;
-  }
-  return 0;
-}
+struct RowFormat {
+  std::string_view name;
+  uint32_t bits;  // of a value
+};
+constexpr RowFormat kRowFormats[] = {{"float16", 16}, {"int8", 8}, {"int4", 4}, {"float32", 32}};  // RowType 1, 2, ...
+const RowFormat& format_of(RowType type) { return kRowFormats[static_cast<size_t>(type) - 1]; }
 
+// Values that share a scale; 0: they have none.
 uint32_t group_of(RowType type, uint32_t row_dim) {
-  switch (type) {
-    case RowType::float16:
-    case RowType::float32: return 0;
-    case RowType::int8: return row_dim;
-    case RowType::int4: return kInt4Group;
-  }
-  return 0;
+  if (type == RowType::int8) return row_dim;
+  return type == RowType::int4 ? kInt4Group : 0;
 }
 
 std::string hexadecimal(std::span<const std::byte> bytes) {
@@ -85,15 +79,7 @@ std::string hexadecimal(std::span<const std::byte> bytes) {
 
 }  // namespace
 
-std::string_view name_of(RowType type) {
-  switch (type) {
-    case RowType::float16: return "float16";
-    case RowType::int8: return "int8";
-    case RowType::int4: return "int4";
-    case RowType::float32: return "float32";
-  }
-  return "unknown";
-}
+std::string_view name_of(RowType type) { return format_of(type).name; }
 
 RomHeader RomHeader::parse(std::span<const std::byte, kBytes> bytes, const std::filesystem::path& path) {
   const Checker check(path);
@@ -110,7 +96,7 @@ RomHeader RomHeader::parse(std::span<const std::byte, kBytes> bytes, const std::
   check.between("layers", header.layers, 1, 65'535);
   check.between("row_dim", header.row_dim, 1, 1'048'576);
   const auto row_type = field<uint32_t>(bytes, 32);
-  check.between("row_type", row_type, 1, 4);
+  check.between("row_type", row_type, 1, std::size(kRowFormats));
   header.row_type = static_cast<RowType>(row_type);
   header.group = field<uint32_t>(bytes, 36);
   check.equal("group", header.group, group_of(header.row_type, header.row_dim));
@@ -121,7 +107,8 @@ RomHeader RomHeader::parse(std::span<const std::byte, kBytes> bytes, const std::
   header.file_bytes = field<uint64_t>(bytes, 64);
   const uint64_t groups = header.group == 0 ? 0 : (header.row_dim + header.group - 1) / header.group;
   // Within the limits above these three fit; the products with the vocabulary are checked.
-  const uint64_t bundle = header.layers * (2 * groups + row_bytes(header.row_type, header.row_dim)) + 4;
+  const uint64_t row_bytes = (uint64_t{header.row_dim} * format_of(header.row_type).bits + 7) / 8;
+  const uint64_t bundle = header.layers * (2 * groups + row_bytes) + 4;
   check.equal("bundle_bytes", header.bundle_bytes, bundle);
   check.equal("bundle_stride", header.bundle_stride, checked_round_up(bundle, 64));
   check.equal("data_offset", header.data_offset, kBytes);

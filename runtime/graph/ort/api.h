@@ -39,7 +39,7 @@ enum AllocatorType : int { kDeviceAllocator = 0 };
 enum MemoryType : int { kMemoryDefault = 0 };
 enum ElementCode : int { kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
 enum ErrorCode : int { kFail = 1 };
-enum HardwareType : int { kHardwareCpu = 0, kHardwareGpu = 1, kHardwareNpu = 2 };
+enum HardwareType : int { kHardwareNpu = 2 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 
 // position, name, result, parameters
@@ -126,34 +126,40 @@ struct Api {
   }
 };
 
+// The callbacks of an operator, in their order: result, name, parameters
+#define MEKI_ORT_CALLBACKS(F)                                                                      \
+  F(void*, CreateKernel, (const CustomOp*, const void* api, const KernelInfo*))                    \
+  F(const char*, GetName, (const CustomOp*))                                                       \
+  F(const char*, GetExecutionProviderType, (const CustomOp*))                                      \
+  F(ElementCode, GetInputType, (const CustomOp*, size_t index))                                    \
+  F(size_t, GetInputTypeCount, (const CustomOp*))                                                  \
+  F(ElementCode, GetOutputType, (const CustomOp*, size_t index))                                   \
+  F(size_t, GetOutputTypeCount, (const CustomOp*))                                                 \
+  F(void, KernelCompute, (void* kernel, KernelContext*))                                           \
+  F(void, KernelDestroy, (void* kernel))                                                           \
+  F(Characteristic, GetInputCharacteristic, (const CustomOp*, size_t index))                       \
+  F(Characteristic, GetOutputCharacteristic, (const CustomOp*, size_t index))                      \
+  F(MemoryType, GetInputMemoryType, (const CustomOp*, size_t index))                               \
+  F(int, GetVariadicInputMinArity, (const CustomOp*))                                              \
+  F(int, GetVariadicInputHomogeneity, (const CustomOp*))                                           \
+  F(int, GetVariadicOutputMinArity, (const CustomOp*))                                             \
+  F(int, GetVariadicOutputHomogeneity, (const CustomOp*))                                          \
+  F(Status*, CreateKernelV2, (const CustomOp*, const void* api, const KernelInfo*, void** kernel)) \
+  F(Status*, KernelComputeV2, (void* kernel, KernelContext*))                                      \
+  F(Status*, InferOutputShapeFn, (const CustomOp*, ShapeInference*))                               \
+  F(int, GetStartVersion, (const CustomOp*))                                                       \
+  F(int, GetEndVersion, (const CustomOp*))                                                         \
+  F(size_t, GetMayInplace, (int** input_index, int** output_index))                                \
+  F(void, ReleaseMayInplace, (int* input_index, int* output_index))                                \
+  F(size_t, GetAliasMap, (int** input_index, int** output_index))                                  \
+  F(void, ReleaseAliasMap, (int* input_index, int* output_index))
+
 // An operator of our own, as ONNX Runtime sees it: a table of callbacks. `version` says which of them exist.
 struct CustomOp {
   uint32_t version = kApiVersion;
-  void* (*CreateKernel)(const CustomOp*, const void* api, const KernelInfo*) = nullptr;
-  const char* (*GetName)(const CustomOp*) = nullptr;
-  const char* (*GetExecutionProviderType)(const CustomOp*) = nullptr;
-  ElementCode (*GetInputType)(const CustomOp*, size_t index) = nullptr;
-  size_t (*GetInputTypeCount)(const CustomOp*) = nullptr;
-  ElementCode (*GetOutputType)(const CustomOp*, size_t index) = nullptr;
-  size_t (*GetOutputTypeCount)(const CustomOp*) = nullptr;
-  void (*KernelCompute)(void* kernel, KernelContext*) = nullptr;
-  void (*KernelDestroy)(void* kernel) = nullptr;
-  Characteristic (*GetInputCharacteristic)(const CustomOp*, size_t index) = nullptr;
-  Characteristic (*GetOutputCharacteristic)(const CustomOp*, size_t index) = nullptr;
-  MemoryType (*GetInputMemoryType)(const CustomOp*, size_t index) = nullptr;
-  int (*GetVariadicInputMinArity)(const CustomOp*) = nullptr;
-  int (*GetVariadicInputHomogeneity)(const CustomOp*) = nullptr;
-  int (*GetVariadicOutputMinArity)(const CustomOp*) = nullptr;
-  int (*GetVariadicOutputHomogeneity)(const CustomOp*) = nullptr;
-  Status* (*CreateKernelV2)(const CustomOp*, const void* api, const KernelInfo*, void** kernel) = nullptr;
-  Status* (*KernelComputeV2)(void* kernel, KernelContext*) = nullptr;
-  Status* (*InferOutputShapeFn)(const CustomOp*, ShapeInference*) = nullptr;
-  int (*GetStartVersion)(const CustomOp*) = nullptr;
-  int (*GetEndVersion)(const CustomOp*) = nullptr;
-  size_t (*GetMayInplace)(int** input_index, int** output_index) = nullptr;
-  void (*ReleaseMayInplace)(int* input_index, int* output_index) = nullptr;
-  size_t (*GetAliasMap)(int** input_index, int** output_index) = nullptr;
-  void (*ReleaseAliasMap)(int* input_index, int* output_index) = nullptr;
+#define MEKI_ORT_MEMBER(result, name, parameters) result(*name) parameters = nullptr;
+  MEKI_ORT_CALLBACKS(MEKI_ORT_MEMBER)
+#undef MEKI_ORT_MEMBER
 };
 
 // What the library exports as OrtGetApiBase().

@@ -43,32 +43,9 @@ MEKI_ORT_FUNCTIONS(MEKI_ORT_CHECK)
 #undef MEKI_ORT_CHECK
 
 // The callbacks of an operator: the same names at the same places.
-#define MEKI_ORT_CHECK_CALLBACK(name) static_assert(offsetof(OrtCustomOp, name) == offsetof(meki::ort::CustomOp, name))
-MEKI_ORT_CHECK_CALLBACK(CreateKernel);
-MEKI_ORT_CHECK_CALLBACK(GetName);
-MEKI_ORT_CHECK_CALLBACK(GetExecutionProviderType);
-MEKI_ORT_CHECK_CALLBACK(GetInputType);
-MEKI_ORT_CHECK_CALLBACK(GetInputTypeCount);
-MEKI_ORT_CHECK_CALLBACK(GetOutputType);
-MEKI_ORT_CHECK_CALLBACK(GetOutputTypeCount);
-MEKI_ORT_CHECK_CALLBACK(KernelCompute);
-MEKI_ORT_CHECK_CALLBACK(KernelDestroy);
-MEKI_ORT_CHECK_CALLBACK(GetInputCharacteristic);
-MEKI_ORT_CHECK_CALLBACK(GetOutputCharacteristic);
-MEKI_ORT_CHECK_CALLBACK(GetInputMemoryType);
-MEKI_ORT_CHECK_CALLBACK(GetVariadicInputMinArity);
-MEKI_ORT_CHECK_CALLBACK(GetVariadicInputHomogeneity);
-MEKI_ORT_CHECK_CALLBACK(GetVariadicOutputMinArity);
-MEKI_ORT_CHECK_CALLBACK(GetVariadicOutputHomogeneity);
-MEKI_ORT_CHECK_CALLBACK(CreateKernelV2);
-MEKI_ORT_CHECK_CALLBACK(KernelComputeV2);
-MEKI_ORT_CHECK_CALLBACK(InferOutputShapeFn);
-MEKI_ORT_CHECK_CALLBACK(GetStartVersion);
-MEKI_ORT_CHECK_CALLBACK(GetEndVersion);
-MEKI_ORT_CHECK_CALLBACK(GetMayInplace);
-MEKI_ORT_CHECK_CALLBACK(ReleaseMayInplace);
-MEKI_ORT_CHECK_CALLBACK(GetAliasMap);
-MEKI_ORT_CHECK_CALLBACK(ReleaseAliasMap);
+#define MEKI_ORT_CHECK_CALLBACK(result, name, parameters) \
+  static_assert(offsetof(OrtCustomOp, name) == offsetof(meki::ort::CustomOp, name));
+MEKI_ORT_CALLBACKS(MEKI_ORT_CHECK_CALLBACK)
 #undef MEKI_ORT_CHECK_CALLBACK
 
 static_assert(ORT_LOGGING_LEVEL_FATAL == static_cast<int>(meki::ort::kLogFatal));
@@ -77,8 +54,6 @@ static_assert(OrtDeviceAllocator == static_cast<int>(meki::ort::kDeviceAllocator
 static_assert(OrtMemTypeDefault == static_cast<int>(meki::ort::kMemoryDefault));
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT == static_cast<int>(meki::ort::kFloat));
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 == static_cast<int>(meki::ort::kFloat16));
-static_assert(OrtHardwareDeviceType_CPU == static_cast<int>(meki::ort::kHardwareCpu));
-static_assert(OrtHardwareDeviceType_GPU == static_cast<int>(meki::ort::kHardwareGpu));
 static_assert(OrtHardwareDeviceType_NPU == static_cast<int>(meki::ort::kHardwareNpu));
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 == static_cast<int>(meki::ort::kInt32));
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 == static_cast<int>(meki::ort::kInt64));

@@ -4,7 +4,6 @@
 #include <functional>
 #include <memory>
 #include <string>
-#include <vector>
 
 #include "runtime/graph/graph.h"
 #include "runtime/graph/ort/api.h"

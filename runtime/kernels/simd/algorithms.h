@@ -10,9 +10,8 @@ namespace {
 
 constexpr Simd make_path(std::string_view name, Simd::Panel panel4 = panel<4>, Simd::Panel panel8 = panel<8>) {
   return {name,
-          {scores_float<float>, scores_float<uint16_t>, scores_integer<Int8Scores>, scores_integer<Int4Scores>},
-          {values_float<float>, values_float<uint16_t>, values_integer<Int8Values, kInt8ValueQueries>,
-           values_integer<Int4Values, 4>},
+          {scores_float<float>, scores_float<uint16_t>, scores_int8, scores_int4},
+          {values_float<float>, values_float<uint16_t>, values_int8, values_int4},
           softmax,
           swiglu,
           quantize,

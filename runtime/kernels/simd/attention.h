@@ -10,15 +10,24 @@ namespace {
 constexpr size_t kBlock = KvLayout::kBlock;
 constexpr size_t kGroup = KvLayout::kGroup;
 
-// Calls tile.template run<Q>(first) for queries first .. first + Q - 1, kLargest at a time.
+// Calls tile<Q>(first) for queries first .. first + Q - 1, kLargest at a time.
 template <int kLargest, class Tile>
 void for_queries(size_t count, Tile tile) {
   size_t q = 0;
   if constexpr (kLargest == 4) {
-    for (; q + 4 <= count; q += 4) tile.template run<4>(q);
+    for (; q + 4 <= count; q += 4) tile.template operator()<4>(q);
   }
-  for (; q + 2 <= count; q += 2) tile.template run<2>(q);
-  for (; q < count; ++q) tile.template run<1>(q);
+  for (; q + 2 <= count; q += 2) tile.template operator()<2>(q);
+  for (; q < count; ++q) tile.template operator()<1>(q);
+}
+
+// Calls columns<V>(first) for the V vectors of columns from `first` on, kLargest at a time. `count` is a multiple
+// of 16.
+template <int kLargest, class Columns>
+void for_columns(size_t count, Columns columns) {
+  size_t e = 0;
+  for (; e + kLanes * kLargest <= count; e += kLanes * kLargest) columns.template operator()<kLargest>(e);
+  for (; e < count; e += 16) columns.template operator()<16 / kLanes>(e);
 }
 
 // The same place of the block that is streamed next. Null but for the first queries: once is enough.
@@ -40,59 +49,41 @@ void add_products(const T* rows, size_t columns, size_t count, const float* numb
 }
 
 template <class T>
-struct FloatScores {
-  const Queries& queries;
-  const T* keys;
-  const std::byte* next;
-  float* scores;
-
-  template <int Q>
-  void run(size_t first) const {
+void scores_float(const Queries& queries, const std::byte* block, const std::byte* next, float* scores) {
+  const T* const keys = reinterpret_cast<const T*>(block);
+  for_queries<4>(queries.count, [=, &queries]<int Q>(size_t first) {
     constexpr int V = kFloatVectors<Q>;
     const size_t head_dim = queries.head_dim;
     for (size_t p = 0; p < kBlock; p += kLanes * V) {
-      Floats sum[Q][V];
-      for (auto& row : sum) {
-        for (Floats& vector : row) vector = broadcast(0);
-      }
+      Floats sum[Q][V] = {};
       add_products(keys + p, kBlock, head_dim, queries.values + first * head_dim, head_dim,
                    next_at(next, first, p * sizeof(T)), sum);
       for (int q = 0; q < Q; ++q) {
         for (int v = 0; v < V; ++v) store(scores + (first + q) * kBlock + p + kLanes * v, sum[q][v]);
       }
     }
-  }
-};
+  });
+}
 
 template <class T>
-struct FloatValues {
-  const float* weights;
-  size_t head_dim;
-  const T* values;
-  const std::byte* next;
-  float* outputs;
-
-  template <int Q>
-  void run(size_t first) const {
-    constexpr int V = kFloatVectors<Q>;
-    size_t e = 0;
-    for (; e + kLanes * V <= head_dim; e += kLanes * V) columns<Q, V>(first, e);
-    for (; e < head_dim; e += 16) columns<Q, 16 / kLanes>(first, e);
-  }
-  template <int Q, int V>
-  void columns(size_t first, size_t e) const {
-    float* const out = outputs + first * head_dim + e;
-    Floats sum[Q][V];
-    for (int q = 0; q < Q; ++q) {
-      for (int v = 0; v < V; ++v) sum[q][v] = load(out + q * head_dim + kLanes * v);
-    }
-    add_products(values + e, head_dim, kBlock, weights + first * kBlock, kBlock, next_at(next, first, e * sizeof(T)),
-                 sum);
-    for (int q = 0; q < Q; ++q) {
-      for (int v = 0; v < V; ++v) store(out + q * head_dim + kLanes * v, sum[q][v]);
-    }
-  }
-};
+void values_float(const float* weights, size_t count, size_t head_dim, const std::byte* block, const std::byte* next,
+                  float* outputs) {
+  const T* const values = reinterpret_cast<const T*>(block);
+  for_queries<4>(count, [=]<int Q>(size_t first) {
+    for_columns<kFloatVectors<Q>>(head_dim, [&]<int V>(size_t e) {
+      float* const out = outputs + first * head_dim + e;
+      Floats sum[Q][V];
+      for (int q = 0; q < Q; ++q) {
+        for (int v = 0; v < V; ++v) sum[q][v] = load(out + q * head_dim + kLanes * v);
+      }
+      add_products(values + e, head_dim, kBlock, weights + first * kBlock, kBlock, next_at(next, first, e * sizeof(T)),
+                   sum);
+      for (int q = 0; q < Q; ++q) {
+        for (int v = 0; v < V; ++v) store(out + q * head_dim + kLanes * v, sum[q][v]);
+      }
+    });
+  });
+}
 
 // Of the next kDepth / 4 rows of codes, V vectors.
 template <int V>
@@ -138,14 +129,8 @@ void add_nibble_products(const std::byte* codes, size_t columns, size_t count, c
   }
 }
 
-struct Int8Scores {
-  const Queries& queries;
-  const std::byte* block;
-  const std::byte* next;
-  float* scores;
-
-  template <int Q>
-  void run(size_t first) const {
+inline void scores_int8(const Queries& queries, const std::byte* block, const std::byte* next, float* scores) {
+  for_queries<4>(queries.count, [=, &queries]<int Q>(size_t first) {
     constexpr int V = kInt8Vectors<Q>;
     const auto* const scales = reinterpret_cast<const float*>(block);
     QueryNumbers numbers[Q];
@@ -171,27 +156,18 @@ struct Int8Scores {
         }
       }
     }
-  }
-};
+  });
+}
 
-struct Int4Scores {
-  const Queries& queries;
-  const std::byte* block;
-  const std::byte* next;
-  float* scores;
-
-  template <int Q>
-  void run(size_t first) const {
+inline void scores_int4(const Queries& queries, const std::byte* block, const std::byte* next, float* scores) {
+  for_queries<4>(queries.count, [=, &queries]<int Q>(size_t first) {
     constexpr int V = kInt4ScoreVectors<Q>;
     const size_t groups = queries.head_dim / kGroup;
     const auto* const scales = reinterpret_cast<const uint16_t*>(block);
     QueryNumbers numbers[Q];
     for (int q = 0; q < Q; ++q) numbers[q].set(queries, first + q);
     for (size_t p = 0; p < kBlock; p += kLanes * V) {
-      Floats total[Q][V];
-      for (auto& row : total) {
-        for (Floats& vector : row) vector = broadcast(0);
-      }
+      Floats total[Q][V] = {};
       for (size_t g = 0; g < groups; ++g) {
         const size_t at = groups * kBlock * sizeof(uint16_t) + g * kGroup / 2 * kBlock + 4 * p;
         Sums<Q, V> sums;
@@ -212,8 +188,8 @@ struct Int4Scores {
         }
       }
     }
-  }
-};
+  });
+}
 
 // weight * value scale in 14 bits: codes 0 .. 16383 that are worth `unit` each.
 template <class T>
@@ -241,43 +217,27 @@ void add_scaled(const Sums<Q, V>& sums, const WeightNumbers (&weights)[Q], float
   }
 }
 
-struct Int8Values {
-  const float* weights;
-  size_t head_dim;
-  const std::byte* block;
-  const std::byte* next;
-  float* outputs;
-
-  template <int Q>
-  void run(size_t first) const {
-    constexpr int V = kInt8Vectors<Q>;
+inline void values_int8(const float* weights, size_t count, size_t head_dim, const std::byte* block,
+                        const std::byte* next, float* outputs) {
+  // Inlined into one function, GCC spills what the inner loops of all Q need.
+  for_queries<kInt8ValueQueries>(count, [=]<int Q>(size_t first) __attribute__((noinline)) {
     WeightNumbers numbers[Q];
     for (int q = 0; q < Q; ++q) {
       quantize_weights(weights + (first + q) * kBlock, reinterpret_cast<const float*>(block), numbers[q]);
     }
-    size_t e = 0;
-    for (; e + kLanes * V <= head_dim; e += kLanes * V) columns<Q, V>(first, e, numbers);
-    for (; e < head_dim; e += 16) columns<Q, 16 / kLanes>(first, e, numbers);
-  }
-  template <int Q, int V>
-  void columns(size_t first, size_t e, const WeightNumbers (&numbers)[Q]) const {
-    const size_t at = kBlock * sizeof(float) + 4 * e;
-    Sums<Q, V> sums;
-    for (int q = 0; q < Q; ++q) sums.start(q, 0);
-    add_byte_products(block + at, head_dim, kBlock, numbers, next_at(next, first, at), sums);
-    add_scaled(sums, numbers, outputs + first * head_dim + e, head_dim);
-  }
-};
+    for_columns<kInt8Vectors<Q>>(head_dim, [&]<int V>(size_t e) {
+      const size_t at = kBlock * sizeof(float) + 4 * e;
+      Sums<Q, V> sums;
+      for (int q = 0; q < Q; ++q) sums.start(q, 0);
+      add_byte_products(block + at, head_dim, kBlock, numbers, next_at(next, first, at), sums);
+      add_scaled(sums, numbers, outputs + first * head_dim + e, head_dim);
+    });
+  });
+}
 
-struct Int4Values {
-  const float* weights;
-  size_t head_dim;
-  const std::byte* block;
-  const std::byte* next;
-  float* outputs;
-
-  template <int Q>
-  void run(size_t first) const {
+inline void values_int4(const float* weights, size_t count, size_t head_dim, const std::byte* block,
+                        const std::byte* next, float* outputs) {
+  for_queries<4>(count, [=]<int Q>(size_t first) {
     constexpr int kVectors = kGroup / kLanes;  // of a group
     constexpr int V = kInt8Vectors<Q> < kVectors ? kInt8Vectors<Q> : kVectors;
     for (size_t g = 0; g < head_dim / kGroup; ++g) {
@@ -286,38 +246,15 @@ struct Int4Values {
         const auto* const scales = reinterpret_cast<const uint16_t*>(block) + g * kBlock;
         quantize_weights(weights + (first + q) * kBlock, scales, numbers[q]);
       }
-      for (size_t e = g * kGroup; e < (g + 1) * kGroup; e += kLanes * V) columns<Q, V>(first, e, numbers);
+      for (size_t e = g * kGroup; e < (g + 1) * kGroup; e += kLanes * V) {
+        const size_t at = head_dim / kGroup * kBlock * sizeof(uint16_t) + 4 * e;
+        Sums<Q, V> sums;
+        for (int q = 0; q < Q; ++q) sums.start(q, -8 * numbers[q].sum);  // nibbles are code + 8
+        add_nibble_products(block + at, head_dim, kBlock / 2, numbers, 0, next_at(next, first, at), sums);
+        add_scaled(sums, numbers, outputs + first * head_dim + e, head_dim);
+      }
     }
-  }
-  template <int Q, int V>
-  void columns(size_t first, size_t e, const WeightNumbers (&numbers)[Q]) const {
-    const size_t at = head_dim / kGroup * kBlock * sizeof(uint16_t) + 4 * e;
-    Sums<Q, V> sums;
-    for (int q = 0; q < Q; ++q) sums.start(q, -8 * numbers[q].sum);  // nibbles are code + 8
-    add_nibble_products(block + at, head_dim, kBlock / 2, numbers, 0, next_at(next, first, at), sums);
-    add_scaled(sums, numbers, outputs + first * head_dim + e, head_dim);
-  }
-};
-
-// Members of Simd.
-
-template <class T>
-void scores_float(const Queries& queries, const std::byte* block, const std::byte* next, float* scores) {
-  for_queries<4>(queries.count, FloatScores<T>{queries, reinterpret_cast<const T*>(block), next, scores});
-}
-template <class Scores>
-void scores_integer(const Queries& queries, const std::byte* block, const std::byte* next, float* scores) {
-  for_queries<4>(queries.count, Scores{queries, block, next, scores});
-}
-template <class T>
-void values_float(const float* weights, size_t count, size_t head_dim, const std::byte* block, const std::byte* next,
-                  float* outputs) {
-  for_queries<4>(count, FloatValues<T>{weights, head_dim, reinterpret_cast<const T*>(block), next, outputs});
-}
-template <class Values, int kLargest>
-void values_integer(const float* weights, size_t count, size_t head_dim, const std::byte* block, const std::byte* next,
-                    float* outputs) {
-  for_queries<kLargest>(count, Values{weights, head_dim, block, next, outputs});
+  });
 }
 
 inline void softmax(float* scores, float* maximum, float* sum, float* output, size_t head_dim) {

@@ -113,12 +113,9 @@ struct Code {
   __m256i odd;
 };
 inline Bytes load_rows(const std::byte* at, size_t) { return load_bytes(at); }
-inline Code signed_bytes(Bytes bytes) {
-  return {_mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8), _mm256_srai_epi16(bytes, 8)};
-}
 template <int>
 Code unpack(Bytes bytes) {
-  return signed_bytes(bytes);
+  return {_mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8), _mm256_srai_epi16(bytes, 8)};
 }
 inline Code low_nibbles(Bytes bytes) {
   const __m256i mask = _mm256_set1_epi16(15);
@@ -195,8 +192,7 @@ void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const 
   if constexpr (kBits == 4) {
     // Nibbles, 0 to 15, times inputs in 8 bits: eight pairs of products fit into 16 bits.
     const __m256i mask = _mm256_set1_epi8(15);
-    Ints sum[T][2];
-    for (auto& row : sum) row[0] = row[1] = _mm256_setzero_si256();
+    Ints sum[T][2] = {};
     const auto add_columns = [&](int i) {  // 4i .. 4i + 3, and 16 after them
       __m256i low[2];
       __m256i high[2];
@@ -236,7 +232,7 @@ void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const 
 #pragma GCC unroll 1  // as above
     for (int i = 0; i < 8; ++i) {
       Code rows[2];
-      for (int h = 0; h < 2; ++h) rows[h] = signed_bytes(_mm256_xor_si256(load_bytes(codes + 64 * i + 32 * h), sign));
+      for (int h = 0; h < 2; ++h) rows[h] = unpack<0>(_mm256_xor_si256(load_bytes(codes + 64 * i + 32 * h), sign));
       for (int t = 0; t < T; ++t) {
         const __m256i even = broadcast4(paired[t] + 4 * i);
         const __m256i odd = broadcast4(paired[t] + 4 * i + 2);

@@ -41,10 +41,7 @@ void panel_tokens(const std::byte* panel, const Activations& x, size_t first, fl
   constexpr int kCodes = 64 * kBits;
   constexpr int H = 16 / kLanes;
   const size_t blocks = x.inputs / 32;
-  Floats total[T][H];
-  for (auto& row : total) {
-    for (Floats& vector : row) vector = broadcast(0);
-  }
+  Floats total[T][H] = {};
   for (size_t b = 0; b < blocks; ++b, panel += kCodes + 32) {
     if constexpr (T == 1) prefetch(panel + 4096, kCodes + 32);  // decode: bound by memory
     const int8_t* xs[T];

@@ -10,10 +10,7 @@ template <int P, int kBits>
 void matrix_panel_tokens(const std::byte* panel, const Activations& x, size_t first, float* out, size_t stride) {
   constexpr int kCodes = 64 * kBits;
   const size_t blocks = x.inputs / 32;
-  float32x4_t total[4][P][2];  // [4 rows][2 tokens][2 rows of these]
-  for (auto& rows : total) {
-    for (auto& pair : rows) pair[0] = pair[1] = vdupq_n_f32(0);
-  }
+  float32x4_t total[4][P][2] = {};  // [4 rows][2 tokens][2 rows of these]
   for (size_t b = 0; b < blocks; ++b, panel += kCodes + 32) {
     int8x16_t xs[P][4];  // columns 8k .. 8k + 7 of 2 tokens
     int32x4_t excess[P];

@@ -8,11 +8,11 @@ shift
 for object in "$@"; do
   "$objdump" -d -C "$object" | awk -v object="$object" '
     BEGIN {
-      count = split("Int8Scores Int8Values Int4Scores Int4Values panel", names)
+      count = split("scores_int8 values_int8 scores_int4 values_int4 panel", names)
       kinds = split("float short", types)
       for (type = 1; type <= kinds; ++type) {
-        names[++count] = "(FloatScores|scores_float)<.*" types[type] ">"
-        names[++count] = "(FloatValues|values_float)<.*" types[type] ">"
+        names[++count] = "scores_float<.*" types[type] ">"
+        names[++count] = "values_float<.*" types[type] ">"
       }
     }
     /^[0-9a-f]+ </ { function_name = $0 }

@@ -13,15 +13,16 @@
 #include <thread>
 
 #include "runtime/base/error.h"
-#include "runtime/rows/delayed_rows.h"
 #include "runtime/rows/token_table.h"
 #include "tests/cpp/allocations.h"
 #include "tests/cpp/rows/faulty_rows.h"
+#include "tests/cpp/rows/requests.h"
 #include "tests/cpp/support.h"
 
 namespace meki {
 namespace {
 
+using test::buffer_of;
 using test::check_names;
 using test::error_of;
 using test::FaultyRows;
@@ -91,7 +92,7 @@ TEST_CASE("prefetcher: the rows of random ids equal the naive reading, each dist
         for (int round = 0; round < 40; ++round) {
           CAPTURE(round);
           const std::vector<int32_t> ids = random_ids(random);
-          RowRequest request = prefetcher.request(ids, 0);
+          RowRequest request = test::request(prefetcher, ids);
           pause(random);
           request.wait();
           CHECK(fixture.holds(request, ids));
@@ -114,17 +115,17 @@ TEST_CASE("prefetcher: one buffer is filled while the other is in use, in memory
     const float* const memory[] = {prefetcher.rows(0), prefetcher.rows(1)};
     std::mt19937 random(5);
     std::vector<int32_t> ids = random_ids(random);
-    RowRequest current = prefetcher.request(ids, 0);
+    RowRequest current = test::request(prefetcher, ids);
     for (int round = 0; round < 200; ++round) {
       const size_t buffer = static_cast<size_t>(round % 2);
       std::vector<int32_t> next_ids = random_ids(random);
       const std::vector<int32_t> kept = next_ids;
-      RowRequest next = prefetcher.request(next_ids, 0);
+      RowRequest next = test::request(prefetcher, next_ids);
       next_ids.assign(next_ids.size(), 0);  // request() needs them no more
       pause(random);
       current.wait();
       CHECK(fixture.holds(current, ids));
-      CHECK(current.buffer() == buffer);
+      CHECK(buffer_of(prefetcher, current) == buffer);
       CHECK(current.rows() == memory[buffer]);
       ids = kept;
       current = std::move(next);
@@ -140,7 +141,7 @@ TEST_CASE("prefetcher: two requests are answered in either order of waiting") {
     for (int round = 0; round < 100; ++round) {
       const int first = round / 2 % 2;
       RowRequest requests[2];
-      for (const int i : {round % 2, 1 - round % 2}) requests[i] = prefetcher.request(ids[i], 0);
+      for (const int i : {round % 2, 1 - round % 2}) requests[i] = test::request(prefetcher, ids[i]);
       requests[first].wait();
       requests[1 - first].wait();
       CHECK(fixture.holds(requests[0], ids[0]));
@@ -158,14 +159,14 @@ TEST_CASE("prefetcher: a request that is dropped is not seen again, be it queued
     for (int round = 0; round < 200; ++round) {
       CAPTURE(round);
       RowRequest held;  // in some rounds there is but one buffer for all the others
-      if (random() % 2 == 0) held = prefetcher.request(std::vector<int32_t>{6}, 0);
+      if (random() % 2 == 0) held = test::request(prefetcher, std::vector<int32_t>{6});
       for (auto dropped = random() % 3; dropped > 0; --dropped) {
         const std::vector<int32_t> ids(1 + random() % kMaxTokens, random() % 2 == 0 ? 7 : 8);
-        const RowRequest request = prefetcher.request(ids, 0);
+        const RowRequest request = test::request(prefetcher, ids);
         pause(random);
       }
       const std::vector<int32_t> ids = {9, static_cast<int32_t>(10 + random() % 40), 9};
-      RowRequest request = prefetcher.request(ids, 0);
+      RowRequest request = test::request(prefetcher, ids);
       pause(random);
       request.wait();
       CHECK(fixture.holds(request, ids));
@@ -182,8 +183,8 @@ TEST_CASE("prefetcher: a read error reaches the waiter of its request alone, and
     const std::vector<int32_t> good = {5, 6};
     for (int round = 0; round < 50; ++round) {
       fixture.source->damage(30);
-      RowRequest failing = prefetcher.request(bad, 0);
-      RowRequest other = prefetcher.request(good, 0);
+      RowRequest failing = test::request(prefetcher, bad);
+      RowRequest other = test::request(prefetcher, good);
       pause(random);
       for (int attempt = 0; attempt < 2; ++attempt) {
         check_names(error_of<PackageError>([&] { failing.wait(); }), "token 30");
@@ -192,7 +193,7 @@ TEST_CASE("prefetcher: a read error reaches the waiter of its request alone, and
       CHECK(fixture.holds(other, good));
       fixture.source->repair(30);
       failing = {};
-      failing = prefetcher.request(bad, 0);
+      failing = test::request(prefetcher, bad);
       failing.wait();
       CHECK(fixture.holds(failing, bad));
     }
@@ -205,7 +206,7 @@ TEST_CASE("prefetcher: a file that shrinks is an error of the waiter") {
     Prefetcher prefetcher(fixture.source, kMaxTokens, kBuffers, true);
     std::filesystem::resize_file(fixture.path, 4096);
     const std::vector<int32_t> ids = {3, 1, 2};
-    RowRequest request = prefetcher.request(ids, 0);
+    RowRequest request = test::request(prefetcher, ids);
     check_names(error_of<PackageError>([&] { request.wait(); }), fixture.path.string());
   }
 }
@@ -219,7 +220,7 @@ TEST_CASE("prefetcher: destruction at any moment of a read") {
     for (auto request = random() % 4; request > 0; --request) {
       RowRequest& replaced = held[random() % kBuffers];
       replaced = {};
-      replaced = prefetcher.request(random_ids(random), 0);
+      replaced = test::request(prefetcher, random_ids(random));
       if (random() % 2 == 0) pause(random);
     }
   }
@@ -230,7 +231,7 @@ TEST_CASE("prefetcher: destruction in a forked child, where the I/O thread is no
   const std::vector<int32_t> ids = {1, 2, 3};
   for (const bool waited : {false, true}) {
     auto prefetcher = std::make_unique<Prefetcher>(fixture.source, kMaxTokens, kBuffers, true);
-    RowRequest request = prefetcher->request(ids, 0);
+    RowRequest request = test::request(*prefetcher, ids);
     if (waited) {
       request.wait();
       std::this_thread::sleep_for(std::chrono::milliseconds(5));  // the I/O thread sleeps again, as it mostly does
@@ -262,7 +263,7 @@ TEST_CASE("prefetcher: many on one ROM, each in a thread of its own") {
       Prefetcher prefetcher(fixture.source, kMaxTokens, kBuffers, thread != 0);
       for (int round = 0; round < 50; ++round) {
         const std::vector<int32_t> ids = random_ids(random);
-        RowRequest request = prefetcher.request(ids, 0);
+        RowRequest request = test::request(prefetcher, ids);
         pause(random);
         request.wait();
         if (fixture.holds(request, ids)) ++right;
@@ -278,10 +279,10 @@ TEST_CASE("prefetcher: slow storage is waited for, and the time of it is told") 
   const Fixture fixture;
   const std::vector<int32_t> ids = {4, 2, 4, 9};  // three bundles
   for (const bool asynchronous : {false, true}) {
-    const auto slow = std::make_shared<const DelayedRows>(fixture.source, kDelay);
+    const auto slow = std::make_shared<const TokenTable>(fixture.path, RomAccess::pread, kDelay);
     Prefetcher prefetcher(slow, kMaxTokens, kBuffers, asynchronous);
     const auto start = std::chrono::steady_clock::now();
-    RowRequest request = prefetcher.request(ids, 0);
+    RowRequest request = test::request(prefetcher, ids);
     const std::chrono::nanoseconds stall(request.wait());
     CHECK(std::chrono::steady_clock::now() - start >= 3 * kDelay);
     if (!asynchronous) CHECK(stall >= 3 * kDelay);
@@ -297,21 +298,21 @@ TEST_CASE("prefetcher: a request holds the free buffer of the lowest number unti
     CHECK(prefetcher.buffers() == 3);
     std::vector<RowRequest> held;
     for (size_t buffer = 0; buffer < 3; ++buffer) {
-      held.push_back(prefetcher.request(ids, 0));
+      held.push_back(test::request(prefetcher, ids));
       held.back().wait();
-      CHECK(held.back().buffer() == buffer);
+      CHECK(buffer_of(prefetcher, held.back()) == buffer);
       CHECK(held.back().rows() == prefetcher.rows(buffer));
     }
-    check_names(error_of<std::logic_error>([&] { prefetcher.request(ids, 0); }), "all 3 buffers");
+    check_names(error_of<std::logic_error>([&] { test::request(prefetcher, ids); }), "all 3 buffers");
     held[1] = std::move(held[2]);  // gives back buffer 1 at once
     CHECK_FALSE(held[2]);
-    CHECK(held[1].buffer() == 2);
+    CHECK(buffer_of(prefetcher, held[1]) == 2);
     CHECK(fixture.holds(held[1], ids));
-    CHECK(prefetcher.request(ids, 0).buffer() == 1);
+    CHECK(buffer_of(prefetcher, test::request(prefetcher, ids)) == 1);
     held[0] = {};
     CHECK_FALSE(held[0]);
-    held[0] = prefetcher.request(ids, 0);
-    CHECK(held[0].buffer() == 0);
+    held[0] = test::request(prefetcher, ids);
+    CHECK(buffer_of(prefetcher, held[0]) == 0);
   }
 }
 
@@ -319,7 +320,7 @@ TEST_CASE("prefetcher: what is dropped before it has begun is never read") {
   const Fixture fixture;
   Prefetcher prefetcher(fixture.source, kMaxTokens, kBuffers, false);
   for (int32_t id = 0; id < 10; ++id) {
-    const RowRequest dropped = prefetcher.request(std::span(&id, 1), 0);
+    const RowRequest dropped = test::request(prefetcher, std::span(&id, 1));
   }
   CHECK(prefetcher.counters().requests == 0);
 }
@@ -352,12 +353,12 @@ TEST_CASE("prefetcher: no request allocates, not even its first") {
     const std::vector<int32_t> one = {4};
     const uint64_t before = test::allocations();
     for (int round = 0; round < 50; ++round) {
-      RowRequest request = prefetcher.request(chunk, 0);
-      RowRequest next = prefetcher.request(one, 0);
+      RowRequest request = test::request(prefetcher, chunk);
+      RowRequest next = test::request(prefetcher, one);
       pause(random);
       request.wait();
       request = std::move(next);
-      next = prefetcher.request(one, 0);  // dropped
+      next = test::request(prefetcher, one);  // dropped
       request.wait();
     }
     const uint64_t made = test::allocations() - before;

@@ -13,10 +13,13 @@
 #include <thread>
 
 #include "runtime/rows/prefetcher.h"
+#include "tests/cpp/rows/requests.h"
 #include "tests/cpp/support.h"
 
 namespace meki {
 namespace {
+
+using test::buffer_of;
 
 constexpr uint32_t kLayers = 3;
 constexpr uint32_t kHeads = 4;
@@ -173,7 +176,7 @@ TEST_CASE("prefetcher: storage is told of all parts of a single token by the thr
   const std::vector<int32_t> sequence = {4, 5, 6, 7};
   Prefetcher prefetcher(source, kMaxTokens, 1, true);
   for (int round = 0; round < 20; ++round) {
-    RowRequest request = prefetcher.request(sequence, 3);
+    RowRequest request = test::request(prefetcher, sequence, 3);
     const FakeNgrams::Log at_once = source->take_log();
     CHECK(at_once.advised == naive_indices(sequence, 3));
     CHECK(at_once.advised_by_caller == at_once.advised.size());
@@ -188,15 +191,15 @@ TEST_CASE("prefetcher: the I/O thread begins the oldest request; who waits for o
   Prefetcher prefetcher(source, kMaxTokens, 3, true);
   source->set_gate(false);
   RowRequest requests[3];
-  requests[0] = prefetcher.request(std::span(sequence).first(3), 2);
+  requests[0] = test::request(prefetcher, std::span(sequence).first(3), 2);
   source->await_read();
   CHECK(source->take_log().read.front() == distinct_indices(std::span(sequence).first(3), 2).front());
   // The buffer of the second is the higher one, so that no order of buffers could pass for the order of requests.
-  RowRequest spare = prefetcher.request(sequence, 4);
-  requests[1] = prefetcher.request(std::span(sequence).first(4), 3);
+  RowRequest spare = test::request(prefetcher, sequence, 4);
+  requests[1] = test::request(prefetcher, std::span(sequence).first(4), 3);
   spare = {};
-  requests[2] = prefetcher.request(sequence, 4);
-  CHECK(requests[1].buffer() > requests[2].buffer());
+  requests[2] = test::request(prefetcher, sequence, 4);
+  CHECK(buffer_of(prefetcher, requests[1]) > buffer_of(prefetcher, requests[2]));
   source->set_gate(true);
   requests[0].wait();
   // Give the I/O thread time for the others: they come in the order of their requests.
@@ -221,9 +224,9 @@ TEST_CASE("prefetcher: a request is read by who waits for it while the I/O threa
   const std::vector<int32_t> sequence = {4, 5, 6};
   Prefetcher prefetcher(source, kMaxTokens, 2, true);
   source->set_gate(false);
-  RowRequest held_up = prefetcher.request(std::span(sequence).first(2), 1);
+  RowRequest held_up = test::request(prefetcher, std::span(sequence).first(2), 1);
   source->await_read();
-  RowRequest request = prefetcher.request(sequence, 2);
+  RowRequest request = test::request(prefetcher, sequence, 2);
   request.wait();
   CHECK(holds(request, sequence, 2, 1));
   CHECK(prefetcher.counters().requests == distinct_indices(sequence, 2).size());
@@ -237,20 +240,20 @@ TEST_CASE("prefetcher: to drop a read in flight does not wait for it; to need it
   const std::vector<int32_t> sequence = {4, 5, 6};
   Prefetcher prefetcher(source, kMaxTokens, 2, true);
   source->set_gate(false);
-  RowRequest dropped = prefetcher.request(std::span(sequence).first(2), 1);
+  RowRequest dropped = test::request(prefetcher, std::span(sequence).first(2), 1);
   source->await_read();
   dropped = {};
-  RowRequest other = prefetcher.request(std::span(sequence).first(1), 0);
-  CHECK(other.buffer() == 1);
+  RowRequest other = test::request(prefetcher, std::span(sequence).first(1));
+  CHECK(buffer_of(prefetcher, other) == 1);
   std::atomic<bool> opened = false;
   std::thread opener([&] {
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
     opened = true;
     source->set_gate(true);
   });
-  RowRequest request = prefetcher.request(sequence, 2);
+  RowRequest request = test::request(prefetcher, sequence, 2);
   CHECK(opened);
-  CHECK(request.buffer() == 0);
+  CHECK(buffer_of(prefetcher, request) == 0);
   opener.join();
   request.wait();
   CHECK(holds(request, sequence, 2, 1));

@@ -81,9 +81,7 @@ Kind attention() {
           5,
           {kFloat, kUint8, kInt32, kFloat, kFloat, kFloat, kFloat},
           {kFloat, kUint8},
-          [](const Definition& node, KvType kv_type) -> std::unique_ptr<Kernel> {
-            return std::make_unique<AttentionKernel>(node, kv_type);
-          }};
+          make_kernel<AttentionKernel>};
 }
 
 }  // namespace meki::ops

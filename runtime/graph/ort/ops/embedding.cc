@@ -8,7 +8,7 @@ namespace {
 // Inputs: ids, weight.
 class EmbeddingKernel final : public Kernel {
  public:
-  explicit EmbeddingKernel(const Definition& node)
+  EmbeddingKernel(const Definition& node, KvType)
       : weight_(node.constant(1).packed(node.positive("outputs"), node.bits())) {}
 
   void compute(const Call& call) const override {
@@ -31,9 +31,7 @@ class EmbeddingKernel final : public Kernel {
 
 Kind embedding() {
   using ort::kFloat, ort::kUint8, ort::kInt64;
-  return {"Embedding", 2, {kInt64, kUint8}, {kFloat}, [](const Definition& node, KvType) -> std::unique_ptr<Kernel> {
-            return std::make_unique<EmbeddingKernel>(node);
-          }};
+  return {"Embedding", 2, {kInt64, kUint8}, {kFloat}, make_kernel<EmbeddingKernel>};
 }
 
 }  // namespace meki::ops

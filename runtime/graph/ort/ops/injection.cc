@@ -10,7 +10,7 @@ namespace {
 // Inputs: x, h, norm_weight, gate_proj, rows, out_proj, post_norm_weight.
 class InjectionKernel final : public Kernel {
  public:
-  explicit InjectionKernel(const Definition& node) : layer_(node.index("layer")), epsilon_(node.number("epsilon")) {
+  InjectionKernel(const Definition& node, KvType) : layer_(node.index("layer")), epsilon_(node.number("epsilon")) {
     const size_t hidden = node.constant(6).shape.elements();
     norm_weight_ = node.constant(2).floats(hidden);
     post_norm_weight_ = node.constant(6).floats(hidden);
@@ -58,13 +58,8 @@ class InjectionKernel final : public Kernel {
 
 Kind injection() {
   using ort::kFloat, ort::kUint8;
-  return {"Injection",
-          7,
-          {kFloat, kFloat, kFloat, kUint8, kFloat, kUint8, kFloat},
-          {kFloat},
-          [](const Definition& node, KvType) -> std::unique_ptr<Kernel> {
-            return std::make_unique<InjectionKernel>(node);
-          }};
+  return {
+      "Injection", 7, {kFloat, kFloat, kFloat, kUint8, kFloat, kUint8, kFloat}, {kFloat}, make_kernel<InjectionKernel>};
 }
 
 }  // namespace meki::ops

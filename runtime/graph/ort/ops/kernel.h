@@ -152,6 +152,11 @@ class Kernel {
   virtual void compute(const Call& call) const = 0;
 };
 
+template <class K>
+std::unique_ptr<Kernel> make_kernel(const Definition& node, KvType kv_type) {
+  return std::make_unique<K>(node, kv_type);
+}
+
 // A kind of operator. Its first `required_inputs` inputs are always there.
 struct Kind {
   const char* name;

@@ -8,7 +8,7 @@ namespace {
 // Inputs: x, weight, norm_weight (optional), residual (optional).
 class LinearKernel final : public Kernel {
  public:
-  explicit LinearKernel(const Definition& node)
+  LinearKernel(const Definition& node, KvType)
       : weight_(node.constant(1).packed(node.positive("outputs"), node.bits())), has_residual_(node.has_input(3)) {
     input_.epsilon = node.number("epsilon");
     if (node.flag("swiglu")) input_.kind = LinearInput::Kind::swiglu;
@@ -49,12 +49,7 @@ class LinearKernel final : public Kernel {
 
 Kind linear() {
   using ort::kFloat, ort::kUint8;
-  return {
-      "Linear",
-      2,
-      {kFloat, kUint8, kFloat, kFloat},
-      {kFloat},
-      [](const Definition& node, KvType) -> std::unique_ptr<Kernel> { return std::make_unique<LinearKernel>(node); }};
+  return {"Linear", 2, {kFloat, kUint8, kFloat, kFloat}, {kFloat}, make_kernel<LinearKernel>};
 }
 
 }  // namespace meki::ops

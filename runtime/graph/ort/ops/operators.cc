@@ -3,7 +3,6 @@
 #include <array>
 #include <exception>
 #include <string>
-#include <vector>
 
 #include "runtime/base/thread_pool.h"
 #include "runtime/graph/ort/ops/kernel.h"
