@@ -11,6 +11,7 @@
 #include "runtime/executor/compiled.h"
 #include "runtime/executor/dynamic.h"
 #include "runtime/graph/qnn.h"
+#include "runtime/rows/delayed_rows.h"
 #include "runtime/rows/open_rows.h"
 
 namespace meki {
@@ -93,7 +94,11 @@ std::shared_ptr<const Engine> Engine::open(const std::filesystem::path& director
   Manifest manifest = Manifest::open(directory);
   auto backend =
       qnn ? open_qnn(std::move(manifest), options, threads) : open_cpu(std::move(manifest), options, threads);
-  return make(open_rows(backend->manifest(), options.rom_access, options.rom_delay), backend, threads);
+  auto rows = open_rows(backend->manifest(), options.rom_access);
+  if (rows != nullptr && options.rom_delay.count() > 0) {
+    rows = std::make_shared<DelayedRows>(std::move(rows), options.rom_delay);
+  }
+  return make(rows, backend, threads);
 }
 
 std::shared_ptr<const Engine> Engine::make(const std::shared_ptr<const RowSource>& rows,

@@ -9,11 +9,10 @@
 namespace meki {
 namespace {
 
-std::shared_ptr<const RowSource> open_token_table(const Manifest& manifest, RomAccess access,
-                                                  std::chrono::microseconds delay) {
+std::shared_ptr<const RowSource> open_token_table(const Manifest& manifest, RomAccess access) {
   const MemoryInfo& memory = *manifest.memory;
   const std::filesystem::path path = manifest.directory / memory.file;
-  auto table = std::make_shared<const TokenTable>(path, access, delay);
+  auto table = std::make_shared<const TokenTable>(path, access);
   const RomHeader& header = table->header();
   const auto require = [&path](const char* name, const std::string& got, const std::string& expected) {
     if (got != expected) {
@@ -32,7 +31,7 @@ std::shared_ptr<const RowSource> open_token_table(const Manifest& manifest, RomA
 // What opens the rows of each kind of address.
 struct AddressKind {
   std::string_view name;
-  std::shared_ptr<const RowSource> (*open)(const Manifest& manifest, RomAccess access, std::chrono::microseconds delay);
+  std::shared_ptr<const RowSource> (*open)(const Manifest& manifest, RomAccess access);
 };
 constexpr AddressKind kAddressKinds[] = {
     {"token", open_token_table},
@@ -40,12 +39,11 @@ constexpr AddressKind kAddressKinds[] = {
 
 }  // namespace
 
-std::shared_ptr<const RowSource> open_rows(const Manifest& manifest, RomAccess access,
-                                           std::chrono::microseconds delay) {
+std::shared_ptr<const RowSource> open_rows(const Manifest& manifest, RomAccess access) {
   if (!manifest.memory) return nullptr;
   std::string known;
   for (const AddressKind& kind : kAddressKinds) {
-    if (kind.name == manifest.memory->address) return kind.open(manifest, access, delay);
+    if (kind.name == manifest.memory->address) return kind.open(manifest, access);
     known.append(known.empty() ? "" : " or ").append("\"").append(kind.name).append("\"");
   }
   throw PackageError((manifest.directory / "manifest.json").string() + ": memory.address.kind is \"" +

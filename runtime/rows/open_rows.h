@@ -1,6 +1,5 @@
 #pragma once
 
-#include <chrono>
 #include <memory>
 
 #include "runtime/package/manifest.h"
@@ -10,9 +9,7 @@
 namespace meki {
 
 // Opens the file of memory rows that the manifest names, as the manifest's address says, and checks that it is the one
-// that the manifest describes. Null for a dense model. `delay` is added to every read, to imitate slow storage. Throws
-// PackageError.
-std::shared_ptr<const RowSource> open_rows(const Manifest& manifest, RomAccess access,
-                                           std::chrono::microseconds delay = {});
+// that the manifest describes. Null for a dense model. Throws PackageError.
+std::shared_ptr<const RowSource> open_rows(const Manifest& manifest, RomAccess access);
 
 }  // namespace meki

@@ -9,7 +9,6 @@
 #include <array>
 #include <cstring>
 #include <stdexcept>
-#include <thread>
 
 #include "runtime/base/crc32c.h"
 #include "runtime/base/error.h"
@@ -47,11 +46,8 @@ RomAccess parse_rom_access(std::string_view name) {
   return static_cast<RomAccess>(found - kAccessNames.begin());
 }
 
-TokenTable::TokenTable(const std::filesystem::path& path, RomAccess access, std::chrono::microseconds delay)
-    : path_(path),
-      access_(access),
-      delay_(delay),
-      file_(path, O_NONBLOCK) {  // O_NONBLOCK: a FIFO is refused, not waited for
+TokenTable::TokenTable(const std::filesystem::path& path, RomAccess access)
+    : path_(path), access_(access), file_(path, O_NONBLOCK) {  // O_NONBLOCK: a FIFO is refused, not waited for
   const uint64_t size = file_.size(path);
   if (size < RomHeader::kBytes) {
     throw PackageError(path.string() + ": " + std::to_string(size) + " bytes, expected at least " +
@@ -156,7 +152,6 @@ void TokenTable::drop_cache() const noexcept {
 }
 
 size_t TokenTable::read(uint64_t token, std::span<std::byte> scratch, float* out, size_t layer_stride) const {
-  if (delay_.count() > 0) std::this_thread::sleep_for(delay_);
   widen(read_bundle(token, scratch), out, layer_stride);
   return window(token).bytes;
 }

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -49,8 +48,8 @@ struct RomHeader {
 class TokenTable final : public RowSource {
  public:
   // Opens `path` and checks its header and size. Where the file system or the system refuses `access`, falls back to
-  // pread: access() tells. Every read takes `delay` longer. Throws PackageError.
-  TokenTable(const std::filesystem::path& path, RomAccess access, std::chrono::microseconds delay = {});
+  // pread: access() tells. Throws PackageError.
+  TokenTable(const std::filesystem::path& path, RomAccess access);
 
   const RomHeader& header() const { return header_; }
 
@@ -86,7 +85,6 @@ class TokenTable final : public RowSource {
 
   std::filesystem::path path_;
   RomAccess access_;
-  const std::chrono::microseconds delay_;
   File file_;
   Mapping mapping_;
   RomHeader header_;

@@ -7,9 +7,9 @@
 #include <cstdlib>
 #include <tuple>
 
+#include "runtime/rows/row_decorator.h"
 #include "tests/cpp/engine/session_support.h"
 #include "tests/cpp/measure/measure_support.h"
-#include "tests/cpp/rows/row_decorator.h"
 
 namespace meki {
 namespace {
@@ -189,7 +189,7 @@ TEST_CASE("measure: a plan that does not fit its contenders is refused") {
   check_names(refusal({.depths = {0}, .tokens = 12, .compare = true}, 2), "multiple of 8");
 }
 
-class CountedDrops final : public test::RowDecorator {
+class CountedDrops final : public RowDecorator {
  public:
   explicit CountedDrops(std::shared_ptr<const RowSource> source) : RowDecorator(std::move(source)) {}
   void drop_cache() const noexcept override { ++drops; }

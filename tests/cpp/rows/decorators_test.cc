@@ -1,6 +1,10 @@
-// What the tests' decorators change about a source of rows, and that they change nothing else.
+// runtime/rows: what a decorator changes about a source of rows, and that it changes nothing else.
+
+#include <chrono>
+#include <functional>
 
 #include "runtime/base/error.h"
+#include "runtime/rows/delayed_rows.h"
 #include "runtime/rows/token_table.h"
 #include "tests/cpp/rows/faulty_rows.h"
 #include "tests/cpp/support.h"
@@ -14,12 +18,16 @@ using test::error_of;
 using test::FaultyRows;
 using test::kInt8;
 using test::RomImage;
-using test::RowDecorator;
 using test::TempDir;
+
+constexpr RomAccess kAccesses[] = {RomAccess::mmap, RomAccess::pread, RomAccess::direct};
 
 struct Fixture {
   Fixture() : image({.vocab_size = 20, .layers = 2, .row_dim = 30, .row_type = kInt8}, 5) {
     test::write_file(path, image.bytes);
+  }
+  std::shared_ptr<const TokenTable> open(RomAccess access) const {
+    return std::make_shared<const TokenTable>(path, access);
   }
 
   TempDir dir;
@@ -37,9 +45,23 @@ bool reads(const Fixture& fixture, const RowSource& source, const RowSource& bar
   return got == expected && bytes == bare.read(index, scratch.span(), got.data(), source.shape().row_dim);
 }
 
+TEST_CASE("delayed rows: the delay adds to every read, and changes nothing else") {
+  constexpr std::chrono::milliseconds kDelay{3};
+  const Fixture fixture;
+  for (const RomAccess access : kAccesses) {
+    const auto rom = fixture.open(access);
+    const DelayedRows delayed(rom, kDelay);
+    for (const int32_t token : {0, 7, 7, 19}) {
+      const auto start = std::chrono::steady_clock::now();
+      CHECK(reads(fixture, delayed, *rom, token));
+      CHECK(std::chrono::steady_clock::now() - start >= kDelay);
+    }
+  }
+}
+
 TEST_CASE("faulty rows: only what is damaged fails, and only until it is repaired") {
   const Fixture fixture;
-  const auto rom = std::make_shared<const TokenTable>(fixture.path, RomAccess::pread);
+  const auto rom = fixture.open(RomAccess::pread);
   const FaultyRows faulty(rom);
   CHECK(reads(fixture, faulty, *rom, 7));
   faulty.damage(7);
@@ -74,7 +96,7 @@ TEST_CASE("decorators: all that they do not change is the source's") {
     std::vector<std::string>& calls_;
   };
   std::vector<std::string> calls;
-  const RowDecorator rows(std::make_shared<const Odd>(calls));
+  const DelayedRows rows(std::make_shared<const Odd>(calls), std::chrono::microseconds(1));
   CHECK(rows.shape().layers == 4);
   CHECK(rows.shape().row_dim == 6);
   CHECK(rows.part().layers == 2);

@@ -5,7 +5,7 @@
 #include <string>
 
 #include "runtime/base/error.h"
-#include "tests/cpp/rows/row_decorator.h"
+#include "runtime/rows/row_decorator.h"
 
 namespace meki::test {
 

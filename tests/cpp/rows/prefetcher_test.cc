@@ -13,6 +13,7 @@
 #include <thread>
 
 #include "runtime/base/error.h"
+#include "runtime/rows/delayed_rows.h"
 #include "runtime/rows/token_table.h"
 #include "tests/cpp/allocations.h"
 #include "tests/cpp/rows/faulty_rows.h"
@@ -279,7 +280,7 @@ TEST_CASE("prefetcher: slow storage is waited for, and the time of it is told") 
   const Fixture fixture;
   const std::vector<int32_t> ids = {4, 2, 4, 9};  // three bundles
   for (const bool asynchronous : {false, true}) {
-    const auto slow = std::make_shared<const TokenTable>(fixture.path, RomAccess::pread, kDelay);
+    const auto slow = std::make_shared<const DelayedRows>(fixture.source, kDelay);
     Prefetcher prefetcher(slow, kMaxTokens, kBuffers, asynchronous);
     const auto start = std::chrono::steady_clock::now();
     RowRequest request = test::request(prefetcher, ids);

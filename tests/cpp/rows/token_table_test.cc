@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
-#include <chrono>
 #include <cmath>
 #include <limits>
 #include <thread>
@@ -265,28 +264,6 @@ TEST_CASE("rom: widening equals the naive reading, to the bit") {
                            [](float a, float b) { return std::bit_cast<uint32_t>(a) == std::bit_cast<uint32_t>(b); }));
         }
       }
-    }
-  }
-}
-
-TEST_CASE("rom: a delay adds to every read, and changes nothing else") {
-  constexpr std::chrono::milliseconds kDelay{3};
-  const TempDir dir;
-  const std::filesystem::path path = dir / "memory.rom";
-  const RomImage image({.vocab_size = 20, .layers = 2, .row_dim = 30, .row_type = kInt8}, 5);
-  test::write_file(path, image.bytes);
-  for (const RomAccess access : kAccesses) {
-    const TokenTable bare(path, access);
-    const TokenTable delayed(path, access, kDelay);
-    const AlignedBuffer scratch(delayed.scratch_bytes());
-    for (const int32_t token : {0, 7, 7, 19}) {
-      const std::vector<float> expected = image.rows(std::span(&token, 1));
-      std::vector<float> got(expected.size());
-      const auto start = std::chrono::steady_clock::now();
-      const size_t bytes = delayed.read(static_cast<uint64_t>(token), scratch.span(), got.data(), 30);
-      CHECK(std::chrono::steady_clock::now() - start >= kDelay);
-      CHECK(got == expected);
-      CHECK(bytes == bare.read(static_cast<uint64_t>(token), scratch.span(), got.data(), 30));
     }
   }
 }

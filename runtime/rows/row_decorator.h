@@ -5,13 +5,11 @@
 
 #include "runtime/rows/row_source.h"
 
-namespace meki::test {
+namespace meki {
 
 // Another source, unchanged: the base of sources that change one thing about it.
 class RowDecorator : public RowSource {
  public:
-  explicit RowDecorator(std::shared_ptr<const RowSource> source) : source_(std::move(source)) {}
-
   RowShape shape() const override { return source_->shape(); }
   RowShape part() const override { return source_->part(); }
   size_t keys_per_token() const override { return source_->keys_per_token(); }
@@ -25,8 +23,11 @@ class RowDecorator : public RowSource {
   void drop_cache() const noexcept override { source_->drop_cache(); }
   std::string_view access() const override { return source_->access(); }
 
+ protected:
+  explicit RowDecorator(std::shared_ptr<const RowSource> source) : source_(std::move(source)) {}
+
  private:
   const std::shared_ptr<const RowSource> source_;
 };
 
-}  // namespace meki::test
+}  // namespace meki
