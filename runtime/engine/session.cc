@@ -56,10 +56,11 @@ Session::Session(std::shared_ptr<const Engine> engine, const SessionOptions& opt
 
 void Session::check_room(size_t count) const {
   if (count <= context_ - tokens_.size()) return;
+  const size_t limit = engine_->backend().info().context;
   throw std::invalid_argument("the sequence would have " + std::to_string(tokens_.size() + count) +
-                              " tokens, the context holds " + std::to_string(context_) +
-                              "; shorten the prompt or choose a larger context (up to " +
-                              std::to_string(engine_->backend().info().context) + " here)");
+                              " tokens, the context holds " + std::to_string(context_) + "; shorten the prompt" +
+                              (context_ < limit ? " or choose a larger context (up to " + std::to_string(limit) + ")"
+                                                : ", the model takes no more"));
 }
 
 void Session::append(std::span<const int64_t> ids) {

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <cstdlib>
 #include <mutex>
 #include <stdexcept>
 
@@ -35,8 +36,11 @@ const Library& library_at(const std::filesystem::path& path) {
   static const Library* library = nullptr;
   const std::lock_guard lock(mutex);
   if (library == nullptr) {
-    // Only fatal errors are logged: all others are exceptions with the same text.
     const ApiBase* base = load_base(path);
+    // From 1.29 on ONNX Runtime reports usage to its maker, unless this says otherwise; the thread that does it also
+    // keeps forked children from ending.
+    ::setenv("ORT_DISABLE_TELEMETRY", "1", 0);
+    // Only fatal errors are logged: all others are exceptions with the same text.
     auto made = std::make_unique<Library>(Library{Api(base->GetApi(kApiVersion)), base->GetVersionString()});
     made->api.check(made->api.CreateEnv(kLogFatal, "meki", &made->env));
     made->api.check(made->api.CreateCpuMemoryInfo(kDeviceAllocator, kMemoryDefault, &made->cpu));
