@@ -1,6 +1,7 @@
 #include "runtime/engine/engine.h"
 
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -99,6 +100,15 @@ std::shared_ptr<const Engine> Engine::open(const std::filesystem::path& director
     rows = std::make_shared<DelayedRows>(std::move(rows), options.rom_delay);
   }
   return make(rows, backend, threads);
+}
+
+Engine::Engine(std::shared_ptr<const RowSource> rows, std::shared_ptr<const Backend> backend, int threads)
+    : rows_(std::move(rows)), backend_(std::move(backend)), threads_(threads), process_(::getpid()) {}
+
+void Engine::check_process() const {
+  if (::getpid() == process_) return;
+  throw std::runtime_error("the engine belongs to process " + std::to_string(process_) +
+                           ", which this one was forked from without its threads; open an engine here");
 }
 
 std::shared_ptr<const Engine> Engine::make(const std::shared_ptr<const RowSource>& rows,

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <sys/types.h>
+
 #include <chrono>
 #include <filesystem>
 #include <memory>
@@ -25,7 +27,8 @@ struct EngineOptions {
   std::string soc{};                    // the compiled chip, by its name in the manifest; empty: the only one there is
 };
 
-// An opened package: what all its sessions share. Immutable and thread-safe.
+// An opened package: what all its sessions share. Immutable and thread-safe. In a forked child it can be destroyed, and
+// no more.
 class Engine {
  public:
   // Throws PackageError if the package is unusable, std::invalid_argument for bad options, std::runtime_error if ONNX
@@ -39,8 +42,7 @@ class Engine {
                                             const std::shared_ptr<const Backend>& backend, int threads);
 
   // The same without taking a step.
-  Engine(std::shared_ptr<const RowSource> rows, std::shared_ptr<const Backend> backend, int threads)
-      : rows_(std::move(rows)), backend_(std::move(backend)), threads_(threads) {}
+  Engine(std::shared_ptr<const RowSource> rows, std::shared_ptr<const Backend> backend, int threads);
 
   // Of the model as it runs: without "memory" if that is off.
   const Manifest& manifest() const { return backend_->manifest(); }
@@ -48,11 +50,14 @@ class Engine {
   const std::shared_ptr<const RowSource>& rows() const { return rows_; }
   const Backend& backend() const { return *backend_; }
   int threads() const { return threads_; }
+  // Throws std::runtime_error in a process that was forked off after the engine was made: its threads are not there.
+  void check_process() const;
 
  private:
   const std::shared_ptr<const RowSource> rows_;
   const std::shared_ptr<const Backend> backend_;
   const int threads_;
+  const pid_t process_;
 };
 
 }  // namespace meki

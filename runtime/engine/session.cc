@@ -37,6 +37,11 @@ size_t resolve_chunk(size_t chunk, size_t context) {
   return std::min(chunk, context);
 }
 
+std::shared_ptr<const Engine> of_this_process(std::shared_ptr<const Engine> engine) {
+  engine->check_process();
+  return engine;
+}
+
 std::unique_ptr<Prefetcher> make_prefetcher(const Engine& engine, const Executor& executor, bool prefetch) {
   constexpr size_t kBuffers = 2;  // one is filled while the other is in use
   if (engine.rows() == nullptr) return nullptr;
@@ -46,7 +51,7 @@ std::unique_ptr<Prefetcher> make_prefetcher(const Engine& engine, const Executor
 }  // namespace
 
 Session::Session(std::shared_ptr<const Engine> engine, const SessionOptions& options)
-    : engine_(std::move(engine)),
+    : engine_(of_this_process(std::move(engine))),
       context_(resolve_context(engine_->backend().info(), options.context)),
       executor_(engine_->backend().executor(context_, resolve_chunk(options.chunk, context_))),
       prefetcher_(make_prefetcher(*engine_, *executor_, options.prefetch)) {
@@ -97,6 +102,7 @@ void Session::start(const SamplingOptions& sampling, size_t max_new_tokens) {
 }
 
 std::optional<int32_t> Session::next(const Poll& poll) {
+  engine_->check_process();
   if (!sampler_) throw std::invalid_argument("no generation was started; call start first");
   if (finish_reason_ != FinishReason::running) return std::nullopt;
   const bool decoding = generating_ && pending() == 1;
@@ -193,6 +199,7 @@ void Session::decode() {
 // Computes all pending tokens in chunks; the rows of the next chunk are read while one is computed. The logits of
 // tokens[first] and all behind it go to `out`.
 void Session::prefill(size_t first, float* out, const Poll& poll) {
+  engine_->check_process();
   const Timer timer(stats_.prefill_ns);
   rows_ = {};
   generating_ = false;
@@ -228,6 +235,7 @@ uint64_t Session::run(size_t tokens, RowRequest& rows, size_t logits_from, float
 }
 
 Stats Session::stats() const {
+  engine_->check_process();
   Stats stats = stats_;
   if (prefetcher_ == nullptr) return stats;
   const RowCounters now = prefetcher_->counters();
@@ -236,6 +244,7 @@ Stats Session::stats() const {
 }
 
 void Session::reset_stats() {
+  engine_->check_process();
   stats_ = Stats();
   stats_.stall_ns.reserve(remaining_);
   if (prefetcher_ != nullptr) rows_base_ = prefetcher_->counters();

@@ -2,6 +2,8 @@
 
 #include "runtime/graph/graph.h"
 
+#include <unistd.h>
+
 #include <cstring>
 #include <memory>
 #include <numeric>
@@ -126,6 +128,13 @@ class OrtGraph final : public Graph {
     if (!shared_memory.empty()) open_shared(shared_memory);
   }
 
+  // In a forked child the threads that releasing the session would wait for are not there.
+  ~OrtGraph() override {
+    if (::getpid() != process_) static_cast<void>(session_.release());
+  }
+  OrtGraph(const OrtGraph&) = delete;
+  OrtGraph& operator=(const OrtGraph&) = delete;
+
   const std::vector<std::string>& inputs() const override { return inputs_; }
   const std::vector<std::string>& outputs() const override { return outputs_; }
 
@@ -179,6 +188,7 @@ class OrtGraph final : public Graph {
   std::unique_ptr<ort::Session, void (*)(ort::Session*)> session_;
   std::unique_ptr<ort::MemoryInfo, void (*)(ort::MemoryInfo*)> shared_;   // of shared memory; null: has none
   std::unique_ptr<ort::Allocator, void (*)(ort::Allocator*)> allocator_;  // of it; goes before the session
+  const pid_t process_ = ::getpid();
   std::vector<std::string> inputs_;
   std::vector<std::string> outputs_;
 };
