@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from meki.package import check_parsed_files, check_sha256, compiled_targets, read_manifest, target_directory
-from meki.package.files import MANIFEST, check_target, list_files, replace_directory, replace_file
+from meki.package.files import MANIFEST, check_target, list_files, locked, replace_directory, replace_file
 
 from ..graph.weights import WEIGHTS_FILE
 from ..package import PhaseProgress, no_progress
@@ -30,7 +30,8 @@ def compile_package(
 
     The package is unchanged until all stages are compiled. FileExistsError if it has stages for the chip already,
     unless `overwrite` is set; PackageError for a damaged package, ConfigError for options that do not suit it,
-    CompileError if the compiler refuses or fails. report: called with stages done, and in all.
+    CompileError if the compiler refuses or fails, RuntimeError while another process compiles for the same package.
+    report: called with stages done, and in all.
     """
     chip = CHIPS[soc]
     manifest = read_manifest(package)
@@ -47,7 +48,11 @@ def compile_package(
     check_sha256(package / WEIGHTS_FILE, manifest["files"][WEIGHTS_FILE]["sha256"], lambda size: None)
 
     # The manifest's text is on the disk before the directory is renamed into place, and is renamed right after it.
-    with replace_file(package / MANIFEST) as new_manifest, replace_directory(out, EMBED, overwrite) as directory:
+    with (
+        locked(package / "qnn"),
+        replace_file(package / MANIFEST) as new_manifest,
+        replace_directory(out, EMBED, overwrite) as directory,
+    ):
         report("embedding", 0, total)
         plans["head"][0].graph(weights).save_embedding(directory / EMBED)
         for stage in (stage for stages in plans.values() for stage in stages):
@@ -71,7 +76,7 @@ def compile_package(
             "files": list_files(directory, lambda done, total: None),
             "tools": {name: version(name) for name in ("onnxruntime", "onnxruntime-qnn")},
         }
-        manifest = json.loads((package / MANIFEST).read_text(encoding="utf-8"))  # another chip may have come meanwhile
+        manifest = json.loads((package / MANIFEST).read_text(encoding="utf-8"))  # another chip may have come before
         manifest.setdefault("qnn", {})[soc] = entry
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
         new_manifest.write_text(text + "\n", encoding="utf-8")

@@ -138,7 +138,7 @@ def test_interrupted(export: Callable[..., dict[str, Any]], tmp_path: Path, inte
 
 
 def test_what_a_killed_export_left_does_no_harm(export: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    leftover = tmp_path / ".p.partial"
+    leftover = tmp_path / ".p.4711.partial"
     leftover.mkdir()
     (leftover / "junk").write_text("half a file")
     assert "junk" not in export()["files"]

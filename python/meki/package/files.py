@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +18,43 @@ _BLOCK = 1 << 20
 
 
 @contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """No two processes, nor threads, are in a block for the same `path` at once: RuntimeError that names who is in it.
+
+    A file beside `path` is the lock, for as long as the block lasts or its process lives.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        with lock.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = f"process {file.read() or 'of unknown number'}"
+                raise RuntimeError(f"{path}: {holder} is writing it; wait for its end or choose another path") from None
+            if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                continue  # whoever had it was just removing it
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+@contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; renames it to `path` if the block succeeds, removes it otherwise."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Yields a temporary path beside `path`; renames it to `path` if the block succeeds, removes it otherwise.
+
+    Of several processes at once the last one's file stays. `locked` is for those that must not.
+    """
+    partial = _partial(path)
     try:
         yield partial
         partial.replace(path)
@@ -36,18 +73,23 @@ def replace_directory(path: Path, marker: str, overwrite: bool) -> Iterator[Path
     """Yields a new directory beside `path`; renames it to `path` if the block succeeds, removes it otherwise.
 
     FileExistsError if `path` exists, unless `overwrite` is set and it has a file `marker`, as what is replaced must. Of
-    a symbolic link, what it leads to is replaced.
+    a symbolic link, what it leads to is replaced. RuntimeError if another process is in such a block for `path`.
     """
     check_target(path, marker, overwrite)
     path = path.resolve()
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial(path)
     replaced = path.with_name(f".{path.name}.replaced")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise OSError(f"{path}: cannot be made: {error.strerror}; choose another path") from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(path))
+            for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):  # of runs that were killed
+                shutil.rmtree(left, ignore_errors=True)
+            stack.callback(shutil.rmtree, partial, ignore_errors=True)
+            partial.mkdir()
+        except OSError as error:
+            raise OSError(f"{path}: cannot be made: {error.strerror}; choose another path") from error
+        check_target(path, marker, overwrite)  # it may have come meanwhile
         yield partial
         if path.exists():
             shutil.rmtree(replaced, ignore_errors=True)
@@ -59,8 +101,6 @@ def replace_directory(path: Path, marker: str, overwrite: bool) -> Iterator[Path
                 replaced.rename(path)
             raise
         shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_target(path: Path, marker: str, overwrite: bool) -> None:
