@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from meki.options import SAMPLING, GenerationOptions, check_options
 from meki.package.files import read_object
+from meki.prompt import check_encodes, tokenizer_errors
 
 END_OF_STORY = "<|story|>"
 """Stands between two stories; the model emits it when a story is over."""
@@ -36,10 +37,11 @@ class TokenizerSpec:
 
 def parse_tokenizer(tokenizer_json: bytes) -> Tokenizer:
     """ValueError if it is not the text of a tokenizer.json."""
-    try:
-        return Tokenizer.from_buffer(tokenizer_json)
-    except Exception as error:  # the library raises nothing more specific
-        raise ValueError(f"tokenizer: not in the tokenizers library's JSON format: {error}") from error
+    form = "tokenizer: not in the tokenizers library's JSON format"
+    with tokenizer_errors(lambda error: ValueError(f"{form}: {error}; get it from the model's publisher again")):
+        tokenizer = Tokenizer.from_buffer(tokenizer_json)
+        check_encodes(tokenizer)
+    return tokenizer
 
 
 def read_tokenizer(path: Path) -> TokenizerSpec:

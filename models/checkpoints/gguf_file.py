@@ -78,7 +78,12 @@ class GgufFile:
             with np.errstate(all="raise"):  # of sizes that overflow
                 reader = _Reader(path)
                 self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-        except (ValueError, LookupError, ArithmeticError, RecursionError) as error:
+        except RecursionError as error:
+            raise CheckpointError(
+                f"{path}: its metadata has arrays within arrays without end, expected lists of values; the file is "
+                "damaged or made to harm, download it again"
+            ) from error
+        except (ValueError, LookupError, ArithmeticError) as error:
             raise CheckpointError(
                 f"{path}: not a complete GGUF file of version 2 or 3: {error}; download or convert it again"
             ) from error

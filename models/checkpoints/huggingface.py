@@ -152,9 +152,10 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _check_tied(path: Path, tensors: SafetensorsFiles, embedding: str) -> None:
     """CheckpointError if there is a head which is not the embedding, whatever the configuration says."""
-    if tensors.shapes.get(_HEAD) != tensors.shapes.get(embedding):
-        same = _HEAD not in tensors.shapes
-    else:
+    if _HEAD not in tensors.shapes:
+        return
+    same = tensors.shapes[_HEAD] == tensors.shapes.get(embedding)
+    if same:
         starts = range(0, tensors.shapes[_HEAD][0], _ROWS_AT_ONCE)
         blocks = (slice(start, start + _ROWS_AT_ONCE) for start in starts)
         same = all(torch.equal(tensors.read(_HEAD, rows), tensors.read(embedding, rows)) for rows in blocks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,7 @@ class PromptEncoder:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the prompt is not valid Unicode: {error}; give text that UTF-8 can hold") from error
-        with _tokenizer_guarded(self._directory):
+        with _guarded(self._directory):
             ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
@@ -74,18 +74,29 @@ def no_chat_template(directory: Path) -> ValueError:
 
 
 @contextlib.contextmanager
-def _tokenizer_guarded(path: Path) -> Iterator[None]:
-    """PackageError for whatever the tokenizers library raises, be it a panic."""
+def tokenizer_errors(refusal: Callable[[BaseException], Exception]) -> Iterator[None]:
+    """Whatever the tokenizers library raises, be it a panic, which is no Exception, becomes `refusal(error)`."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as error:  # a panic is no Exception
-        raise PackageError(f"{path}: the tokenizer fails: {error}; convert the model again") from error
+    except BaseException as error:
+        raise refusal(error) from error
+
+
+def check_encodes(tokenizer: Tokenizer) -> None:
+    """Raises what the tokenizers library raises for any text, if it does."""
+    tokenizer.encode("A word, 1 number.\n")
+
+
+def _guarded(path: Path) -> contextlib.AbstractContextManager[None]:
+    return tokenizer_errors(
+        lambda error: PackageError(f"{path}: the tokenizer fails: {error}; convert the model again")
+    )
 
 
 def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    with _tokenizer_guarded(path):
+    with _guarded(path):
         tokenizer = Tokenizer.from_file(str(path))
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocab_size:
@@ -95,6 +106,6 @@ def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
         )
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    with _tokenizer_guarded(path):
-        tokenizer.encode("A word, 1 number.\n")  # what fails on any text fails here
+    with _guarded(path):
+        check_encodes(tokenizer)
     return tokenizer

@@ -116,3 +116,19 @@ def test_missing_and_damaged(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=f"{folder}/tokenizer.json: tokenizer: not in the tokenizers library"):
         read_tokenizer(folder / "tokenizer.json")
+
+
+def test_a_panic_of_the_library(folder: Path) -> None:
+    """Which is no Exception: a prefix that is longer than the word that it should begin."""
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"], "continuing_subword_prefix": "abc"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    with pytest.raises(ValueError, match=rf"{folder}/tokenizer.json: tokenizer: not in .*range.*; get it from"):
+        read_tokenizer(folder / "tokenizer.json")
+
+
+def test_a_model_without_a_token_for_what_it_lacks(folder: Path) -> None:
+    """It can be loaded, and fails on nearly any text: conversion says so, not the first prompt."""
+    model = {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": None}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    with pytest.raises(ValueError, match="Encountered an unknown token"):
+        read_tokenizer(folder / "tokenizer.json")

@@ -477,3 +477,12 @@ def test_damaged_length(whole_file: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="not a complete GGUF file"):
         open_checkpoint(path, {})
+
+
+def test_arrays_within_arrays(tmp_path: Path) -> None:
+    depth, array, uint32 = 10_000, 9, 4
+    levels = struct.pack("<IQ", array, 1) * depth + struct.pack("<IQ", uint32, 0)
+    path = tmp_path / "deep.gguf"
+    path.write_bytes(struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"a", array) + levels)
+    with pytest.raises(CheckpointError, match=r"deep.gguf: its metadata has arrays within arrays without end"):
+        open_checkpoint(path, {})

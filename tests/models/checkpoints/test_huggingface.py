@@ -263,6 +263,14 @@ def test_missing_tensor(saved: Path) -> None:
         checkpoint_source(open_checkpoint(saved, {}))
 
 
+def test_missing_embedding_of_a_tied_head(saved: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors, saved / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no tensor model.embed_tokens.weight, .*needs with shape \[300, 64\]"):
+        checkpoint_source(open_checkpoint(saved, {}))
+
+
 def test_wrong_shape(saved: Path) -> None:
     edit_config(saved, intermediate_size=128)
     with pytest.raises(CheckpointError, match=r"mlp.gate_proj.weight has shape \[96, 64\], .* needs \[128, 64\]"):
