@@ -28,16 +28,17 @@ struct Partition {
   size_t split_blocks;  // in one range
   bool integer;
 
-  Partition(const KvLayout& layout, const AttentionArgs& args, size_t threads)
+  Partition(const KvLayout& layout, const AttentionArgs& args)
       : group(args.heads / layout.kv_heads),
         rows(args.tokens * group),
         tile_rows(std::min(rows, kTileRows)),
         tiles(divide_up(rows, tile_rows)),
         integer(layout.type == KvType::int8 || layout.type == KvType::int4) {
-    constexpr size_t kPiecesPerThread = 16;
+    // Enough for any number of threads, and the same for all: sums of other pieces would be other sums.
+    constexpr size_t kPieces = 64;
     const size_t blocks = divide_up(args.past + args.tokens, kBlock);
-    const size_t wanted = divide_up(kPiecesPerThread * threads, tiles * layout.kv_heads);
-    split_blocks = std::max<size_t>(2, divide_up(blocks, threads == 1 ? 1 : wanted));
+    const size_t wanted = divide_up(kPieces, tiles * layout.kv_heads);
+    split_blocks = std::max<size_t>(2, divide_up(blocks, wanted));
     splits = divide_up(blocks, split_blocks);
   }
 };
@@ -114,8 +115,8 @@ void quantize_query(const float* query, size_t head_dim, const Prepared& out, si
 
 class Attention {
  public:
-  Attention(const Simd& simd, const KvLayout& layout, const AttentionArgs& args, size_t threads)
-      : simd_(simd), layout_(layout), args_(args), partition_(layout, args, threads) {
+  Attention(const Simd& simd, const KvLayout& layout, const AttentionArgs& args)
+      : simd_(simd), layout_(layout), args_(args), partition_(layout, args) {
     const size_t dim = layout.head_dim;
     const size_t rows = layout.kv_heads * partition_.rows;
     const size_t partials = partition_.splits > 1 ? rows * partition_.splits : 0;
@@ -267,7 +268,7 @@ void attention(const Simd& simd, const KvLayout& layout, const AttentionArgs& ar
   constexpr size_t kSerialBytes = 64 << 10;
   const bool small = layout.bytes(args.past + args.tokens) * args.tokens < kSerialBytes;
   const Parallel threads = small ? Parallel{} : parallel;
-  const Attention work(simd, layout, args, threads.threads);
+  const Attention work(simd, layout, args);
   threads(layout.kv_heads, [&work](size_t kv_head) { work.prepare(kv_head); });
   threads(work.pieces(), [&work](size_t index) { work.piece(index); });
   if (work.splits() > 1) threads(layout.kv_heads, [&work](size_t kv_head) { work.combine(kv_head); });

@@ -29,10 +29,10 @@ struct AttentionArgs {
 //   out = softmax(q K^T / sqrt(head_dim)) V
 //
 // by the online softmax (Milakov and Gimelshein, arXiv 1805.02867), split over the sequence where there are too few
-// heads and tokens to occupy all threads evenly (Flash-Decoding). A key or value is read once for all query heads of
-// its group. Queries and keys of an int4 cache are rotated by an orthonormal Hadamard matrix over the largest power of
-// two that divides head_dim, which leaves their products as they are. Thread-safe on distinct caches. Throws
-// std::bad_alloc.
+// heads and tokens to occupy many threads evenly (Flash-Decoding). How it is split, and so the result, depends on the
+// shapes alone, not on the number of threads. A key or value is read once for all query heads of its group. Queries and
+// keys of an int4 cache are rotated by an orthonormal Hadamard matrix over the largest power of two that divides
+// head_dim, which leaves their products as they are. Thread-safe on distinct caches. Throws std::bad_alloc.
 void attention(const Simd& simd, const KvLayout& layout, const AttentionArgs& args, const Parallel& parallel);
 
 }  // namespace meki
