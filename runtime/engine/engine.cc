@@ -1,6 +1,5 @@
 #include "runtime/engine/engine.h"
 
-#include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -8,6 +7,7 @@
 #include <span>
 #include <stdexcept>
 
+#include "runtime/base/cpus.h"
 #include "runtime/engine/session.h"
 #include "runtime/executor/compiled.h"
 #include "runtime/executor/dynamic.h"
@@ -25,10 +25,7 @@ int resolve_threads(int threads) {
     throw std::invalid_argument("threads is " + std::to_string(threads) + ", expected 0 to " +
                                 std::to_string(kMaxThreads));
   }
-  if (threads > 0) return threads;
-  cpu_set_t available;
-  CPU_ZERO(&available);
-  return ::sched_getaffinity(0, sizeof(available), &available) == 0 ? CPU_COUNT(&available) : 1;
+  return threads > 0 ? threads : available_cpus();
 }
 
 // One token through all stages, and compiled ones with two tokens as well: ONNX Runtime checks every type and shape
