@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from .chips import Chip
 PROVIDER = "QNNExecutionProvider"
 """Under exactly this name: it is written into compiled models."""
 _BINARY_LIMIT = 2 << 30
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before ONNX Runtime is imported; the engine does so, too
 
 
 @dataclass(frozen=True)
