@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from importlib.metadata import version
@@ -30,7 +31,7 @@ def compile_package(
 
     The package is unchanged until all stages are compiled. FileExistsError if it has stages for the chip already,
     unless `overwrite` is set; PackageError for a damaged package, ConfigError for options that do not suit it,
-    CompileError if the compiler refuses or fails, RuntimeError while another process compiles for the same package.
+    CompileError if the compiler refuses or fails, RuntimeError while another process compiles for the same chip.
     report: called with stages done, and in all.
     """
     chip = CHIPS[soc]
@@ -49,7 +50,7 @@ def compile_package(
 
     # The manifest's text is on the disk before the directory is renamed into place, and is renamed right after it.
     with (
-        locked(package / "qnn"),
+        contextlib.ExitStack() as stack,
         replace_file(package / MANIFEST) as new_manifest,
         replace_directory(out, EMBED, overwrite) as directory,
     ):
@@ -76,7 +77,8 @@ def compile_package(
             "files": list_files(directory, lambda done, total: None),
             "tools": {name: version(name) for name in ("onnxruntime", "onnxruntime-qnn")},
         }
-        manifest = json.loads((package / MANIFEST).read_text(encoding="utf-8"))  # another chip may have come before
+        stack.enter_context(locked(package / MANIFEST, wait=True))  # of other chips, which may have come meanwhile
+        manifest = json.loads((package / MANIFEST).read_text(encoding="utf-8"))
         manifest.setdefault("qnn", {})[soc] = entry
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
         new_manifest.write_text(text + "\n", encoding="utf-8")

@@ -18,8 +18,9 @@ _BLOCK = 1 << 20
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """No two processes, nor threads, are in a block for the same `path` at once: RuntimeError that names who is in it.
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """No two processes, nor threads, are in a block for the same `path` at once: RuntimeError that names who is in it,
+    unless `wait` is set.
 
     A file beside `path` is the lock, for as long as the block lasts or its process lives.
     """
@@ -27,7 +28,7 @@ def locked(path: Path) -> Iterator[None]:
     while True:
         with lock.open("a+") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 file.seek(0)
                 holder = f"process {file.read() or 'of unknown number'}"
@@ -75,13 +76,14 @@ def replace_directory(path: Path, marker: str, overwrite: bool) -> Iterator[Path
     FileExistsError if `path` exists, unless `overwrite` is set and it has a file `marker`, as what is replaced must. Of
     a symbolic link, what it leads to is replaced. RuntimeError if another process is in such a block for `path`.
     """
-    check_target(path, marker, overwrite)
-    path = path.resolve()
+    _check_link(path)
+    target, path = path, path.resolve()
     partial = _partial(path)
     replaced = path.with_name(f".{path.name}.replaced")
     with contextlib.ExitStack() as stack:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # if that is no directory, the next line says so
+                path.parent.mkdir(parents=True)
             stack.enter_context(locked(path))
             for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):  # of runs that were killed
                 shutil.rmtree(left, ignore_errors=True)
@@ -89,7 +91,7 @@ def replace_directory(path: Path, marker: str, overwrite: bool) -> Iterator[Path
             partial.mkdir()
         except OSError as error:
             raise OSError(f"{path}: cannot be made: {error.strerror}; choose another path") from error
-        check_target(path, marker, overwrite)  # it may have come meanwhile
+        check_target(target, marker, overwrite)
         yield partial
         if path.exists():
             shutil.rmtree(replaced, ignore_errors=True)
@@ -103,10 +105,14 @@ def replace_directory(path: Path, marker: str, overwrite: bool) -> Iterator[Path
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def check_target(path: Path, marker: str, overwrite: bool) -> None:
-    """FileExistsError if `replace_directory` would refuse `path`."""
+def _check_link(path: Path) -> None:
     if path.is_symlink() and not path.exists():
         raise FileExistsError(f"{path}: is a symbolic link to nothing; remove it or choose another path")
+
+
+def check_target(path: Path, marker: str, overwrite: bool) -> None:
+    """FileExistsError if `replace_directory` would refuse `path`."""
+    _check_link(path)
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path}: exists already; choose another path, or overwrite it (--overwrite)")
     if path.exists() and not (path / marker).is_file():
