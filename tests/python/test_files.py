@@ -74,3 +74,14 @@ def test_a_holder_that_died_holds_nothing(tmp_path: Path) -> None:
     with replace_directory(tmp_path / "package", MARKER, overwrite=False) as directory:
         (directory / MARKER).touch()
     assert [entry.name for entry in tmp_path.iterdir()] == ["package"]
+
+
+def test_what_lies_beside_it_is_left_alone(tmp_path: Path) -> None:
+    """A directory whose name begins alike, in the making; what a killed run left of this one goes."""
+    with replace_directory(tmp_path / "package.int4", MARKER, overwrite=False) as other:
+        (other / MARKER).touch()
+        (tmp_path / ".package.4711.partial").mkdir()
+        with replace_directory(tmp_path / "package", MARKER, overwrite=False) as directory:
+            (directory / MARKER).touch()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["package", "package.int4"]
+    assert (tmp_path / "package.int4" / MARKER).is_file()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +33,11 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
                 file.seek(0)
                 holder = f"process {file.read() or 'of unknown number'}"
                 raise RuntimeError(f"{path}: {holder} is writing it; wait for its end or choose another path") from None
-            if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+            try:
+                current = os.path.samestat(os.fstat(file.fileno()), lock.stat())
+            except FileNotFoundError:
+                current = False
+            if not current:
                 continue  # whoever had it was just removing it
             file.truncate(0)
             file.write(str(os.getpid()))
@@ -85,8 +89,9 @@ def replace_directory(path: Path, marker: str, overwrite: bool) -> Iterator[Path
             with contextlib.suppress(FileExistsError):  # if that is no directory, the next line says so
                 path.parent.mkdir(parents=True)
             stack.enter_context(locked(path))
-            for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):  # of runs that were killed
-                shutil.rmtree(left, ignore_errors=True)
+            for left in path.parent.iterdir():
+                if re.fullmatch(rf"\.{re.escape(path.name)}\.\d+\.partial", left.name):  # of a run that was killed
+                    shutil.rmtree(left, ignore_errors=True)
             stack.callback(shutil.rmtree, partial, ignore_errors=True)
             partial.mkdir()
         except OSError as error:
