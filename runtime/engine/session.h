@@ -37,8 +37,8 @@ struct Snapshot {
 };
 
 // One sequence: its tokens, their state (the KV cache) and its prefetcher. Mutable; use from one thread at a time.
-// Sessions of one engine are independent of each other. In a forked child, what computes or
-// counts throws std::runtime_error.
+// Sessions of one engine are independent of each other. In a forked child, what computes or counts throws
+// std::runtime_error.
 class Session {
  public:
   // Called between two prefill steps; may throw to interrupt. The session stays usable.
