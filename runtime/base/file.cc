@@ -32,11 +32,12 @@ File::~File() {
   if (descriptor_ >= 0) ::close(descriptor_);
 }
 
-uint64_t File::size(const std::filesystem::path& path) const {
+File::State File::state(const std::filesystem::path& path) const {
   struct stat status{};
   if (::fstat(descriptor_, &status) != 0) throw PackageError(path.string() + ": cannot stat: " + system_reason(errno));
   if (!S_ISREG(status.st_mode)) throw PackageError(path.string() + ": not a regular file");
-  return static_cast<uint64_t>(status.st_size);
+  return {static_cast<uint64_t>(status.st_size),
+          status.st_mtim.tv_sec * int64_t{1'000'000'000} + status.st_mtim.tv_nsec};
 }
 
 size_t File::read(uint64_t offset, std::span<std::byte> out, const std::filesystem::path& path) const {

@@ -18,9 +18,17 @@ class File {
   File& operator=(File&& other) noexcept;
   ~File();
 
+  // What tells one content of a file from another without reading it.
+  struct State {
+    uint64_t size = 0;     // bytes
+    int64_t modified = 0;  // nanoseconds since the epoch
+    bool operator==(const State&) const = default;
+  };
+
   int descriptor() const { return descriptor_; }
-  // Size in bytes, now. Throws PackageError unless it is a regular file.
-  uint64_t size(const std::filesystem::path& path) const;
+  // As it is now. Throws PackageError unless it is a regular file.
+  State state(const std::filesystem::path& path) const;
+  uint64_t size(const std::filesystem::path& path) const { return state(path).size; }
   // Reads from `offset` on, until `out` is full or the file ends; returns the bytes. Throws PackageError.
   size_t read(uint64_t offset, std::span<std::byte> out, const std::filesystem::path& path) const;
 

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <list>
 #include <memory>
 #include <numeric>
 #include <stdexcept>
@@ -12,8 +13,10 @@
 #include <utility>
 
 #include "runtime/base/error.h"
+#include "runtime/base/file_guard.h"
 #include "runtime/graph/ort/api.h"
 #include "runtime/graph/ort/library.h"
+#include "runtime/graph/ort/model_file.h"
 #include "runtime/graph/ort/ops/operators.h"
 
 namespace meki {
@@ -37,19 +40,27 @@ TypeTraits traits_of(ElementType type) {
   throw std::logic_error("unknown element type");
 }
 
-// What a stage is called in messages, and what helps against them.
+// What a stage is called in messages, what helps against them, and the files that ONNX Runtime may have mapped for it.
 struct Subject {
   std::filesystem::path path;
   std::string remedy;
+  std::list<FileGuard> files{};
 
-  // Runs `work`; what ONNX Runtime refuses becomes a PackageError that names the stage.
+  // Runs `work`; what ONNX Runtime refuses becomes a PackageError that names the stage. One that names a file, if its
+  // contents changed or went away meanwhile: nothing that was computed counts then.
   template <class Work>
   void guard(Work work) const {
     try {
       work();
     } catch (const std::runtime_error& error) {
+      check_files();
       throw PackageError(path.string() + ": " + error.what() + "; " + remedy);
     }
+    check_files();
+  }
+
+  void check_files() const {
+    for (const FileGuard& file : files) file.check();
   }
 };
 
@@ -101,14 +112,18 @@ class OrtBinding final : public Binding {
 
 class OrtGraph final : public Graph {
  public:
-  OrtGraph(const Library& library, Subject subject, ort::Configure configure, const std::filesystem::path& profile,
+  OrtGraph(const Library& library, const std::filesystem::path& path, ort::Configure configure,
+           ort::OperatorNames operators, const std::string& remedy, const std::filesystem::path& profile,
            const std::string& shared_memory)
       : library_(library),
         configure_(std::move(configure)),
-        subject_(std::move(subject)),
+        subject_{path, remedy},
         session_(nullptr, library.api.ReleaseSession),
         shared_(nullptr, library.api.ReleaseMemoryInfo),
         allocator_(nullptr, library.api.ReleaseAllocator) {
+    for (const std::string& file : ort::check_model_file(path, operators, remedy)) {
+      subject_.files.emplace_back(path.parent_path() / file);
+    }
     const ort::Api& api = library_.api;
     ort::SessionOptions* options = nullptr;
     library_.api.check(api.CreateSessionOptions(&options));
@@ -184,7 +199,7 @@ class OrtGraph final : public Graph {
 
   const Library& library_;
   const ort::Configure configure_;  // outlives the session
-  const Subject subject_;
+  Subject subject_;
   std::unique_ptr<ort::Session, void (*)(ort::Session*)> session_;
   std::unique_ptr<ort::MemoryInfo, void (*)(ort::MemoryInfo*)> shared_;   // of shared memory; null: has none
   std::unique_ptr<ort::Allocator, void (*)(ort::Allocator*)> allocator_;  // of it; goes before the session
@@ -196,9 +211,9 @@ class OrtGraph final : public Graph {
 }  // namespace
 
 std::unique_ptr<Graph> ort::load_graph(const Library& library, const std::filesystem::path& path, Configure configure,
-                                       const std::string& remedy, const std::filesystem::path& profile,
-                                       const std::string& shared_memory) {
-  return std::make_unique<OrtGraph>(library, Subject{path, remedy}, std::move(configure), profile, shared_memory);
+                                       OperatorNames operators, const std::string& remedy,
+                                       const std::filesystem::path& profile, const std::string& shared_memory) {
+  return std::make_unique<OrtGraph>(library, path, std::move(configure), operators, remedy, profile, shared_memory);
 }
 
 std::string onnxruntime_version(const std::filesystem::path& library) { return ort::library_at(library).version; }
@@ -215,7 +230,7 @@ GraphLoader onnxruntime_loader(const std::filesystem::path& library, const Graph
     operators->add_to(session);
   };
   return [&loaded, configure, profile = options.profile](const std::filesystem::path& path) {
-    return ort::load_graph(loaded, path, configure,
+    return ort::load_graph(loaded, path, configure, ort::kCpuOperators,
                            "the stage, its weights or the manifest are damaged, or memory is short: convert the model "
                            "again",
                            profile);

@@ -7,6 +7,7 @@
 
 #include "runtime/graph/graph.h"
 #include "runtime/graph/ort/api.h"
+#include "runtime/graph/ort/model_file.h"
 
 namespace meki::ort {
 
@@ -25,10 +26,11 @@ const Library& library_at(const std::filesystem::path& path);
 // Sets what a provider needs for the session of a stage. Kept as long as the stage: it may own what the session uses.
 using Configure = std::function<void(SessionOptions*)>;
 
-// A stage from a file. `remedy` ends the message of a PackageError. With a `profile`, the stage leaves a trace in a
-// file whose name begins so. `shared_memory` is the provider's name of memory that its device shares; empty: none.
+// A stage from a file, of `operators` alone (check_model_file). `remedy` ends the message of a PackageError. With a
+// `profile`, the stage leaves a trace in a file whose name begins so. `shared_memory` is the provider's name of memory
+// that its device shares; empty: none.
 std::unique_ptr<Graph> load_graph(const Library& library, const std::filesystem::path& path, Configure configure,
-                                  const std::string& remedy, const std::filesystem::path& profile,
-                                  const std::string& shared_memory = {});
+                                  OperatorNames operators, const std::string& remedy,
+                                  const std::filesystem::path& profile, const std::string& shared_memory = {});
 
 }  // namespace meki::ort

@@ -175,7 +175,7 @@ GraphLoader qnn_loader(const std::filesystem::path& onnxruntime, const std::file
     add_provider(library, devices, options, session);
   };
   return [&library, configure, options](const std::filesystem::path& path) {
-    return ort::load_graph(library, path, configure,
+    return ort::load_graph(library, path, configure, ort::kCompiledOperators,
                            "the stage is damaged, or compiled by another version or for another chip, or memory is "
                            "short: run meki-compile again",
                            options.profile, options.shared_memory ? kSharedMemory : "");

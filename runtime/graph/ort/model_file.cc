@@ -1,0 +1,193 @@
+// Field numbers are those of onnx.proto (https://github.com/onnx/onnx), encoding that of Protocol Buffers.
+
+#include "runtime/graph/ort/model_file.h"
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+
+#include "runtime/base/error.h"
+#include "runtime/base/file.h"
+
+namespace meki::ort {
+namespace {
+
+constexpr std::array<std::string_view, 14> kCpu = {"Add",
+                                                   "Cast",
+                                                   "Gather",
+                                                   "Gemm",
+                                                   "MatMul",
+                                                   "Mul",
+                                                   "RMSNormalization",
+                                                   "Sigmoid",
+                                                   "Split",
+                                                   "Squeeze",
+                                                   "meki.Attention",
+                                                   "meki.Embedding",
+                                                   "meki.Injection",
+                                                   "meki.Linear"};
+constexpr std::array<std::string_view, 1> kCompiled = {"com.microsoft.EPContext"};
+
+constexpr size_t kMaxBytes = 64 << 20;
+constexpr size_t kMaxNodes = 16'384;  // a float32 stage has some 40 a layer
+
+// What is wrong with a file, without its name.
+class ModelError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// A field of a message.
+struct Field {
+  uint32_t number = 0;
+  std::string_view bytes;  // of a string or a message; empty for numbers
+};
+
+// The fields of a message, one after the other.
+class Message {
+ public:
+  explicit Message(std::string_view bytes) : rest_(bytes) {}
+
+  bool next(Field& field) {
+    if (rest_.empty()) return false;
+    const uint64_t tag = varint();
+    field = {.number = static_cast<uint32_t>(tag >> 3), .bytes = {}};
+    switch (tag & 7) {
+      case 0: varint(); return true;
+      case 1: take(8); return true;
+      case 2: field.bytes = take(varint()); return true;
+      case 5: take(4); return true;
+      default: throw ModelError("not an ONNX model");
+    }
+  }
+
+ private:
+  uint64_t varint() {
+    uint64_t value = 0;
+    for (unsigned shift = 0; shift < 64; shift += 7) {
+      const auto byte = static_cast<uint8_t>(take(1).front());
+      value |= static_cast<uint64_t>(byte & 127) << shift;
+      if (byte < 128) return value;
+    }
+    throw ModelError("not an ONNX model");
+  }
+
+  std::string_view take(uint64_t count) {
+    if (count > rest_.size()) throw ModelError("not an ONNX model, or truncated");
+    const std::string_view taken = rest_.substr(0, count);
+    rest_.remove_prefix(count);
+    return taken;
+  }
+
+  std::string_view rest_;
+};
+
+class Checker {
+ public:
+  explicit Checker(OperatorNames allowed) : allowed_(allowed) {}
+
+  void model(std::string_view bytes) {
+    Field field;
+    for (Message message(bytes); message.next(field);) {
+      if (field.number == 7) graph(field.bytes);
+      if (field.number == 20) throw ModelError("it has training information, which no stage has");
+      if (field.number == 25) throw ModelError("it defines functions, which no stage does");
+    }
+    if (nodes_ == 0) throw ModelError("not an ONNX model, or one without nodes");
+  }
+
+  std::set<std::string> files() && { return std::move(files_); }
+
+ private:
+  void graph(std::string_view bytes) {
+    Field field;
+    for (Message message(bytes); message.next(field);) {
+      if (field.number == 1) node(field.bytes);
+      if (field.number == 5) tensor(field.bytes);
+      if (field.number == 15) throw ModelError("it has a sparse tensor, which no stage has");
+    }
+  }
+
+  void node(std::string_view bytes) {
+    if (++nodes_ > kMaxNodes) throw ModelError("more than " + std::to_string(kMaxNodes) + " nodes");
+    std::string_view kind;
+    std::string_view domain;
+    Field field;
+    for (Message message(bytes); message.next(field);) {
+      if (field.number == 4) kind = field.bytes;
+      if (field.number == 7) domain = field.bytes;
+      if (field.number == 5) attribute(field.bytes);
+    }
+    std::string name(kind);
+    if (!domain.empty() && domain != "ai.onnx") name = std::string(domain) + "." + name;
+    if (std::find(allowed_.begin(), allowed_.end(), name) != allowed_.end()) return;
+    std::string expected;
+    for (const std::string_view known : allowed_) expected += (expected.empty() ? "" : ", ") + std::string(known);
+    throw ModelError("its operator " + name.substr(0, 100) + " is none that a stage has, expected " + expected);
+  }
+
+  // Numbers and strings are all that an operator of a stage has.
+  void attribute(std::string_view bytes) {
+    std::string_view name;
+    std::string_view text;
+    Field field;
+    for (Message message(bytes); message.next(field);) {
+      if (field.number == 1) name = field.bytes;
+      if (field.number == 4) text = field.bytes;
+      constexpr std::array<uint32_t, 8> kOthers = {5, 6, 10, 11, 14, 15, 22, 23};  // tensors, graphs, types
+      if (std::find(kOthers.begin(), kOthers.end(), field.number) != kOthers.end()) {
+        throw ModelError("its attribute " + std::string(name.substr(0, 100)) + " is neither numbers nor text");
+      }
+    }
+    if (name == "ep_cache_context") file(text);  // of EPContext: a name, as stages are compiled here
+  }
+
+  void tensor(std::string_view bytes) {
+    Field field;
+    for (Message message(bytes); message.next(field);) {
+      if (field.number == 13) external_data(field.bytes);
+    }
+  }
+
+  void external_data(std::string_view bytes) {
+    std::string_view key;
+    std::string_view value;
+    Field field;
+    for (Message message(bytes); message.next(field);) {
+      if (field.number == 1) key = field.bytes;
+      if (field.number == 2) value = field.bytes;
+    }
+    if (key == "location") file(value);
+  }
+
+  void file(std::string_view name) {
+    const bool plain = !name.empty() && name.size() < 256 && name != "." && name != ".." &&
+                       name.find_first_of(std::string_view("/\\\0", 3)) == std::string_view::npos;
+    if (!plain) throw ModelError("what it says of a file that it refers to is no plain file name");
+    files_.emplace(name);
+  }
+
+  const OperatorNames allowed_;
+  size_t nodes_ = 0;
+  std::set<std::string> files_;
+};
+
+}  // namespace
+
+const OperatorNames kCpuOperators = kCpu;
+const OperatorNames kCompiledOperators = kCompiled;
+
+std::set<std::string> check_model_file(const std::filesystem::path& path, OperatorNames allowed,
+                                       const std::string& remedy) {
+  const std::string bytes = read_text(path, kMaxBytes);
+  try {
+    Checker checker(allowed);
+    checker.model(bytes);
+    return std::move(checker).files();
+  } catch (const ModelError& error) {
+    throw PackageError(path.string() + ": " + error.what() + "; " + remedy);
+  }
+}
+
+}  // namespace meki::ort

@@ -1,0 +1,27 @@
+#pragma once
+
+#include <filesystem>
+#include <set>
+#include <span>
+#include <string>
+#include <string_view>
+
+namespace meki::ort {
+
+// Operators, each as "DOMAIN.NAME"; those of ONNX by name alone.
+using OperatorNames = std::span<const std::string_view>;
+
+// What graphs on the CPU are made of: what models/graph/ writes for it. None has a graph inside or makes large values
+// out of small ones, as Loop and ConstantOfShape do.
+extern const OperatorNames kCpuOperators;
+// What compiling leaves of a stage.
+extern const OperatorNames kCompiledOperators;
+
+// Looks at a stage before ONNX Runtime does, which would expand any function and compute any constant. Returns the
+// names of the files that it refers to: those of its tensors and of compiled code. Throws PackageError, ending with
+// `remedy`, for what no stage has: operators other than `allowed`, functions, graphs or tensors in attributes, sparse
+// tensors, more than 16,384 nodes or 64 MiB; and for what is not an ONNX model.
+std::set<std::string> check_model_file(const std::filesystem::path& path, OperatorNames allowed,
+                                       const std::string& remedy);
+
+}  // namespace meki::ort
