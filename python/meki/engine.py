@@ -41,11 +41,12 @@ class Engine:
     ) -> None:
         """Opens a package by name or path.
 
-        threads: compute threads of one step, 0 for one per core that affinity and CPU quota leave. rom_access: "pread",
-        "mmap", or "direct" (past the page cache). kv_type: how keys and values are stored, "float32", "float16", "int8"
-        or "int4"; None: "int8", and with the provider "qnn" "float16", which has no other. provider: "cpu", or "qnn"
-        for what meki-compile has made of the package: it runs on the NPU of a Qualcomm chip, on x86-64 in its
-        simulator. soc: the compiled chip, such as "sm8750"; None: the only one there is.
+        threads: compute threads of one step, 0 for one per core that affinity and CPU quota leave; more than the
+        affinity's cores are not used. rom_access: "pread", "mmap", or "direct" (past the page cache). kv_type: how
+        keys and values are stored, "float32", "float16", "int8" or "int4"; None: "int8", and with the provider "qnn"
+        "float16", which has no other. provider: "cpu", or "qnn" for what meki-compile has made of the package: it runs
+        on the NPU of a Qualcomm chip, on x86-64 in its simulator. soc: the compiled chip, such as "sm8750"; None: the
+        only one there is.
 
         For measurements: memory: False runs the backbone without its memory. rom_delay_ms: milliseconds that every
         read of the ROM takes longer, 0 to 10,000, to imitate slow storage. profile: ONNX Runtime writes a trace of each

@@ -27,10 +27,14 @@ bool has_cpu(const std::string& controllers) { return ("," + controllers + ",").
 
 }  // namespace
 
-int available_cpus(const std::filesystem::path& root, const std::filesystem::path& self) {
+int affinity_cpus() {
   cpu_set_t affinity;
   CPU_ZERO(&affinity);
-  double cpus = ::sched_getaffinity(0, sizeof(affinity), &affinity) == 0 ? CPU_COUNT(&affinity) : 1;
+  return ::sched_getaffinity(0, sizeof(affinity), &affinity) == 0 ? CPU_COUNT(&affinity) : 1;
+}
+
+int available_cpus(const std::filesystem::path& root, const std::filesystem::path& self) {
+  double cpus = affinity_cpus();
   std::ifstream groups(self);
   for (std::string line; std::getline(groups, line);) {  // number:controllers:path
     const size_t first = line.find(':');

@@ -20,12 +20,13 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 
+// More threads than CPUs would take the time from each other at every operator.
 int resolve_threads(int threads) {
   if (threads < 0 || threads > kMaxThreads) {
     throw std::invalid_argument("threads is " + std::to_string(threads) + ", expected 0 to " +
                                 std::to_string(kMaxThreads));
   }
-  return threads > 0 ? threads : available_cpus();
+  return threads > 0 ? std::min(threads, affinity_cpus()) : available_cpus();
 }
 
 // One token through all stages, and compiled ones with two tokens as well: ONNX Runtime checks every type and shape

@@ -16,7 +16,7 @@ namespace meki {
 
 struct EngineOptions {
   std::filesystem::path onnxruntime;  // the ONNX Runtime shared library
-  int threads = 0;                    // compute threads; 0: as many as available_cpus() (base/cpus.h)
+  int threads = 0;                    // compute threads, at most affinity_cpus(); 0: available_cpus() (base/cpus.h)
   RomAccess rom_access = RomAccess::pread;
   std::optional<KvType> kv_type{};         // none: int8 on the CPU, float16 of compiled stages, which have no other
   bool memory = true;                      // false: the package's backbone without its memory

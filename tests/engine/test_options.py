@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -140,7 +143,8 @@ def test_the_number_of_threads_does_not_matter(make_package: Callable[..., Path]
     package = make_package(weights, **LARGER)
     ids = (IDS * 4)[:400]  # seven blocks of the cache, of which several are a part
     first, *others = (open_core(package, kv_type=kv_type, threads=threads) for threads in (1, 2, 3, 5))
-    assert [engine.threads for engine in (first, *others)] == [1, 2, 3, 5]
+    cores = len(os.sched_getaffinity(0))
+    assert [engine.threads for engine in (first, *others)] == [min(threads, cores) for threads in (1, 2, 3, 5)]
 
     def outcome(engine: _core.Engine) -> tuple[bytes, list[int], bytes]:
         session = core_session(engine, chunk=100)
@@ -153,6 +157,15 @@ def test_the_number_of_threads_does_not_matter(make_package: Callable[..., Path]
     expected = outcome(first)
     for engine in others:
         assert outcome(engine) == expected
+
+
+@pytest.mark.parametrize("threads", [0, 1, 8])
+def test_no_more_threads_than_cores(make_package: Callable[..., Path], threads: int) -> None:
+    core = min(os.sched_getaffinity(0))
+    code = "import os, sys; from meki import Engine; os.sched_setaffinity(0, [int(sys.argv[2])]); "
+    code += "print(Engine(sys.argv[1], threads=int(sys.argv[3])).threads)"
+    command = [sys.executable, "-c", code, str(make_package()), str(core), str(threads)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "1\n"
 
 
 @pytest.mark.parametrize("threads", [-1, 1025])
