@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from .. import _core
 from ..package import check_sha256, compiled_targets, find_model, read_manifest, target_directory
+from ..package.signature import check_signature
 from .arguments import Parser
 from .errors import run_command
 
@@ -24,6 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("meki-info", description="Show what a package holds.", epilog="Reference: docs/cli.md")
     parser.add_argument("model", metavar="MODEL", help="name or package directory")
     parser.add_argument("--verify", action="store_true", help="read every file and check all checksums")
+    parser.add_argument(
+        "--key",
+        type=Path,
+        metavar="FILE",
+        help="with --verify: the Ed25519 public key that must have signed the package",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     return run_command(parser.prog, lambda: _run(arguments))
@@ -31,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     path = find_model(arguments.model)
+    if arguments.key is not None:
+        if not arguments.verify:
+            raise ValueError("--key is for --verify: a signature of files that are not read says nothing; give both")
+        check_signature(path, arguments.key)
     manifest = read_manifest(path)
     # A copy for the CPU alone may leave out what is compiled for a chip, as a whole; what is there must be complete.
     # The other way round is no package to describe: what goes to a phone is for the engine there.
@@ -41,6 +52,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.verify:
         _verify(path, manifest)
     info["verified"] = arguments.verify
+    info["signed_by"] = arguments.key and str(arguments.key)
     print(json.dumps(info, indent=2) if arguments.json else "\n".join(_lines(info)))
 
 
@@ -126,6 +138,8 @@ def _lines(info: dict[str, Any]) -> Iterator[str]:
         yield from _section(((key, _text(value)) for key, value in info[title].items()), title.replace("_", " "))
     if info["verified"]:
         yield "\nverified: all SHA-256 sums" + ("" if rom is None else " and all bundle checksums") + " are right"
+        if info["signed_by"]:
+            yield f"signed by the owner of {info['signed_by']}"
 
 
 def _target_rows(target: dict[str, Any]) -> Iterator[tuple[str, str]]:
