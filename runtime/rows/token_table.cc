@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <cstring>
 #include <stdexcept>
 
@@ -114,7 +115,10 @@ size_t TokenTable::copy_mapped(const Window& window, std::byte* out) const noexc
   // The kernel copies: a page that lost its file ends the copy here, where a memcpy would die of SIGBUS.
   const iovec to{out, window.bytes};
   const iovec from{source, window.bytes};
-  const ssize_t got = ::process_vm_readv(::getpid(), &to, 1, &from, 1, 0);
+  ssize_t got = 0;
+  do {
+    got = ::process_vm_readv(::getpid(), &to, 1, &from, 1, 0);
+  } while (got < 0 && errno == EINTR);
   unmap(window);
   return got < 0 ? 0 : static_cast<size_t>(got);
 }
