@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateSyntaxError, nodes
+from jinja2 import Template, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ._core import PackageError
+from .messages import check_messages, check_tools, plain
 
 
 class ChatTemplate:
@@ -22,38 +25,99 @@ class ChatTemplate:
     It runs in Jinja's sandbox: it reaches neither files nor Python's internals, but may compute as long as it likes.
     """
 
-    def __init__(self, path: Path, variables: Mapping[str, str]) -> None:
-        """variables: the special tokens by the names that the template knows, as {"eos_token": "</s>"}. PackageError if
-        the file is not a template."""
+    def __init__(self, path: Path, variables: Mapping[str, str], *, given: bool = False) -> None:
+        """variables: the special tokens by the names that the template knows, as {"eos_token": "</s>"}. given: the
+        user's own file in place of the package's. PackageError, of the user's file ValueError, if the file is not a
+        template; FileNotFoundError or another OSError if it cannot be read."""
         self._path = path
         self._variables = dict(variables)
+        self._given = given
+        data = path.read_bytes()
         try:
-            self._template = parse_template(path.read_bytes().decode())
+            text = data.decode("utf-8-sig")  # the mark that some editors put before a text is no part of it
+            self._template = parse_template(text)
         except ValueError as error:  # not UTF-8, too
-            raise _broken(path, f"does not parse: {error}") from error
+            raise self._broken(f"does not parse: {error}") from error
+        self._knows_tool_calls = "tool_calls" in text
+        # Of a message with tool calls alone: some templates ask for a content of none, others take any for a text.
+        self._no_content = None if re.search(r"\bcontent\b\W*\bis\s+(not\s+)?none\b", text) else ""
+        self._names = meta.find_undeclared_variables(_environment().parse(text))
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text of the conversation, up to where the model's answer begins.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+    ) -> str:
+        """The text of the conversation, up to where the model's answer begins, or goes on (`continue_final_message`).
 
-        messages: at least one, each with the str `role` and `content`; what else they have, the template sees too.
-        ValueError for messages of another form, and for what the template refuses, in its words. PackageError if the
-        template fails.
+        Arguments as of `meki.options.ChatOptions`; what else the messages have, the template sees too. ValueError or
+        TypeError for arguments of another form, ValueError for what the template refuses, in its words. PackageError,
+        of a template that was given ValueError, if the template fails.
         """
+        checked = check_messages(messages, self._no_content)
+        if not self._knows_tool_calls and any("tool_calls" in message for message in checked):
+            raise ValueError(f"{self._path}: the chat template knows no tool_calls; leave those messages out")
+        schemas = check_tools(tools)
+        if schemas and "tools" not in self._names:
+            raise ValueError(f"{self._path}: the chat template knows no tools; leave them out")
+        if continue_final_message:
+            last = checked[-1]
+            if last["role"] != "assistant" or "tool_calls" in last:
+                raise ValueError(
+                    "continue_final_message goes on with the text of an assistant's message, but the last message is "
+                    f"{shown(last)}; end with one, or leave the option out"
+                )
+            last["content"] += _END
         variables = {
             **self._variables,
-            "messages": check_messages(messages),
-            "add_generation_prompt": True,
-            "tools": None,
             "documents": None,
+            **self._check_kwargs(chat_template_kwargs),
+            "messages": checked,
+            "add_generation_prompt": not continue_final_message,
+            "tools": schemas,
         }
         try:
-            return self._template.render(variables)
+            text = self._template.render(variables)
         except _RefusalError as error:
             raise ValueError(f"{self._path}: the chat template refuses these messages: {error}") from error
         except MemoryError:
             raise
         except Exception as error:  # a template is a program: it may raise anything
-            raise _broken(self._path, f"fails on these messages: {error}") from error
+            raise self._broken(f"fails on these messages: {error}") from error
+        return self._cut(text) if continue_final_message else text
+
+    def _check_kwargs(self, kwargs: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        if kwargs is None:
+            return {}
+        if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
+            raise TypeError(f"chat_template_kwargs must map names of variables to values, got {shown(kwargs)}")
+        for name in kwargs:
+            if name in _CALL_VARIABLES:
+                raise ValueError(f"chat_template_kwargs has {name!r}, which the call itself says; leave it out")
+            if name not in self._names:
+                known = ", ".join(sorted(self._names - {*self._variables, *_CALL_VARIABLES})) or "none"
+                raise ValueError(f"{self._path}: the chat template has no variable {name!r}; it has: {known}")
+        return dict(plain("chat_template_kwargs", dict(kwargs)))
+
+    def _cut(self, text: str) -> str:
+        """`text` up to where the last message ends, without what ends a turn."""
+        mark = _END.rstrip()
+        before, found, after = text.rpartition(mark)
+        if not found:
+            raise ValueError(f"{self._path}: the chat template leaves out the last message, which is to be continued")
+        return before if (mark + after).startswith(_END) else before.rstrip()  # as it trims the message, if it does
+
+    def _broken(self, what: str) -> Exception:
+        problem = f"{self._path}: the chat template {what}"
+        if self._given:
+            return ValueError(f"{problem}; give one that works")
+        return PackageError(
+            f"{problem}; give one that works (meki-run --chat-template, Engine's chat_template), or convert the model "
+            "again with one"
+        )
 
 
 def parse_template(text: str) -> Template:
@@ -66,23 +130,9 @@ def parse_template(text: str) -> Template:
         raise ValueError(f"chat template: {error}") from error
 
 
-def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A copy of the messages; ValueError, naming the message, if they are not what `ChatTemplate.render` takes."""
-    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise ValueError(
-            'messages must be a list of at least one message, as [{"role": "user", "content": "Hello"}], '
-            f"got {messages!r}"
-        )
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise ValueError(
-                f'messages[{index}] is {message!r}, expected a message, as {{"role": "user", "content": "Hello"}}'
-            )
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                got = repr(message[key]) if key in message else "missing"
-                raise ValueError(f'messages[{index}]["{key}"] is {got}, expected a str')
-    return [dict(message) for message in messages]
+_CALL_VARIABLES = ("messages", "tools", "add_generation_prompt")
+_END = "\ue000\ue001\ue000 "
+"""Put after a text to find its end again; the space at the end tells whether the template trims."""
 
 
 class _RefusalError(Exception):
@@ -123,7 +173,3 @@ def _tojson(
 
 def _raise_exception(message: object) -> NoReturn:
     raise _RefusalError(message)
-
-
-def _broken(path: Path, what: str) -> PackageError:
-    return PackageError(f"{path}: the chat template {what}; convert the model again with a template that works")

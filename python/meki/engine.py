@@ -15,7 +15,18 @@ from numpy.typing import NDArray
 
 from . import _core
 from .generation import GenerationResult, TextStream
-from .options import CheckedOptions, GenerationOptions, check_integer, check_options
+from .options import (
+    ChatOptions,
+    CheckedOptions,
+    GenerationOptions,
+    check_flag,
+    check_integer,
+    check_number,
+    check_options,
+    check_path,
+    check_text,
+    check_token_ids,
+)
 from .package import check_parsed_files, compiled_targets, find_model, has_random_weights, read_manifest
 from .prompt import PromptEncoder
 
@@ -35,6 +46,7 @@ class Engine:
         kv_type: str | None = None,
         provider: str = "cpu",
         soc: str | None = None,
+        chat_template: str | os.PathLike[str] | None = None,
         memory: bool = True,
         rom_delay_ms: float = 0.0,
         profile: str | os.PathLike[str] = "",
@@ -46,37 +58,38 @@ class Engine:
         keys and values are stored, "float32", "float16", "int8" or "int4"; None: "int8", and with the provider "qnn"
         "float16", which has no other. provider: "cpu", or "qnn" for what meki-compile has made of the package: it runs
         on the NPU of a Qualcomm chip, on x86-64 in its simulator. soc: the compiled chip, such as "sm8750"; None: the
-        only one there is.
+        only one there is. chat_template: a Jinja file in place of the package's own chat template.
 
         For measurements: memory: False runs the backbone without its memory. rom_delay_ms: milliseconds that every
         read of the ROM takes longer, 0 to 10,000, to imitate slow storage. profile: ONNX Runtime writes a trace of each
         stage, in Chrome's format, into a file whose path begins so; it is complete when the engine and its sessions are
         gone.
 
-        Raises ModelNotFoundError, PackageError for a package that cannot be used, ValueError for an option out of range
-        or a chip that the package is not compiled for, ImportError or RuntimeError if ONNX Runtime or its provider is
-        missing or fails.
+        Raises ModelNotFoundError, PackageError for a package that cannot be used, TypeError for an option of a wrong
+        type, ValueError for one out of range, a chip that the package is not compiled for and a `chat_template` that
+        cannot be used, ImportError or RuntimeError if ONNX Runtime or its provider is missing or fails.
         """
-        if not 0 <= rom_delay_ms <= 10_000:
+        if not 0 <= check_number("rom_delay_ms", rom_delay_ms) <= 10_000:
             raise ValueError(f"rom_delay_ms must be from 0 to 10000, got {rom_delay_ms}")
-        self.path = find_model(model)
         options = _core.EngineOptions(
             onnxruntime=str(find_onnxruntime()),
             threads=check_integer("threads", threads, 1024),
-            rom_access=rom_access,
-            kv_type=kv_type,
-            memory=memory,
+            rom_access=check_text("rom_access", rom_access),
+            kv_type=None if kv_type is None else check_text("kv_type", kv_type),
+            memory=check_flag("memory", memory),
             rom_delay_us=round(rom_delay_ms * 1000),
-            profile=profile,
-            provider=provider,
+            profile=check_path("profile", profile),
+            provider=check_text("provider", provider),
             qnn_library=str(find_qnn_provider()) if provider == "qnn" else "",
-            soc=soc or "",
+            soc="" if soc is None else check_text("soc", soc),
         )
+        template = None if chat_template is None else Path(check_path("chat_template", chat_template)).expanduser()
+        self.path = find_model(check_path("model", model))
         self.manifest = read_manifest(self.path, provider, soc or "")
         chip = soc or next(iter(compiled_targets(self.manifest))) if provider == "qnn" else None
         check_parsed_files(self.path, self.manifest, chip)
         self._core = _core.Engine.open(str(self.path), options)
-        self._prompts = PromptEncoder(self.path, self.manifest)
+        self._prompts = PromptEncoder(self.path, self.manifest, template)
         self.tokenizer = self._prompts.tokenizer
         self._lock = threading.Lock()
         self._idle: tuple[tuple[int, bool], Session] | None = None  # of the last chat, by its context and prefetch
@@ -132,7 +145,7 @@ class Engine:
 
     @property
     def can_chat(self) -> bool:
-        """Whether the package has a chat template."""
+        """Whether there is a chat template."""
         return self._prompts.chat_template is not None
 
     @property
@@ -163,9 +176,9 @@ class Engine:
         *,
         context: int = 0,
         prefetch: bool = True,
-        **options: Unpack[GenerationOptions],
+        **options: Unpack[ChatOptions],
     ) -> GenerationResult:
-        """The model's answer to a conversation; messages and errors as in `Session.stream_chat`.
+        """The model's answer to a conversation; messages, options and errors as in `Session.stream_chat`.
 
         The session of the last chat is kept, so that a conversation which goes on computes only what is new
         (`cached_tokens` of the stats). That saves time and changes nothing else; it costs the memory of one KV cache
@@ -189,6 +202,7 @@ class Engine:
         """float32 [len(token_ids) - start, vocab_size]: row i predicts the token after token_ids[: start + i + 1].
         Nothing is added to the tokens. ValueError if there are none, too many for the model, or one is out of the
         vocabulary, and for a `start` that is none of their positions."""
+        token_ids = check_token_ids(token_ids)
         if len(token_ids) > self.context:
             raise ValueError(f"{len(token_ids)} tokens do not fit the model's context of {self.context}; pass fewer")
         return self.session(context=len(token_ids)).logits(token_ids, start)
@@ -203,10 +217,11 @@ class Session:
 
     def __init__(self, engine: Engine, *, context: int = 0, prefetch: bool = True) -> None:
         capacity = check_integer("context", context, 2**31 - 1)
+        fetch_ahead = check_flag("prefetch", prefetch)
         self._sampling: GenerationOptions = engine.manifest["sampling"]
         self._prompts = engine._prompts  # not the engine itself: it keeps a session, and a cycle would outlive both
         self._rom_access = engine.rom_access
-        self._core = _core.Session(engine._core, _core.SessionOptions(context=capacity, prefetch=prefetch))
+        self._core = _core.Session(engine._core, _core.SessionOptions(context=capacity, prefetch=fetch_ahead))
         self._stream: TextStream | None = None
 
     @property
@@ -236,22 +251,37 @@ class Session:
         self._core.append(token_ids)  # the last that can refuse: from here on the earlier stream is over
         return self._generate(checked, prompt_tokens=len(token_ids), shared_tokens=0)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerationOptions]) -> GenerationResult:
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> GenerationResult:
         """The model's answer to a conversation. Messages, options and errors as in `stream_chat`."""
         return self.stream_chat(messages, **options).finish()
 
-    def stream_chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerationOptions]) -> TextStream:
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+        **options: Unpack[GenerationOptions],
+    ) -> TextStream:
         """Answers a conversation while the result is iterated over; ends an earlier stream of this session.
 
-        messages: at least one {"role": "system" | "user" | "assistant", "content": str}; further roles and keys are the
-        chat template's concern. The sequence becomes the conversation as the template writes it, with the beginning of
-        an answer: what it has in common with the sequence before is not computed again. Without a `temperature`, here
-        or in the package, the answer is the most probable one. ValueError if the package has no chat template, for
-        messages that are not such or that the template refuses, for an option out of range and a conversation that does
-        not fit the context; the sequence is then as before.
+        messages: at least one {"role": "system" | "user" | "assistant" | "tool", "content": str}, in the forms of
+        OpenAI's API: a content may be a list of text parts, or None beside `tool_calls`; further roles and keys are
+        the chat template's concern. The next arguments are those of `ChatOptions`. The sequence becomes the
+        conversation as the template writes it, with the beginning of an answer, which is no part of the result: what
+        it has in common with the sequence before is not computed again. Without a `temperature`, here or in the
+        package, the answer is the most probable one. ValueError if there is no chat template, for messages that are
+        not such or that the template refuses, for an option out of range and a conversation that does not fit the
+        context; the sequence is then as before.
         """
         checked = check_options({"temperature": 0.0, **self._sampling, **options})
-        token_ids = self._prompts.encode_chat(messages)
+        token_ids = self._prompts.encode_chat(
+            messages,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            continue_final_message=check_flag("continue_final_message", continue_final_message),
+        )
         if len(token_ids) > self.context:
             raise ValueError(
                 f"the conversation has {len(token_ids)} tokens, the context holds {self.context}; "
@@ -267,7 +297,8 @@ class Session:
     def logits(self, token_ids: Sequence[int], start: int = 0) -> NDArray[np.float32]:
         """Appends tokens as they are; float32 [len(token_ids) - start, vocab_size], row i predicting the token after
         token_ids[start + i]. ValueError as for `Engine.logits`."""
-        if not len(token_ids):
+        token_ids = check_token_ids(token_ids)
+        if not token_ids:
             raise ValueError("no tokens to compute logits of; pass at least one")
         first = len(self._core.tokens) + check_integer("start", start, len(token_ids) - 1)
         self._core.append(token_ids)

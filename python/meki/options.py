@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
+import os
 import secrets
-from collections.abc import Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from reprlib import repr as shown
+from typing import Any, SupportsFloat, SupportsIndex, TypedDict
 
 from . import _core
 
@@ -39,6 +43,19 @@ class GenerationOptions(TypedDict, total=False):
     """Strings that end the text; they are not part of it. Default none."""
 
 
+class ChatOptions(GenerationOptions, total=False):
+    """Keyword arguments of `chat` and `stream_chat`."""
+
+    tools: Sequence[Mapping[str, Any]] | None
+    """JSON schemas of the functions that the model may call, as OpenAI's API has them, for the template to write into
+    the conversation. Default None."""
+    chat_template_kwargs: Mapping[str, Any] | None
+    """Variables of the chat template, as {"enable_thinking": False}. Default None. ValueError for one that the template
+    does not have."""
+    continue_final_message: bool
+    """The last message is the beginning of the answer: the model goes on with its text. Default False."""
+
+
 @dataclass(frozen=True)
 class CheckedOptions:
     """`GenerationOptions` with defaults filled in."""
@@ -53,10 +70,47 @@ def check_integer(name: str, value: int, maximum: int) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+        raise TypeError(f"{name} must be an integer, got {shown(value)}") from None
     if not 0 <= number <= maximum:
         raise ValueError(f"{name} must be from 0 to {maximum}, got {number}")
     return number
+
+
+def check_number(name: str, value: float) -> float:
+    """`value` as a float; TypeError naming it if it is not a number."""
+    if isinstance(value, SupportsFloat | SupportsIndex):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # an array of several, an integer beyond floats
+            return float(value)
+    raise TypeError(f"{name} must be a number, got {shown(value)}")
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """`value`; TypeError naming it if it is not a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+    return value
+
+
+def check_text(name: str, value: str) -> str:
+    """`value`; TypeError naming it if it is not a str."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, got {shown(value)}")
+    return value
+
+
+def check_path(name: str, value: str | os.PathLike[str]) -> str:
+    """`value` as a str; TypeError naming it if it is not a path."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} must be a path, got {shown(value)}")
+    return os.fsdecode(value)
+
+
+def check_token_ids(token_ids: Sequence[int]) -> list[int]:
+    """A list of them; TypeError if they are not a sequence of integers that 64 bits hold."""
+    if not isinstance(token_ids, str | bytes | bytearray):
+        with contextlib.suppress(TypeError, OverflowError):
+            return array("q", token_ids).tolist()
+    raise TypeError(f"token_ids must be a sequence of integers, got {shown(token_ids)}")
 
 
 def check_options(options: GenerationOptions) -> CheckedOptions:
@@ -65,14 +119,16 @@ def check_options(options: GenerationOptions) -> CheckedOptions:
     if unknown := sorted(options.keys() - known):
         raise TypeError(f"unknown generation option {unknown[0]!r}; known: {', '.join(known)}")
     values: dict[str, Any] = {name: value for name, value in options.items() if name in SAMPLING}
-    if "top_k" in values:
-        check_integer("top_k", values["top_k"], 2**31 - 1)
+    for name, value in values.items():
+        values[name] = check_integer(name, value, 2**31 - 1) if name == "top_k" else check_number(name, value)
     seed = options.get("seed")
     # 32 bits are fresh enough, and exact in every JSON reader.
     seed = secrets.randbits(32) if seed is None else check_integer("seed", seed, 2**64 - 1)
     sampling = _core.SamplingOptions(seed=seed, **values)
     _core.Sampler(sampling, 1)  # raises what a generation would raise later
     stop = options.get("stop", ())
+    if not isinstance(stop, str | Sequence):
+        raise TypeError(f"stop must be a str or several, got {shown(stop)}")
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(text, str) and text for text in stop):
         raise ValueError(f"every stop string must be a str that is not empty, got {stop!r}")

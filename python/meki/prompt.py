@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from ._core import PackageError
+from .options import check_text
 
 if TYPE_CHECKING:
     from .chat import ChatTemplate
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 class PromptEncoder:
     """The tokenizer and the chat template of a package. Immutable and thread-safe."""
 
-    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
-        """PackageError if a file of the package is not what it should be."""
+    def __init__(self, directory: Path, manifest: dict[str, Any], chat_template: Path | None = None) -> None:
+        """chat_template: the user's own, in place of the package's. PackageError if a file of the package is not what
+        it should be; ValueError and OSError if the user's is not."""
         settings = manifest["tokenizer"]
         self._directory = directory
         self._bos: int | None = settings["bos_token_id"]
@@ -27,10 +29,13 @@ class PromptEncoder:
         self.tokenizer = _load_tokenizer(directory / settings["file"], manifest["architecture"]["vocab_size"])
         self.chat_template: ChatTemplate | None = None
         """None: the package has none."""
-        if chat := settings["chat_template"]:
+        chat = settings["chat_template"]
+        if chat or chat_template:
             from .chat import ChatTemplate  # Jinja takes 0.1 s to load: only who needs it waits
 
-            self.chat_template = ChatTemplate(directory / chat["file"], chat["variables"])
+            variables = chat["variables"] if chat else self._special_tokens()
+            path = chat_template or directory / chat["file"]
+            self.chat_template = ChatTemplate(path, variables, given=chat_template is not None)
 
     def encode(self, prompt: str, *, first: bool) -> list[int]:
         """The tokens of a prompt; first: with those that begin a sequence. ValueError for text that is not Unicode, and
@@ -44,17 +49,25 @@ class PromptEncoder:
             raise ValueError("the prompt is empty and the model has no token that begins a text; give a prompt")
         return ids or self._eos[:1]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> list[int]:
         """The tokens of a conversation, up to where the answer begins; nothing is added to what the template writes.
-        ValueError for messages that are refused (`ChatTemplate.render`), or if the package has no template."""
+        Arguments and errors as of `ChatTemplate.render`; ValueError if the package has no template."""
         if self.chat_template is None:
             raise no_chat_template(self._directory)
-        ids = self._tokenize(self.chat_template.render(messages), add_special_tokens=False)
+        ids = self._tokenize(self.chat_template.render(messages, **arguments), add_special_tokens=False)
         if not ids:
             raise ValueError(f"{self._directory}: the chat template makes no text of these messages; give others")
         return ids
 
+    def _special_tokens(self) -> dict[str, str]:
+        """What templates know the tokens by that begin and end a text, as far as the package names such tokens."""
+        begins: list[int | None] = [*self._tokenize("", add_special_tokens=True), self._bos]
+        ids = {"bos_token": begins[0], "eos_token": next(iter(self._eos), None)}
+        tokens = {name: None if id is None else self.tokenizer.id_to_token(id) for name, id in ids.items()}
+        return {name: token for name, token in tokens.items() if token is not None}
+
     def _tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        check_text("prompt", text)
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -68,8 +81,8 @@ def no_chat_template(directory: Path) -> ValueError:
     """What there is to say of a package that cannot chat."""
     return ValueError(
         f"{directory}: the package has no chat template, so how the model wants a conversation written is not known; "
-        "convert it again from a source that has one, or with tokenizer_config.json or chat_template.jinja beside "
-        "its tokenizer.json"
+        "give a template (--chat-template, Engine's chat_template), or convert the model again from a source that has "
+        "one, or with one (meki-convert --chat-template)"
     )
 
 
@@ -96,8 +109,9 @@ def _guarded(path: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    data = path.read_bytes()  # the library opens no path that is not UTF-8
     with _guarded(path):
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(data)
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocab_size:
         raise PackageError(

@@ -216,6 +216,12 @@ def test_a_refused_conversation_changes_nothing(chat_package: Path) -> None:
         ([user("\udcff")], {}, "not valid Unicode"),
         ([], {}, "at least one message"),
         ([{"role": "user"}], {}, '"content"'),
+        ([QUESTION], {"continue_final_message": True}, "the last message is"),
+        (
+            [QUESTION],
+            {"chat_template_kwargs": {"enable_thinkin": False}},
+            "has no variable 'enable_thinkin'; it has: none",
+        ),
     ):
         with pytest.raises(ValueError, match=named):
             session.chat(messages, **options)
@@ -289,8 +295,61 @@ def test_a_template_that_writes_nothing(change_package: Any, with_template: Any)
 def test_a_package_without_a_template(engine: Engine, chat_engine: Engine) -> None:
     assert (engine.can_chat, chat_engine.can_chat) == (False, True)
     for call in (engine.chat, engine.session().chat, engine.session().stream_chat):
-        with pytest.raises(ValueError, match=r"no chat template.*convert it again.*chat_template\.jinja beside"):
+        with pytest.raises(ValueError, match=r"no chat template.*--chat-template.*convert the model again"):
             call([QUESTION])
+
+
+def test_a_template_of_the_users_own(
+    engine: Engine, chat_package: Path, chat_engine: Engine, with_template: Any, tmp_path: Path
+) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text("\ufeff{{ bos_token }}{{ messages[0].content }}{{ eos_token }}", encoding="utf-8")
+    one = Engine(engine.path, threads=1, chat_template=template)
+    assert one.can_chat
+    for package in (engine.path, chat_package):  # which has one, too
+        session = Engine(package, threads=1, chat_template=str(template)).session()
+        result = session.chat([user("The cat")], max_new_tokens=1)
+        assert session.tokens == [*engine.tokenizer.encode("The cat").ids, 0, *result.token_ids]
+    template.write_text("{% if %}")
+    with pytest.raises(ValueError, match=r"mine\.jinja: the chat template does not parse: .*; give one that works"):
+        Engine(engine.path, chat_template=template)
+    with pytest.raises(FileNotFoundError):
+        Engine(engine.path, chat_template=tmp_path / "gone.jinja")
+
+
+def test_a_users_template_knows_what_begins_a_text(package: Path, change_package: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    path = change_package(lambda manifest: manifest["tokenizer"].update(bos_token_id=0))
+    session = Engine(path, threads=1, chat_template=tmp_path / "mine.jinja").session()
+    session.chat([user("The cat")], max_new_tokens=1)
+    assert session.tokens[0] == 0
+
+
+def test_an_answer_that_is_begun(chat_engine: Engine) -> None:
+    """The conversation ends inside the answer: neither the end of the turn nor the beginning of another one."""
+    session = chat_engine.session()
+    messages = [QUESTION, assistant("It was late ")]
+    result = session.chat(messages, continue_final_message=True, **GREEDY)
+    prompt = f"u:{QUESTION['content']}{END_OF_STORY}a:It was late "
+    assert session.tokens == chat_engine.tokenizer.encode(prompt).ids + result.token_ids
+    again = "".join(chat_engine.session().stream_chat(messages, continue_final_message=True, **GREEDY))
+    assert again == result.text == chat_engine.chat(messages, continue_final_message=True, **GREEDY).text
+    assert messages == [QUESTION, assistant("It was late ")]
+
+
+def test_variables_and_tools_reach_the_template(package: Path, change_package: Any, with_template: Any) -> None:
+    text = "{{ tools[0].function.name if tools else 'none' }} {{ 'thinks' if enable_thinking else 'answers' }}"
+    engine = Engine(change_package(with_template(text)), threads=1)
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    for options, expected in (
+        ({}, "none answers"),
+        ({"tools": [], "chat_template_kwargs": {}}, "none answers"),
+        ({"tools": tools, "chat_template_kwargs": {"enable_thinking": True}}, "weather thinks"),
+    ):
+        session = engine.session()
+        result = session.chat([QUESTION], max_new_tokens=1, **options)
+        assert session.tokens == engine.tokenizer.encode(expected).ids + result.token_ids
+        assert engine.chat([QUESTION], max_new_tokens=1, **options).token_ids == result.token_ids
 
 
 @pytest.fixture
