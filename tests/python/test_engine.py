@@ -3,7 +3,10 @@ compare with PyTorch."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -286,11 +289,54 @@ def test_options_that_do_not_exist(engine: Engine) -> None:
         engine.generate(PROMPT, seed=1.5)
 
 
+WRONG = {
+    **dict.fromkeys(("threads", "context", "max_new_tokens", "top_k"), (None, "4", [4], 1.5)),
+    "seed": ("4", [4], 1.5),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty", "rom_delay_ms"), (None, "1", [1], 10**400)),
+    **dict.fromkeys(("memory", "prefetch"), (None, "yes", [1], 1)),
+    **dict.fromkeys(("rom_access", "provider"), (None, 1, ["pread"], b"pread")),
+    **dict.fromkeys(("kv_type", "soc"), (1, ["int8"], b"int8")),
+    **dict.fromkeys(("model", "profile"), (None, 1, ["a"], b"a")),
+    "chat_template": (1, ["a"], b"a"),
+    "stop": (None, 1),
+    "prompt": (None, 1, b"a"),
+    "token_ids": (None, 1, "12", b"12", ["1"], [1.0], [None], [[1]], [2**70]),
+    "start": (None, "1", [1], 1.5),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values], ids=repr
+)
+def test_arguments_of_wrong_types_are_named(package: Path, engine: Engine, name: str, value: Any) -> None:
+    calls: dict[str, Callable[[], Any]] = {
+        "model": lambda: Engine(value),
+        "prompt": lambda: engine.generate(value),
+        "token_ids": lambda: engine.logits(value),
+        "start": lambda: engine.logits([1, 2], value),
+    }
+    options = inspect.signature(Engine).parameters
+    other = (
+        (lambda: Engine(package, **{name: value})) if name in options else lambda: engine.generate("a", **{name: value})
+    )
+    with pytest.raises(TypeError) as caught:
+        calls.get(name, other)()
+    message = str(caught.value)
+    assert message.startswith(f"{name} must be a") or message == f"{name} must be True or False, got {value!r}"
+    assert "\n" not in message
+
+
 def test_engine_options_out_of_range(package: Path) -> None:
     with pytest.raises(ValueError, match="threads must be from 0"):
         Engine(package, threads=-1)
     with pytest.raises(ValueError, match=r"tape.*expected mmap, pread or direct"):
         Engine(package, rom_access="tape")
+
+
+def test_a_path_that_is_not_utf8(package: Path, engine: Engine, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff")
+    shutil.copytree(package, path)
+    assert Engine(path, threads=1).generate(PROMPT, seed=1).token_ids == engine.generate(PROMPT, seed=1).token_ids
 
 
 @pytest.mark.parametrize("delay", [-0.001, 10_001, float("nan")])

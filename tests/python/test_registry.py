@@ -31,6 +31,32 @@ def test_a_bundled_name(
     assert find_model("meki-tiny") == bundled / "meki-tiny"
 
 
+def test_a_home_directory(package: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(package.parent))
+    assert find_model(f"~/{package.name}") == package
+    (tmp_path / "~" / package.name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert find_model(f"~/{package.name}") == Path("~", package.name)  # what is there comes first
+
+
+def test_what_is_yet_to_be_converted_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "qwen 3"
+    folder.mkdir()
+    (folder / "config.json").touch()
+    (tmp_path / "model-q8_0.gguf").touch()
+    (tmp_path / "model.safetensors").touch()
+    for name, parts in (
+        (str(folder), ("is a Hugging Face folder, not a package", f"`meki-convert '{folder}' -o 'qwen 3-meki'`")),
+        ("~/model-q8_0.gguf", ("is a GGUF file, not a package", "/model-q8_0.gguf -o model-q8_0-meki`")),
+        (str(tmp_path / "model.safetensors"), ("is a file, a package is a directory; meki-convert makes",)),
+    ):
+        with pytest.raises(ModelNotFoundError) as caught:
+            find_model(name)
+        for part in parts:
+            assert part in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["meki-0.6b", "meki-1.7b", "meki-4b"])
 def test_a_configuration_without_weights_says_how_to_get_them(bundled: Path, name: str) -> None:
     with pytest.raises(ModelNotFoundError) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from importlib.resources import files
 from pathlib import Path
 
@@ -25,13 +26,17 @@ def bundled_models() -> dict[str, Path]:
 
 
 def find_model(name_or_path: str | os.PathLike[str]) -> Path:
-    """The package directory of a model: an existing directory is taken as a path, anything else as a bundled name.
+    """The package directory of a model: an existing directory is taken as a path, `~` as the home directory, anything
+    else as a bundled name.
 
-    ModelNotFoundError if there is neither; it says what can be done.
+    ModelNotFoundError if there is neither, and for what is yet to be converted; it says what can be done.
     """
     name = os.fspath(name_or_path)
-    if os.path.isdir(name):
-        return Path(name)
+    path = Path(name if os.path.isdir(name) else os.path.expanduser(name))
+    if name and path.is_dir() and ((path / MANIFEST).exists() or not (path / "config.json").is_file()):
+        return path
+    if name and path.exists():
+        raise ModelNotFoundError(_what_to_convert(path))
     bundled = bundled_models()
     if name in bundled:
         return bundled[name]
@@ -47,4 +52,19 @@ def find_model(name_or_path: str | os.PathLike[str]) -> Path:
     raise ModelNotFoundError(
         f"no model {name!r}: it is neither a directory nor a known name; known: {', '.join(known)}; "
         "the path of a package directory works too"
+    )
+
+
+def _what_to_convert(path: Path) -> str:
+    """What there is to say of a model in another form than a package."""
+    if not path.is_dir() and path.suffix != ".gguf":
+        return (
+            f"{path} is a file, a package is a directory; meki-convert makes one of a Hugging Face folder, a GGUF file "
+            "or a Megatron-LM checkpoint"
+        )
+    kind, package = ("a Hugging Face folder", path.resolve().name) if path.is_dir() else ("a GGUF file", path.stem)
+    package = shlex.quote(f"{package}-meki")
+    return (
+        f"{path} is {kind}, not a package; make one of it: `pip install 'meki[models]'` and "
+        f"`meki-convert {shlex.quote(str(path))} -o {package}`, then give {package}"
     )
