@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meki.cli.arguments import Parser
+from meki.cli.arguments import Parser, path
 from meki.cli.errors import report, run_command
 from meki.package import bundled_models
 from meki.package.files import MANIFEST, check_target
@@ -143,11 +143,11 @@ def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 1 failure, 2 usage, 130 interrupted, 141 output closed."""
     parser = Parser(PROGRAM, description=__doc__, epilog="Reference: docs/cli.md")
     models = parser.add_mutually_exclusive_group(required=True)
-    models.add_argument("source", type=Path, nargs="?", help="Hugging Face folder, GGUF file or Megatron-LM checkpoint")
+    models.add_argument("source", type=path, nargs="?", help="Hugging Face folder, GGUF file or Megatron-LM checkpoint")
     models.add_argument(
         "--random", choices=SIZES, help="random weights of this size instead of a checkpoint, to measure speed with"
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="package directory to write")
+    parser.add_argument("-o", "--output", type=path, required=True, help="package directory to write")
     parser.add_argument(
         "--set",
         action="append",
@@ -162,10 +162,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--tokenizer",
-        type=Path,
+        type=path,
         help="tokenizer.json, or the folder that has it (default: the checkpoint's own; with --random, meki-tiny's)",
     )
-    parser.add_argument("--card", type=Path, help="model card, becomes the package's README.md")
+    parser.add_argument("--card", type=path, help="model card, becomes the package's README.md")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing package")
-    args = parser.parse_args(argv)
-    return run_command(PROGRAM, lambda: run(args), extras="[models]")
+    return run_command(PROGRAM, lambda: run(parser.parse_args(argv)), extras="[models]")

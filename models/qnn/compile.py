@@ -131,5 +131,4 @@ def main(argv: list[str] | None = None) -> int:
         f"{SMALL_MODEL // 10**6} million parameters, else 0)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is compiled for this chip")
-    args = parser.parse_args(argv)
-    return run_command(PROGRAM, lambda: run(args), extras="[models,qnn]")
+    return run_command(PROGRAM, lambda: run(parser.parse_args(argv)), extras="[models,qnn]")

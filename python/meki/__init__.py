@@ -4,12 +4,14 @@ from meki import Engine
 print(Engine("meki-tiny").generate("Once upon a time").text)
 """
 
-from importlib.metadata import version
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from ._core import PackageError
-from .engine import Engine, Session
-from .generation import GenerationResult, GenerationStats
-from .package import ModelNotFoundError
+if TYPE_CHECKING:
+    from ._core import PackageError
+    from .engine import Engine, Session
+    from .generation import GenerationResult, GenerationStats
+    from .package import ModelNotFoundError
 
 __all__ = [
     "Engine",
@@ -21,4 +23,24 @@ __all__ = [
     "__version__",
 ]
 
-__version__ = version("meki")
+_HOMES = {
+    "Engine": "engine",
+    "GenerationResult": "generation",
+    "GenerationStats": "generation",
+    "ModelNotFoundError": "package",
+    "PackageError": "_core",
+    "Session": "engine",
+}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """Loads what is asked for: the command lines see to Ctrl-C before anything takes its time (cli/commands.py)."""
+        if name == "__version__":
+            value = import_module("importlib.metadata").version(__name__)
+        elif name in _HOMES:
+            value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value

@@ -48,6 +48,61 @@ def test_a_system_message(chat_package: Path, answer: Callable[..., str], capsys
     assert capsys.readouterr().out == answer({"role": "system", "content": "Be brief."}, user(MESSAGE)) + "\n"
 
 
+def test_an_answer_that_is_begun(chat_package: Path, answer: Callable[..., str], chat_engine: Engine, capsys) -> None:
+    assert run(chat_package, "--assistant", "It was", MESSAGE) == 0
+    messages = [user(MESSAGE), assistant("It was")]
+    expected = chat_engine.session().chat(messages, continue_final_message=True, **OPTIONS)
+    assert capsys.readouterr().out == expected.text + "\n" != answer(user(MESSAGE)) + "\n"
+
+
+def test_a_terminal_shows_how_the_answer_begins(chat_package: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run(chat_package, "--assistant", "It was", MESSAGE) == 0
+    assert capsys.readouterr().out.startswith("It was")
+
+
+def test_every_answer_of_a_conversation_begins_so(chat_package: Path, chat_engine: Engine, stdin, capsys) -> None:
+    stdin(f"{MESSAGE}\nThe fox\n".encode())
+    assert run(chat_package, "--interactive", "--assistant", "It was") == 0
+    session, messages, texts = chat_engine.session(), [], []
+    for message in (MESSAGE, "The fox"):
+        messages += [user(message), assistant("It was")]
+        texts.append(session.chat(messages, continue_final_message=True, **OPTIONS).text)
+        messages[-1] = assistant("It was" + texts[-1])
+    assert capsys.readouterr().out == "".join(text + "\n" for text in texts)
+
+
+def test_a_template_and_its_variables(package: Path, engine: Engine, tmp_path: Path, capsys) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages[0].content }}{% if thinking %} Hm.{% endif %}")
+    given = ("--chat-template", str(template))
+    for variables, prompt in ((), MESSAGE), (("--chat-template-kwargs", '{"thinking": true}'), f"{MESSAGE} Hm."):
+        assert run(package, *given, *variables, MESSAGE) == 0
+        assert capsys.readouterr().out == engine.generate(prompt, temperature=0, **OPTIONS).text + "\n"
+    assert run(package, *given, "--chat-template-kwargs", '{"thinkin": true}', MESSAGE) == 2
+    assert "mine.jinja: the chat template has no variable 'thinkin'; it has: thinking" in capsys.readouterr().err
+    template.write_text("{% if %}")
+    assert run(package, *given, MESSAGE) == 2
+    error = capsys.readouterr().err
+    assert "mine.jinja: the chat template does not parse: " in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--chat-template", "gone.jinja"),
+        ("--chat-template", "/"),
+        ("--chat-template-kwargs", "[]"),
+        ("--chat-template-kwargs", "{"),
+    ],
+)
+def test_a_template_or_variables_of_another_form(chat_package: Path, option: str, value: str, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(chat_package, option, value, MESSAGE)
+    assert caught.value.code == 2
+    assert f"meki-run: error: argument {option}: expected a" in capsys.readouterr().err
+
+
 def test_a_message_on_standard_input(chat_package: Path, answer: Callable[..., str], stdin, capsys) -> None:
     stdin(b"two\nlines\n")
     assert run(chat_package) == 0
@@ -211,9 +266,13 @@ def test_what_the_template_refuses(chat_package: Path, change_package, with_temp
     assert "no system messages" in capsys.readouterr().err
 
 
-def test_a_system_message_without_chat(chat_package: Path, capsys) -> None:
-    assert main(["--model", str(chat_package), "--system", "Be brief.", MESSAGE]) == 2
-    assert "--system is a part of a conversation; add --chat" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--system", "Be brief."), ("--assistant", "It"), ("--chat-template", __file__), ("--chat-template-kwargs", "{}")],
+)
+def test_what_belongs_to_a_chat_without_one(chat_package: Path, option: str, value: str, capsys) -> None:
+    assert main(["--model", str(chat_package), option, value, MESSAGE]) == 2
+    assert f"{option} is a part of a conversation; add --chat" in capsys.readouterr().err
 
 
 def test_json_needs_a_message(chat_package: Path, stdin, capsys) -> None:

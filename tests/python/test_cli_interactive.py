@@ -95,6 +95,19 @@ def test_turns_and_ctrl_d(package: Path) -> None:
         assert user.process.wait(60) == 0
 
 
+def test_a_turn_of_several_lines(package: Path) -> None:
+    with terminal(package, "--interactive", "--max-new-tokens", "5", "--stats") as user:
+        user.wait_for_prompt()
+        user.press(b'"""\nOnce\n')
+        user.wait_for(lambda screen: screen.endswith(b"... "))
+        user.press(CTRL_C)  # the turn is dropped
+        user.wait_for(lambda screen: screen.endswith(b"> "), again=CTRL_C)
+        user.press(b'"""\nOnce\nupon\n"""\n')
+        user.wait_for(lambda screen: b"generated " in screen and screen.endswith(b"> "))
+        user.press(CTRL_D)
+        assert user.process.wait(60) == 0
+
+
 def test_ctrl_c_stops_the_text_and_keeps_the_session(endless: Path) -> None:
     with terminal(endless, "--interactive", "--max-new-tokens", "0", "--context", "200000") as user:
         user.wait_for_prompt()

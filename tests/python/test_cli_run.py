@@ -49,6 +49,54 @@ def test_a_prompt_in_a_file(package: Path, text: str, tmp_path: Path, capsys) ->
     assert capsys.readouterr().out == text + "\n"
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_what_an_editor_adds_is_no_part_of_the_prompt(
+    package: Path, text: str, tmp_path: Path, stdin, capsys, end: str
+) -> None:
+    """The mark before a text that some editors put there, and how its last line ends."""
+    prompt = f"\ufeff{PROMPT}{end}"
+    (tmp_path / "prompt.txt").write_bytes(prompt.encode())
+    stdin(prompt.encode())
+    for arguments in (["--file", str(tmp_path / "prompt.txt")], [], ["--prompt", f"\ufeff{PROMPT}"]):
+        assert run(package, *FIXED, *arguments) == 0
+        assert capsys.readouterr().out == text + "\n"
+
+
+def test_a_file_in_the_home_directory(package: Path, text: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    assert run(package, *FIXED, "--file=~/prompt.txt") == 0  # a shell leaves it so
+    assert capsys.readouterr().out == text + "\n"
+
+
+TURNS = {
+    b"The fox\n and the cat\n": ["The fox", " and the cat"],
+    b"\xef\xbb\xbfThe fox\r\n and the cat\r\n": ["The fox", " and the cat"],
+    b'"""\nThe fox\n\n and\n"""\n the cat': ["The fox\n\n and", " the cat"],
+    b'"""The fox\r\n and"""\r\n the "cat"""\r\n': ["The fox\n and", ' the "cat"""'],
+    b'"""The fox"""\n"""\n\n and\n\n"""\n': ["The fox", "\n and\n"],
+}
+
+
+@pytest.mark.parametrize("data", TURNS, ids=range(len(TURNS)))
+def test_turns(package: Path, engine: Engine, data: bytes, stdin, capsys) -> None:
+    stdin(data)
+    assert run(package, *FIXED, "--interactive") == 0
+    session = engine.session()
+    texts = [session.generate(turn, seed=7, max_new_tokens=12).text for turn in TURNS[data]]
+    assert capsys.readouterr().out == "".join(text + "\n" for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [(b"a\xff\n", "not UTF-8 at byte 1"), (b'"""a\nb\n', 'a turn begins with """, but does not end with them')],
+)
+def test_turns_that_cannot_be_read(package: Path, data: bytes, named: str, stdin, capsys) -> None:
+    stdin(data)
+    assert run(package, *FIXED, "--interactive") == 2
+    assert f"meki-run: error: standard input: {named}" in capsys.readouterr().err
+
+
 def test_a_terminal_shows_the_prompt_first(package: Path, text: str, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert run(package, *FIXED, PROMPT) == 0

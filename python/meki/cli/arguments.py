@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from .errors import USAGE, report
@@ -32,6 +35,9 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unknown option {option}; " + (f"did you mean {near[0]}?" if near else "see --help"))
         return super().parse_args(args)
 
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file, flush=True)  # argparse says nothing of what cannot be written
+
     def error(self, message: str) -> NoReturn:
         report(self.prog, "error", message)
         sys.exit(USAGE)
@@ -41,7 +47,7 @@ def _argument(parse: Callable[[str], T], good: Callable[[T], bool], expected: st
     """The type of an argument: what `parse` makes of the text, if that is `good`. expected: how the message begins."""
 
     def read(text: str) -> T:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             value = parse(text)
             if good(value):
                 return value
@@ -60,12 +66,33 @@ def number(unit: str, maximum: float) -> Callable[[str], float]:
     return _argument(float, lambda value: 0 <= value <= maximum, f"expected {unit} from 0 to {maximum:g}, got")
 
 
+def path(text: str) -> Path:
+    """The type of an argument that is a path; a shell leaves the `~` of --option=~/file alone."""
+    return Path(os.path.expanduser(text))
+
+
+text_file = _argument(path, lambda file: file.exists() and not file.is_dir(), "expected a file, got")
+"""The type of an argument that is a file to read, or a pipe."""
+
+json_object = _argument(json.loads, lambda value: isinstance(value, dict), "expected a JSON object, got")
+"""The type of an argument that is the text of a JSON object."""
+
 token_counts = _argument(
     lambda text: tuple(int(part) for part in text.split(",")),
     lambda counts: min(counts) >= 0 and len(set(counts)) == len(counts),
     "expected different numbers of tokens with commas between them, as in 0,1024,10240; got",
 )
 """The type of an argument that is different numbers of tokens, as in 0,1024."""
+
+
+def text_of(name: str, data: bytes) -> str:
+    """A text as it was typed: without the line break at its end and the byte-order mark before it, which editors put
+    there. ValueError, naming it, if it is not UTF-8."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: not UTF-8 at byte {error.start}; convert it to UTF-8") from error
+    return text.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:

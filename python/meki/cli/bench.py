@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -17,7 +16,7 @@ from ..bench.parts import measure_parts
 from ..bench.report import Report, make_report
 from ..package import find_model
 from ..package.files import write_file
-from .arguments import Parser, add_engine_options, engine_options, integer, number, token_counts
+from .arguments import Parser, add_engine_options, engine_options, integer, number, path, token_counts
 from .errors import run_command
 
 _DEPTHS = (0, 1024, 10240)
@@ -29,8 +28,7 @@ _BANDWIDTH_BYTES = 1 << 30
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, 1 failure, 2 usage, 130 interrupted, 141 output closed."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
-    return run_command(parser.prog, lambda: _run(arguments))
+    return run_command(parser.prog, lambda: _run(parser.parse_args(argv)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,9 +72,9 @@ def _parser() -> argparse.ArgumentParser:
         help="artificial delay added to every read of the ROM",
     )
     add = parser.add_argument_group("output").add_argument
-    add("--json", type=Path, metavar="FILE", help="write everything, with all samples")
-    add("--csv", type=Path, metavar="FILE", help="write a line for every result")
-    add("--plot", type=Path, metavar="DIR", help="write speed.png, with --parts also parts.png (needs matplotlib)")
+    add("--json", type=path, metavar="FILE", help="write everything, with all samples")
+    add("--csv", type=path, metavar="FILE", help="write a line for every result")
+    add("--plot", type=path, metavar="DIR", help="write speed.png, with --parts also parts.png (needs matplotlib)")
     return parser
 
 
@@ -84,8 +82,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None:
         plot.check_matplotlib()
         output.check_directory(arguments.plot if arguments.plot.exists() else arguments.plot.parent)
-    for path in filter(None, (arguments.json, arguments.csv)):
-        output.check_writable(path)
+    for file in filter(None, (arguments.json, arguments.csv)):
+        output.check_writable(file)
     options = {**engine_options(arguments), "rom_delay_ms": arguments.rom_delay_ms}
     package = Package.open(find_model(arguments.model), options)
     _check_memory(arguments, package)

@@ -32,8 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="with --verify: the Ed25519 public key that must have signed the package",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args(argv)
-    return run_command(parser.prog, lambda: _run(arguments))
+    return run_command(parser.prog, lambda: _run(parser.parse_args(argv)))
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import sys
 
 from ..engine import Engine
 from ..generation import GenerationStats, TextStream
+from .errors import note
 
 RANDOM_WEIGHTS = "random weights: the text means nothing"
 SIMULATED = "HTP simulator: results as on the chip, speed is not"
@@ -44,7 +45,7 @@ def print_stats(engine: Engine, stats: GenerationStats) -> None:
         )
     if stats.resident_bytes is not None:
         rows.append(("resident", f"{stats.resident_bytes / 1e6:,.1f} MB"))
-    print("\n".join(f"{label:<14}{value}" for label, value in rows), file=sys.stderr)
+    note("\n".join(f"{label:<14}{value}" for label, value in rows))
 
 
 def _rate(tokens_per_s: float | None) -> str:

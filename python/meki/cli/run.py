@@ -7,7 +7,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import cast
 
 from .. import _core
@@ -15,8 +14,8 @@ from ..engine import Engine, Session
 from ..generation import GenerationResult, TextStream
 from ..options import DEFAULT_MAX_NEW_TOKENS, SAMPLING, GenerationOptions
 from ..prompt import no_chat_template
-from .arguments import Parser, add_engine_options, engine_options
-from .errors import report, run_command
+from .arguments import Parser, add_engine_options, engine_options, json_object, path, text_file, text_of
+from .errors import note, report, run_command
 from .interactive import Conversation, converse
 from .output import RANDOM_WEIGHTS, SIMULATED, print_stats, print_stream
 
@@ -24,8 +23,7 @@ from .output import RANDOM_WEIGHTS, SIMULATED, print_stats, print_stream
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, 1 failure, 2 usage, 130 interrupted, 141 output closed."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
-    return run_command(parser.prog, lambda: _run(arguments, parser.prog))
+    return run_command(parser.prog, lambda: _run(parser.parse_args(argv), parser.prog))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,6 +41,19 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("chat").add_argument
     add("--chat", action="store_true", help="the prompt is a user's message: answer it (needs a chat template)")
     add("--system", metavar="TEXT", help="with --chat: a system message before it")
+    add("--assistant", metavar="TEXT", help="with --chat: the beginning of the answer, which the model goes on with")
+    add(
+        "--chat-template",
+        type=text_file,
+        metavar="FILE",
+        help="with --chat: a Jinja template in place of the package's own",
+    )
+    add(
+        "--chat-template-kwargs",
+        type=json_object,
+        metavar="JSON",
+        help="with --chat: variables of the template, as '{\"enable_thinking\": false}'",
+    )
     add = parser.add_argument_group(
         "generation", "What the package says about sampling comes before the defaults here."
     ).add_argument
@@ -94,27 +105,43 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace, program: str) -> None:
     prompt = _read_prompt(arguments)
-    engine = Engine(arguments.model, provider=arguments.provider, soc=arguments.soc, **engine_options(arguments))
+    engine = Engine(
+        arguments.model,
+        provider=arguments.provider,
+        soc=arguments.soc,
+        chat_template=arguments.chat_template,
+        **engine_options(arguments),
+    )
     if arguments.chat and not engine.can_chat:
         raise no_chat_template(engine.path)
     if engine.random_weights:
-        print(RANDOM_WEIGHTS, file=sys.stderr, flush=True)
+        note(RANDOM_WEIGHTS)
     if engine.simulated:
-        print(SIMULATED, file=sys.stderr, flush=True)
+        note(SIMULATED)
     options = GenerationOptions(max_new_tokens=arguments.max_new_tokens, seed=arguments.seed, stop=arguments.stop)
     given = {name: value for name in SAMPLING if (value := getattr(arguments, name)) is not None}
     options.update(cast(GenerationOptions, given))
+
+    begun = arguments.assistant if arguments.chat else prompt  # what the text on a terminal begins with
 
     def begin() -> Session | Conversation:
         session = engine.session(context=arguments.context, prefetch=not arguments.no_prefetch)
         if not arguments.chat:
             return session
-        return Conversation(session, arguments.system, lambda text: report(program, "note", text))
+        return Conversation(
+            session,
+            arguments.system,
+            lambda text: report(program, "note", text),
+            answer=arguments.assistant,
+            chat_template_kwargs=arguments.chat_template_kwargs,
+        )
 
     def show(stream: TextStream) -> None:
         if arguments.json:
             _print_json(engine, stream.finish())
         else:
+            if sys.stdout.isatty():
+                sys.stdout.write(begun or "")
             print_stream(stream)
         if arguments.stats:
             print_stats(engine, stream.result.stats)
@@ -122,24 +149,24 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
     if prompt is None:
         converse(begin, options, show, program)
         return
-    stream = begin().stream(prompt, **options)
-    if sys.stdout.isatty() and not arguments.chat and not arguments.json:
-        sys.stdout.write(prompt)
-    show(stream)
+    show(begin().stream(prompt, **options))
 
 
 def _read_prompt(arguments: argparse.Namespace) -> str | None:
     """The prompt, wherever it is given; None: the turns come line by line."""
-    if arguments.system is not None and not arguments.chat:
-        raise ValueError("--system is a part of a conversation; add --chat, or omit it")
+    for option in ("system", "assistant", "chat_template", "chat_template_kwargs"):
+        if getattr(arguments, option) is not None and not arguments.chat:
+            raise ValueError(f"--{option.replace('_', '-')} is a part of a conversation; add --chat, or omit it")
     source = "-" if arguments.text == "-" else arguments.file
     text = arguments.prompt if arguments.text is None else arguments.text
     if arguments.interactive:
         if source is not None or text is not None:
             raise ValueError("--interactive takes its turns line by line; omit the prompt and --file")
+        if sys.stdin is None:
+            raise ValueError("--interactive reads standard input, which is closed; open or redirect it")
         return None
     if source is None and text is not None:
-        return str(text)
+        return str(text).removeprefix("\ufeff")  # of a file that a shell has put here
     if sys.stdin is None and source in (None, "-"):
         raise ValueError("no prompt: standard input is closed; give it as an argument or with --file")
     if source is None and sys.stdin.isatty():
@@ -148,13 +175,10 @@ def _read_prompt(arguments: argparse.Namespace) -> str | None:
         raise ValueError("no prompt: give it as an argument, with --file or on standard input, or use --interactive")
     name = "standard input" if source in (None, "-") else f"prompt file {source}"
     try:
-        data = sys.stdin.buffer.read() if source in (None, "-") else Path(source).read_bytes()
-        # An editor or echo ends the last line; that is no part of the text to continue.
-        return data.decode().removesuffix("\n").removesuffix("\r")
+        data = sys.stdin.buffer.read() if source in (None, "-") else path(source).read_bytes()
     except OSError as error:
         raise ValueError(f"{name}: {error.strerror}; --file takes a readable text file") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: not UTF-8 at byte {error.start}; convert it to UTF-8") from error
+    return text_of(name, data)
 
 
 def _print_json(engine: Engine, result: GenerationResult) -> None:

@@ -35,11 +35,11 @@ def find_model(name_or_path: str | os.PathLike[str]) -> Path:
     path = Path(name if os.path.isdir(name) else os.path.expanduser(name))
     if name and path.is_dir() and ((path / MANIFEST).exists() or not (path / "config.json").is_file()):
         return path
-    if name and path.exists():
-        raise ModelNotFoundError(_what_to_convert(path))
     bundled = bundled_models()
     if name in bundled:
         return bundled[name]
+    if name and path.exists():
+        raise ModelNotFoundError(_what_to_convert(path))
     if name in PUBLISHED_SIZES:
         raise ModelNotFoundError(
             f"{name} is a known configuration, but nobody has published weights for it and none are installed; to make "
