@@ -9,10 +9,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meki.cli.arguments import Parser, path
+from meki.chat import parse_template
+from meki.cli.arguments import Parser, path, text_file
 from meki.cli.errors import report, run_command
 from meki.package import bundled_models
 from meki.package.files import MANIFEST, check_target
@@ -81,6 +84,16 @@ def open_source(args: argparse.Namespace) -> tuple[Source, TokenizerSpec, dict[s
     return checkpoint_source(checkpoint), tokenizer, checkpoint.provenance
 
 
+def read_template(file: Path) -> str:
+    """The chat template that the user names. UsageError if it is none."""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+        parse_template(text)
+    except ValueError as error:
+        raise UsageError(f"{file}: not a chat template: {error}; give one that works") from error
+    return text
+
+
 def convert(args: argparse.Namespace) -> dict[str, Any]:
     """Exports as the command line says and returns the manifest."""
     from .package import export_package
@@ -91,7 +104,10 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"the model's name is {name!r}; give one of printable characters with --name")
     if args.card and not args.card.is_file():
         raise FileNotFoundError(f"{args.card}: no such model card")
+    template = None if args.chat_template is None else read_template(args.chat_template)
     source, tokenizer, provenance = open_source(args)
+    if template is not None:
+        tokenizer = replace(tokenizer, chat_template=template)
     if args.rows and not source.config.memory:
         raise UsageError(f"--rows {args.rows}: the model has no memory and so no rows; omit it")
     with contextlib.closing(ProgressBars(unit_scale=True)) as bars:
@@ -126,7 +142,9 @@ def summary(path: Path, manifest: dict[str, Any]) -> str:
 def run(args: argparse.Namespace) -> None:
     """Exports as the command line says and prints the summary."""
     try:
-        manifest = convert(args)
+        with warnings.catch_warnings(action="always", category=UserWarning):
+            warnings.showwarning = lambda message, *_: report(PROGRAM, "warning", message)
+            manifest = convert(args)
     except KeyboardInterrupt:
         report(PROGRAM, "note", "interrupted, nothing written")
         raise
@@ -164,6 +182,9 @@ def main(argv: list[str] | None = None) -> int:
         "--tokenizer",
         type=path,
         help="tokenizer.json, or the folder that has it (default: the checkpoint's own; with --random, meki-tiny's)",
+    )
+    parser.add_argument(
+        "--chat-template", type=text_file, metavar="FILE", help="chat template (Jinja), in place of the model's own"
     )
     parser.add_argument("--card", type=path, help="model card, becomes the package's README.md")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing package")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from meki.chat import parse_template
 from meki.options import SAMPLING, GenerationOptions, check_options
 from meki.package.files import read_object
 from meki.prompt import check_encodes, tokenizer_errors
@@ -50,7 +52,7 @@ def read_tokenizer(path: Path) -> TokenizerSpec:
     tokenizer_config.json and special_tokens_map.json (special tokens, chat template), chat_template.jinja,
     generation_config.json (end tokens, sampling) and config.json (end tokens) are all optional. If none says what ends
     a text, it is the end-of-story token, where there is one. FileNotFoundError if `path` is not a file; ValueError for
-    what cannot be read.
+    what cannot be read, but for a chat template (`usable_template`).
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such tokenizer; name a tokenizer.json with --tokenizer")
@@ -102,7 +104,8 @@ def _sampling(path: Path, config: Mapping[str, Any]) -> dict[str, float]:
     """Nothing, unless the file says that the model is to be sampled from."""
     if config.get("do_sample") is not True:
         return {}
-    return checked_sampling(str(path), {name: config[name] for name in SAMPLING if config.get(name) is not None})
+    stated = {name: config[name] for name in SAMPLING if config.get(name) is not None}
+    return checked_sampling(str(path), {"temperature": 1.0, **stated})  # 1 is what transformers samples at
 
 
 def checked_sampling(where: str, stated: dict[str, float]) -> dict[str, float]:
@@ -117,17 +120,28 @@ def checked_sampling(where: str, stated: dict[str, float]) -> dict[str, float]:
 def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
     file = path.with_name("chat_template.jinja")
     if file.is_file():
-        try:
-            return file.read_bytes().decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: not UTF-8: {error}") from error
+        return usable_template(file, file.read_bytes())
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name, for tools and the like
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
         template = named[0].get("template") if named else None
-    if not isinstance(template, str | None):
-        raise ValueError(f"{path.parent}: chat_template is a {type(template).__name__}, expected a string")
-    return template
+    return usable_template(path.with_name("tokenizer_config.json"), template)
+
+
+def usable_template(file: Path, template: object) -> str | None:
+    """The chat template that `file` has, or None. One that cannot be used is left out with a warning: without it, the
+    model still completes texts."""
+    try:
+        text = template.decode() if isinstance(template, bytes) else template
+        if not isinstance(text, str | None):
+            raise ValueError(f"it is a {type(text).__name__}, expected a string")
+        if text is not None:
+            parse_template(text)
+    except ValueError as error:
+        remedy = "give one that works with --chat-template, here or to meki-run"
+        warnings.warn(f"{file}: the chat template cannot be used and is left out: {error}; {remedy}", stacklevel=2)
+        return None
+    return text
 
 
 def train_tokenizer(stories: Iterable[str], vocab_size: int) -> Tokenizer:

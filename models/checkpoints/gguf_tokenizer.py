@@ -13,7 +13,7 @@ from typing import Any
 from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from ..tokenizer import TokenizerSpec, checked_sampling
+from ..tokenizer import TokenizerSpec, checked_sampling, usable_template
 from .checkpoint import CheckpointError
 
 _REMEDY = "give the model's tokenizer.json (--tokenizer)"
@@ -92,8 +92,6 @@ def read_gguf_tokenizer(path: Path, metadata: Mapping[str, Any]) -> TokenizerSpe
         named = {key: _token(values, tokens, key) for key in (*_END_IDS, *_TEMPLATE_TOKENS.values()) if key in values}
         if not isinstance(begins := values.get("add_bos_token", begins), bool):
             raise CheckpointError(f"tokenizer.ggml.add_bos_token is {begins!r}, expected true or false")
-        if not isinstance(template := metadata.get("tokenizer.chat_template"), str | None):
-            raise CheckpointError(f"tokenizer.chat_template is a {type(template).__name__}, expected a string")
         sampling = _sampling(metadata)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}; {_REMEDY}") from error
@@ -106,7 +104,7 @@ def read_gguf_tokenizer(path: Path, metadata: Mapping[str, Any]) -> TokenizerSpe
         json=tokenizer.to_str().encode(),
         bos_token_id=named.get("bos_token_id") if begins else None,
         eos_token_ids=tuple(dict.fromkeys(ends)),
-        chat_template=template,
+        chat_template=usable_template(path, metadata.get("tokenizer.chat_template")),
         sampling=sampling,
         special_tokens=texts,
     )

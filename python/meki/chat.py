@@ -125,9 +125,9 @@ def parse_template(text: str) -> Template:
     try:
         return _environment().from_string(text)
     except TemplateSyntaxError as error:
-        raise ValueError(f"chat template, line {error.lineno}: {error.message}") from error
+        raise ValueError(f"line {error.lineno}: {error.message}") from error
     except (RecursionError, SyntaxError) as error:  # too much for Python's compiler
-        raise ValueError(f"chat template: {error}") from error
+        raise ValueError(str(error)) from error
 
 
 _CALL_VARIABLES = ("messages", "tools", "add_generation_prompt")

@@ -193,9 +193,38 @@ def test_tokenizer_of_a_folder(checkpoint: Path, tmp_path: Path, capsys: pytest.
     assert convert.main([str(checkpoint), "-o", str(output), "--tokenizer", str(other)]) == 0
 
 
-def test_template_that_does_not_parse(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (checkpoint / "chat_template.jinja").write_text("{% for %}")
-    assert "chat template, line 1: " in fails(capsys, tmp_path / "out", checkpoint)
+def test_template_that_cannot_be_used(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The model is converted without it."""
+    file, output = checkpoint / "chat_template.jinja", tmp_path / "out"
+    for template, reason in ((b"{% for %}", "line 1: "), (b"\xff", "can't decode byte 0xff")):
+        file.write_bytes(template)
+        assert convert.main([str(checkpoint), "-o", str(output), "--overwrite"]) == 0
+        captured = capsys.readouterr()
+        assert captured.err.startswith(
+            f"meki-convert: warning: {file}: the chat template cannot be used and is left out: "
+        )
+        assert reason in captured.err and "--chat-template" in captured.err and captured.err.count("\n") == 1
+        assert json.loads((output / "manifest.json").read_text())["tokenizer"]["chat_template"] is None
+
+
+def test_template_of_the_users_own(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
+    file, output = tmp_path / "mine.jinja", tmp_path / "out"
+    for template in (b"{% for %}", b"\xff"):
+        file.write_bytes(template)
+        error = fails(
+            capsys, output, tmp_path / "no-such-checkpoint", "--chat-template", file, code=2
+        )  # before all else
+        assert f"{file}: not a chat template: " in error and error.endswith("; give one that works")
+    file.write_bytes(b"\xef\xbb\xbf{{ messages[0].content }}")
+    assert convert.main([str(checkpoint), "-o", str(output), "--chat-template", str(file)]) == 0
+    assert (output / "chat_template.jinja").read_bytes() == b"{{ messages[0].content }}"
+
+
+def test_home_directory(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert convert.main([f"~/{checkpoint.name}", "--output=~/out"]) == 0
+    assert (tmp_path / "out" / "manifest.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["", "a\nb", "\udcff"])

@@ -76,8 +76,6 @@ def test_end_tokens_that_are_stated(folder: Path) -> None:
     [
         ("tokenizer_config.json", {"eos_token": "<|gone|>"}, "has no token '<|gone|>', which the files beside it name"),
         ("tokenizer_config.json", {"bos_token": "<|gone|>", "add_bos_token": True}, "has no token '<|gone|>'"),
-        ("tokenizer_config.json", {"chat_template": {"default": "x"}}, "chat_template is a dict, expected a string"),
-        ("tokenizer_config.json", {"chat_template": [{"name": "default", "template": 3}]}, "chat_template is a int"),
         ("generation_config.json", {"do_sample": True, "top_p": 2}, "generation_config.json: top_p is 2.0"),
         ("generation_config.json", {"eos_token_id": [[1]]}, "eos_token_id has [1], expected token ids"),
         ("config.json", {"eos_token_id": "2"}, "eos_token_id has '2', expected token ids"),
@@ -97,6 +95,29 @@ def test_several_templates(folder: Path) -> None:
     assert read_tokenizer(folder / "tokenizer.json").chat_template == "a file\r\nof its own"
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ({"default": "x"}, "it is a dict, expected a string"),
+        ([{"name": "default", "template": 3}], "it is a int, expected a string"),
+        ("{% endfor %}", "line 1: "),
+    ],
+)
+def test_a_template_that_cannot_be_used(folder: Path, template: Any, reason: str) -> None:
+    write(folder, "tokenizer_config.json", {"chat_template": template})
+    with pytest.warns(
+        UserWarning, match=rf"{folder}/tokenizer_config.json: the chat template .*: {reason}.*--chat-tem"
+    ):
+        assert read_tokenizer(folder / "tokenizer.json").chat_template is None
+
+
+@pytest.mark.parametrize("stated", [{}, {"temperature": None}, {"temperature": 1}])
+def test_sampling_without_a_temperature_is_at_1(folder: Path, stated: dict[str, Any]) -> None:
+    """As transformers does; the runtime's own default is lower."""
+    write(folder, "generation_config.json", {"do_sample": True, "top_k": 20, **stated})
+    assert read_tokenizer(folder / "tokenizer.json").sampling == {"temperature": 1.0, "top_k": 20}
+
+
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "config.json"])
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_damaged_neighbours(folder: Path, name: str, text: str) -> None:
@@ -111,8 +132,9 @@ def test_missing_and_damaged(folder: Path) -> None:
     ):
         read_tokenizer(folder / "gone.json")
     (folder / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match=r"chat_template.jinja: not UTF-8"):
-        read_tokenizer(folder / "tokenizer.json")
+    with pytest.warns(UserWarning, match=r"chat_template.jinja: the chat template cannot be used .*: 'utf-8' codec"):
+        assert read_tokenizer(folder / "tokenizer.json").chat_template is None
+    (folder / "chat_template.jinja").unlink()
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=f"{folder}/tokenizer.json: tokenizer: not in the tokenizers library"):
         read_tokenizer(folder / "tokenizer.json")

@@ -184,7 +184,7 @@ def test_folded_cannot_be_loaded_in_training_form(make_model: Callable[..., Deco
 
 def test_tokenizer_comes_along(make_model: Callable[..., Decoder], tokenizer_json: bytes, tmp_path: Path) -> None:
     spec = TokenizerSpec(
-        tokenizer_json, 0, (0, 5), "{{ bos_token }}{{ messages }}", {"bos_token": "<|story|>"}, {"top_k": 5}
+        tokenizer_json, 0, (0, 5), "{{ messages }}", {"bos_token": "<|story|>"}, {"temperature": 0.6, "top_k": 5}
     )
     save_pretrained(tmp_path / "saved", make_model(), spec, provenance={})
     assert open_checkpoint(tmp_path / "saved", {}).read_tokenizer() == spec
