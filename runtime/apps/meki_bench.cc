@@ -1,5 +1,6 @@
 // Measures a package without Python: the program that a phone runs.
 
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -54,6 +55,15 @@ void print(const std::string& text) {
   if (!std::cout) throw std::runtime_error("standard output: cannot write");
 }
 
+// Leads the descriptors 0 to 2 that are closed to nowhere, or the next file that is opened would be one of them.
+// Nothing can be written there: a report for a closed standard output is an error, not lost.
+void open_closed_streams() {
+  int descriptor = 0;
+  while ((descriptor = ::open("/dev/null", O_RDONLY)) >= 0 && descriptor <= STDERR_FILENO) {
+  }
+  if (descriptor >= 0) ::close(descriptor);
+}
+
 void write_logits(const std::shared_ptr<const Engine>& engine, const Options& options) {
   static_assert(std::endian::native == std::endian::little);
   const std::vector<float> logits = compute_logits(engine, options.token_ids, poll);
@@ -72,6 +82,10 @@ void write_report(const std::shared_ptr<const Engine>& engine, const Options& op
 }
 
 void run(const Options& options) {
+  const bool writable = (::fcntl(STDOUT_FILENO, F_GETFL) & O_ACCMODE) != O_RDONLY;
+  if (options.json.empty() && options.logits.empty() && !writable) {
+    throw std::runtime_error("standard output is closed; open or redirect it, or name a file with --json");
+  }
   for (const auto& path : {options.json, options.logits}) {
     if (!path.empty()) check_writable(path);  // before, not after minutes of measuring
   }
@@ -94,6 +108,7 @@ void run(const Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  open_closed_streams();
   std::signal(SIGINT, on_signal);
   std::signal(SIGTERM, on_signal);
   try {

@@ -204,6 +204,22 @@ def test_figures_that_cannot_be_written(bench: Any, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "meki_bench: error: standard output: cannot write\n")
 
 
+def test_streams_that_are_closed(bench: Any, tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+
+    def run(redirect: str, *options: object) -> subprocess.CompletedProcess[str]:
+        shell = ["sh", "-c", f'exec "$@" {redirect}', "sh", *bench.arguments(TINY, *QUICK, *options)]
+        return subprocess.run(shell, capture_output=True, text=True)
+
+    closed = "standard output is closed; open or redirect it, or name a file with --json"
+    assert refusal(run(">&-"), 1) == closed
+    done = run("<&- >&- 2>&-", "--json", output)  # which no stream gets into
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert json.loads(output.read_text())["model"] == "meki-tiny"
+    done = run("<&- >&- 2>&-", "--fast")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_without_a_file(bench: Any, tmp_path: Path, number: signal.Signals) -> None:
     output = tmp_path / "out.json"
