@@ -202,7 +202,7 @@ class Engine:
         """float32 [len(token_ids) - start, vocab_size]: row i predicts the token after token_ids[: start + i + 1].
         Nothing is added to the tokens. ValueError if there are none, too many for the model, or one is out of the
         vocabulary, and for a `start` that is none of their positions."""
-        token_ids = check_token_ids(token_ids)
+        token_ids = check_token_ids("token_ids", token_ids)
         if len(token_ids) > self.context:
             raise ValueError(f"{len(token_ids)} tokens do not fit the model's context of {self.context}; pass fewer")
         return self.session(context=len(token_ids)).logits(token_ids, start)
@@ -297,7 +297,7 @@ class Session:
     def logits(self, token_ids: Sequence[int], start: int = 0) -> NDArray[np.float32]:
         """Appends tokens as they are; float32 [len(token_ids) - start, vocab_size], row i predicting the token after
         token_ids[start + i]. ValueError as for `Engine.logits`."""
-        token_ids = check_token_ids(token_ids)
+        token_ids = check_token_ids("token_ids", token_ids)
         if not token_ids:
             raise ValueError("no tokens to compute logits of; pass at least one")
         first = len(self._core.tokens) + check_integer("start", start, len(token_ids) - 1)

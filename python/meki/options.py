@@ -105,12 +105,12 @@ def check_path(name: str, value: str | os.PathLike[str]) -> str:
     return os.fsdecode(value)
 
 
-def check_token_ids(token_ids: Sequence[int]) -> list[int]:
-    """A list of them; TypeError if they are not a sequence of integers that 64 bits hold."""
+def check_token_ids(name: str, token_ids: Sequence[int]) -> list[int]:
+    """A list of them; TypeError naming them if they are not a sequence of integers that 64 bits hold."""
     if not isinstance(token_ids, str | bytes | bytearray):
         with contextlib.suppress(TypeError, OverflowError):
             return array("q", token_ids).tolist()
-    raise TypeError(f"token_ids must be a sequence of integers, got {shown(token_ids)}")
+    raise TypeError(f"{name} must be a sequence of integers, got {shown(token_ids)}")
 
 
 def check_options(options: GenerationOptions) -> CheckedOptions:

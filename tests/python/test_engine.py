@@ -322,7 +322,7 @@ def test_arguments_of_wrong_types_are_named(package: Path, engine: Engine, name:
     with pytest.raises(TypeError) as caught:
         calls.get(name, other)()
     message = str(caught.value)
-    assert message.startswith(f"{name} must be a") or message == f"{name} must be True or False, got {value!r}"
+    assert message.startswith(name) and " must be " in message
     assert "\n" not in message
 
 
