@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .. import _core
 from ..package import check_sha256, compiled_targets, find_model, read_manifest, target_directory
 from ..package.signature import check_signature
-from .arguments import Parser
+from .arguments import Parser, path
 from .errors import run_command
 
 _STEP = 1 << 20
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="read every file and check all checksums")
     parser.add_argument(
         "--key",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="with --verify: the Ed25519 public key that must have signed the package",
     )
