@@ -60,7 +60,7 @@ Sampler::Sampler(const SamplingOptions& options, size_t vocab_size)
   candidates_.reserve(vocab_size);
   const auto& o = options_;
   require(std::isfinite(o.temperature) && o.temperature >= 0, "temperature", o.temperature, "a number >= 0");
-  require(o.top_p > 0 && o.top_p <= 1, "top_p", o.top_p, "a number above 0 and at most 1");
+  require(o.top_p >= 0 && o.top_p <= 1, "top_p", o.top_p, "a number from 0 to 1");
   require(o.min_p >= 0 && o.min_p <= 1, "min_p", o.min_p, "a number from 0 to 1");
   require(std::isfinite(o.repetition_penalty) && o.repetition_penalty > 0, "repetition_penalty", o.repetition_penalty,
           "a number above 0");
@@ -123,7 +123,10 @@ void Sampler::keep_top_p() {
   double target = 0;
   for (const Candidate& candidate : candidates_) target += options_.top_p * candidate.weight;
   auto end = candidates_.begin();
-  for (double kept = 0; end != candidates_.end() && kept < target; ++end) kept += end->weight;
+  double kept = 0;
+  do {
+    kept += (end++)->weight;
+  } while (end != candidates_.end() && kept < target);
   candidates_.erase(end, candidates_.end());
 }
 

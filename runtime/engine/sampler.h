@@ -13,7 +13,7 @@ namespace meki {
 struct SamplingOptions {
   double temperature = 0.8;         // 0: the most probable token
   uint32_t top_k = 0;               // keep the k most probable tokens; 0: all
-  double top_p = 0.95;              // keep the fewest most probable tokens that sum to at least this; 1: all
+  double top_p = 0.95;              // keep the fewest most probable tokens that sum to at least this; 0: one, 1: all
   double min_p = 0.0;               // drop tokens less probable than this times the most probable one's; 0: none
   double repetition_penalty = 1.0;  // divides positive, multiplies negative logits of tokens in the sequence; 1: off
   uint64_t seed = 0;

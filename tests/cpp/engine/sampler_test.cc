@@ -144,6 +144,8 @@ TEST_CASE("sampler: equal logits are ordered by token id") {
   CHECK(support({.temperature = 1, .top_k = 6, .top_p = 1}) == Ids{1, 2, 3, 4, 5, 6});
   // Of four equal tokens, two have exactly half of the probability: enough, and not one more.
   CHECK(support({.temperature = 1, .top_k = 4, .top_p = 0.5}) == Ids{1, 3});
+  CHECK(support({.temperature = 1, .top_p = 0}) == Ids{1});
+  CHECK(support({.temperature = 1, .top_k = 4, .top_p = 0}) == Ids{1});
   CHECK(support({.temperature = 1, .top_k = 4, .top_p = 0.75}) == Ids{1, 3, 4});
   // As probable as the most probable one is not less probable than it.
   CHECK(support({.temperature = 1, .top_p = 1, .min_p = 1}) == Ids{1, 3, 4, 5});
@@ -199,7 +201,7 @@ TEST_CASE("sampler: options outside their range are refused by name") {
   for (const double wrong : {-1.0, -1e-9, infinity, nan}) {
     check_names(error_of<std::invalid_argument>([&] { Sampler({.temperature = wrong}, 4); }), "temperature");
   }
-  for (const double wrong : {0.0, -0.5, 1.0001, infinity, nan}) {
+  for (const double wrong : {-1e-9, -0.5, 1.0001, infinity, nan}) {
     check_names(error_of<std::invalid_argument>([&] { Sampler({.top_p = wrong}, 4); }), "top_p");
   }
   for (const double wrong : {-0.1, 1.1, infinity, nan}) {
