@@ -1,7 +1,7 @@
 """Decoders of the Llama family: RMSNorm, rotary positions, grouped queries, a gated FFN, and a memory if there is one.
 
-Without a memory it is Hugging Face's LlamaForCausalLM, with `qkv_bias` Qwen2's, with `qk_norm` Qwen3's. Parameter names
-are theirs without the prefix "model.".
+Without a memory it is Hugging Face's LlamaForCausalLM, with `qkv_bias` Qwen2's, with `qk_norm` Qwen3's, with
+`nope_layers` SmolLM3's. Parameter names are theirs without the prefix "model.".
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class LlamaConfig(Architecture):
     """The query, key and value projections have biases (Qwen2.5 has them)."""
     rope_factors: tuple[float, ...] = ()
     """What the rotary frequencies are divided by, head_dim / 2 numbers (Llama 3's long context); empty: nothing."""
+    nope_layers: tuple[int, ...] = ()
+    """Layers whose attention knows no positions (SmolLM3 has them)."""
 
     kind = "llama"
     RULES: ClassVar = {
@@ -47,6 +49,9 @@ class LlamaConfig(Architecture):
         "qkv_bias": FLAG,
         "tied_embeddings": FLAG,
         "rope_factors": Rule("positive numbers", lambda its: isinstance(its, tuple) and all(map(is_positive, its))),
+        "nope_layers": Rule(
+            "layers' numbers, from 0", lambda its: isinstance(its, tuple) and all(map(integer(0, 65_534).holds, its))
+        ),
         "ffn_kind": Rule(f"one of {', '.join(FFNS)}", lambda value: value in FFNS),
     }
     # The defaults of the last three are the paper's, not another model's.
@@ -64,6 +69,8 @@ class LlamaConfig(Architecture):
         factors = len(self.rope_factors)
         if factors not in (0, self.head_dim // 2):
             raise ConfigError(f"rope_factors must be head_dim / 2 = {self.head_dim // 2} numbers, got {factors}")
+        if max(self.nope_layers, default=0) >= self.layers:
+            raise ConfigError(f"nope_layers must be below layers ({self.layers}), got {max(self.nope_layers)}")
 
     @property
     def residual(self) -> tuple[str, ...]:
@@ -103,7 +110,7 @@ class LlamaConfig(Architecture):
         h = g.norm(x, f"{prefix}.input_layernorm")
         qkv = g.linear(h, *projections, name=f"{attention}.qkv", bias=self.qkv_bias)
         norms = (f"{attention}.q_norm", f"{attention}.k_norm") if self.qk_norm else ()
-        attended = g.attention(qkv, layer, attention, norms, self.rope_tables)
+        attended = g.attention(qkv, layer, attention, norms, self.rope_tables, layer not in self.nope_layers)
         x = g.add(x, g.linear(attended, Matrix(f"{attention}.o_proj", self.hidden)), f"{prefix}.attended")
         h = g.norm(x, f"{prefix}.post_attention_layernorm")
         ffn = FFNS[self.ffn_kind].program(g, h, f"{prefix}.mlp", self.ffn, self.hidden)
@@ -120,9 +127,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal grouped-query attention with optional QK-norm and biases."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         self.shape = (config.heads, config.kv_heads, config.head_dim)
+        self.rotated = layer not in config.nope_layers
         self.q_proj = nn.Linear(config.hidden, config.heads * config.head_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden, config.kv_heads * config.head_dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden, config.kv_heads * config.head_dim, bias=config.qkv_bias)
@@ -136,9 +144,10 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(batch, length, heads, head_dim)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x).view(batch, length, kv_heads, head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(batch, length, kv_heads, head_dim).transpose(1, 2)
-        k = apply_rope(k, cos, sin).repeat_interleave(heads // kv_heads, dim=1)
-        v = v.repeat_interleave(heads // kv_heads, dim=1)
-        out = F.scaled_dot_product_attention(apply_rope(q, cos, sin), k, v, is_causal=True)
+        if self.rotated:
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, heads * head_dim))
 
 
@@ -148,7 +157,7 @@ class Layer(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
         self.mlp = FFNS[config.ffn_kind](config.hidden, config.ffn, config.hidden)
         memory = config.memory and config.memory.module(config, layer)

@@ -45,15 +45,22 @@ class CpuGraph(Primitives):
         self.looked_up.add(table)
         return self.lookup(ids, table)
 
-    def attention(self, qkv: Value, layer: int, name: str, norms: Sequence[str], tables: Tables) -> Value:
+    def attention(
+        self, qkv: Value, layer: int, name: str, norms: Sequence[str], tables: Tables, rotated: bool
+    ) -> Value:
         config, stage = self.config, self.stages[-1]
         stage.layers.append(layer)
         cache: list[int | str] = ["blocks", config.kv_heads, "block_bytes"]
         past = self.input(f"past.{layer}", cache, TensorProto.UINT8)
         present = stage.output(f"present.{layer}", cache, TensorProto.UINT8)
         length = self.input("total_sequence_length", [], TensorProto.INT32)
-        cos = self.array("rope.cos", lambda: np.asarray(tables(config.context)[0]))
-        sin = self.array("rope.sin", lambda: np.asarray(tables(config.context)[1]))
+        if rotated:
+            cos = self.array("rope.cos", lambda: np.asarray(tables(config.context)[0]))
+            sin = self.array("rope.sin", lambda: np.asarray(tables(config.context)[1]))
+        else:  # the operator always rotates: by nothing
+            shape = (config.context, config.head_dim // 2)
+            cos = self.array("nope.cos", lambda: np.ones(shape, np.float32))
+            sin = self.array("nope.sin", lambda: np.zeros(shape, np.float32))
         self.looked_up |= {cos, sin}
         return self.op(
             "Attention",

@@ -136,7 +136,9 @@ class NpuGraph(Primitives):
             block_size=WEIGHT_BLOCK,
         )
 
-    def attention(self, qkv: Value, layer: int, name: str, norms: Sequence[str], tables: Tables) -> Value:
+    def attention(
+        self, qkv: Value, layer: int, name: str, norms: Sequence[str], tables: Tables, rotated: bool
+    ) -> Value:
         """The cache is an input, the new keys and values are outputs."""
         config, tokens, context, stage = self.config, self.shape.tokens, self.shape.context, self.stages[-1]
         stage.layers.append(layer)
@@ -148,7 +150,11 @@ class NpuGraph(Primitives):
         q, k, v = self._split(qkv, names, [heads, kv_heads, kv_heads], axis=1)
         if norms:
             q, k = self._normed(q, heads, norms[0]), self._normed(k, kv_heads, norms[1])
-        q, k = (self._rotated(x, part, cos, sin) for x, part in zip((q, k), names, strict=False))
+        q, k = (
+            self.op("Transpose", [x], f"{part}.heads", perm=[1, 0, 2]) for x, part in zip((q, k), names, strict=False)
+        )
+        if rotated:
+            q, k = (self._rotated(x, part, cos, sin) for x, part in zip((q, k), names, strict=False))
         key = self.op("Transpose", [k], f"new_key.{layer}", perm=[0, 2, 1])
         value = self.op("Transpose", [v], f"new_value.{layer}", perm=[1, 0, 2])
         stage.output(key, [kv_heads, dim, tokens], TensorProto.FLOAT16)
@@ -254,9 +260,8 @@ class NpuGraph(Primitives):
         return self._reshape(self.norm(rows, norm), f"{x}.normed.heads", tokens, heads, dim)
 
     def _rotated(self, x: str, name: str, cos: str, sin: str) -> str:
-        """x: [T, heads, head_dim] -> [heads, T, head_dim]."""
+        """x: [heads, T, head_dim]."""
         half = self.config.head_dim // 2
-        x = self.op("Transpose", [x], f"{name}.heads", perm=[1, 0, 2])
         a, b = self._split(x, [f"{name}.a", f"{name}.b"], [half, half], axis=-1)
 
         def turned(kind: str, u: str, v: str, out: str) -> str:

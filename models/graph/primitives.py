@@ -122,10 +122,13 @@ class Primitives(ABC):
         return self.op("Mul", [silu, up], f"{name}.product")
 
     @abstractmethod
-    def attention(self, qkv: Value, layer: int, name: str, norms: Sequence[str], tables: Tables) -> Value:
+    def attention(
+        self, qkv: Value, layer: int, name: str, norms: Sequence[str], tables: Tables, rotated: bool
+    ) -> Value:
         """Causal attention over layer `layer`'s cache, to which the step's keys and values are added.
 
         qkv: [1, T, (heads + 2 * kv_heads) * head_dim]; norms: of queries and keys, or none -> [1, T, heads * head_dim].
+        rotated: queries and keys, by `tables`, which are the same in all layers.
         """
 
     def add(self, a: Value, b: Value, name: str) -> Value:
