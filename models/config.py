@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class ConfigError(ValueError):
@@ -35,6 +36,15 @@ POSITIVE = Rule("a positive number", is_positive)
 FLAG = Rule("true or false", lambda value: isinstance(value, bool))
 WIDTH = 1 << 20
 """The largest width of a vector in a package."""
+
+
+def as_number(value: Any) -> Any:
+    """What is meant by a number that is written as a text or with a point, as in "1e-06" and 32.0. Else `value`."""
+    number = value
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            number = float(value)
+    return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
 def check(rules: Mapping[str, Rule], settings: Mapping[str, object]) -> None:

@@ -24,7 +24,7 @@ from .config import ConfigError, check
 from .progress import ProgressBars
 from .quantize import ROW_TYPES, WEIGHT_TYPES
 from .sizes import SIZES
-from .tokenizer import TokenizerSpec, read_tokenizer
+from .tokenizer import TokenizerSpec, read_tokenizer, without_unknown_ends
 
 if TYPE_CHECKING:
     from .source import Source
@@ -81,7 +81,8 @@ def open_source(args: argparse.Namespace) -> tuple[Source, TokenizerSpec, dict[s
     tokenizer = tokenizer or checkpoint.read_tokenizer()
     if tokenizer is None:
         raise FileNotFoundError(f"{args.source}: has no tokenizer.json; name the model's with --tokenizer")
-    return checkpoint_source(checkpoint), tokenizer, checkpoint.provenance
+    ends = without_unknown_ends(tokenizer, checkpoint.config.vocab_size)
+    return checkpoint_source(checkpoint), ends, checkpoint.provenance
 
 
 def read_template(file: Path) -> str:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from meki.chat import parse_template
 from meki.options import SAMPLING, GenerationOptions, check_options
-from meki.package.files import read_object
+from meki.package.files import check_downloaded, read_object
 from meki.prompt import check_encodes, tokenizer_errors
+
+from .config import as_number
 
 END_OF_STORY = "<|story|>"
 """Stands between two stories; the model emits it when a story is over."""
@@ -49,14 +51,14 @@ def parse_tokenizer(tokenizer_json: bytes) -> Tokenizer:
 def read_tokenizer(path: Path) -> TokenizerSpec:
     """A tokenizer.json with what stands beside it, as Hugging Face lays a model out.
 
-    tokenizer_config.json and special_tokens_map.json (special tokens, chat template), chat_template.jinja,
-    generation_config.json (end tokens, sampling) and config.json (end tokens) are all optional. If none says what ends
-    a text, it is the end-of-story token, where there is one. FileNotFoundError if `path` is not a file; ValueError for
-    what cannot be read, but for a chat template (`usable_template`).
+    tokenizer_config.json and special_tokens_map.json (special tokens, chat template), added_tokens.json (more tokens),
+    chat_template.jinja, generation_config.json (end tokens, sampling) and config.json (end tokens) are all optional. If
+    none says what ends a text, it is the end-of-story token, where there is one. FileNotFoundError if `path` is not a
+    file; ValueError for what cannot be read, but for a chat template (`usable_template`).
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such tokenizer; name a tokenizer.json with --tokenizer")
-    text = path.read_bytes()
+    text = read_text(path).encode()
     try:
         tokenizer = parse_tokenizer(text)
     except ValueError as error:
@@ -65,11 +67,13 @@ def read_tokenizer(path: Path) -> TokenizerSpec:
     beside = {name: read_object(file) if file.is_file() else {} for name, file in files.items()}
     config = {**beside["special_tokens_map"], **beside["tokenizer_config"]}
     special = {key: token for key in config if key.endswith("_token") and (token := _content(config[key])) is not None}
+    if _add_tokens(path, tokenizer, beside, [*special.values(), *_more_special_tokens(config)]):
+        text = tokenizer.to_str().encode()
     begins = config.get("add_bos_token") is True and "bos_token" in special
     ends = [_token_id(path, tokenizer, special["eos_token"])] if "eos_token" in special else []
     named = [beside[name]["eos_token_id"] for name in ("generation_config", "config") if "eos_token_id" in beside[name]]
     for listed in named:
-        ends += listed if isinstance(listed, list) else [] if listed is None else [listed]
+        ends += map(as_number, listed if isinstance(listed, list) else [] if listed is None else [listed])
     if not named and "eos_token" not in config and (end := tokenizer.token_to_id(END_OF_STORY)) is not None:
         ends = [end]
     if wrong := [token for token in ends if type(token) is not int]:
@@ -84,7 +88,7 @@ def read_tokenizer(path: Path) -> TokenizerSpec:
     )
 
 
-_BESIDE = ("special_tokens_map", "tokenizer_config", "generation_config", "config")
+_BESIDE = ("special_tokens_map", "tokenizer_config", "added_tokens", "generation_config", "config")
 
 
 def _content(token: object) -> str | None:
@@ -93,11 +97,79 @@ def _content(token: object) -> str | None:
     return content if isinstance(content, str) else None
 
 
+def without_unknown_ends(tokenizer: TokenizerSpec, vocab_size: int) -> TokenizerSpec:
+    """Without end tokens that a model of so many tokens cannot write; a warning names them."""
+    unknown = [token for token in tokenizer.eos_token_ids if not 0 <= token < vocab_size]
+    if not unknown:
+        return tokenizer
+    warnings.warn(
+        f"end tokens {', '.join(map(str, unknown))} are ignored, the vocabulary's ids are 0 to {vocab_size - 1}; if "
+        "texts do not end, correct eos_token_id in the model's generation_config.json or config.json",
+        stacklevel=2,
+    )
+    return replace(tokenizer, eos_token_ids=tuple(token for token in tokenizer.eos_token_ids if token not in unknown))
+
+
 def _token_id(path: Path, tokenizer: Tokenizer, token: str) -> int:
     found = tokenizer.token_to_id(token)
     if found is None:
         raise ValueError(f"{path}: has no token {token!r}, which the files beside it name")
     return int(found)
+
+
+def _more_special_tokens(config: Mapping[str, Any]) -> list[str]:
+    """Those that have no role of their own."""
+    listed = [config.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
+    tokens = [_content(token) for names in listed for token in (names.values() if isinstance(names, dict) else names)]
+    return [token for token in tokens if token is not None]
+
+
+def _add_tokens(path: Path, tokenizer: Tokenizer, beside: Mapping[str, Any], special: list[str]) -> bool:
+    """Adds to the tokenizer of the file `path` what the files beside it say of its tokens, as transformers does: what
+    it does not know to be a token would be cut into pieces. Whether that changed it; ValueError where they disagree."""
+    stated = _stated_tokens(path, beside, special)
+    known = tokenizer.get_added_tokens_decoder()
+    for text in special:
+        id = tokenizer.token_to_id(text)
+        if id is not None and id not in known:
+            stated.setdefault(id, AddedToken(text, special=True))
+    changed = {id: token for id, token in stated.items() if id not in known or _flags(known[id]) != _flags(token)}
+    for id, token in sorted(changed.items()):
+        got, occupant = tokenizer.token_to_id(token.content), tokenizer.id_to_token(id)
+        if got is None and occupant is None:
+            tokenizer.add_tokens([token])
+            got = tokenizer.token_to_id(token.content)  # the first id that is free
+        if got != id:
+            instead = f"there {id} is {occupant!r}" if got is None else f"there its id is {got}"
+            raise ValueError(
+                f"{path}: the files beside it say that token {token.content!r} has id {id}, but {instead}; correct one "
+                "of them, or name the tokenizer that the model was trained with (--tokenizer)"
+            )
+        tokenizer.add_tokens([token])
+    return bool(changed)
+
+
+def _flags(token: AddedToken) -> tuple[object, ...]:
+    return token.content, token.single_word, token.lstrip, token.rstrip, token.normalized, token.special
+
+
+def _stated_tokens(path: Path, beside: Mapping[str, Any], special: list[str]) -> dict[int, AddedToken]:
+    """By their ids; those of added_tokens.json, which older versions of transformers wrote, if there are no others."""
+    decoder = beside["tokenizer_config"].get("added_tokens_decoder")
+    try:
+        if decoder is None:
+            older = beside["added_tokens"].items()
+            return {int(id): AddedToken(text, special=text in special) for text, id in older}
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        return {
+            int(id): AddedToken(entry["content"], **{name: entry[name] for name in flags if name in entry})
+            for id, entry in decoder.items()
+        }
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"{path.parent}: the added tokens of tokenizer_config.json or added_tokens.json are not ids and tokens: "
+            f"{error!r}; download them again"
+        ) from error
 
 
 def _sampling(path: Path, config: Mapping[str, Any]) -> dict[str, float]:
@@ -108,8 +180,11 @@ def _sampling(path: Path, config: Mapping[str, Any]) -> dict[str, float]:
     return checked_sampling(str(path), {"temperature": 1.0, **stated})  # 1 is what transformers samples at
 
 
-def checked_sampling(where: str, stated: dict[str, float]) -> dict[str, float]:
-    """`stated`, if a generation takes these options; ValueError naming `where` otherwise."""
+def checked_sampling(where: str, stated: Mapping[str, Any]) -> dict[str, float]:
+    """`stated` as options of a generation; ValueError naming `where` if it takes no such ones."""
+    stated = {name: as_number(value) for name, value in stated.items()}
+    if stated.get("top_k") == -1:  # one of two ways to say that all tokens are kept
+        stated["top_k"] = 0
     try:
         check_options(cast(GenerationOptions, stated))
     except (TypeError, ValueError) as error:
@@ -120,6 +195,7 @@ def checked_sampling(where: str, stated: dict[str, float]) -> dict[str, float]:
 def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
     file = path.with_name("chat_template.jinja")
     if file.is_file():
+        check_downloaded(file)
         return usable_template(file, file.read_bytes())
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name, for tools and the like

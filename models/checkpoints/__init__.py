@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, CheckpointError
+from .checkpoint import Checkpoint, CheckpointError, check_fetched
 from .gguf_file import is_gguf, open_gguf
-from .huggingface import is_huggingface, open_huggingface
+from .huggingface import CONFIG, is_huggingface, open_huggingface
 from .megatron import is_megatron, open_megatron
 
 _EXPECTED = (
@@ -25,6 +25,8 @@ def open_checkpoint(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory; {_EXPECTED}")
+    if path.is_file():
+        check_fetched(path)
     if is_huggingface(path):
         return open_huggingface(path, overrides)
     if is_gguf(path):
@@ -33,6 +35,10 @@ def open_checkpoint(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         return open_megatron(path, overrides)
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{path}: weights without a configuration; give the folder that has its config.json")
+    inside = [*path.glob("snapshots/*/config.json"), *path.glob("*.gguf")]
+    if inside:  # a cache of Hugging Face's, which keeps versions; a folder of GGUF files, each a model
+        found = inside[0].parent if inside[0].name == CONFIG else inside[0]
+        raise CheckpointError(f"{path}: the model is not here, but at {found}; give that")
     raise CheckpointError(f"{path}: not a known kind of checkpoint; {_EXPECTED}")
 
 

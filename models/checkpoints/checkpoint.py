@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from meki.package.files import check_downloaded
+
 from ..architectures import ARCHITECTURES
 from ..architectures.base import Architecture
 from ..config import ConfigError
@@ -63,6 +65,23 @@ class Checkpoint:
     """The memories are folded tables."""
     trimmed: bool = False
     """The user asked for a vocabulary size: tables may have more rows than that, which are left out."""
+
+
+def check_fetched(path: Path) -> None:
+    """CheckpointError if the file is a pointer of Git LFS."""
+    try:
+        check_downloaded(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def check_window(path: Path, name: str, window: Any, context: Any) -> None:
+    """CheckpointError if layers attend to `window` positions alone, of `context`; None: to all."""
+    if window is not None and context is not None and window < context:
+        raise CheckpointError(
+            f"{path}: {name} is {window}, supported is attention to all positions of the context, which is {context}; "
+            f"within {window} positions the model is the same: give --set context={window}"
+        )
 
 
 def make_config(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,21 @@ from torch import Tensor
 from meki.package.files import read_object, replace_directory
 
 from ..architectures.base import Architecture, Model
+from ..config import as_number
 from ..ffns import FFNS
 from ..memories import MEMORIES
 from ..memories.base import ALL
 from ..source import model_source
 from ..tokenizer import TokenizerSpec, parse_tokenizer, read_tokenizer
-from .checkpoint import Checkpoint, CheckpointError, Part, checkpoint_source, make_config
+from .checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Part,
+    check_fetched,
+    check_window,
+    checkpoint_source,
+    make_config,
+)
 
 CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -31,15 +42,41 @@ _HEAD = "lm_head.weight"
 _ROWS_AT_ONCE = 4096
 _REOPEN_BYTES = 1 << 30  # mapped pages that were read stay resident until the file is closed
 
+_LLAMA = {"qk_norm": False, "qkv_bias": False}
 _FEATURES: dict[str, dict[str, bool]] = {
-    "llama": {"qk_norm": False, "qkv_bias": False},
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "ministral": _LLAMA,
+    "smollm3": _LLAMA,
+    "internlm3": _LLAMA,
+    "iquestcoder": _LLAMA,
     "qwen2": {"qk_norm": False, "qkv_bias": True},
+    "seed_oss": {"qk_norm": False, "qkv_bias": True},
     "qwen3": {"qk_norm": True, "qkv_bias": False},
 }
 """What the model types that have no flag for it do."""
+_WINDOWED = ("mistral", "ministral")
+"""Have a sliding window unless they say that it is null; the others only if they say that they use it."""
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "smollm3": {"rope_theta": 2_000_000.0},
+    **{kind: {"head_dim": 128} for kind in ("qwen3", "seed_oss", "internlm3", "iquestcoder")},
+}
+"""What transformers takes where a configuration of the model type says nothing."""
+_UNSUPPORTED: dict[str, Any] = {
+    **dict.fromkeys(("attention_bias", "attention_out_bias", "mlp_bias"), False),
+    **{"partial_rotary_factor": 1, "clip_qkv": None, "quantization_config": None},
+}
+"""What changes the arithmetic unless it is so, or null."""
+_UNSUPPORTED_IN = {"seed_oss": {"attention_bias": True}, "internlm3": {"qkv_bias": False, "bias": False}}
 _OWN = "meki"
 """The model type of our own layout, with a memory or without (docs/sources/huggingface.md)."""
-_OWN_FIELDS = ("qk_norm", "qkv_bias", "rope_factors", *(name for kind in MEMORIES.values() for name in kind.SETTINGS))
+_OWN_FIELDS = (
+    "qk_norm",
+    "qkv_bias",
+    "rope_factors",
+    "nope_layers",
+    *(name for kind in MEMORIES.values() for name in kind.SETTINGS),
+)
 _FIELDS = {
     "vocab_size": "vocab_size",
     "layers": "num_hidden_layers",
@@ -64,7 +101,13 @@ class SafetensorsFiles:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._open_path: Path | None = None
         self._bytes = 0
+        if missing := [path for path in paths if not path.is_file()]:
+            raise CheckpointError(
+                f"{missing[0]}: no such file, of the {len(paths)} with weights {len(missing)} are missing; the "
+                "download is incomplete, download the model again"
+            )
         for path in paths:
+            check_fetched(path)
             self._open(path)
             for name in self._handle.keys():  # noqa: SIM118 (not a mapping)
                 if name in self._files:
@@ -83,8 +126,6 @@ class SafetensorsFiles:
         return torch.empty(stored.shape, dtype=torch.float32).copy_(stored)  # never a view of the mapping
 
     def _open(self, path: Path) -> None:
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such file; the download is incomplete")
         try:
             self._handle = safe_open(path, framework="pt")
         except SafetensorError as error:
@@ -93,26 +134,29 @@ class SafetensorsFiles:
 
 
 def is_huggingface(path: Path) -> bool:
-    return (path / CONFIG).is_file()
+    return os.path.lexists(path / CONFIG)  # a link to nothing is named as such
 
 
 def open_huggingface(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     """The model in the folder `path`. CheckpointError for what cannot be converted."""
     file = path / CONFIG
-    values = _read_object(file)
+    whole = _read_object(file)
+    values = _language_model(whole)
     tensors = SafetensorsFiles(_weight_files(path))
+    prefix, head = _prefix(tensors.shapes), next((name for name in tensors.shapes if name.endswith(_HEAD)), _HEAD)
     try:
-        fields = _fields(file, values, overrides, has_head=_HEAD in tensors.shapes)
-    except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        fields = _fields(file, values, overrides, has_head=head in tensors.shapes)
+    except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{file}: has a value of another kind than expected: {error!r}") from error
     config = make_config(file, fields, overrides)
     folded = any(name.endswith(".folded_table") for name in tensors.shapes)
-    prefix = "model." if any(name.startswith("model.") for name in tensors.shapes) else ""
     parts = {
-        name: Part(name if name == _HEAD else prefix + name, shape) for name, shape in config.shapes(folded).items()
+        name: Part(head if name == _HEAD else prefix + name, shape) for name, shape in config.shapes(folded).items()
     }
     if config.tied_embeddings:
-        _check_tied(file, tensors, parts["embed_tokens.weight"].name)
+        _check_tied(file, tensors, head, parts["embed_tokens.weight"].name)
+    if values is not whole:
+        warnings.warn(f"{path}: of this {whole.get('model_type')} the language model alone is converted", stacklevel=2)
     tokenizer = path / "tokenizer.json"
     return Checkpoint(
         path,
@@ -121,17 +165,21 @@ def open_huggingface(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         parts,
         read_tokenizer=lambda: read_tokenizer(tokenizer) if tokenizer.is_file() else None,
         provenance={"source": path.resolve().name, "format": "huggingface", **_provenance(file, values)},
-        # The same as the embedding; what follows from rope_theta.
-        ignored=lambda name: name.endswith("rotary_emb.inv_freq") or (name == _HEAD and config.tied_embeddings),
+        # What follows from rope_theta; the same as the embedding; what is for images and sound.
+        ignored=lambda name: (
+            name.endswith("rotary_emb.inv_freq")
+            or (name == head and config.tied_embeddings)
+            or (values is not whole and not name.startswith(prefix))
+        ),
         folded=folded,
         trimmed="vocab_size" in overrides,
     )
 
 
 def _weight_files(path: Path) -> list[Path]:
-    if (path / _WEIGHTS).is_file():
+    if os.path.lexists(path / _WEIGHTS):
         return [path / _WEIGHTS]
-    if (path / _INDEX).is_file():
+    if os.path.lexists(path / _INDEX):
         listed = _read_object(path / _INDEX).get("weight_map")
         # A name with directories would lead out of the model's folder.
         if not isinstance(listed, dict) or any(Path(str(name)).name != name for name in listed.values()):
@@ -143,25 +191,41 @@ def _weight_files(path: Path) -> list[Path]:
     )
 
 
+def _language_model(values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, or, of a model that also sees or hears, the configuration of its language model."""
+    inner = values.get("text_config")
+    if values.get("model_type") in (*_FEATURES, _OWN) or not isinstance(inner, dict):
+        return values
+    return {"quantization_config": values.get("quantization_config"), **inner}
+
+
+def _prefix(names: Iterable[str]) -> str:
+    """What stands before the names of the decoder: "model." as a rule."""
+    embedding = "embed_tokens.weight"
+    return next((name.removesuffix(embedding) for name in names if name.endswith(embedding)), "model.")
+
+
 def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: a link to nothing, or no file; the download is incomplete, download it again")
     try:
         return read_object(path)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
 
 
-def _check_tied(path: Path, tensors: SafetensorsFiles, embedding: str) -> None:
+def _check_tied(path: Path, tensors: SafetensorsFiles, head: str, embedding: str) -> None:
     """CheckpointError if there is a head which is not the embedding, whatever the configuration says."""
-    if _HEAD not in tensors.shapes:
+    if head not in tensors.shapes:
         return
-    same = tensors.shapes[_HEAD] == tensors.shapes.get(embedding)
+    same = tensors.shapes[head] == tensors.shapes.get(embedding)
     if same:
-        starts = range(0, tensors.shapes[_HEAD][0], _ROWS_AT_ONCE)
+        starts = range(0, tensors.shapes[head][0], _ROWS_AT_ONCE)
         blocks = (slice(start, start + _ROWS_AT_ONCE) for start in starts)
-        same = all(torch.equal(tensors.read(_HEAD, rows), tensors.read(embedding, rows)) for rows in blocks)
+        same = all(torch.equal(tensors.read(head, rows), tensors.read(embedding, rows)) for rows in blocks)
     if not same:
         raise CheckpointError(
-            f"{path}: tie_word_embeddings is true, but {_HEAD} is not {embedding}; if the model was trained with a "
+            f"{path}: tie_word_embeddings is true, but {head} is not {embedding}; if the model was trained with a "
             "head of its own, give --set tied_embeddings=false"
         )
 
@@ -175,39 +239,71 @@ def _fields(path: Path, values: Mapping[str, Any], overrides: Mapping[str, Any],
             "Llama family and MeKi"
         )
     ffns = {ffn.hidden_act: name for name, ffn in FFNS.items()}
-    if (activation := values.get("hidden_act") or "silu") not in ffns:
+    activation = values.get("hidden_act") or "silu"
+    activation = "silu" if activation == "swish" else activation  # two names of one function
+    if activation not in ffns:
         raise CheckpointError(f"{path}: hidden_act is {activation!r}; supported is {' or '.join(map(repr, ffns))}")
-    plain = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
-    for name, expected in {**plain, "partial_rotary_factor": 1, "quantization_config": None}.items():
-        if (got := values.get(name)) not in (None, expected):
+    # Newer configurations have all about rotary positions in rope_parameters.
+    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    for name, expected in {**_UNSUPPORTED, **_UNSUPPORTED_IN.get(kind, {})}.items():
+        if (got := scaling.get(name, values.get(name))) not in (None, expected):
             raise CheckpointError(f"{path}: {name} is {got!r}; supported is {expected!r}")
-    stated = {field: values.get(name) for field, name in _FIELDS.items()} | {"ffn_kind": ffns[activation]}
+    defaults = {"rope_theta": 10_000.0, **_DEFAULTS.get(kind, {})}
+    stated = {field: as_number(values.get(name)) for field, name in _FIELDS.items()} | {"ffn_kind": ffns[activation]}
+    stated["rope_theta"] = as_number(scaling.get("rope_theta") or values.get("rope_theta"))
     stated |= {name: values.get(name) for name in _OWN_FIELDS} if kind == _OWN else _FEATURES[kind]
     fields = {field: value for field, value in stated.items() if value not in (None, [])} | dict(overrides)
+    fields = {**defaults, **fields}
     if "heads" in fields:
         fields.setdefault("kv_heads", fields["heads"])
         if "hidden" in fields:
             fields.setdefault("head_dim", fields["hidden"] // fields["heads"])
     fields.setdefault("tied_embeddings", not has_head)
-    # Newer configurations have both in rope_parameters.
-    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    theta = scaling.get("rope_theta", values.get("rope_theta"))
-    # 10,000 is what Hugging Face's model types have where the configuration says nothing.
-    fields.setdefault("rope_theta", 10_000.0 if theta is None else theta)
-    fields.setdefault("rope_factors", _rope_factors(path, scaling, fields))
+    fields.setdefault("rope_factors", _rope_factors(path, scaling, values, fields))
+    if kind == "smollm3" and "layers" in fields:
+        fields.setdefault("nope_layers", _nope_layers(values, fields["layers"]))
+    _check_windows(path, values, fields)
     return fields
 
 
-def _rope_factors(path: Path, scaling: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[float, ...]:
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+def _nope_layers(values: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    """Layers without rotary positions."""
+    interval = values.get("no_rope_layer_interval") or 4
+    rotated = values.get("no_rope_layers") or [(layer + 1) % interval for layer in range(layers)]
+    return tuple(layer for layer in range(layers) if not rotated[layer])
+
+
+def _check_windows(path: Path, values: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """CheckpointError if a layer does not attend to the whole context."""
+    kinds = set(values.get("layer_types") or ())
+    if other := kinds - {"full_attention", "sliding_attention"}:
+        raise CheckpointError(f"{path}: layer_types has {other.pop()!r}; supported is 'full_attention'")
+    if not (values.get("use_sliding_window") or values["model_type"] in _WINDOWED):
+        return
+    if kinds == {"full_attention"} and values["model_type"] != "mistral":  # which does not look at it
+        return
+    first = as_number(values.get("max_window_layers"))
+    if first is not None and not kinds and first >= fields.get("layers", 0):
+        return
+    # 4096 is what model types with a window have where the configuration does not say.
+    window = as_number(values.get("sliding_window", 4096))
+    check_window(path, "sliding_window", window, fields.get("context"))
+
+
+def _rope_factors(
+    path: Path, scaling: Mapping[str, Any], values: Mapping[str, Any], fields: Mapping[str, Any]
+) -> tuple[float, ...]:
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if any(isinstance(value, dict) for value in scaling.values()):
         raise CheckpointError(
             f"{path}: rotary positions differ between layers: {dict(scaling)!r}; supported is one kind"
         )
-    if kind == "default":
+    trained = as_number(values.get(_FIELDS["context"]))
+    if kind == "default" or (kind == "dynamic" and trained and fields["context"] <= trained):  # it scales beyond
         return ()
     if kind == "linear":
-        return (float(scaling["factor"]),) * (fields["head_dim"] // 2)
+        factor = float(scaling["factor"])
+        return (factor,) * (fields["head_dim"] // 2) if factor != 1 else ()
     if kind == "llama3":
         return llama3_factors(fields["head_dim"], fields["rope_theta"], scaling)
     raise CheckpointError(f"{path}: rope scaling {kind!r}; supported are default, linear and llama3")
@@ -228,7 +324,7 @@ def llama3_factors(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> t
 
 def _provenance(path: Path, values: Mapping[str, Any]) -> dict[str, str]:
     """What a model saved by `save_pretrained` says about itself."""
-    stated = values.get("provenance", {})
+    stated = values.get("provenance") or {}
     if not isinstance(stated, dict) or not all(isinstance(value, str) for value in stated.values()):
         raise CheckpointError(f"{path}: provenance is {stated!r}, expected an object of strings")
     return stated
@@ -272,7 +368,7 @@ def _config_json(config: Architecture) -> dict[str, Any]:
     activation = FFNS[settings["ffn_kind"]].hidden_act
     values |= {"rope_theta": settings["rope_theta"], "hidden_act": activation, "attention_bias": False}
     kinds = [kind for kind, its in _FEATURES.items() if all(settings[name] == value for name, value in its.items())]
-    if config.memory or settings["rope_factors"] or not kinds:
+    if config.memory or settings["rope_factors"] or settings["nope_layers"] or not kinds:
         own = {name: settings[name] for name in _OWN_FIELDS}
         return {"model_type": _OWN, "architectures": ["MeKiForCausalLM"], **values, **own}
     return {"model_type": kinds[0], "architectures": [f"{kinds[0].capitalize()}ForCausalLM"], **values}

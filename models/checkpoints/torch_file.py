@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..memories.base import ALL
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, check_fetched
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -47,6 +47,7 @@ def load_torch_file(path: Path, stand_ins: frozenset[str]) -> object:
     stand_ins: qualified names that the file may use beside tensors and argparse.Namespace; each is an `Inert`.
     CheckpointError for a file that names anything else, before anything is unpickled, and for a damaged one.
     """
+    check_fetched(path)
     _records(path)  # is a complete zip, in this machine's byte order, which torch.load relies on
     allowed = [(Inert, name) for name in sorted(stand_ins)]
     with _damage_reported(path), torch.serialization.safe_globals([argparse.Namespace, *allowed]):

@@ -2,7 +2,10 @@
 
 #include <fcntl.h>
 
+#include <array>
+#include <span>
 #include <stdexcept>
+#include <string_view>
 
 #include "runtime/base/error.h"
 #include "runtime/base/file.h"
@@ -71,8 +74,15 @@ void check_size(const std::filesystem::path& path, uint64_t expected) {
     throw PackageError(path.string() + ": no such file, but the manifest names it; the package was copied in part: " +
                        "copy all of it, or make it again");
   }
-  const uint64_t got = File(path, O_NONBLOCK).size(path);
+  const File file(path, O_NONBLOCK);
+  const uint64_t got = file.size(path);
   if (got == expected) return;
+  constexpr std::string_view kLfsPointer = "version https://git-lfs.";  // how those files begin
+  std::array<char, kLfsPointer.size()> start{};
+  file.read(0, std::as_writable_bytes(std::span(start)), path);
+  if (std::string_view(start.data(), start.size()) == kLfsPointer) {
+    throw PackageError(path.string() + ": is a Git LFS pointer, not the file itself; fetch it: git lfs pull");
+  }
   throw PackageError(path.string() + ": " + std::to_string(got) + " bytes, the manifest says " +
                      std::to_string(expected) + "; the file is truncated or belongs to another package");
 }

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from tokenizers import Tokenizer
 
-from meki.models.tokenizer import END_OF_STORY, TokenizerSpec, read_tokenizer
+from meki.models.tokenizer import END_OF_STORY, TokenizerSpec, read_tokenizer, without_unknown_ends
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_end_tokens_that_are_stated(folder: Path) -> None:
         ("tokenizer_config.json", {"bos_token": "<|gone|>", "add_bos_token": True}, "has no token '<|gone|>'"),
         ("generation_config.json", {"do_sample": True, "top_p": 2}, "generation_config.json: top_p is 2.0"),
         ("generation_config.json", {"eos_token_id": [[1]]}, "eos_token_id has [1], expected token ids"),
-        ("config.json", {"eos_token_id": "2"}, "eos_token_id has '2', expected token ids"),
+        ("config.json", {"eos_token_id": "two"}, "eos_token_id has 'two', expected token ids"),
     ],
 )
 def test_neighbours_of_another_form(folder: Path, name: str, value: Any, message: str) -> None:
@@ -154,3 +155,124 @@ def test_a_model_without_a_token_for_what_it_lacks(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
     with pytest.raises(ValueError, match="Encountered an unknown token"):
         read_tokenizer(folder / "tokenizer.json")
+
+
+# Tokens that only the files beside a tokenizer.json know.
+
+FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+
+
+def ids_of(folder: Path, text: str) -> list[int]:
+    return list(Tokenizer.from_buffer(read_tokenizer(folder / "tokenizer.json").json).encode(text).ids)
+
+
+def ids_of_transformers(folder: Path, text: str) -> list[int]:
+    return list(transformers.PreTrainedTokenizerFast.from_pretrained(folder)(text)["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"tokenizer_config": {"added_tokens_decoder": {"303": {"content": "<b>"}, "302": {"content": "<a>", **FLAGS}}}},
+        {"tokenizer_config": {"additional_special_tokens": ["<b>"]}, "added_tokens": {"<b>": 303, "<a>": 302}},
+    ],
+)
+def test_tokens_that_only_the_files_beside_have(folder: Path, beside: dict[str, Any]) -> None:
+    for name, value in beside.items():
+        write(folder, f"{name}.json", value)
+    ids = ids_of(folder, "the <a>cat<b>")
+    assert 302 in ids and 303 in ids
+    assert ids == ids_of_transformers(folder, "the <a>cat<b>")
+
+
+def test_tokens_that_the_files_beside_describe_otherwise(folder: Path) -> None:
+    """A token of the vocabulary that is not known to be one in a text, and other flags, which are theirs."""
+    ke = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("eper")
+    stated = {"content": "<|im_end|>", **FLAGS, "lstrip": True}
+    config = {"added_tokens_decoder": {str(ke): {"content": "eper", **FLAGS}, "301": stated}, "eos_token": "<|im_end|>"}
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **config})
+    ids = ids_of(folder, "keeper  <|im_end|>")
+    assert ids[-2:] == [ke, 301]  # the spaces before it are part of it
+    assert ids == ids_of_transformers(folder, "keeper  <|im_end|>")
+
+
+def test_special_tokens_of_the_vocabulary(folder: Path) -> None:
+    """Part of a word, unless it is known to be a token of its own."""
+    eper = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("eper")
+    assert eper not in ids_of(folder, "the keeper")
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "eper"})
+    ids = ids_of(folder, "the keeper")
+    assert ids[-1] == eper
+    assert ids == ids_of_transformers(folder, "the keeper")
+
+
+def test_nothing_is_rewritten_without_need(folder: Path) -> None:
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text + "\n\n")
+    write(folder, "tokenizer_config.json", {"added_tokens_decoder": {"300": {"content": "<|im_start|>", **FLAGS}}})
+    assert read_tokenizer(folder / "tokenizer.json").json == (text + "\n\n").encode()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ({"305": "<|im_end|>"}, "token '<|im_end|>' has id 305, but there its id is 301; correct one of them, or name"),
+        ({"301": "<new>"}, "token '<new>' has id 301, but there 301 is '<|im_end|>'; correct"),
+        ({"309": "<new>"}, "token '<new>' has id 309, but there its id is 302; correct"),
+        ({"302": ["<new>"]}, "are not ids and tokens: TypeError"),
+        ({"first": "<new>"}, "are not ids and tokens: ValueError"),
+    ],
+)
+def test_tokens_that_contradict(folder: Path, tokens: dict[str, Any], message: str) -> None:
+    decoder = {id: {"content": content, **FLAGS} for id, content in tokens.items()}
+    write(folder, "tokenizer_config.json", {"added_tokens_decoder": decoder})
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        read_tokenizer(folder / "tokenizer.json")
+    assert str(error.value).startswith(f"{folder}")
+
+
+# What other programs write, and take.
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({"top_k": -1, "top_p": 0}, {"top_k": 0, "top_p": 0}),
+        ({"temperature": "0.7", "top_k": 20.0}, {"temperature": 0.7, "top_k": 20}),
+    ],
+)
+def test_sampling_as_others_write_it(folder: Path, stated: dict[str, Any], expected: dict[str, float]) -> None:
+    write(folder, "generation_config.json", {"do_sample": True, **stated})
+    assert read_tokenizer(folder / "tokenizer.json").sampling == expected
+
+
+def test_end_tokens_as_others_write_them(folder: Path) -> None:
+    write(folder, "generation_config.json", {"eos_token_id": ["301", 7.0, None]})
+    with pytest.raises(ValueError, match="eos_token_id has None"):
+        read_tokenizer(folder / "tokenizer.json")
+    write(folder, "generation_config.json", {"eos_token_id": ["301", 7.0, 999, -1]})
+    spec = read_tokenizer(folder / "tokenizer.json")
+    with pytest.warns(UserWarning, match="end tokens 999, -1 are ignored, the vocabulary's ids are 0 to 301"):
+        assert without_unknown_ends(spec, 302).eos_token_ids == (301, 7)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_marks_and_zeros_around_a_file(folder: Path, name: str) -> None:
+    write(folder, "tokenizer_config.json", {"eos_token": "<|im_end|>"})
+    (folder / "chat_template.jinja").write_text("{{ x }}")
+    plain = read_tokenizer(folder / "tokenizer.json")
+    (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes() + bytes(3))
+    assert read_tokenizer(folder / "tokenizer.json") == plain
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "chat_template.jinja"])
+def test_pointers_of_git_lfs(folder: Path, name: str) -> None:
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match=f"{folder / name}: is a Git LFS pointer, .*: git lfs pull"):
+        read_tokenizer(folder / "tokenizer.json")
+
+
+def test_a_key_that_is_there_twice(folder: Path) -> None:
+    """The last one counts, as for everyone."""
+    (folder / "generation_config.json").write_text('{"eos_token_id": 5, "eos_token_id": 6}')
+    assert read_tokenizer(folder / "tokenizer.json").eos_token_ids == (6,)

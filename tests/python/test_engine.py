@@ -426,6 +426,15 @@ def test_a_broken_tokenizer(change_package: Callable[..., Path]) -> None:
         Engine(path)
 
 
+@pytest.mark.parametrize("name", ["weights.bin", "memory.rom", "tokenizer.json"])
+def test_a_clone_without_its_files(package: Path, tmp_path: Path, name: str) -> None:
+    """Of a package that Git LFS keeps."""
+    path = shutil.copytree(package, tmp_path / "p")
+    (path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(PackageError, match=f"{name}: is a Git LFS pointer, .*: git lfs pull"):
+        Engine(path)
+
+
 def test_a_tokenizer_of_a_larger_model(package: Path, change_package: Callable[..., Path]) -> None:
     tokenizer = Tokenizer.from_file(str(package / "tokenizer.json"))
     tokenizer.add_tokens([f"<extra {number}>" for number in range(100)])

@@ -1,4 +1,4 @@
-"""Files: output that is there as a whole or not at all, JSON objects, and the files of a package."""
+"""Files: output that is there as a whole or not at all, text and JSON objects, and the files of a package."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 20
+_LFS_POINTER = b"version https://git-lfs."
 
 
 @contextlib.contextmanager
@@ -124,10 +125,29 @@ def check_target(path: Path, marker: str, overwrite: bool) -> None:
         raise FileExistsError(f"{path}: exists, but has no {marker}, so it is not overwritten; remove it")
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. ValueError, naming it, if there is none."""
+def check_downloaded(path: Path) -> None:
+    """ValueError if the file is a pointer of Git LFS, which a clone has in the place of what it did not fetch."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(f"{path}: is a Git LFS pointer, not the file itself; fetch it: git lfs pull")
+
+
+def read_text(path: Path) -> str:
+    """A file's text, line ends as they are, without what editors and downloads put around it: a byte-order mark, zeros
+    behind the end. OSError; ValueError if it is no Unicode text."""
+    check_downloaded(path)
+    data = path.read_bytes()
     try:
-        value = json.loads(path.read_bytes())
+        return data.decode(json.detect_encoding(data)).rstrip("\0")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}; download it again") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; of a key that is there twice, the last. ValueError, naming it, if there is none."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}; download it again") from error
     if not isinstance(value, dict):

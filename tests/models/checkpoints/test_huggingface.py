@@ -84,6 +84,17 @@ TOLERANCE = 1e-4
         ("qwen2", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
         ("qwen3", {"head_dim": 32}),
         ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+        ("mistral", {"sliding_window": None, "head_dim": 32}),
+        ("ministral", {"sliding_window": 4, "layer_types": ["full_attention"] * 3, "head_dim": 32}),
+        ("smollm3", {"no_rope_layer_interval": 2, "pad_token_id": None}),
+        ("smollm3", {"no_rope_layers": [0, 1, 0], "tie_word_embeddings": False, "pad_token_id": None}),
+        ("seed_oss", {"head_dim": 32}),
+        ("iquestcoder", {"head_dim": 32}),
+        ("internlm3", {"rope_parameters": {"rope_type": "dynamic", "factor": 6.0, "rope_theta": 5e7}, "head_dim": 16}),
+        # Windows that never apply.
+        ("mistral", {"sliding_window": 128}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}),
+        ("qwen3", {"use_sliding_window": False, "sliding_window": 4, "max_window_layers": 0, "head_dim": 16}),
     ],
 )
 def test_logits_of_transformers(
@@ -127,6 +138,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
         {"qk_norm": False, "qkv_bias": True, "memory_dim": 0, "tied_embeddings": False},
         {"qkv_bias": True, "memory_dim": 0},
         {"rope_factors": (1.0, 1.0, 1.5, 2.0, 2.5, 4.0, 8.0, 8.0), "tied_embeddings": False},
+        {"nope_layers": (0, 2), "qk_norm": False, "memory_dim": 0},
     ],
 )
 def test_what_is_saved_comes_back(
@@ -252,6 +264,76 @@ def test_rotary_settings(saved: Path, changes: dict[str, Any], overrides: dict[s
     assert (config.rope_theta, config.rope_factors) == expected
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rms_norm_eps": "1e-06", "rope_theta": "10000.0", "num_hidden_layers": "3", "hidden_size": 64.0},
+        {"rope_scaling": {"type": "default"}},
+        {"rope_scaling": {"rope_type": None, "type": "linear", "factor": 1.0}},
+        {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"hidden_act": "swish", "torch_dtype": "float16", "dtype": None, "tie_word_embeddings": None},
+        {"use_sliding_window": True, "sliding_window": 128},
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
+        {"use_sliding_window": True, "sliding_window": None},
+        {"use_sliding_window": False, "sliding_window": 8, "layer_types": ["full_attention"] * 3},
+    ],
+)
+def test_one_configuration_in_other_words(saved: Path, changes: dict[str, Any]) -> None:
+    plain = open_checkpoint(saved, {}).config
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, **changes}))  # nulls stay
+    assert open_checkpoint(saved, {}).config == plain
+
+
+def test_as_many_key_heads_as_query_heads(make_model: Callable[..., Decoder], tmp_path: Path) -> None:
+    """Where their number is null, or not said."""
+    save_pretrained(tmp_path / "saved", make_model(kv_heads=4), provenance={})
+    text = (tmp_path / "saved" / "config.json").read_text()
+    assert '"num_key_value_heads": 4' in text
+    for said in ('"num_key_value_heads": null', '"x": 0'):
+        (tmp_path / "saved" / "config.json").write_text(text.replace('"num_key_value_heads": 4', said))
+        assert open_checkpoint(tmp_path / "saved", {}).config.kv_heads == 4
+
+
+def test_a_window_beyond_a_shorter_context(tokenizer_spec: TokenizerSpec, tmp_path: Path) -> None:
+    """What the refusal advises: within the window the model is the same."""
+    model = make_pretrained("mistral", tmp_path / "source", sliding_window=32)
+    with pytest.raises(CheckpointError, match=r"sliding_window is 32, .*give --set context=32"):
+        open_checkpoint(tmp_path / "source", {})
+    package = convert(tmp_path / "source", tmp_path / "p", tokenizer_spec, context=32)
+    with torch.no_grad():
+        expected = model(torch.tensor([IDS])).logits[0].numpy()
+    np.testing.assert_allclose(logits_of(package), expected, rtol=0, atol=TOLERANCE)
+
+
+def test_a_window_that_is_not_mentioned(saved: Path) -> None:
+    """Then transformers' mistral has one of 4096."""
+    edit_config(saved, model_type="mistral", max_position_embeddings=8192)
+    with pytest.raises(CheckpointError, match="sliding_window is 4096"):
+        open_checkpoint(saved, {})
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_a_model_that_also_sees(tokenizer_spec: TokenizerSpec, tmp_path: Path, prefix: str) -> None:
+    """Its language model is a whole one; what is for images is left out, with a word of it."""
+    folder = tmp_path / "source"
+    model = make_pretrained("llama", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": config, "vision_config": {}}))
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {name.replace("model.", prefix) if name.startswith("model.") else name: x for name, x in tensors.items()}
+    save_file({**renamed, "model.vision_tower.patch.weight": torch.ones(4)}, folder / "model.safetensors")
+    with pytest.warns(UserWarning, match="of this llava the language model alone is converted"):
+        package = convert(folder, tmp_path / "p", tokenizer_spec)
+    with torch.no_grad():
+        expected = model(torch.tensor([IDS])).logits[0].numpy()
+    np.testing.assert_allclose(logits_of(package), expected, rtol=0, atol=TOLERANCE)
+    edit_config(folder, text_config={**config, "model_type": "gemma3_text"})
+    with pytest.raises(CheckpointError, match="model_type is 'gemma3_text'; supported are"):
+        open_checkpoint(folder, {})
+
+
 def test_missing_tensor(saved: Path) -> None:
     tensors = load_file(saved / "model.safetensors")
     for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.2.meki.out_proj.weight"):
@@ -295,12 +377,21 @@ def test_tensor_left_over(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt_neox"}, "model_type is 'gpt_neox'; supported are llama, qwen2, qwen3, meki"),
+        ({"model_type": "gpt_neox"}, "model_type is 'gpt_neox'; supported are llama, mistral, .*, qwen3, meki"),
         ({"model_type": None}, "model_type is None; supported"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported is 'silu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"use_sliding_window": True}, "use_sliding_window is True"),
+        (
+            {"use_sliding_window": True, "sliding_window": 64},
+            "sliding_window is 64, supported is attention to all .* which is 128; .* --set context=64",
+        ),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types has 'chunked_attention'"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "another kind than expected: IndexError"),
+        ({"model_type": "seed_oss", "attention_bias": False}, "attention_bias is False; supported is True"),
+        ({"model_type": "internlm3", "bias": True}, "bias is True; supported is False"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": None}, "'dynamic'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is .*gptq"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'; supported are default, linear"),
         ({"rope_scaling": {"type": "linear"}}, "value of another kind than expected: KeyError"),
@@ -314,7 +405,8 @@ def test_tensor_left_over(saved: Path) -> None:
         ({"rms_norm_eps": True}, "norm_eps must be a positive number, got True"),
         ({"hidden_size": None}, "does not say what hidden is; give it with --set hidden=VALUE"),
         ({"num_attention_heads": 3}, "heads"),
-        ({"num_hidden_layers": "3"}, "layers must be an integer from 1 to 65535, got '3'"),
+        ({"num_hidden_layers": "three"}, "layers must be an integer from 1 to 65535, got 'three'"),
+        ({"num_hidden_layers": 3.5}, "layers must be an integer from 1 to 65535, got 3.5"),
         ({"provenance": "mine"}, "provenance is 'mine', expected an object"),
     ],
 )
@@ -345,12 +437,39 @@ def test_weights_that_are_not_there(saved: Path) -> None:
         open_checkpoint(saved, {})
     index = saved / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
-    with pytest.raises(CheckpointError, match=r"00001-of-00002.safetensors: no such file; the download is incomplete"):
+    with pytest.raises(CheckpointError, match=r"00001-of-00002.safetensors: no such file, of the 1 .* incomplete"):
         open_checkpoint(saved, {})
     for listed in (None, {"a": "../model.safetensors"}, {"a": 1}):
         index.write_text(json.dumps({"weight_map": listed}))
         with pytest.raises(CheckpointError, match=r"weight_map is not an object|1: no such file"):
             open_checkpoint(saved, {})
+
+
+def test_a_cache_of_links(saved: Path, tmp_path: Path) -> None:
+    """As Hugging Face's downloads are kept: a folder of links to files that are named by their sums."""
+    cache = tmp_path / "models--a--b with spaces"
+    snapshot = cache / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for file in saved.iterdir():
+        file.rename(cache / "blobs" / f"sum-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/sum-{file.name}")
+    checkpoint_source(open_checkpoint(snapshot, {}))
+    with pytest.raises(CheckpointError, match=r"b with spaces: the model is not here, but at .*snapshots/0123; give"):
+        open_checkpoint(cache, {})
+    for name in ("model.safetensors", "config.json"):
+        (cache / "blobs" / f"sum-{name}").unlink()
+        with pytest.raises(CheckpointError, match=rf"{name}: .*the download is incomplete"):
+            open_checkpoint(snapshot, {})
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_pointers_of_git_lfs(saved: Path, name: str) -> None:
+    if name.endswith("index.json"):
+        (saved / "model.safetensors").unlink()
+    (saved / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match=f"{saved / name}: is a Git LFS pointer, .*: git lfs pull"):
+        open_checkpoint(saved, {})
 
 
 def test_a_tensor_twice(saved: Path) -> None:
