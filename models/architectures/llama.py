@@ -19,6 +19,9 @@ from ..graph.primitives import Matrix, Primitives, Value
 from ..memories.base import MemoryLayer, Tokens
 from .base import Architecture, Model
 
+MOST_LAYERS = 65_535
+"""That the package format holds."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig(Architecture):
@@ -40,7 +43,7 @@ class LlamaConfig(Architecture):
     kind = "llama"
     RULES: ClassVar = {
         "vocab_size": integer(1, 2**31 - 1),
-        "layers": integer(1, 65_535),
+        "layers": integer(1, MOST_LAYERS),
         **dict.fromkeys(("hidden", "ffn", "heads", "kv_heads", "head_dim"), integer(1, WIDTH)),
         "context": integer(1, 2**31 - 1),
         "rope_theta": POSITIVE,
@@ -50,7 +53,8 @@ class LlamaConfig(Architecture):
         "tied_embeddings": FLAG,
         "rope_factors": Rule("positive numbers", lambda its: isinstance(its, tuple) and all(map(is_positive, its))),
         "nope_layers": Rule(
-            "layers' numbers, from 0", lambda its: isinstance(its, tuple) and all(map(integer(0, 65_534).holds, its))
+            "layers' numbers, from 0",
+            lambda its: isinstance(its, tuple) and all(map(integer(0, MOST_LAYERS).holds, its)),
         ),
         "ffn_kind": Rule(f"one of {', '.join(FFNS)}", lambda value: value in FFNS),
     }

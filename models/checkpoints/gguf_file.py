@@ -1,4 +1,4 @@
-"""GGUF files of the architectures llama, qwen2 and qwen3, read with the gguf package.
+"""GGUF files of the architectures llama, smollm3, qwen2 and qwen3, read with the gguf package.
 
 Keys and tensor names are those of the GGUF specification; what they leave open is as llama.cpp has it.
 """
@@ -14,18 +14,25 @@ import numpy.typing as npt
 import torch
 from gguf import GGUFEndian, GGUFReader
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.gguf_reader import ReaderTensor
+from gguf.gguf_reader import ReaderField, ReaderTensor
 from gguf.quants import dequantize
 from torch import Tensor
 
 from ..architectures.base import Architecture
+from ..architectures.llama import MOST_LAYERS
 from ..memories.base import ALL
-from .checkpoint import Checkpoint, CheckpointError, Part, make_config
+from .checkpoint import Checkpoint, CheckpointError, Part, check_window, make_config
 from .gguf_tokenizer import read_gguf_tokenizer
 
 _MAGIC = b"GGUF"
-_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_ARCHITECTURES = ("llama", "smollm3", "qwen2", "qwen3")
+_PAIRED = ("llama", "smollm3")
+"""Have their queries and keys in the order of rotated pairs."""
 _ROPE_FACTORS = "rope_freqs.weight"
+_OLDER_TYPES = ("Q4_2", "Q4_3", "Q4_0_4_4", "Q4_0_4_8", "Q4_0_8_8", "IQ4_NL_4_4", "IQ4_NL_4_8", "IQ4_NL_8_8")
+_NEWER_TYPES = ("MXFP4", "NVFP4", "Q1_0", "Q2_0")
+_TYPE_NAMES = dict(zip((4, 5, 31, 32, 33, 36, 37, 38, 39, 40, 41, 42), _OLDER_TYPES + _NEWER_TYPES, strict=True))
+"""Types of tensors that ggml had once, or that versions of the gguf package may not have yet."""
 _AT_ONCE = 1 << 22  # values that are dequantised together: what is in memory beside the result
 
 _FIELDS = {
@@ -57,15 +64,29 @@ _NAMES = {
 _OUTER_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 
 
+class _UnknownTypeError(Exception):
+    """A tensor is of no type that the library has."""
+
+
 class _Reader(GGUFReader):
     """The library's reader, but the end of the file is an error: it would go on with empty values, without an end if
-    the length of an array is damaged."""
+    the length of an array is damaged. And a type that it does not know is an error of its own."""
 
     def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Any = None) -> npt.NDArray[Any]:
         values: npt.NDArray[Any] = super()._get(offset, dtype, count, override_order)
         if len(values) != count:
             raise ValueError(f"it ends after {len(self.data)} bytes, in the middle of what is at {offset}")
         return values
+
+    def _build_tensors(self, start_offs: int, fields: list[ReaderField]) -> None:
+        for field in fields:
+            _, name, _, _, (type,), _ = field.parts
+            if type not in GGMLQuantizationType.__members__.values():
+                known = f" ({_TYPE_NAMES[type]})" if type in _TYPE_NAMES else ""
+                raise _UnknownTypeError(
+                    f"tensor {bytes(name).decode(errors='replace')} is stored as type {type}{known}"
+                )
+        super()._build_tensors(start_offs, fields)
 
 
 class GgufFile:
@@ -82,6 +103,11 @@ class GgufFile:
             raise CheckpointError(
                 f"{path}: its metadata has arrays within arrays without end, expected lists of values; the file is "
                 "damaged or made to harm, download it again"
+            ) from error
+        except _UnknownTypeError as error:
+            raise CheckpointError(
+                f"{path}: {error}, which this version of the gguf package does not know; update it (pip install -U "
+                "gguf) or choose another quantisation of the model"
             ) from error
         except (ValueError, LookupError, ArithmeticError) as error:
             raise CheckpointError(
@@ -103,8 +129,11 @@ class GgufFile:
         return ", ".join(sorted(values, key=lambda name: -values[name]))
 
     def number(self, key: str, default: float | None = None) -> Any:
-        """The value of `key`. CheckpointError if it is an array (of one value a layer) or a text."""
+        """The value of `key`; of an array (of one value a layer) that of all. CheckpointError if they differ, and for a
+        text."""
         value = self.metadata.get(key, default)
+        if isinstance(value, list) and value and all(one == value[0] for one in value):
+            value = value[0]
         if value is not None and type(value) not in (int, float):
             raise CheckpointError(f"{self.path}: {key} is {value!r}; supported is one number")
         return value
@@ -182,11 +211,6 @@ def _check_supported(file: GgufFile, architecture: str) -> None:
     for key, value in expected.items():
         if (got := file.metadata.get(key, value)) != value:
             raise CheckpointError(f"{path}: {key} is {got!r}; supported is {value!r}")
-    window = file.number(f"{architecture}.attention.sliding_window", 0)
-    if 0 < window < file.number(f"{architecture}.context_length", window + 1):
-        raise CheckpointError(
-            f"{path}: {architecture}.attention.sliding_window is {window}; supported is attention to all positions"
-        )
     projections = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
     if bias := next((name for name in file.shapes if name.endswith(".bias") and not name.endswith(projections)), None):
         raise CheckpointError(f"{path}: has the bias {bias}; supported are those of attn_q, attn_k and attn_v")
@@ -196,6 +220,8 @@ def _fields(file: GgufFile, architecture: str, overrides: Mapping[str, Any]) -> 
     """Settings."""
     stated = {field: file.number(f"{architecture}.{key}") for field, key in _FIELDS.items()}
     values = {field: value for field, value in stated.items() if value is not None} | dict(overrides)
+    window = f"{architecture}.attention.sliding_window"
+    check_window(file.path, window, file.number(window, 0) or None, values.get("context"))
     heads, hidden = values.get("heads"), values.get("hidden")
     if heads and hidden:
         values.setdefault("head_dim", hidden // heads)
@@ -211,6 +237,10 @@ def _fields(file: GgufFile, architecture: str, overrides: Mapping[str, Any]) -> 
         "qkv_bias": "blk.0.attn_q.bias" in file.shapes,
         "tied_embeddings": "output.weight" not in file.shapes,
         "rope_factors": _rope_factors(file, architecture, head_dim or 0),
+        # Not in the file: every fourth layer, as the one model of this architecture has it.
+        "nope_layers": tuple(range(3, min(values.get("layers", 0), MOST_LAYERS), 4))
+        if architecture == "smollm3"
+        else (),
         **values,
     }
 
@@ -242,7 +272,7 @@ def _part(name: str, shape: tuple[int, ...], config: Architecture, architecture:
     _, layer, inner = stem.split(".", 2)
     stored = f"blk.{layer}.{_NAMES[inner]}.{kind}" if inner in _NAMES else name
     heads = {"self_attn.q_proj": config.heads, "self_attn.k_proj": config.kv_heads}.get(inner)
-    if heads is None or architecture != "llama":
+    if heads is None or architecture not in _PAIRED:
         return Part(stored, shape)
     return Part(stored, shape, lambda tensor: _to_halves(tensor, heads))
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from meki.package.files import read_object, replace_directory
 
 from ..architectures.base import Architecture, Model
+from ..architectures.llama import MOST_LAYERS
 from ..config import as_number
 from ..ffns import FFNS
 from ..memories import MEMORIES
@@ -261,7 +262,7 @@ def _fields(path: Path, values: Mapping[str, Any], overrides: Mapping[str, Any],
     fields.setdefault("tied_embeddings", not has_head)
     fields.setdefault("rope_factors", _rope_factors(path, scaling, values, fields))
     if kind == "smollm3" and "layers" in fields:
-        fields.setdefault("nope_layers", _nope_layers(values, fields["layers"]))
+        fields.setdefault("nope_layers", _nope_layers(values, min(fields["layers"], MOST_LAYERS)))
     _check_windows(path, values, fields)
     return fields
 

@@ -34,6 +34,7 @@ Floats = NDArray[np.float32]
 
 # What makes a model of conftest's one of the architecture.
 LLAMA: dict[str, Any] = {"memory_dim": 0, "qk_norm": False}
+SMOLLM3: dict[str, Any] = {**LLAMA, "layers": 9, "nope_layers": (3, 7)}
 QWEN2: dict[str, Any] = {**LLAMA, "qkv_bias": True}
 QWEN3: dict[str, Any] = {"memory_dim": 0, "qk_norm": True}
 
@@ -72,9 +73,9 @@ def tensors_of(model: Decoder, architecture: str) -> dict[str, Floats]:
         values = tensor.numpy()
         if name.startswith("layers."):
             _, layer, inner = name.split(".", 2)
-            if architecture == "llama" and "q_proj" in name:
+            if architecture in ("llama", "smollm3") and "q_proj" in name:
                 values = to_pairs(values, model.config.heads)
-            if architecture == "llama" and "k_proj" in name:
+            if architecture in ("llama", "smollm3") and "k_proj" in name:
                 values = to_pairs(values, model.config.kv_heads)
             tensors[f"blk.{layer}.{NAMES[inner]}"] = values
         else:
@@ -137,6 +138,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-untied": ("llama", {**LLAMA, "tied_embeddings": False}),
     "llama-one-kv-head": ("llama", {**LLAMA, "kv_heads": 1}),
     "llama-biases": ("llama", {**LLAMA, "qkv_bias": True}),
+    "smollm3": ("smollm3", SMOLLM3),
     "qwen2": ("qwen2", QWEN2),
     "qwen3": ("qwen3", QWEN3),
     "qwen3-untied": ("qwen3", {**QWEN3, "tied_embeddings": False}),
@@ -161,6 +163,7 @@ def test_weights_and_configuration_return(make_model: MakeModel, tmp_path: Path,
     ("architecture", "overrides"),
     [
         ("llama", {**LLAMA, "tied_embeddings": False}),
+        ("smollm3", SMOLLM3),
         ("qwen2", QWEN2),
         ("qwen3", {**QWEN3, "tied_embeddings": False}),
     ],
@@ -192,6 +195,7 @@ def test_configuration(make_model: MakeModel, tmp_path: Path) -> None:
     wide = {"attention__key_length": 32, "attention__value_length": 32}
     assert config_of("qwen3", {**QWEN3, "head_dim": 32}, **wide).head_dim == 32
     assert config_of("llama", LLAMA, attention__sliding_window=128).context == 128  # no shorter than the context
+    assert config_of("llama", LLAMA, attention__head_count_kv=[2, 2, 2]).kv_heads == 2
     assert config_of("llama", LLAMA, rope__scaling__type="none", rope__scaling__factor=4.0).rope_factors == ()
     linear = {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0}
     assert config_of("llama", LLAMA, **linear).rope_factors == (4.0,) * 8
@@ -353,13 +357,13 @@ def test_memory_is_bounded(make_model: MakeModel, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("architecture", "changes", "message"),
     [
-        ("gemma3", {}, "general.architecture is 'gemma3'; supported are llama, qwen2, qwen3"),
+        ("gemma3", {}, "general.architecture is 'gemma3'; supported are llama, smollm3, qwen2, qwen3"),
         ("llama", {"split.count": 3}, "one of 3 parts; merge them first"),
         ("llama", {"general.type": "adapter"}, "general.type is 'adapter'; supported is 'model'"),
         ("llama", {"llama.expert_count": 8}, "llama.expert_count is 8; supported is 0"),
         ("llama", {"llama.attention.causal": False}, "llama.attention.causal is False"),
         ("llama", {"llama.attention.scale": 0.5}, "llama.attention.scale is 0.5"),
-        ("qwen3", {"qwen3.attention.sliding_window": 64}, "qwen3.attention.sliding_window is 64; supported is atten"),
+        ("qwen3", {"qwen3.attention.sliding_window": 64}, "qwen3.attention.sliding_window is 64, supported is atten"),
         ("llama", {"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type is 'yarn'; supported are 'none' and"),
         ("llama", {"llama.rope.scaling.type": "longrope"}, "llama.rope.scaling.type is 'longrope'"),
         ("llama", {"llama.rope.scaling.attn_factor": 1.5}, "llama.rope.scaling.attn_factor is 1.5"),
@@ -410,6 +414,36 @@ def test_refused_type(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(CheckpointError, match=r"token_embd.weight is stored as I32, which the gguf package does"):
         open_checkpoint(tmp_path / "m.gguf", {})
+
+
+@pytest.mark.parametrize(("type", "named"), [(31, r"31 \(Q4_0_4_4\)"), (42, r"42 \(Q2_0\)"), (151, "151")])
+def test_types_that_the_library_does_not_have(make_model: MakeModel, tmp_path: Path, type: int, named: str) -> None:
+    path = write_gguf(tmp_path / "m.gguf", make_model(**LLAMA), "llama")
+    content, name = bytearray(path.read_bytes()), b"output_norm.weight"
+    at = content.index(name) + len(name) + 4 + 8  # behind the number of dimensions, and the one there is
+    assert content[at : at + 4] == struct.pack("<I", Type.F32)
+    content[at : at + 4] = struct.pack("<I", type)
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{path}: tensor output_norm.weight is stored as type {named}, which"):
+        open_checkpoint(path, {})
+
+
+def test_a_pointer_of_git_lfs_and_a_folder(make_model: MakeModel, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "a model.gguf", make_model(**LLAMA), "llama")
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: the model is not here, but at {path}; give that"):
+        open_checkpoint(tmp_path, {})
+    checkpoint_source(open_checkpoint(path, {}))
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match=f"{path}: is a Git LFS pointer, .*: git lfs pull"):
+        open_checkpoint(path, {})
+
+
+def test_a_window_beyond_a_shorter_context(make_model: MakeModel, tmp_path: Path) -> None:
+    window = {"qwen2.attention.sliding_window": 64}
+    path = write_gguf(tmp_path / "m.gguf", make_model(**QWEN2), "qwen2", window)
+    with pytest.raises(CheckpointError, match="give --set context=64"):
+        open_checkpoint(path, {})
+    assert open_checkpoint(path, {"context": 64}).config.context == 64
 
 
 def test_big_endian(make_model: MakeModel, tmp_path: Path) -> None:
