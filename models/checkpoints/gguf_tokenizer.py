@@ -1,11 +1,12 @@
 """The tokenizer of a GGUF file's metadata, rebuilt in the tokenizers library's form.
 
 The keys are those of the GGUF specification, section "Tokenizer"; what they leave open (defaults, which texts end a
-turn, what a pre-tokenizer's name stands for) is as llama.cpp has it, whose files these are.
+turn) is as llama.cpp has it, whose files these are.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,39 +16,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from ..tokenizer import TokenizerSpec, checked_sampling, usable_template
 from .checkpoint import CheckpointError
+from .gguf_pre_tokenizers import PRE_TOKENIZERS
 
 _REMEDY = "give the model's tokenizer.json (--tokenizer)"
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace("{1,3}", "")
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-# Patterns that cut a text one after the other, by what `tokenizer.ggml.pre` names. "default" is what llama.cpp does for
-# files that were made before pre-tokenizers had names.
-_PATTERNS: dict[str, Sequence[str]] = {
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
-    "gpt-2": (_GPT2,),
-    "smollm": (r"\p{N}", _GPT2),
-    "starcoder": (r"\p{N}", _GPT2),
-    "refact": (r"\p{N}", _GPT2),
-    "llama-bpe": (_LLAMA3,),
-    "llama3": (_LLAMA3,),
-    "llama-v3": (_LLAMA3,),
-    "qwen2": (_QWEN2,),
-    "deepseek-r1-qwen": (_QWEN2,),
-    "tekken": (_TEKKEN,),
-}
-_NFC = {"qwen2"}  # the published tokenizers of Qwen2, 2.5 and 3 normalise; the file does not say
-# Of tiktoken's kind: a piece that is a token is that token, whatever the merges make of it. A text begins with BOS.
-_WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "tekken"}
 
 # Control tokens that end a turn or a text. eos_token_id alone misses one of the two that a chat model has.
 _END_TEXTS = {
@@ -62,6 +33,8 @@ _END_TEXTS = {
     "<|im_end|>",
     "<｜end▁of▁sentence｜>",  # noqa: RUF001 (DeepSeek's bars are not ASCII)
 }
+_NO_TOKEN = (-1, 2**32 - 1)
+"""What files have as the id of a token that there is not: -1, signed and unsigned."""
 _END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _TEMPLATE_TOKENS = {
     "bos_token": "bos_token_id",
@@ -85,11 +58,12 @@ def read_gguf_tokenizer(path: Path, metadata: Mapping[str, Any]) -> TokenizerSpe
         if kind == "gpt2":
             tokenizer, begins = _byte_level(values, tokens)
         elif kind == "llama":
-            tokenizer, begins = _sentencepiece(values, tokens, types)
+            tokenizer, begins = _sentencepiece(path, values, tokens, types)
         else:
             raise CheckpointError(f"tokenizer.ggml.model is {kind!r}; supported: 'gpt2', 'llama'")
         _add_tokens(tokenizer, tokens, types)
-        named = {key: _token(values, tokens, key) for key in (*_END_IDS, *_TEMPLATE_TOKENS.values()) if key in values}
+        keys = (*_END_IDS, *_TEMPLATE_TOKENS.values())
+        named = {key: id for key in keys if (id := _token(path, values, tokens, key)) is not None}
         if not isinstance(begins := values.get("add_bos_token", begins), bool):
             raise CheckpointError(f"tokenizer.ggml.add_bos_token is {begins!r}, expected true or false")
         sampling = _sampling(metadata)
@@ -148,39 +122,47 @@ def _strings(values: Mapping[str, Any], key: str) -> list[str]:
     return strings
 
 
-def _token(values: Mapping[str, Any], tokens: Sequence[str], key: str) -> int:
-    id = values[key]
-    if not isinstance(id, int) or not 0 <= id < len(tokens):
-        raise CheckpointError(f"tokenizer.ggml.{key} is {id!r}, but there are {len(tokens)} tokens")
-    return id
+def _token(path: Path, values: Mapping[str, Any], tokens: Sequence[str], key: str) -> int | None:
+    """None: the file says that there is none, or does not say. One that no token has is ignored with a warning."""
+    id = values.get(key)
+    if id is None or id in _NO_TOKEN:
+        return None
+    if not isinstance(id, int):
+        raise CheckpointError(f"tokenizer.ggml.{key} is {id!r}, expected the id of a token")
+    if 0 <= id < len(tokens):
+        return id
+    warnings.warn(f"{path}: tokenizer.ggml.{key} is {id}, ignored: there are {len(tokens)} tokens", stacklevel=2)
+    return None
 
 
 def _byte_level(values: Mapping[str, Any], tokens: Sequence[str]) -> tuple[Tokenizer, bool]:
     """BPE over bytes in GPT-2's alphabet, and whether a text begins with BOS where the file does not say."""
     name = values.get("pre", "none")
-    if name not in _PATTERNS:
-        raise CheckpointError(f"tokenizer.ggml.pre is {name!r}; known: {', '.join(sorted(_PATTERNS))}")
+    if name not in PRE_TOKENIZERS:
+        raise CheckpointError(f"tokenizer.ggml.pre is {name!r}; known: {', '.join(sorted(PRE_TOKENIZERS))}")
+    kind = PRE_TOKENIZERS[name]
     pairs = (merge.partition(" ") for merge in _strings(values, "merges"))
-    whole = name in _WHOLE_WORDS
-    tokenizer = _bpe(tokens, [(left, right) for left, _, right in pairs], ignore_merges=whole)
-    if name in _NFC:
+    tokenizer = _bpe(tokens, [(left, right) for left, _, right in pairs], ignore_merges=kind.whole_words)
+    if kind.nfc:
         tokenizer.normalizer = normalizers.NFC()
-    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _PATTERNS[name]]
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in kind.patterns]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer, whole
+    return tokenizer, kind.begins
 
 
-def _sentencepiece(values: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> tuple[Tokenizer, bool]:
+def _sentencepiece(
+    path: Path, values: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
+) -> tuple[Tokenizer, bool]:
     """SentencePiece's BPE: characters, with bytes for those that are no token; spaces are U+2581."""
     if values.get("remove_extra_whitespaces", False):
         raise CheckpointError("tokenizer.ggml.remove_extra_whitespaces is true, which is not supported")
     scores = values.get("scores", [])
     if len(scores) != len(tokens):
         raise CheckpointError(f"tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens")
-    unknown = _token({"unknown_token_id": 0} | dict(values), tokens, "unknown_token_id")
+    unknown = _token(path, values, tokens, "unknown_token_id") or 0
     merges = _merges_of_scores(tokens, types, scores)
     tokenizer = _bpe(tokens, merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True)
     prefix = values.get("add_space_prefix", True)  # of every text, and of what follows a special token

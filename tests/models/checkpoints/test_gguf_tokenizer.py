@@ -84,9 +84,18 @@ PIECES = {
     "qwen2": "I|'LL| pay| | |1|2|3|4|½| don|'t|\n\n| (|x|)| á",
     "deepseek-r1-qwen": "I|'LL| pay| | |1|2|3|4|½| don|'t|\n\n| (|x|)| a|\u0301",
     "tekken": "I|'LL| pay| | |1|2|3|4|½| don|'t|\n\n| (|x|)| a\u0301",
+    "gpt-4o": "I'LL| pay| | |123|4½| don't|\n\n| (|x|)| a\u0301",
+    "seed-coder": "I|'LL| pay| | |1|2|3|4|½| don|'t|\n\n| (|x|)| a|\u0301",
+    "deepseek-llm": "I|'|LL| pay|  |1234½| don|'|t|\n|\n| (|x|)| a|\u0301",
+    "deepseek-coder": "I|'|LL| pay|  |1|2|3|4|½| don|'|t|\n|\n| (|x|)| a|\u0301",
+    "deepseek-v3": "I|'LL| pay|  |123|4½| don|'t|\n\n| (|x|)| a\u0301",
     "default": "I|'|LL| pay| | |123|4½| don|'|t|\n\n |(|x|)| a|\u0301",
 }
-SAME = {"starcoder": "smollm", "refact": "smollm", "llama3": "llama-bpe", "llama-v3": "llama-bpe"}
+SAME = {
+    **dict.fromkeys(("starcoder", "refact"), "smollm"),
+    **dict.fromkeys(("llama3", "llama-v3", "falcon3", "pixtral", "smaug-bpe"), "llama-bpe"),
+    "megrez": "deepseek-r1-qwen",
+}
 
 
 @pytest.mark.parametrize("name", [*PIECES, *SAME])
@@ -95,6 +104,12 @@ def test_pre_tokenizers(original: Tokenizer, name: str) -> None:
     text = tokenizer.normalizer.normalize_str(SAMPLE) if tokenizer.normalizer else SAMPLE
     pieces = [text[start:end] for _, (start, end) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
     assert pieces == PIECES[SAME.get(name, name)].split("|")
+
+
+@pytest.mark.parametrize(("name", "pieces"), [("qwen2", "x|)\n\n|y"), ("seed-coder", "x|)|\n\n|y")])
+def test_line_ends_behind_marks(original: Tokenizer, name: str, pieces: str) -> None:
+    cut = tokenizer_of(bpe_metadata(original, pre=name)).pre_tokenizer.pre_tokenize_str(pieces.replace("|", ""))
+    assert [end - start for _, (start, end) in cut] == [len(piece) for piece in pieces.split("|")]
 
 
 def test_whole_words(original: Tokenizer) -> None:
@@ -129,6 +144,22 @@ def test_end_tokens(original: Tokenizer) -> None:
     assert read(change(metadata, eos_token_id=None)).eos_token_ids == (first, first + 1)
 
 
+@pytest.mark.parametrize("none", [-1, 2**32 - 1])
+def test_ids_that_say_there_is_no_token(original: Tokenizer, none: int) -> None:
+    keys = ("bos_token_id", "eot_token_id", "padding_token_id", "unknown_token_id")
+    metadata = bpe_metadata(original, add_bos_token=True)
+    assert read(change(metadata, **dict.fromkeys(keys, none))) == read(metadata)
+    assert read(change(SPM, unknown_token_id=none)).json == read(SPM).json
+
+
+def test_ids_that_no_token_has(original: Tokenizer) -> None:
+    metadata = bpe_metadata(original)
+    with pytest.warns(
+        UserWarning, match=r"m.gguf: tokenizer.ggml.eos_token_id is 10000, ignored: there are \d+ tokens"
+    ):
+        assert read(change(metadata, eos_token_id=10_000)).eos_token_ids == ()
+
+
 @pytest.mark.parametrize(
     ("pre", "stated", "begins"),
     [
@@ -137,6 +168,9 @@ def test_end_tokens(original: Tokenizer) -> None:
         ("qwen2", None, False),
         ("llama-bpe", None, True),
         ("llama-bpe", False, False),
+        ("falcon3", None, True),
+        ("pixtral", None, True),
+        ("smaug-bpe", None, False),
         ("tekken", None, True),
     ],
 )
@@ -150,6 +184,8 @@ def test_bos(original: Tokenizer, pre: str, stated: bool | None, begins: bool) -
 def test_sampling(original: Tokenizer) -> None:
     metadata = bpe_metadata(original)
     assert read(metadata).sampling == {}
+    off = {"general.sampling.top_k": -1, "general.sampling.top_p": 0.0}
+    assert read({**metadata, **off}).sampling == {"top_k": 0, "top_p": 0}
     stated = {"temp": float(np.float32(0.6)), "top_k": 20, "top_p": float(np.float32(0.95)), "mirostat": 2}
     metadata |= {f"general.sampling.{key}": value for key, value in stated.items()}
     assert read(metadata).sampling == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
@@ -253,15 +289,14 @@ def test_no_tokenizer() -> None:
     ("changes", "message"),
     [
         ({"model": "bert"}, "tokenizer.ggml.model is 'bert'; supported: 'gpt2', 'llama'"),
-        ({"pre": "falcon"}, "tokenizer.ggml.pre is 'falcon'; known: deepseek-r1-qwen, default, gpt-2, .*, tekken"),
+        ({"pre": "falcon"}, "tokenizer.ggml.pre is 'falcon'; known: deepseek-coder, .*, default, .*, tekken"),
         ({"pre": None}, "tokenizer.ggml.pre is 'none'; known: "),
         ({"tokens": None}, "tokenizer.ggml.tokens must be an array of strings, got NoneType"),
         ({"merges": None}, "tokenizer.ggml.merges must be an array of strings"),
         ({"merges": ["a b", "no token"]}, "its tokens and merges make no BPE"),
         ({"merges": ["abc"]}, "its tokens and merges make no BPE"),
         ({"token_type": [1, 2]}, "tokenizer.ggml.token_type has 2 entries for "),
-        ({"eos_token_id": 10_000}, "tokenizer.ggml.eos_token_id is 10000, but there are "),
-        ({"eos_token_id": "</s>"}, "tokenizer.ggml.eos_token_id is '</s>', but there are"),
+        ({"eos_token_id": "</s>"}, "tokenizer.ggml.eos_token_id is '</s>', expected the id of a token"),
     ],
 )
 def test_refused(original: Tokenizer, changes: dict[str, Any], message: str) -> None:
@@ -281,7 +316,6 @@ def test_refused_twice(original: Tokenizer) -> None:
     [
         ({"scores": None}, "tokenizer.ggml.scores has 0 entries for "),
         ({"scores": [0.0]}, "tokenizer.ggml.scores has 1 entries for "),
-        ({"unknown_token_id": -1}, "tokenizer.ggml.unknown_token_id is -1"),
         ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces is true, which is not supported"),
     ],
 )
