@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from meki.chat import parse_template
 from meki.options import SAMPLING, GenerationOptions, check_options
-from meki.package.files import check_downloaded, read_object
+from meki.package.files import check_downloaded, read_object, read_text
 from meki.prompt import check_encodes, tokenizer_errors
 
 from .config import as_number

@@ -50,6 +50,8 @@ def test_json_holds_rotary_factors(make_model: Callable[..., Decoder]) -> None:
         ({"rope_factors": (0.0,) * 8}, "rope_factors must be positive numbers"),
         ({"rope_factors": (math.inf,) * 8}, "rope_factors must be positive numbers"),
         ({"rope_factors": 2.0}, "rope_factors must be positive numbers, got 2.0"),
+        ({"nope_layers": (3,)}, "nope_layers must be below layers (3), got 3"),
+        ({"nope_layers": (-1,)}, "nope_layers must be layers' numbers, from 0, got (-1,)"),
         ({"depth": 3}, "unknown configuration keys ['depth']"),
     ],
 )

@@ -51,6 +51,14 @@ def test_defaults(
     assert f"{errors['weights']['overall']:.5f} overall" in summary and f"{errors['rows']:.6f}" in summary
 
 
+def test_end_tokens_beyond_the_vocabulary(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [0, 300, 4294967295]}')
+    assert convert.main([str(checkpoint), "-o", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["tokenizer"]["eos_token_ids"] == [0]
+    warning = "meki-convert: warning: end tokens 300, 4294967295 are ignored, the vocabulary's ids are 0 to 299; "
+    assert [line[: len(warning)] for line in capsys.readouterr().err.splitlines() if "warning" in line] == [warning]
+
+
 def test_options(checkpoint: Path, make_package: Callable[..., Path], tmp_path: Path) -> None:
     output, elsewhere, card = tmp_path / "out", tmp_path / "t.json", tmp_path / "card.md"
     (checkpoint / "tokenizer.json").rename(elsewhere)

@@ -37,6 +37,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"kv_heads": 1, "heads": 3, "head_dim": 32},
     {"memory_dim": 13, "hidden": 50, "ffn": 71, "vocab_size": 333},
     {"qkv_bias": True},
+    {"nope_layers": (0, 2)},
     {"tied_embeddings": False, "rope_factors": (1.0, 1.0, 1.5, 2.0, 2.5, 4.0, 8.0, 8.0)},
 ]
 

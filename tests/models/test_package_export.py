@@ -55,7 +55,8 @@ def test_manifest(export: Callable[..., dict[str, Any]], make_model: Callable[..
         "architecture": {
             **{"kind": "llama", "vocab_size": 300, "layers": 3, "hidden": 64, "ffn": 96, "heads": 4, "kv_heads": 2},
             **{"head_dim": 16, "context": 128, "rope_theta": 10_000.0, "norm_eps": 1e-6, "qk_norm": True},
-            **{"qkv_bias": False, "tied_embeddings": True, "rope_factors": [], "ffn_kind": "swiglu"},
+            **{"qkv_bias": False, "tied_embeddings": True, "rope_factors": [], "nope_layers": []},
+            "ffn_kind": "swiglu",
         },
         "memory": {
             **{"kind": "meki", "address": {"kind": "token"}, "layers": 3, "row_dim": 32, "file": "memory.rom"},

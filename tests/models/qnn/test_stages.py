@@ -39,6 +39,7 @@ def folded_rows(model: Decoder, ids: list[int]) -> np.ndarray:
         ("float16", "float32", {}),
         ("float16", "float32", {"memory_dim": 0, "qkv_bias": True, "qk_norm": False, "tied_embeddings": False}),
         ("float16", "float32", {"layers": 1}),
+        ("float16", "float32", {"nope_layers": (0, 2)}),
         ("float16", "float32", {"kv_heads": 1, "rope_factors": (1.0, 2.0, 2.0, 4.0, 4.0, 4.0, 8.0, 8.0)}),
     ],
 )
