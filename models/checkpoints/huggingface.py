@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -19,22 +18,12 @@ from torch import Tensor
 from meki.package.files import read_object, replace_directory
 
 from ..architectures.base import Architecture, Model
-from ..architectures.llama import MOST_LAYERS
-from ..config import as_number
 from ..ffns import FFNS
-from ..memories import MEMORIES
 from ..memories.base import ALL
 from ..source import model_source
 from ..tokenizer import TokenizerSpec, parse_tokenizer, read_tokenizer
-from .checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    Part,
-    check_fetched,
-    check_window,
-    checkpoint_source,
-    make_config,
-)
+from .checkpoint import Checkpoint, CheckpointError, Part, check_fetched, checkpoint_source, make_config
+from .huggingface_config import FEATURES, FIELDS, OWN, OWN_FIELDS, config_fields, language_model
 
 CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -42,55 +31,6 @@ _INDEX = "model.safetensors.index.json"
 _HEAD = "lm_head.weight"
 _ROWS_AT_ONCE = 4096
 _REOPEN_BYTES = 1 << 30  # mapped pages that were read stay resident until the file is closed
-
-_LLAMA = {"qk_norm": False, "qkv_bias": False}
-_FEATURES: dict[str, dict[str, bool]] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "ministral": _LLAMA,
-    "smollm3": _LLAMA,
-    "internlm3": _LLAMA,
-    "iquestcoder": _LLAMA,
-    "qwen2": {"qk_norm": False, "qkv_bias": True},
-    "seed_oss": {"qk_norm": False, "qkv_bias": True},
-    "qwen3": {"qk_norm": True, "qkv_bias": False},
-}
-"""What the model types that have no flag for it do."""
-_WINDOWED = ("mistral", "ministral")
-"""Have a sliding window unless they say that it is null; the others only if they say that they use it."""
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "smollm3": {"rope_theta": 2_000_000.0},
-    **{kind: {"head_dim": 128} for kind in ("qwen3", "seed_oss", "internlm3", "iquestcoder")},
-}
-"""What transformers takes where a configuration of the model type says nothing."""
-_UNSUPPORTED: dict[str, Any] = {
-    **dict.fromkeys(("attention_bias", "attention_out_bias", "mlp_bias"), False),
-    **{"partial_rotary_factor": 1, "clip_qkv": None, "quantization_config": None},
-}
-"""What changes the arithmetic unless it is so, or null."""
-_UNSUPPORTED_IN = {"seed_oss": {"attention_bias": True}, "internlm3": {"qkv_bias": False, "bias": False}}
-_OWN = "meki"
-"""The model type of our own layout, with a memory or without (docs/sources/huggingface.md)."""
-_OWN_FIELDS = (
-    "qk_norm",
-    "qkv_bias",
-    "rope_factors",
-    "nope_layers",
-    *(name for kind in MEMORIES.values() for name in kind.SETTINGS),
-)
-_FIELDS = {
-    "vocab_size": "vocab_size",
-    "layers": "num_hidden_layers",
-    "hidden": "hidden_size",
-    "ffn": "intermediate_size",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "context": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "tied_embeddings": "tie_word_embeddings",
-}
-"""Settings and their names in config.json."""
 
 
 class SafetensorsFiles:
@@ -142,11 +82,11 @@ def open_huggingface(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     """The model in the folder `path`. CheckpointError for what cannot be converted."""
     file = path / CONFIG
     whole = _read_object(file)
-    values = _language_model(whole)
+    values = language_model(whole)
     tensors = SafetensorsFiles(_weight_files(path))
     prefix, head = _prefix(tensors.shapes), next((name for name in tensors.shapes if name.endswith(_HEAD)), _HEAD)
     try:
-        fields = _fields(file, values, overrides, has_head=head in tensors.shapes)
+        fields = config_fields(file, values, overrides, has_head=head in tensors.shapes)
     except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{file}: has a value of another kind than expected: {error!r}") from error
     config = make_config(file, fields, overrides)
@@ -192,14 +132,6 @@ def _weight_files(path: Path) -> list[Path]:
     )
 
 
-def _language_model(values: dict[str, Any]) -> dict[str, Any]:
-    """`values`, or, of a model that also sees or hears, the configuration of its language model."""
-    inner = values.get("text_config")
-    if values.get("model_type") in (*_FEATURES, _OWN) or not isinstance(inner, dict):
-        return values
-    return {"quantization_config": values.get("quantization_config"), **inner}
-
-
 def _prefix(names: Iterable[str]) -> str:
     """What stands before the names of the decoder: "model." as a rule."""
     embedding = "embed_tokens.weight"
@@ -229,98 +161,6 @@ def _check_tied(path: Path, tensors: SafetensorsFiles, head: str, embedding: str
             f"{path}: tie_word_embeddings is true, but {head} is not {embedding}; if the model was trained with a "
             "head of its own, give --set tied_embeddings=false"
         )
-
-
-def _fields(path: Path, values: Mapping[str, Any], overrides: Mapping[str, Any], has_head: bool) -> dict[str, Any]:
-    """Settings from a config.json. CheckpointError for what this runtime does not compute."""
-    kind = values.get("model_type")
-    if kind not in (*_FEATURES, _OWN):
-        raise CheckpointError(
-            f"{path}: model_type is {kind!r}; supported are {', '.join((*_FEATURES, _OWN))}: dense decoders of the "
-            "Llama family and MeKi"
-        )
-    ffns = {ffn.hidden_act: name for name, ffn in FFNS.items()}
-    activation = values.get("hidden_act") or "silu"
-    activation = "silu" if activation == "swish" else activation  # two names of one function
-    if activation not in ffns:
-        raise CheckpointError(f"{path}: hidden_act is {activation!r}; supported is {' or '.join(map(repr, ffns))}")
-    # Newer configurations have all about rotary positions in rope_parameters.
-    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    for name, expected in {**_UNSUPPORTED, **_UNSUPPORTED_IN.get(kind, {})}.items():
-        if (got := scaling.get(name, values.get(name))) not in (None, expected):
-            raise CheckpointError(f"{path}: {name} is {got!r}; supported is {expected!r}")
-    defaults = {"rope_theta": 10_000.0, **_DEFAULTS.get(kind, {})}
-    stated = {field: as_number(values.get(name)) for field, name in _FIELDS.items()} | {"ffn_kind": ffns[activation]}
-    stated["rope_theta"] = as_number(scaling.get("rope_theta") or values.get("rope_theta"))
-    stated |= {name: values.get(name) for name in _OWN_FIELDS} if kind == _OWN else _FEATURES[kind]
-    fields = {field: value for field, value in stated.items() if value not in (None, [])} | dict(overrides)
-    fields = {**defaults, **fields}
-    if "heads" in fields:
-        fields.setdefault("kv_heads", fields["heads"])
-        if "hidden" in fields:
-            fields.setdefault("head_dim", fields["hidden"] // fields["heads"])
-    fields.setdefault("tied_embeddings", not has_head)
-    fields.setdefault("rope_factors", _rope_factors(path, scaling, values, fields))
-    if kind == "smollm3" and "layers" in fields:
-        fields.setdefault("nope_layers", _nope_layers(values, min(fields["layers"], MOST_LAYERS)))
-    _check_windows(path, values, fields)
-    return fields
-
-
-def _nope_layers(values: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    """Layers without rotary positions."""
-    interval = values.get("no_rope_layer_interval") or 4
-    rotated = values.get("no_rope_layers") or [(layer + 1) % interval for layer in range(layers)]
-    return tuple(layer for layer in range(layers) if not rotated[layer])
-
-
-def _check_windows(path: Path, values: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
-    """CheckpointError if a layer does not attend to the whole context."""
-    kinds = set(values.get("layer_types") or ())
-    if other := kinds - {"full_attention", "sliding_attention"}:
-        raise CheckpointError(f"{path}: layer_types has {other.pop()!r}; supported is 'full_attention'")
-    if not (values.get("use_sliding_window") or values["model_type"] in _WINDOWED):
-        return
-    if kinds == {"full_attention"} and values["model_type"] != "mistral":  # which does not look at it
-        return
-    first = as_number(values.get("max_window_layers"))
-    if first is not None and not kinds and first >= fields.get("layers", 0):
-        return
-    # 4096 is what model types with a window have where the configuration does not say.
-    window = as_number(values.get("sliding_window", 4096))
-    check_window(path, "sliding_window", window, fields.get("context"))
-
-
-def _rope_factors(
-    path: Path, scaling: Mapping[str, Any], values: Mapping[str, Any], fields: Mapping[str, Any]
-) -> tuple[float, ...]:
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if any(isinstance(value, dict) for value in scaling.values()):
-        raise CheckpointError(
-            f"{path}: rotary positions differ between layers: {dict(scaling)!r}; supported is one kind"
-        )
-    trained = as_number(values.get(_FIELDS["context"]))
-    if kind == "default" or (kind == "dynamic" and trained and fields["context"] <= trained):  # it scales beyond
-        return ()
-    if kind == "linear":
-        factor = float(scaling["factor"])
-        return (factor,) * (fields["head_dim"] // 2) if factor != 1 else ()
-    if kind == "llama3":
-        return llama3_factors(fields["head_dim"], fields["rope_theta"], scaling)
-    raise CheckpointError(f"{path}: rope scaling {kind!r}; supported are default, linear and llama3")
-
-
-def llama3_factors(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> tuple[float, ...]:
-    """What Llama 3.1 divides each rotary frequency by: nothing where a wave is short against the original context,
-    `factor` where it is long; in between 1 / ((1 - s) / factor + s), where s goes from 0 at the long end to 1."""
-    factor, context = float(scaling["factor"]), float(scaling["original_max_position_embeddings"])
-    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-    factors = []
-    for index in range(0, head_dim, 2):
-        waves = context / (2 * math.pi * theta ** (index / head_dim))  # in the original context
-        smooth = min(1.0, max(0.0, (waves - low) / (high - low)))
-        factors.append(1 / ((1 - smooth) / factor + smooth))
-    return tuple(factors)
 
 
 def _provenance(path: Path, values: Mapping[str, Any]) -> dict[str, str]:
@@ -365,13 +205,13 @@ def save_pretrained(
 
 def _config_json(config: Architecture) -> dict[str, Any]:
     settings = config.settings()
-    values = {name: settings[field] for field, name in _FIELDS.items()}
+    values = {name: settings[field] for field, name in FIELDS.items()}
     activation = FFNS[settings["ffn_kind"]].hidden_act
     values |= {"rope_theta": settings["rope_theta"], "hidden_act": activation, "attention_bias": False}
-    kinds = [kind for kind, its in _FEATURES.items() if all(settings[name] == value for name, value in its.items())]
+    kinds = [kind for kind, its in FEATURES.items() if all(settings[name] == value for name, value in its.items())]
     if config.memory or settings["rope_factors"] or settings["nope_layers"] or not kinds:
-        own = {name: settings[name] for name in _OWN_FIELDS}
-        return {"model_type": _OWN, "architectures": ["MeKiForCausalLM"], **values, **own}
+        own = {name: settings[name] for name in OWN_FIELDS}
+        return {"model_type": OWN, "architectures": ["MeKiForCausalLM"], **values, **own}
     return {"model_type": kinds[0], "architectures": [f"{kinds[0].capitalize()}ForCausalLM"], **values}
 
 

@@ -17,7 +17,8 @@ from meki import Engine
 from meki.models.architectures.llama import Decoder
 from meki.models.checkpoints import CheckpointError, open_checkpoint
 from meki.models.checkpoints.checkpoint import checkpoint_source
-from meki.models.checkpoints.huggingface import llama3_factors, load_model, save_pretrained
+from meki.models.checkpoints.huggingface import load_model, save_pretrained
+from meki.models.checkpoints.huggingface_config import llama3_factors
 from meki.models.package import export_package
 from meki.models.tokenizer import TokenizerSpec
 

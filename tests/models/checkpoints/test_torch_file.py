@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meki.models.checkpoints.checkpoint import CheckpointError
+from meki.models.checkpoints import CheckpointError, open_checkpoint
 from meki.models.checkpoints.torch_file import Inert, TorchFile, is_torch_zip, load_torch_file
 
 NUMPY = {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")}
@@ -267,3 +267,11 @@ def test_recognised(tmp_path: Path) -> None:
         archive.writestr("model/data.txt", b"x")
     assert is_torch_zip(save(tmp_path / "x.pt", {"a": 1}))
     assert not any(is_torch_zip(tmp_path / name) for name in ("text", "empty", "other.zip"))
+
+
+def test_a_pointer_of_git_lfs(tmp_path: Path) -> None:
+    path = tmp_path / "model_optim_rng.pt"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    for source in (path, tmp_path):
+        with pytest.raises(CheckpointError, match=f"{path}: is a Git LFS pointer, .*: git lfs pull"):
+            open_checkpoint(source, {})
