@@ -87,7 +87,9 @@ def open_huggingface(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     prefix, head = _prefix(tensors.shapes), next((name for name in tensors.shapes if name.endswith(_HEAD)), _HEAD)
     try:
         fields = config_fields(file, values, overrides, has_head=head in tensors.shapes)
-    except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{file}: has a value of another kind than expected: {error!r}") from error
     config = make_config(file, fields, overrides)
     folded = any(name.endswith(".folded_table") for name in tensors.shapes)

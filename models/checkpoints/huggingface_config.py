@@ -68,7 +68,8 @@ def language_model(values: dict[str, Any]) -> dict[str, Any]:
     inner = values.get("text_config")
     if values.get("model_type") in (*FEATURES, OWN) or not isinstance(inner, dict):
         return values
-    return {"quantization_config": values.get("quantization_config"), **inner}
+    quantized = inner.get("quantization_config") or values.get("quantization_config")
+    return {**inner, "quantization_config": quantized}
 
 
 def config_fields(

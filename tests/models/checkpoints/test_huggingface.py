@@ -396,6 +396,7 @@ def test_tensor_left_over(saved: Path) -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is .*gptq"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'; supported are default, linear"),
         ({"rope_scaling": {"type": "linear"}}, "value of another kind than expected: KeyError"),
+        ({"rope_scaling": {"type": "linear", "factor": "two"}}, "another kind than expected: ValueError"),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "another kind than expected: ZeroDivisionError"),
         ({"rope_scaling": "linear"}, "another kind than expected: AttributeError"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rotary positions differ between layers"),
