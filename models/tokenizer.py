@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from meki.chat import parse_template
 from meki.options import SAMPLING, GenerationOptions, check_options
-from meki.package.files import check_downloaded, read_object, read_text
+from meki.package.files import check_downloaded, decode_text, read_object, read_text
 from meki.prompt import check_encodes, tokenizer_errors
 
 from .config import as_number
@@ -208,7 +208,7 @@ def usable_template(file: Path, template: object) -> str | None:
     """The chat template that `file` has, or None. One that cannot be used is left out with a warning: without it, the
     model still completes texts."""
     try:
-        text = template.decode() if isinstance(template, bytes) else template
+        text = decode_text(template) if isinstance(template, bytes) else template
         if not isinstance(text, str | None):
             raise ValueError(f"it is a {type(text).__name__}, expected a string")
         if text is not None:

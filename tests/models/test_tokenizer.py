@@ -237,7 +237,7 @@ def test_tokens_that_contradict(folder: Path, tokens: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("stated", "expected"),
     [
-        ({"top_k": -1, "top_p": 0}, {"top_k": 0, "top_p": 0}),
+        ({"top_k": -1, "top_p": 0}, {"temperature": 1, "top_k": 0, "top_p": 0}),
         ({"temperature": "0.7", "top_k": 20.0}, {"temperature": 0.7, "top_k": 20}),
     ],
 )

@@ -132,13 +132,17 @@ def check_downloaded(path: Path) -> None:
             raise ValueError(f"{path}: is a Git LFS pointer, not the file itself; fetch it: git lfs pull")
 
 
+def decode_text(data: bytes) -> str:
+    """The text of a file, line ends as they are, without what editors and downloads put around it: a byte-order mark,
+    zeros behind the end. ValueError if it is no Unicode text."""
+    return data.decode(json.detect_encoding(data)).rstrip("\0")
+
+
 def read_text(path: Path) -> str:
-    """A file's text, line ends as they are, without what editors and downloads put around it: a byte-order mark, zeros
-    behind the end. OSError; ValueError if it is no Unicode text."""
+    """`decode_text` of a file. OSError; ValueError, naming it, if it is none."""
     check_downloaded(path)
-    data = path.read_bytes()
     try:
-        return data.decode(json.detect_encoding(data)).rstrip("\0")
+        return decode_text(path.read_bytes())
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8: {error}; download it again") from error
 
