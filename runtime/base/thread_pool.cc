@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 
 namespace meki {
@@ -9,6 +10,7 @@ namespace {
 
 // Longer than what lies between two layers or, as a rule, two tokens; short enough to leave an idle machine idle.
 constexpr std::chrono::microseconds kSpin{300};
+constexpr std::chrono::microseconds kShortSpin{2};
 constexpr int kChecks = 64;  // between two looks at the clock
 
 void relax() {
@@ -85,25 +87,31 @@ void ThreadPool::take_pieces() {
 }
 
 void ThreadPool::serve() {
-  while (wait_for_work()) {
+  Nanoseconds spin = kSpin;
+  while (wait_for_work(spin)) {
     ++active_;
     if (next_.load() < kClosed) take_pieces();
     --active_;
   }
 }
 
-// False: the pool ends.
-bool ThreadPool::wait_for_work() {
+// False: the pool ends. A spin that was for nothing makes the next one shorter: where threads are more than cores, the
+// caller may be waiting for this one's.
+bool ThreadPool::wait_for_work(Nanoseconds& spin) {
   const auto is_open = [this] { return next_.load() < kClosed; };
   for (;;) {
-    auto give_up = std::chrono::steady_clock::now() + kSpin;
+    auto give_up = std::chrono::steady_clock::now() + spin;
     while (std::chrono::steady_clock::now() < give_up) {
       for (int check = 0; check < kChecks; ++check) {
-        if (is_open()) return true;
+        if (is_open()) {
+          spin = std::min<Nanoseconds>(2 * spin, kSpin);
+          return true;
+        }
         relax();
       }
       if (stop_) return false;
     }
+    spin = std::max<Nanoseconds>(spin / 2, kShortSpin);
     const uint32_t alarm = alarm_.load();
     ++sleepers_;
     if (!is_open() && !stop_) alarm_.wait(alarm);

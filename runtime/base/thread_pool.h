@@ -3,6 +3,7 @@
 #include <sys/types.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <thread>
@@ -32,13 +33,14 @@ class ThreadPool {
   Parallel parallel();
 
  private:
+  using Nanoseconds = std::chrono::nanoseconds;
   using Piece = void (*)(void* data, size_t index);
   static constexpr uint64_t kClosed = uint64_t{1} << 62;  // as `next_`: there is no work
 
   void run(size_t pieces, Piece piece, void* data);
   void take_pieces();
   void serve();
-  bool wait_for_work();
+  bool wait_for_work(Nanoseconds& spin);
 
   const pid_t process_;
   std::atomic_flag busy_;  // a caller has the workers
