@@ -274,12 +274,13 @@ void bind_engine(py::module_& m) {
           "of the vocabulary or a sequence that would exceed the context (the message has both numbers).")
       .def(
           "start",
-          [](GuardedSession& s, const SamplingOptions& sampling, size_t max_new_tokens) {
-            s.call(&Session::start, sampling, max_new_tokens);
+          [](GuardedSession& s, const SamplingOptions& sampling, size_t max_new_tokens,
+             std::optional<std::vector<int32_t>> end_token_ids) {
+            s.call(&Session::start, sampling, max_new_tokens, std::move(end_token_ids));
           },
-          "sampling"_a, "max_new_tokens"_a,
-          "Begins a generation after the current sequence. 0 tokens: until the context is full. ValueError if the\n"
-          "sequence is empty.")
+          "sampling"_a, "max_new_tokens"_a, "end_token_ids"_a = py::none(),
+          "Begins a generation after the current sequence. 0 tokens: until the context is full. Each of\n"
+          "`end_token_ids` ends it, None: each of the manifest's. ValueError if the sequence is empty.")
       .def(
           "next", [](GuardedSession& s) { return s.call(&Session::next, poll_signals); },
           "The next token, or None when the generation is over (see finish_reason). The rows of a returned token\n"

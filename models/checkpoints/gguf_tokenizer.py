@@ -20,7 +20,8 @@ from .gguf_pre_tokenizers import PRE_TOKENIZERS
 
 _REMEDY = "give the model's tokenizer.json (--tokenizer)"
 
-# Control tokens that end a turn or a text. eos_token_id alone misses one of the two that a chat model has.
+# Tokens that end a turn or a text, if they are not ordinary ones. eos_token_id alone misses one of the two that a chat
+# model has; some files have it as user-defined.
 _END_TEXTS = {
     "</s>",
     "<EOT>",
@@ -73,7 +74,8 @@ def read_gguf_tokenizer(path: Path, metadata: Mapping[str, Any]) -> TokenizerSpe
         raise CheckpointError(f"{path}: the tokenizer's metadata is damaged: {error}; {_REMEDY}") from error
     texts = {name: tokens[named[key]] for name, key in _TEMPLATE_TOKENS.items() if key in named}
     ends = [named[key] for key in _END_IDS if key in named]
-    ends += [id for id, token in enumerate(tokens) if token in _END_TEXTS and types[id] == TokenType.CONTROL]
+    found = (TokenType.CONTROL, TokenType.USER_DEFINED)
+    ends += [id for id, token in enumerate(tokens) if token in _END_TEXTS and types[id] in found]
     return TokenizerSpec(
         json=tokenizer.to_str().encode(),
         bos_token_id=named.get("bos_token_id") if begins else None,

@@ -159,13 +159,24 @@ class Engine:
         return Session(self, context=context, prefetch=prefetch)
 
     def generate(
-        self, prompt: str, *, context: int = 0, prefetch: bool = True, **options: Unpack[GenerationOptions]
+        self,
+        prompt: str | Sequence[int],
+        *,
+        context: int = 0,
+        prefetch: bool = True,
+        **options: Unpack[GenerationOptions],
     ) -> GenerationResult:
-        """Continues `prompt` in a session of its own. ValueError if the prompt does not fit the context."""
+        """Continues `prompt`, a text or token ids, in a session of its own. ValueError if it does not fit the
+        context."""
         return self.session(context=context, prefetch=prefetch).generate(prompt, **options)
 
     def stream(
-        self, prompt: str, *, context: int = 0, prefetch: bool = True, **options: Unpack[GenerationOptions]
+        self,
+        prompt: str | Sequence[int],
+        *,
+        context: int = 0,
+        prefetch: bool = True,
+        **options: Unpack[GenerationOptions],
     ) -> TextStream:
         """As `generate`, piece by piece: an iterator of str, with the `result` so far."""
         return self.session(context=context, prefetch=prefetch).stream(prompt, **options)
@@ -219,6 +230,7 @@ class Session:
         capacity = check_integer("context", context, 2**31 - 1)
         fetch_ahead = check_flag("prefetch", prefetch)
         self._sampling: GenerationOptions = engine.manifest["sampling"]
+        self._vocab_size = engine.vocab_size
         self._prompts = engine._prompts  # not the engine itself: it keeps a session, and a cycle would outlive both
         self._rom_access = engine.rom_access
         self._core = _core.Session(engine._core, _core.SessionOptions(context=capacity, prefetch=fetch_ahead))
@@ -234,19 +246,21 @@ class Session:
         """The sequence so far: prompts and generated tokens."""
         return self._core.tokens
 
-    def generate(self, prompt: str, **options: Unpack[GenerationOptions]) -> GenerationResult:
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> GenerationResult:
         """Appends `prompt` and generates. Options and errors as in `stream`."""
         return self.stream(prompt, **options).finish()
 
-    def stream(self, prompt: str, **options: Unpack[GenerationOptions]) -> TextStream:
+    def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> TextStream:
         """Appends `prompt` and generates while the result is iterated over; ends an earlier stream of this session.
 
-        An empty prompt goes on with the sequence; at its start it stands for the token that begins a text: the
+        The prompt is a text, or token ids, to which nothing is added. The text is that of the whole sequence behind the
+        prompt: `tokenizer.decode` of all tokens without what it has in common with that of those before. An empty
+        prompt goes on with the sequence; at its start it stands for the token that begins a text: the
         manifest's bos_token_id, or else its first end token, after which a new text begins. ValueError for an option
-        out of range, a prompt that does not fit the context, and an empty one where there is no such token; the
-        sequence is then as before.
+        out of range, a prompt that does not fit the context, a token id out of the vocabulary, and an empty prompt
+        where there is no such token; TypeError for a value of a wrong type. The sequence is then as before.
         """
-        checked = check_options({**self._sampling, **options})
+        checked = check_options({**self._sampling, **options}, self._vocab_size)
         token_ids = self._prompts.encode(prompt, first=not self._core.tokens)
         self._core.append(token_ids)  # the last that can refuse: from here on the earlier stream is over
         return self._generate(checked, prompt_tokens=len(token_ids), shared_tokens=0)
@@ -275,7 +289,7 @@ class Session:
         not such or that the template refuses, for an option out of range and a conversation that does not fit the
         context; the sequence is then as before.
         """
-        checked = check_options({"temperature": 0.0, **self._sampling, **options})
+        checked = check_options({"temperature": 0.0, **self._sampling, **options}, self._vocab_size)
         token_ids = self._prompts.encode_chat(
             messages,
             tools=tools,
@@ -308,9 +322,16 @@ class Session:
     def _generate(self, options: CheckedOptions, *, prompt_tokens: int, shared_tokens: int) -> TextStream:
         """Begins a generation after the sequence, which ends with the prompt."""
         self._begin()
-        self._core.start(options.sampling, options.max_new_tokens)
+        ends = [] if options.ignore_eos else self._prompts.end_token_ids
+        self._core.start(options.sampling, options.max_new_tokens, ends)
         self._stream = TextStream(
-            self._core, self._prompts.tokenizer, self._rom_access, prompt_tokens, shared_tokens, options
+            self._core,
+            self._prompts.vocabulary,
+            self._core.tokens,
+            self._rom_access,
+            prompt_tokens,
+            shared_tokens,
+            options,
         )
         return self._stream
 

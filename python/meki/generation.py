@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from . import _core
 from .options import CheckedOptions
-from .text import Detokenizer, StopStrings
+from .text import Detokenizer, StopStrings, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,11 @@ class GenerationResult:
 
     text: str
     token_ids: list[int]
-    """The generated tokens. After a stop string, up to and including the token with which it was complete."""
+    """The generated tokens. After a stop string, up to and including the token with which it was complete; after one of
+    `stop_token_ids`, with that."""
     finish_reason: str | None
-    """"eos", "length" (max_new_tokens), "context" (the KV cache is full), "stop" (a stop string), or None: not over."""
+    """"eos", "length" (max_new_tokens), "context" (the KV cache is full), "stop" (a stop string, or one of
+    stop_token_ids), or None: not over."""
     stats: GenerationStats
 
 
@@ -64,17 +65,20 @@ class TextStream(Iterator[str]):
     def __init__(
         self,
         core: _core.Session,
-        tokenizer: Tokenizer,
+        vocabulary: Vocabulary,
+        sequence: Sequence[int],
         rom_access: str | None,
         prompt_tokens: int,
         shared_tokens: int,
         options: CheckedOptions,
     ) -> None:
-        """shared_tokens: how many of the prompt's were in the sequence before, computed or not."""
+        """sequence: all tokens so far, of which the last `prompt_tokens` are the prompt. shared_tokens: how many of
+        these were in the sequence before, computed or not."""
         self._core = core
         self._rom_access = rom_access
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stop = StopStrings(options.stop)
+        self._detokenizer = Detokenizer(vocabulary, sequence)
+        self._stop = StopStrings(options.stop, vocabulary.special_tokens)
+        self._stop_token_ids = frozenset(options.stop_token_ids)
         self._seed = options.sampling.seed
         self._prompt_tokens = prompt_tokens
         self._shared_tokens = shared_tokens
@@ -107,15 +111,18 @@ class TextStream(Iterator[str]):
     def _step(self) -> str:
         start = time.perf_counter()
         token = self._core.next()
-        if token is None:
-            piece, stopped = self._stop.push(self._detokenizer.flush())
-            piece += self._stop.flush()
-            reason = "stop" if stopped else self._core.finish_reason
-        else:
+        if token is not None:
             if self._first_token_s is None:
                 self._first_token_s = time.perf_counter() - start
             self._token_ids.append(token)
-            piece, stopped = self._stop.push(self._detokenizer.push(token))
+        if token is None or token in self._stop_token_ids:
+            piece, stopped = self._stop.push(self._detokenizer.flush())
+            piece += self._stop.flush()
+            reason = "stop" if stopped or token is not None else self._core.finish_reason
+        else:
+            mark = self._stop.mark(token)
+            text = self._detokenizer.flush() + mark if mark else self._detokenizer.push(token)
+            piece, stopped = self._stop.push(text)
             reason = "stop" if stopped else None
         if piece:
             self._pieces.append(piece)

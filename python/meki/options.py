@@ -25,8 +25,8 @@ class GenerationOptions(TypedDict, total=False):
     What the package's manifest says under "sampling" comes before the defaults below.
     """
 
-    max_new_tokens: int
-    """Default 256; 0: until the context is full."""
+    max_new_tokens: int | None
+    """Default 256; 0, -1 or None: until the context is full."""
     temperature: float
     """Default 0.8, in a chat 0; 0: always the most probable token."""
     top_k: int
@@ -40,7 +40,12 @@ class GenerationOptions(TypedDict, total=False):
     seed: int | None
     """0 .. 2**64 - 1. Default None: a fresh random one, to be found in the stats."""
     stop: str | Sequence[str]
-    """Strings that end the text; they are not part of it. Default none."""
+    """Strings that end the text; they are not part of it. A special token, which has no text, counts as the text that
+    names it, alone ("<|im_end|>") or in a longer string. Default none."""
+    stop_token_ids: Sequence[int]
+    """Tokens that end the text, besides the model's own end tokens. Default none."""
+    ignore_eos: bool
+    """The model's end tokens do not end the generation: they stay in the sequence, and it goes on. Default False."""
 
 
 class ChatOptions(GenerationOptions, total=False):
@@ -63,16 +68,18 @@ class CheckedOptions:
     sampling: _core.SamplingOptions
     max_new_tokens: int
     stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
 
 
-def check_integer(name: str, value: int, maximum: int) -> int:
-    """`value` if it is an integer from 0 to `maximum`; TypeError or ValueError naming it otherwise."""
+def check_integer(name: str, value: int, maximum: int, minimum: int = 0) -> int:
+    """`value` if it is an integer from `minimum` to `maximum`; TypeError or ValueError naming it otherwise."""
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {shown(value)}") from None
-    if not 0 <= number <= maximum:
-        raise ValueError(f"{name} must be from 0 to {maximum}, got {number}")
+    if not minimum <= number <= maximum:
+        raise ValueError(f"{name} must be from {minimum} to {maximum}, got {number}")
     return number
 
 
@@ -113,8 +120,10 @@ def check_token_ids(name: str, token_ids: Sequence[int]) -> list[int]:
     raise TypeError(f"{name} must be a sequence of integers, got {shown(token_ids)}")
 
 
-def check_options(options: GenerationOptions) -> CheckedOptions:
-    """TypeError for an unknown option or a value of a wrong type; ValueError for a value out of range."""
+def check_options(options: GenerationOptions, vocab_size: int = 2**31) -> CheckedOptions:
+    """TypeError for an unknown option or a value of a wrong type; ValueError for a value out of range.
+
+    vocab_size: of the model, which token ids are to be below."""
     known = GenerationOptions.__annotations__.keys()
     if unknown := sorted(options.keys() - known):
         raise TypeError(f"unknown generation option {unknown[0]!r}; known: {', '.join(known)}")
@@ -132,5 +141,10 @@ def check_options(options: GenerationOptions) -> CheckedOptions:
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(text, str) and text for text in stop):
         raise ValueError(f"every stop string must be a str that is not empty, got {stop!r}")
-    max_new_tokens = check_integer("max_new_tokens", options.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS), 2**31 - 1)
-    return CheckedOptions(sampling, max_new_tokens, stop)
+    stop_token_ids = check_token_ids("stop_token_ids", options.get("stop_token_ids", ()))
+    for token_id in stop_token_ids:
+        check_integer("each of stop_token_ids", token_id, vocab_size - 1)
+    most = options.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
+    most = 0 if most is None else max(0, check_integer("max_new_tokens", most, 2**31 - 1, minimum=-1))
+    ignore_eos = check_flag("ignore_eos", options.get("ignore_eos", False))
+    return CheckedOptions(sampling, most, stop, tuple(stop_token_ids), ignore_eos)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
 from ._core import PackageError
-from .options import check_text
+from .options import check_token_ids
+from .text import Vocabulary
 
 if TYPE_CHECKING:
     from .chat import ChatTemplate
@@ -27,6 +30,7 @@ class PromptEncoder:
         self._bos: int | None = settings["bos_token_id"]
         self._eos: list[int] = settings["eos_token_ids"]
         self.tokenizer = _load_tokenizer(directory / settings["file"], manifest["architecture"]["vocab_size"])
+        self.vocabulary = Vocabulary(self.tokenizer)
         self.chat_template: ChatTemplate | None = None
         """None: the package has none."""
         chat = settings["chat_template"]
@@ -37,12 +41,21 @@ class PromptEncoder:
             path = chat_template or directory / chat["file"]
             self.chat_template = ChatTemplate(path, variables, given=chat_template is not None)
 
-    def encode(self, prompt: str, *, first: bool) -> list[int]:
-        """The tokens of a prompt; first: with those that begin a sequence. ValueError for text that is not Unicode, and
-        for an empty first prompt where no token begins a text."""
-        ids = self._tokenize(prompt, add_special_tokens=first)
+    @cached_property
+    def end_token_ids(self) -> list[int]:
+        """Each ends a generation: the manifest's, and the token with which the chat template ends an answer."""
+        end = self._end_of_answer()
+        return self._eos if end is None or end in self._eos else [*self._eos, end]
+
+    def encode(self, prompt: str | Sequence[int], *, first: bool) -> list[int]:
+        """The tokens of a prompt; first: with those that begin a sequence, otherwise without the space that many
+        tokenizers put before a text. Token ids are taken as they are. ValueError for text that is not Unicode, and for
+        an empty first prompt where no token begins a text; TypeError for what is neither text nor token ids."""
+        if not isinstance(prompt, str):
+            return check_token_ids("prompt, if it is not a str,", prompt)
         if not first:
-            return ids
+            return self._encode_further(prompt)
+        ids = self._tokenize(self.tokenizer, prompt, add_special_tokens=True)
         if self._bos is not None and ids[:1] != [self._bos]:
             return [self._bos, *ids]
         if not ids and not self._eos:
@@ -54,26 +67,67 @@ class PromptEncoder:
         Arguments and errors as of `ChatTemplate.render`; ValueError if the package has no template."""
         if self.chat_template is None:
             raise no_chat_template(self._directory)
-        ids = self._tokenize(self.chat_template.render(messages, **arguments), add_special_tokens=False)
+        ids = self._tokenize(self.tokenizer, self.chat_template.render(messages, **arguments), add_special_tokens=False)
         if not ids:
             raise ValueError(f"{self._directory}: the chat template makes no text of these messages; give others")
         return ids
 
     def _special_tokens(self) -> dict[str, str]:
         """What templates know the tokens by that begin and end a text, as far as the package names such tokens."""
-        begins: list[int | None] = [*self._tokenize("", add_special_tokens=True), self._bos]
+        begins: list[int | None] = [*self._tokenize(self.tokenizer, "", add_special_tokens=True), self._bos]
         ids = {"bos_token": begins[0], "eos_token": next(iter(self._eos), None)}
         tokens = {name: None if id is None else self.tokenizer.id_to_token(id) for name, id in ids.items()}
         return {name: token for name, token in tokens.items() if token is not None}
 
-    def _tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        check_text("prompt", text)
+    def _encode_further(self, text: str) -> list[int]:
+        ids = self._tokenize(self._continuing, text, add_special_tokens=False)
+        if self._continuing is self.tokenizer:
+            return ids
+        # What follows an added token is as ever: many models know it with a space in front.
+        added = set(self.vocabulary.added_tokens.values())
+        usual = self._tokenize(self.tokenizer, text, add_special_tokens=False)
+        first, first_usual = (
+            next((at for at, token_id in enumerate(tokens) if token_id in added), len(tokens))
+            for tokens in (ids, usual)
+        )
+        return ids[:first] + usual[first_usual:]
+
+    @cached_property
+    def _continuing(self) -> Tokenizer:
+        """The tokenizer without what it puts before a text; the same one if that is nothing."""
+        parts = {
+            name: json.loads(part.__getstate__())
+            for name in ("normalizer", "pre_tokenizer")
+            if (part := getattr(self.tokenizer, name)) is not None
+        }
+        plain = {name: _without_prefix(part) for name, part in parts.items()}
+        if plain == parts:
+            return self.tokenizer
+        with _guarded(self._directory):
+            return Tokenizer.from_str(json.dumps({**json.loads(self.tokenizer.to_str()), **plain}))
+
+    def _end_of_answer(self) -> int | None:
+        """The added token that the chat template puts behind an answer, with nothing but spaces between."""
+        if self.chat_template is None:
+            return None
+        question = {"role": "user", "content": "A question of nobody's."}
+        answer = "An answer that stands in no template."
+        try:
+            text = self.chat_template.render([question, {"role": "assistant", "content": answer}, question])
+        except (ValueError, PackageError):  # it takes no such conversation; who has one that it refuses is told then
+            return None
+        behind = text.partition(answer)[2].lstrip()
+        added = self.vocabulary.added_tokens
+        end = max((token for token in added if behind.startswith(token)), key=len, default=None)
+        return None if end is None else added[end]
+
+    def _tokenize(self, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the prompt is not valid Unicode: {error}; give text that UTF-8 can hold") from error
         with _guarded(self._directory):
-            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
 
@@ -123,3 +177,17 @@ def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     with _guarded(path):
         check_encodes(tokenizer)
     return tokenizer
+
+
+def _without_prefix(part: dict[str, Any]) -> dict[str, Any] | None:
+    """A normalizer or pre-tokenizer, in the form of a tokenizer.json, that puts nothing before a text."""
+    if part["type"] == "Prepend":
+        return None
+    plain = {name: _NO_PREFIX.get(name, value) for name, value in part.items()}
+    for steps in {"normalizers", "pretokenizers"} & part.keys():
+        plain[steps] = [kept for step in part[steps] if (kept := _without_prefix(step)) is not None]
+    return plain
+
+
+_NO_PREFIX = {"prepend_scheme": "never", "add_prefix_space": False}
+"""Of Metaspace and ByteLevel."""

@@ -87,9 +87,11 @@ void Session::end_generation() {
   sampler_.reset();  // its count of remaining tokens no longer holds
 }
 
-void Session::start(const SamplingOptions& sampling, size_t max_new_tokens) {
+void Session::start(const SamplingOptions& sampling, size_t max_new_tokens,
+                    std::optional<std::vector<int32_t>> end_token_ids) {
   if (tokens_.empty()) throw std::invalid_argument("the sequence is empty; give a prompt of at least one token");
   sampler_.emplace(sampling, vocab_size());
+  end_token_ids_ = std::move(end_token_ids).value_or(engine_->manifest().eos_token_ids);
   const size_t room = context_ - tokens_.size();
   remaining_ = max_new_tokens > 0 ? std::min(max_new_tokens, room) : room;
   stats_.stall_ns.reserve(stats_.stall_ns.size() + remaining_);
@@ -112,8 +114,7 @@ std::optional<int32_t> Session::next(const Poll& poll) {
   const Timer timer(decoding ? stats_.decode_ns : unused);
   if (decoding) decode();
   const int32_t token = sample(decoding);
-  const auto& eos = engine_->manifest().eos_token_ids;
-  if (std::find(eos.begin(), eos.end(), token) != eos.end()) {
+  if (std::find(end_token_ids_.begin(), end_token_ids_.end(), token) != end_token_ids_.end()) {
     finish_reason_ = FinishReason::eos;
     return std::nullopt;
   }

@@ -57,9 +57,10 @@ class Session {
   // appended.
   void append(std::span<const int64_t> ids);
 
-  // Begins a generation after the sequence. max_new_tokens 0: until the context is full. Throws std::invalid_argument
-  // for bad options or an empty sequence.
-  void start(const SamplingOptions& sampling, size_t max_new_tokens);
+  // Begins a generation after the sequence. max_new_tokens 0: until the context is full. Each of `end_token_ids` ends it;
+  // null: of the manifest's. Throws std::invalid_argument for bad options or an empty sequence.
+  void start(const SamplingOptions& sampling, size_t max_new_tokens,
+             std::optional<std::vector<int32_t>> end_token_ids = std::nullopt);
   // The decode loop's body: the next token, or nothing when the generation is over. When it returns, the rows of the
   // returned token are already being read. Throws PackageError if the rows or a stage fail.
   std::optional<int32_t> next(const Poll& poll = {});
@@ -112,6 +113,7 @@ class Session {
   bool logits_valid_ = false;  // the last logits are those of the last computed token
 
   std::optional<Sampler> sampler_;
+  std::vector<int32_t> end_token_ids_;
   size_t remaining_ = 0;     // tokens that the generation may still make
   bool generating_ = false;  // the pending token was generated: its step is decode, not prefill
   FinishReason finish_reason_ = FinishReason::running;

@@ -164,7 +164,7 @@ def test_seed_repeats_the_text(package: Path, text: str, capsys) -> None:
         (["--temperature", "-1", PROMPT], "temperature"),
         (["--top-p", "2", PROMPT], "top_p"),
         (["--seed", "-3", PROMPT], "seed"),
-        (["--max-new-tokens", "-1", PROMPT], "max_new_tokens"),
+        (["--max-new-tokens", "-2", PROMPT], "max_new_tokens"),
         (["--threads", "-1", PROMPT], "threads"),
         (["--context", "1000000", PROMPT], "context is 1000000"),
         (["--context", "3", "a b c d e f"], "context holds 3"),

@@ -271,7 +271,7 @@ def test_logits_of_impossible_tokens(engine: Engine, ids: list[int]) -> None:
         ("repetition_penalty", 0),
         ("seed", -1),
         ("seed", 2**64),
-        ("max_new_tokens", -1),
+        ("max_new_tokens", -2),
         ("stop", ["x", ""]),
         ("context", -1),
         ("context", 10**6),

@@ -84,6 +84,13 @@ token_counts = _argument(
 )
 """The type of an argument that is different numbers of tokens, as in 0,1024."""
 
+token_ids = _argument(
+    lambda text: [int(part) for part in text.split(",")],
+    lambda ids: True,
+    "expected token ids with commas between them, as in 1,15043; got",
+)
+"""The type of an argument that is token ids, as in 1,15043."""
+
 
 def text_of(name: str, data: bytes) -> str:
     """A text as it was typed: without the line break at its end and the byte-order mark before it, which editors put

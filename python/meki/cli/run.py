@@ -14,7 +14,7 @@ from ..engine import Engine, Session
 from ..generation import GenerationResult, TextStream
 from ..options import DEFAULT_MAX_NEW_TOKENS, SAMPLING, GenerationOptions
 from ..prompt import no_chat_template
-from .arguments import Parser, add_engine_options, engine_options, json_object, path, text_file, text_of
+from .arguments import Parser, add_engine_options, engine_options, json_object, path, text_file, text_of, token_ids
 from .errors import note, report, run_command
 from .interactive import Conversation, converse
 from .output import RANDOM_WEIGHTS, SIMULATED, print_stats, print_stream
@@ -38,6 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("text", nargs="?", metavar="PROMPT", help="the text to continue; - reads standard input")
     prompt.add_argument("--prompt", help="the same, for texts that begin with a dash")
     prompt.add_argument("--file", metavar="FILE", help="read the prompt from a file; - reads standard input")
+    prompt.add_argument(
+        "--prompt-ids", type=token_ids, metavar="IDS", help="token ids with commas between them, taken as they are"
+    )
     add = parser.add_argument_group("chat").add_argument
     add("--chat", action="store_true", help="the prompt is a user's message: answer it (needs a chat template)")
     add("--system", metavar="TEXT", help="with --chat: a system message before it")
@@ -62,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=DEFAULT_MAX_NEW_TOKENS,
         metavar="N",
-        help="new tokens (default: %(default)s; 0: fill the context)",
+        help="new tokens (default: %(default)s; 0 or -1: fill the context)",
     )
     add(
         "--temperature",
@@ -81,6 +84,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--repetition-penalty", type=float, metavar="R", help="make repetitions less probable (default: 1, off)")
     add("--seed", type=int, metavar="N", help="same seed, same text (default: a fresh one, shown by --stats)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    add(
+        "--stop-token-id",
+        action="append",
+        type=int,
+        default=[],
+        metavar="ID",
+        help="end at this token; may be repeated",
+    )
+    add("--ignore-eos", action="store_true", help="go on past the tokens with which the model ends a text")
     add = add_engine_options(parser)
     add("--context", type=int, default=0, metavar="N", help="capacity in tokens (default: the model's, at most 4096)")
     add(
@@ -118,7 +130,13 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
         note(RANDOM_WEIGHTS)
     if engine.simulated:
         note(SIMULATED)
-    options = GenerationOptions(max_new_tokens=arguments.max_new_tokens, seed=arguments.seed, stop=arguments.stop)
+    options = GenerationOptions(
+        max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
+        stop=arguments.stop,
+        stop_token_ids=arguments.stop_token_id,
+        ignore_eos=arguments.ignore_eos,
+    )
     given = {name: value for name in SAMPLING if (value := getattr(arguments, name)) is not None}
     options.update(cast(GenerationOptions, given))
 
@@ -149,14 +167,18 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
     if prompt is None:
         converse(begin, options, show, program)
         return
-    show(begin().stream(prompt, **options))
+    show(begin().stream(cast(str, prompt), **options))  # token ids: of a session alone, as _read_prompt sees to
 
 
-def _read_prompt(arguments: argparse.Namespace) -> str | None:
+def _read_prompt(arguments: argparse.Namespace) -> str | list[int] | None:
     """The prompt, wherever it is given; None: the turns come line by line."""
     for option in ("system", "assistant", "chat_template", "chat_template_kwargs"):
         if getattr(arguments, option) is not None and not arguments.chat:
             raise ValueError(f"--{option.replace('_', '-')} is a part of a conversation; add --chat, or omit it")
+    if arguments.prompt_ids is not None:
+        if arguments.chat or arguments.interactive:
+            raise ValueError("--prompt-ids is a whole prompt; omit --chat and --interactive")
+        return list(arguments.prompt_ids)
     source = "-" if arguments.text == "-" else arguments.file
     text = arguments.prompt if arguments.text is None else arguments.text
     if arguments.interactive:
