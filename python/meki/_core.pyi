@@ -250,10 +250,10 @@ class Session:
         """
         Keeps the first `length` tokens of the sequence.
         """
-    def start(self, sampling: SamplingOptions, max_new_tokens: typing.SupportsInt | typing.SupportsIndex) -> None:
+    def start(self, sampling: SamplingOptions, max_new_tokens: typing.SupportsInt | typing.SupportsIndex, end_token_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] | None = None) -> None:
         """
-        Begins a generation after the current sequence. 0 tokens: until the context is full. ValueError if the
-        sequence is empty.
+        Begins a generation after the current sequence. 0 tokens: until the context is full. Each of
+        `end_token_ids` ends it, None: each of the manifest's. ValueError if the sequence is empty.
         """
     @property
     def context(self) -> int:

@@ -57,8 +57,8 @@ class Session {
   // appended.
   void append(std::span<const int64_t> ids);
 
-  // Begins a generation after the sequence. max_new_tokens 0: until the context is full. Each of `end_token_ids` ends it;
-  // null: of the manifest's. Throws std::invalid_argument for bad options or an empty sequence.
+  // Begins a generation after the sequence. max_new_tokens 0: until the context is full. Each of `end_token_ids` ends
+  // it; null: of the manifest's. Throws std::invalid_argument for bad options or an empty sequence.
   void start(const SamplingOptions& sampling, size_t max_new_tokens,
              std::optional<std::vector<int32_t>> end_token_ids = std::nullopt);
   // The decode loop's body: the next token, or nothing when the generation is over. When it returns, the rows of the

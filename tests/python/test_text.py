@@ -56,7 +56,7 @@ def breaks_late(run: bytes) -> bool:
 
 @st.composite
 def sequences(draw: st.DrawFn, kind: str) -> tuple[list[int], list[int]]:
-    """A prompt and what follows it, cut anywhere: any tokens, bytes, special ones, some that the tokenizer does not have,
+    """A prompt and what follows it, cut anywhere: any tokens, bytes, special ones, ids that the tokenizer lacks,
     texts."""
     vocabulary = vocabulary_of(kind)
     size = vocabulary.tokenizer.get_vocab_size()

@@ -103,6 +103,20 @@ TEST_CASE("session: turns continue one sequence") {
   }
 }
 
+TEST_CASE("session: each of the given end tokens ends a generation, and no other does") {
+  const FakeModel model(Kind::two_stages);
+  const Ids expected = model.greedy(kPrompt, 8);
+  Session session(model.engine, {});
+  session.append(kPrompt);
+  session.start(kGreedy, 8, std::vector<int32_t>{FakeModel::kVocab - 1, static_cast<int32_t>(expected[3])});
+  const auto end = std::find(expected.begin(), expected.end(), expected[3]);
+  CHECK(drain(session) == Ids(expected.begin(), end));
+  CHECK(session.finish_reason() == FinishReason::eos);
+  session.rewind(kPrompt.size());
+  session.start(kGreedy, 8, std::vector<int32_t>{});
+  CHECK(drain(session) == expected);
+}
+
 TEST_CASE("session: logits in the middle of a generation") {
   const FakeModel model(Kind::two_stages);
   Session session(model.engine, {.chunk = 4});

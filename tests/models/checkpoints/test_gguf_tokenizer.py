@@ -142,6 +142,9 @@ def test_end_tokens(original: Tokenizer) -> None:
     named = change(metadata, eos_token_id=first + 1, eot_token_id=first + 3, eom_token_id=first + 4)
     assert read(named).eos_token_ids == (first + 1, first + 3, first + 4, first)
     assert read(change(metadata, eos_token_id=None)).eos_token_ids == (first, first + 1)
+    # Some files have the end of a turn as a token that a user defined.
+    user_defined = bpe_metadata(original, ("<|im_end|>", USER), ("<think>", USER))
+    assert read(user_defined).eos_token_ids == (0, first)
 
 
 @pytest.mark.parametrize("none", [-1, 2**32 - 1])

@@ -1,0 +1,68 @@
+"""Prompts to tokens, by tokenizers of each kind, against what they decode to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meki.prompt import PromptEncoder
+
+from .tokenizers_of_kinds import EXACT, KINDS, SPECIAL
+
+Make = Callable[[str], PromptEncoder]
+
+
+@pytest.fixture(scope="module")
+def encoder_of(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    @cache
+    def make(kind: str) -> PromptEncoder:
+        directory = tmp_path_factory.mktemp("tokenizer")
+        KINDS[kind]().save(str(directory / "tokenizer.json"))
+        tokenizer = {"file": "tokenizer.json", "bos_token_id": None, "eos_token_ids": [], "chat_template": None}
+        return PromptEncoder(directory, {"tokenizer": tokenizer, "architecture": {"vocab_size": 400}})
+
+    return make
+
+
+@pytest.mark.parametrize("kind", EXACT)
+@given(before=st.text("abthe .é", min_size=1), text=st.text("abthe .é", min_size=1))
+def test_a_further_prompt_is_its_text_alone(encoder_of: Make, kind: str, before: str, text: str) -> None:
+    encoder = encoder_of(kind)
+    sequence = encoder.encode(before, first=True)
+    whole = encoder.tokenizer.decode(sequence + encoder.encode(text, first=False))
+    assert whole == encoder.tokenizer.decode(sequence) + text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(parts=st.lists(st.sampled_from(["the", " ab", "a", ".", *SPECIAL, "<tool>"])))
+def test_what_follows_an_added_token_is_as_ever(encoder_of: Make, kind: str, parts: list[str]) -> None:
+    encoder = encoder_of(kind)
+    behind = "</s>" + "".join(parts)
+    usual = encoder.tokenizer.encode(behind, add_special_tokens=False).ids
+    assert encoder.encode(behind, first=False) == usual
+    further = encoder.encode("a" + behind, first=False)
+    assert further[-len(usual) :] == usual
+    assert encoder.tokenizer.decode(further[: -len(usual)]) == "a"
+
+
+def test_a_first_prompt_is_what_the_tokenizer_makes_of_it(encoder_of: Make) -> None:
+    for kind in KINDS:
+        encoder = encoder_of(kind)
+        assert encoder.encode("the a", first=True) == encoder.tokenizer.encode("the a").ids
+
+
+def test_nothing_is_copied_where_nothing_is_put_in_front(encoder_of: Make) -> None:
+    same = [kind for kind in KINDS if encoder_of(kind)._continuing is encoder_of(kind).tokenizer]
+    assert same == ["byte level", "replace", "metaspace, never", "metaspace decoder, never", "word piece", "words"]
+
+
+def test_the_copy_differs_in_that_alone(encoder_of: Make) -> None:
+    encoder = encoder_of("prepend")
+    tokenizer, continuing = (json.loads(one.to_str()) for one in (encoder.tokenizer, encoder._continuing))
+    assert tokenizer["normalizer"]["normalizers"][1:] == continuing["normalizer"]["normalizers"]
+    assert {**tokenizer, "normalizer": None} == {**continuing, "normalizer": None}
