@@ -36,6 +36,28 @@ def test_a_prompt_on_the_command_line(
     assert capsys.readouterr() == (text + "\n", RANDOM)
 
 
+def test_token_ids_as_a_prompt(package: Path, engine: Engine, text: str, monkeypatch, capsys) -> None:
+    ids = ",".join(map(str, engine.tokenizer.encode(PROMPT).ids))
+    assert run(package, *FIXED, "--prompt-ids", ids) == 0
+    assert capsys.readouterr().out == text + "\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run(package, *FIXED, "--prompt-ids", ids) == 0
+    assert capsys.readouterr().out == PROMPT + text + "\n"
+
+
+def test_where_a_text_ends(package: Path, engine: Engine, capsys) -> None:
+    unlimited = engine.generate(PROMPT, seed=7, max_new_tokens=0, ignore_eos=True)
+    assert unlimited.finish_reason == "context"
+    arguments = ["--seed", "7", "--max-new-tokens", "-1", "--ignore-eos", "--json", PROMPT]
+    assert run(package, *arguments) == 0
+    assert json.loads(capsys.readouterr().out)["token_ids"] == unlimited.token_ids
+    end = unlimited.token_ids[9]
+    assert run(package, *arguments, "--stop-token-id", str(end)) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out["token_ids"] == unlimited.token_ids[: unlimited.token_ids.index(end) + 1]
+    assert out["finish_reason"] == "stop"
+
+
 @pytest.mark.parametrize("arguments", [[], ["-"], ["--file", "-"]])
 def test_a_prompt_on_standard_input(package: Path, text: str, arguments: list[str], stdin, capsys) -> None:
     stdin(PROMPT.encode() + b"\n")
@@ -165,6 +187,9 @@ def test_seed_repeats_the_text(package: Path, text: str, capsys) -> None:
         (["--top-p", "2", PROMPT], "top_p"),
         (["--seed", "-3", PROMPT], "seed"),
         (["--max-new-tokens", "-2", PROMPT], "max_new_tokens"),
+        (["--stop-token-id", "300", PROMPT], "stop_token_ids must be from 0 to 299, got 300"),
+        (["--prompt-ids", "1,2", "--interactive"], "--prompt-ids is a whole prompt; omit --chat and --interactive"),
+        (["--prompt-ids", "1,300"], "vocabulary"),
         (["--threads", "-1", PROMPT], "threads"),
         (["--context", "1000000", PROMPT], "context is 1000000"),
         (["--context", "3", "a b c d e f"], "context holds 3"),
@@ -192,6 +217,8 @@ def test_usage_errors_are_one_line_and_exit_2(package: Path, arguments: list[str
         ["--no-such-option"],
         [PROMPT, "--file", "x"],
         ["--max-new-tokens", "many", PROMPT],
+        ["--prompt-ids", "1,2", PROMPT],
+        ["--prompt-ids", "1,,2"],
     ],
 )
 def test_errors_of_the_parser_exit_2(package: Path, arguments: list[str], capsys) -> None:
