@@ -55,7 +55,7 @@ class PromptEncoder:
             return check_token_ids("prompt, if it is not a str,", prompt)
         if not first:
             return self._encode_further(prompt)
-        ids = self._tokenize(self.tokenizer, prompt, add_special_tokens=True)
+        ids = self._tokenize(prompt, add_special_tokens=True)
         if self._bos is not None and ids[:1] != [self._bos]:
             return [self._bos, *ids]
         if not ids and not self._eos:
@@ -67,25 +67,25 @@ class PromptEncoder:
         Arguments and errors as of `ChatTemplate.render`; ValueError if the package has no template."""
         if self.chat_template is None:
             raise no_chat_template(self._directory)
-        ids = self._tokenize(self.tokenizer, self.chat_template.render(messages, **arguments), add_special_tokens=False)
+        ids = self._tokenize(self.chat_template.render(messages, **arguments), add_special_tokens=False)
         if not ids:
             raise ValueError(f"{self._directory}: the chat template makes no text of these messages; give others")
         return ids
 
     def _special_tokens(self) -> dict[str, str]:
         """What templates know the tokens by that begin and end a text, as far as the package names such tokens."""
-        begins: list[int | None] = [*self._tokenize(self.tokenizer, "", add_special_tokens=True), self._bos]
+        begins: list[int | None] = [*self._tokenize("", add_special_tokens=True), self._bos]
         ids = {"bos_token": begins[0], "eos_token": next(iter(self._eos), None)}
         tokens = {name: None if id is None else self.tokenizer.id_to_token(id) for name, id in ids.items()}
         return {name: token for name, token in tokens.items() if token is not None}
 
     def _encode_further(self, text: str) -> list[int]:
-        ids = self._tokenize(self._continuing, text, add_special_tokens=False)
+        ids = self._tokenize(text, add_special_tokens=False, tokenizer=self._continuing)
         if self._continuing is self.tokenizer:
             return ids
         # What follows an added token is as ever: many models know it with a space in front.
         added = set(self.vocabulary.added_tokens.values())
-        usual = self._tokenize(self.tokenizer, text, add_special_tokens=False)
+        usual = self._tokenize(text, add_special_tokens=False)
         first, first_usual = (
             next((at for at, token_id in enumerate(tokens) if token_id in added), len(tokens))
             for tokens in (ids, usual)
@@ -121,13 +121,13 @@ class PromptEncoder:
         end = max((token for token in added if behind.startswith(token)), key=len, default=None)
         return None if end is None else added[end]
 
-    def _tokenize(self, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    def _tokenize(self, text: str, *, add_special_tokens: bool, tokenizer: Tokenizer | None = None) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the prompt is not valid Unicode: {error}; give text that UTF-8 can hold") from error
         with _guarded(self._directory):
-            ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            ids: list[int] = (tokenizer or self.tokenizer).encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
 

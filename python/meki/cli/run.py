@@ -140,7 +140,9 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
     given = {name: value for name in SAMPLING if (value := getattr(arguments, name)) is not None}
     options.update(cast(GenerationOptions, given))
 
-    begun = arguments.assistant if arguments.chat else prompt  # what the text on a terminal begins with
+    # What the text on a terminal begins with.
+    begun = engine.tokenizer.decode(prompt) if isinstance(prompt, list) else prompt
+    begun = arguments.assistant if arguments.chat else begun
 
     def begin() -> Session | Conversation:
         session = engine.session(context=arguments.context, prefetch=not arguments.no_prefetch)
