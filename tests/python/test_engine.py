@@ -290,8 +290,10 @@ def test_options_that_do_not_exist(engine: Engine) -> None:
 
 
 WRONG = {
-    **dict.fromkeys(("threads", "context", "max_new_tokens", "top_k"), (None, "4", [4], 1.5)),
-    "seed": ("4", [4], 1.5),
+    **dict.fromkeys(("threads", "context", "top_k"), (None, "4", [4], 1.5)),
+    **dict.fromkeys(("max_new_tokens", "seed"), ("4", [4], 1.5)),  # None: no limit; a fresh one
+    "stop_token_ids": (None, 1, "12", ["1"], [1.0]),
+    "ignore_eos": (None, "yes", [1], 1),
     **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty", "rom_delay_ms"), (None, "1", [1], 10**400)),
     **dict.fromkeys(("memory", "prefetch"), (None, "yes", [1], 1)),
     **dict.fromkeys(("rom_access", "provider"), (None, 1, ["pread"], b"pread")),
