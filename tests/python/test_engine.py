@@ -265,7 +265,7 @@ def test_logits_of_impossible_tokens(engine: Engine, ids: list[int]) -> None:
         ("temperature", -0.1),
         ("temperature", float("nan")),
         ("top_k", -1),
-        ("top_p", 0),
+        ("top_p", -0.1),
         ("top_p", 1.1),
         ("min_p", -0.1),
         ("repetition_penalty", 0),

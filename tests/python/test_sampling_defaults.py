@@ -55,7 +55,7 @@ def test_command_lines(package_with: Callable[[object], Path], capsys: pytest.Ca
 
 @pytest.mark.parametrize(
     "sampling",
-    [None, [], {"seed": 1}, {"top_p": 0}, {"top_p": "0.9"}, {"temperature": -1}, {"top_k": 2.5}, {"min_p": None}],
+    [None, [], {"seed": 1}, {"top_p": -1}, {"top_p": "0.9"}, {"temperature": -1}, {"top_k": 2.5}, {"min_p": None}],
 )
 def test_what_cannot_be(package_with: Callable[[object], Path], sampling: object) -> None:
     with pytest.raises(PackageError, match=r"manifest\.json: sampling is .*expected"):
