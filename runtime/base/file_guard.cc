@@ -118,7 +118,7 @@ struct FileGuardHandler {
   static void handle(int signal, siginfo_t* info, void* context) {
     const int saved = errno;
     const bool is_fault = info->si_code > 0;  // not sent by a process
-    const bool rescued = is_fault && rescue(info->si_addr);
+    const bool rescued = is_fault && rescue(info->si_addr, info->si_code);
     errno = saved;
     if (rescued) return;
     if ((before.sa_flags & SA_SIGINFO) != 0) {
@@ -132,13 +132,15 @@ struct FileGuardHandler {
   }
 
   // Zeros from the page of `address` to the end of what is mapped there, if that is a watched file.
-  static bool rescue(const void* address) {
+  static bool rescue(const void* address, int code) {
     const uintptr_t page = page_of(address);
     const std::optional<MapsLine> mapped = mapped_at(page);
     if (!mapped) return false;
+    // Not a file's: another thread that came upon the same loss has been here.
+    if (mapped->inode() == 0) return code == BUS_ADRERR;
     bool watched = false;
     for (Watch* watch = watches; watch != nullptr; watch = watch->next) {
-      if (watch->inode != mapped->inode() || watch->device != mapped->device() || mapped->inode() == 0) continue;
+      if (watch->inode != mapped->inode() || watch->device != mapped->device()) continue;
       watch->lost = true;
       watched = true;
     }

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <csignal>
 #include <functional>
 #include <thread>
@@ -115,6 +116,31 @@ TEST_CASE_FIXTURE(Fixture, "file guard: in all threads, mappings private or shar
           private_pages[kPage] = 9;
           const bool all_zero = std::all_of(sums.begin(), sums.end(), [](int value) { return value == 0; });
           return all_zero && private_pages[kPage] == 9 && fails([&] { guard.check(); }, "0 bytes");
+        }) == kGood);
+}
+
+TEST_CASE_FIXTURE(Fixture, "file guard: threads that come upon the same loss at the same moment") {
+  CHECK(end_of([this] {
+          bool good = true;
+          for (int round = 0; round < 50 && good; ++round) {
+            test::write_file(path, ones());
+            const FileGuard guard(path);
+            const Mapping mapping = map(path);
+            shrink();
+            std::atomic<int> waiting = 4;
+            std::atomic<int> total = 0;
+            std::vector<std::jthread> threads;
+            for (int i = 0; i < 4; ++i) {
+              threads.emplace_back([&] {
+                for (--waiting; waiting > 0;) {
+                }
+                total += sum(mapping);
+              });
+            }
+            threads.clear();
+            good = total == 0;
+          }
+          return good;
         }) == kGood);
 }
 
