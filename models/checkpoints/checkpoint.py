@@ -85,12 +85,12 @@ def check_window(path: Path, name: str, window: Any, context: Any) -> None:
 
 
 def make_config(
-    path: Path, values: Mapping[str, Any], overrides: Mapping[str, Any], kind: str = "llama"
+    path: Path, values: Mapping[str, Any], overrides: Mapping[str, Any], tensors: TensorFile, kind: str = "llama"
 ) -> Architecture:
     """A configuration of what the checkpoint says and what the user says instead.
 
     values: settings of the architecture `kind`, None or absent where the checkpoint does not say. CheckpointError for a
-    field that nobody gives, and for a configuration that no model can have.
+    field that nobody gives, and for a configuration that no model can have, or none with these tensors.
     """
     merged = {name: value for name, value in {**values, **overrides}.items() if value is not None}
     architecture = ARCHITECTURES[kind]
@@ -100,9 +100,15 @@ def make_config(
                 f"{path}: the checkpoint does not say what {name} is; give it with --set {name}=VALUE"
             )
     try:
-        return architecture.from_settings(merged)
+        config = architecture.from_settings(merged)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}; correct it with --set FIELD=VALUE") from error
+    if config.layers > len(tensors.shapes):  # whose names and shapes alone would take minutes
+        raise CheckpointError(
+            f"{path}: layers is {config.layers}, but the checkpoint has {len(tensors.shapes)} tensors in all; it is "
+            "incomplete, or correct it with --set layers=VALUE"
+        )
+    return config
 
 
 def checkpoint_source(checkpoint: Checkpoint) -> Source:

@@ -183,7 +183,7 @@ def open_gguf(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
             f"{path}: general.architecture is {architecture!r}; supported are {', '.join(_ARCHITECTURES)}"
         )
     _check_supported(file, architecture)
-    config = make_config(path, _fields(file, architecture, overrides), overrides)
+    config = make_config(path, _fields(file, architecture, overrides), overrides, file)
     return Checkpoint(
         path,
         config,

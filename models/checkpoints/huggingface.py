@@ -91,7 +91,7 @@ def open_huggingface(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         raise
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{file}: has a value of another kind than expected: {error!r}") from error
-    config = make_config(file, fields, overrides)
+    config = make_config(file, fields, overrides, tensors)
     folded = any(name.endswith(".folded_table") for name in tensors.shapes)
     parts = {
         name: Part(head if name == _HEAD else prefix + name, shape) for name, shape in config.shapes(folded).items()

@@ -94,7 +94,7 @@ def open_megatron(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     args = _arguments(file, entries)
     tensors = TorchFile(file, _state_dict(file, entries))
     _check_names(file, tensors.shapes)
-    config = make_config(file, _fields(file, args, tensors.shapes), overrides)
+    config = make_config(file, _fields(file, args, tensors.shapes), overrides, tensors)
     iteration = entries.get("iteration")
     return Checkpoint(
         file,
