@@ -1,0 +1,287 @@
+"""Writes the seeds of the fuzz targets that are made, of the bundled meki-tiny where that is possible.
+
+    python fuzz/seeds.py
+
+What a run has found is beside them, under names that begin with "found-", and stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import struct
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from safetensors.numpy import save as save_safetensors
+
+from meki.models.architectures.llama import LlamaConfig
+
+HERE = Path(__file__).parent
+TINY = HERE.parent / "models" / "packages" / "meki-tiny"
+
+PACKAGE_FILES = ("manifest.json", "stage0.onnx", "stage1.onnx", "dense.onnx", "weights.bin", "memory.rom")
+"""As package.cc counts them."""
+REPLACE, INSERT, ERASE, TRUNCATE = range(4)
+RESTATE, SEAL, DENSE, INLINE, MMAP, INT4, FLOAT16 = 1, 2, 4, 8, 16, 32, 64
+
+
+def rom_headers() -> Iterator[tuple[str, bytes]]:
+    """The fields of a header, and where the file is small the first bytes of a bundle (docs/rom-format.md)."""
+    yield "meki-tiny", (TINY / "memory.rom").read_bytes()[:96]
+    bits = {1: 16, 2: 8, 3: 4, 4: 32}
+    for row_type, name in ((1, "float16"), (2, "int8"), (3, "int4"), (4, "float32")):
+        vocab_size, layers, row_dim = 3, 2, 33
+        group = {2: row_dim, 3: 32}.get(row_type, 0)
+        groups = -(-row_dim // group) if group else 0
+        bundle = layers * (2 * groups + (row_dim * bits[row_type] + 7) // 8) + 4
+        stride = -(-bundle // 64) * 64
+        size = -(-(4096 + vocab_size * stride) // 4096) * 4096
+        fields = struct.pack("<IIQIIIIQQQQ", 1, 0x01020304, vocab_size, layers, row_dim, row_type, group,
+                             bundle, stride, 4096, size)  # fmt: skip
+        yield name, b"MEKIROM\n" + fields + bytes(16) + bytes(8) + bytes(range(64))
+
+
+def nodes() -> Iterator[tuple[str, bytes]]:
+    yield "values", json.dumps({"a": [1, -1, 2**64 - 1, 1e300, True, None, "x", "a/b", "..", {"a": []}]}).encode()
+    yield "texts", json.dumps(["\ud83d\ude00", "\u0000", "\\", "x" * 256, "\x7f"]).encode()
+    yield "deep", b"[" * 64 + b"]" * 64
+
+
+def target(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    dense = [{"file": "a.onnx", "rows": None}]
+    files = ["e.onnx", *(f"{name}{end}" for name in "ahsd" for end in (".onnx", "_qnn.bin"))]
+    return {
+        **{"chip": "A chip", "soc_model": 69, "htp_arch": 79, "precision": "int4", "context": 256, "chunk": 32},
+        **{"embed": "e.onnx", "head": "h.onnx", "decode": stages, "prefill": stages},
+        **{"dense_decode": dense, "dense_prefill": dense, "files": {name: {"bytes": 1} for name in files}},
+    }
+
+
+STAGES = [{"file": "d.onnx", "rows": None}, {"file": "s.onnx", "rows": [0, 4]}]
+
+
+def qnn_targets() -> Iterator[tuple[str, bytes]]:
+    yield "one", json.dumps({"sm8750": target(STAGES)}).encode()
+    plain = {**target(STAGES), "dense_decode": None, "dense_prefill": None}
+    yield "two", json.dumps({"sm8750": plain, "sm8650": plain}).encode()
+
+
+def manifests() -> Iterator[tuple[str, bytes]]:
+    text = (TINY / "manifest.json").read_bytes()
+    yield "meki-tiny", text
+    manifest = json.loads(text)
+    template = {"file": "chat_template.jinja", "variables": {"eos_token": "</s>"}}
+    manifest["tokenizer"]["chat_template"] = template
+    manifest["files"]["chat_template.jinja"] = {"bytes": 1, "sha256": "0" * 64}
+    yield "compiled", json.dumps({**manifest, "qnn": {"sm8750": target(STAGES)}}).encode()
+    dense = {**manifest, "memory": None, "dense_stages": None, "stages": [{"file": "dense.onnx", "rows": None}]}
+    yield "dense", json.dumps(dense).encode()
+
+
+def edit(file: str, action: int, where: int, data: bytes = b"") -> bytes:
+    return bytes([PACKAGE_FILES.index(file), action, *where.to_bytes(3, "big"), len(data)]) + data
+
+
+def packages() -> Iterator[tuple[str, bytes]]:
+    for name, options in (("as-it-is", 0), ("dense-float32", DENSE | INT4 | FLOAT16), ("int4-mmap", INT4 | MMAP)):
+        yield name, bytes([options])
+    manifest = (TINY / "manifest.json").read_bytes()
+
+    def field(text: str, value: bytes, options: int = 0) -> bytes:
+        where = manifest.index(text.encode()) + len(text)
+        return bytes([options]) + edit("manifest.json", REPLACE, where, value)
+
+    yield "context", field('"context": ', b"9")
+    yield "head-dim", field('"head_dim": ', b"64")
+    yield "eos", field('"eos_token_ids": [', b"7")
+    for file in PACKAGE_FILES[1:]:
+        yield f"truncated-{file}", bytes([RESTATE]) + edit(file, TRUNCATE, 4096)
+    graph = (TINY / "stage1.onnx").read_bytes()
+    for name in (b"heads", b"epsilon", b"outputs", b"bits", b"past.1"):
+        yield f"graph-{name.decode()}", bytes([FLOAT16]) + edit("stage1.onnx", REPLACE, graph.index(name), name[::-1])
+    yield "graph-longer", bytes([RESTATE]) + edit("stage1.onnx", INSERT, 100, b"abcdef")
+    yield "graph-shorter", bytes([RESTATE | DENSE]) + edit("dense.onnx", ERASE, 300, b"abcdef")
+    yield "weights-nan", bytes([INLINE]) + edit("weights.bin", REPLACE, 0, b"\xff" * 255)
+    yield "rows-nan", bytes([SEAL]) + edit("memory.rom", REPLACE, 4096, b"\xff" * 255)
+    yield "rows-damaged", bytes([MMAP]) + edit("memory.rom", REPLACE, 4200, b"\x00\x01")
+
+
+CONFIG = {
+    **{"model_type": "llama", "vocab_size": 8, "num_hidden_layers": 1, "hidden_size": 4, "intermediate_size": 4},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2, "max_position_embeddings": 16},
+    **{"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True},
+}
+SHAPES = LlamaConfig.from_settings(
+    {"vocab_size": 8, "layers": 1, "hidden": 4, "ffn": 4, "heads": 2, "kv_heads": 1, "head_dim": 2, "context": 16,
+     "rope_theta": 10000.0, "qk_norm": False, "memory_dim": 0}
+).shapes()  # fmt: skip
+
+
+def configs() -> Iterator[tuple[str, bytes]]:
+    """Several files, as targets.py has them."""
+
+    def files(config: dict[str, Any], *others: dict[str, Any]) -> bytes:
+        return b"\0".join(json.dumps(values).encode() for values in (config, *others))
+
+    token = {"content": "<|story|>", "special": True}
+    yield "llama", files(CONFIG, {"eos_token": token, "chat_template": "{{ messages }}", "add_bos_token": True})
+    scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0}  # fmt: skip
+    sampling = {"do_sample": True, "temperature": 0.5, "top_k": 3, "eos_token_id": [0, 1]}
+    yield "llama3", files({**CONFIG, "rope_scaling": scaling}, {}, sampling, {"bos_token": "a"})
+    templates = [{"name": "default", "template": "{{ messages }}"}]
+    yield "qwen", files({**CONFIG, "model_type": "qwen3", "use_sliding_window": False}, {"chat_template": templates})
+    own = {"model_type": "meki", "qk_norm": True, "qkv_bias": False, "memory_dim": 4, "projector_norm": False}
+    yield "meki", files({**CONFIG, **own, "rope_factors": [1.5]})
+    yield "many-layers", files({**CONFIG, "num_hidden_layers": 65535})
+
+
+def weights() -> dict[str, Any]:
+    return {f"model.{name}": np.ones(shape, np.float16) for name, shape in SHAPES.items()}
+
+
+def safetensors() -> Iterator[tuple[str, bytes]]:
+    yield "llama", save_safetensors(weights())
+    yield "head", save_safetensors({"lm_head.weight": np.ones((8, 4), np.float32)})
+
+
+def indexes() -> Iterator[tuple[str, bytes]]:
+    names = dict.fromkeys(weights(), "a.safetensors") | {"lm_head.weight": "b.safetensors"}
+    yield "two", json.dumps({"metadata": {"total_size": 1}, "weight_map": names}).encode()
+
+
+def ggufs() -> Iterator[tuple[str, bytes]]:
+    tokens = ["<unk>", "<s>", "</s>", "\u2581", "a", "b", "ab", "<0x0A>"]
+    for model in ("llama", "gpt2"):
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory, "model.gguf")
+            writer = gguf.GGUFWriter(path, "llama")
+            writer.add_block_count(1)
+            writer.add_embedding_length(4)
+            writer.add_feed_forward_length(4)
+            writer.add_head_count(2)
+            writer.add_head_count_kv(1)
+            writer.add_key_length(2)
+            writer.add_context_length(16)
+            writer.add_layer_norm_rms_eps(1e-6)
+            writer.add_tokenizer_model(model)
+            writer.add_tokenizer_pre("llama-bpe")
+            writer.add_token_list(tokens)
+            writer.add_token_merges(["a b"])
+            writer.add_token_scores([-float(id) for id in range(len(tokens))])
+            writer.add_token_types([2, 3, 3, 1, 1, 1, 1, 6])
+            writer.add_eos_token_id(2)
+            writer.add_chat_template("{{ messages }}")
+            names = {"embed_tokens": "token_embd", "norm": "output_norm"}
+            inner = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+            inner |= {f"self_attn.{a}_proj": f"attn_{b}" for a, b in (*zip("qkv", "qkv", strict=True), ("o", "output"))}
+            inner |= {f"mlp.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")}
+            for name, shape in SHAPES.items():
+                stem = name.removesuffix(".weight").removeprefix("layers.0.")
+                stored = names[stem] if stem in names else f"blk.0.{inner[stem]}"
+                writer.add_tensor(f"{stored}.weight", np.ones(shape, np.float16))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            yield model, path.read_bytes()
+
+
+def torch_zips() -> Iterator[tuple[str, bytes]]:
+    """A whole file of torch.save, and the pickle of one."""
+    args = argparse.Namespace(num_layers=1, hidden_size=4, ffn_hidden_size=4, num_attention_heads=2, kv_channels=2,
+                              max_position_embeddings=16, rotary_base=10000, norm_epsilon=1e-6)  # fmt: skip
+    model = {
+        "embedding.word_embeddings.weight": torch.ones(8, 4),
+        "decoder.final_layernorm.weight": torch.ones(4),
+        "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight": torch.ones(4),
+        "decoder.layers.0.self_attention.linear_qkv.weight": torch.ones(12, 4),
+        "decoder.layers.0.self_attention.linear_proj.weight": torch.ones(4, 4),
+        "decoder.layers.0.mlp.linear_fc1.layer_norm_weight": torch.ones(4),
+        "decoder.layers.0.mlp.linear_fc1.weight": torch.ones(8, 4),
+        "decoder.layers.0.mlp.linear_fc2.weight": torch.ones(4, 4),
+    }
+    file = io.BytesIO()
+    torch.save({"args": args, "model": model, "iteration": 7}, file)
+    yield "megatron", file.getvalue()
+    with zipfile.ZipFile(file) as archive:
+        yield "pickle", archive.read("archive/data.pkl")
+
+
+def chat_templates() -> Iterator[tuple[str, bytes]]:
+    turns = (
+        "{%- if messages[0].role == 'system' %}{{ messages[0].content }}{% endif -%}\n"
+        "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\\n' + message.content | trim -}}\n"
+        "{%- if not loop.last %}{{ eos_token }}{% endif %}{%- endfor -%}\n"
+        "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    yield "turns", turns.encode()
+    functions = (
+        b"{% macro f(x) %}{{ x | tojson(indent=2) }}{% endmacro %}{% set ns = namespace(n=0) %}"
+        b"{% for m in messages[::-1] %}{% set ns.n = ns.n + 1 %}{{ f(m) }}{% break %}{% endfor %}"
+        b"{{ strftime_now('%d %b %Y') }}{% generation %}{{ ns.n }}{% endgeneration %}"
+    )
+    yield "functions", functions
+    yield "refusal", b"{{ raise_exception('roles must alternate') if messages | length > 1 }}"
+
+
+def tokenizers() -> Iterator[tuple[str, bytes]]:
+    tokens = {"<|story|>": 0, "a": 1, "b": 2, "ab": 3, "\u0120": 4}
+    added = [{"id": 0, "content": "<|story|>", "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+              "normalized": False}]  # fmt: skip
+    parts: dict[str, Any] = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    }  # fmt: skip
+    bpe = {"type": "BPE", "vocab": tokens, "merges": ["a b"], "unk_token": "a", "byte_fallback": False}
+    yield "bpe", json.dumps({**parts, "model": bpe}).encode()
+    split = {"type": "Split", "pattern": {"Regex": r"\p{L}+|\s"}, "behavior": "Isolated", "invert": False}
+    words = {"type": "WordLevel", "vocab": tokens, "unk_token": "a"}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "b"}
+    yield "words", json.dumps({**parts, "model": words, "pre_tokenizer": split, "normalizer": replace}).encode()
+    unigram = {"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0], ["b", -1.5]], "byte_fallback": True}
+    yield "unigram", json.dumps({**parts, "model": unigram, "decoder": None, "pre_tokenizer": None}).encode()
+    charsmap = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(bytes(8)).decode()}
+    yield "charsmap", json.dumps({**parts, "model": words, "normalizer": charsmap}).encode()
+
+
+SEEDS = {
+    "config": configs,
+    "safetensors": safetensors,
+    "index": indexes,
+    "gguf": ggufs,
+    "torch_zip": torch_zips,
+    "chat_template": chat_templates,
+    "tokenizer": tokenizers,
+    "rom_header": rom_headers,
+    "node": nodes,
+    "qnn_target": qnn_targets,
+    "manifest": manifests,
+    "package": packages,
+}
+
+
+def main() -> None:
+    for name, seeds in SEEDS.items():
+        directory = HERE / "seeds" / name
+        directory.mkdir(parents=True, exist_ok=True)
+        for made in directory.iterdir():
+            if not made.name.startswith("found-"):
+                made.unlink()
+        for seed, data in seeds():
+            (directory / seed).write_bytes(data)
+
+
+if __name__ == "__main__":
+    main()
