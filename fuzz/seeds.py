@@ -66,7 +66,7 @@ def target(stages: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-STAGES = [{"file": "d.onnx", "rows": None}, {"file": "s.onnx", "rows": [0, 4]}]
+STAGES: list[dict[str, Any]] = [{"file": "d.onnx", "rows": None}, {"file": "s.onnx", "rows": [0, 4]}]
 
 
 def qnn_targets() -> Iterator[tuple[str, bytes]]:
@@ -106,8 +106,9 @@ def packages() -> Iterator[tuple[str, bytes]]:
     for file in PACKAGE_FILES[1:]:
         yield f"truncated-{file}", bytes([RESTATE]) + edit(file, TRUNCATE, 4096)
     graph = (TINY / "stage1.onnx").read_bytes()
-    for name in (b"heads", b"epsilon", b"outputs", b"bits", b"past.1"):
-        yield f"graph-{name.decode()}", bytes([FLOAT16]) + edit("stage1.onnx", REPLACE, graph.index(name), name[::-1])
+    for name in ("heads", "epsilon", "outputs", "bits", "past.1"):
+        text = name.encode()
+        yield f"graph-{name}", bytes([FLOAT16]) + edit("stage1.onnx", REPLACE, graph.index(text), text[::-1])
     yield "graph-longer", bytes([RESTATE]) + edit("stage1.onnx", INSERT, 100, b"abcdef")
     yield "graph-shorter", bytes([RESTATE | DENSE]) + edit("dense.onnx", ERASE, 300, b"abcdef")
     yield "weights-nan", bytes([INLINE]) + edit("weights.bin", REPLACE, 0, b"\xff" * 255)
