@@ -8,7 +8,6 @@ What a run has found is beside them, under names that begin with "found-", and s
 from __future__ import annotations
 
 import argparse
-import base64
 import io
 import json
 import struct
@@ -143,6 +142,8 @@ def configs() -> Iterator[tuple[str, bytes]]:
     yield "qwen", files({**CONFIG, "model_type": "qwen3", "use_sliding_window": False}, {"chat_template": templates})
     own = {"model_type": "meki", "qk_norm": True, "qkv_bias": False, "memory_dim": 4, "projector_norm": False}
     yield "meki", files({**CONFIG, **own, "rope_factors": [1.5]})
+    for kind in ("linear", "llama3"):
+        yield f"huge-head-{kind}", files({**CONFIG, "head_dim": 10**12, "rope_scaling": {**scaling, "rope_type": kind}})
     yield "many-layers", files({**CONFIG, "num_hidden_layers": 65535})
 
 
@@ -253,8 +254,6 @@ def tokenizers() -> Iterator[tuple[str, bytes]]:
     yield "words", json.dumps({**parts, "model": words, "pre_tokenizer": split, "normalizer": replace}).encode()
     unigram = {"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0], ["b", -1.5]], "byte_fallback": True}
     yield "unigram", json.dumps({**parts, "model": unigram, "decoder": None, "pre_tokenizer": None}).encode()
-    charsmap = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(bytes(8)).decode()}
-    yield "charsmap", json.dumps({**parts, "model": words, "normalizer": charsmap}).encode()
 
 
 SEEDS = {

@@ -13,7 +13,7 @@ from meki.package.files import check_downloaded
 
 from ..architectures import ARCHITECTURES
 from ..architectures.base import Architecture
-from ..config import ConfigError
+from ..config import ConfigError, check
 from ..memories import MEMORIES
 from ..memories.base import ALL
 from ..quantize import Floats
@@ -109,6 +109,16 @@ def make_config(
             "incomplete, or correct it with --set layers=VALUE"
         )
     return config
+
+
+def rotary_pairs(path: Path, head_dim: int) -> int:
+    """How many pairs of a head's values are rotated. CheckpointError if no head is of that size: lists of so many
+    numbers are made before there is a configuration, which checks all."""
+    try:
+        check(ARCHITECTURES["llama"].RULES, {"head_dim": head_dim})
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}; correct it with --set FIELD=VALUE") from error
+    return head_dim // 2
 
 
 def checkpoint_source(checkpoint: Checkpoint) -> Source:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..architectures.base import Architecture
 from ..architectures.llama import MOST_LAYERS
 from ..memories.base import ALL
-from .checkpoint import Checkpoint, CheckpointError, Part, check_window, make_config
+from .checkpoint import Checkpoint, CheckpointError, Part, check_window, make_config, rotary_pairs
 from .gguf_tokenizer import read_gguf_tokenizer
 
 _MAGIC = b"GGUF"
@@ -236,7 +236,7 @@ def _fields(file: GgufFile, architecture: str, overrides: Mapping[str, Any]) -> 
         "qk_norm": architecture == "qwen3",
         "qkv_bias": "blk.0.attn_q.bias" in file.shapes,
         "tied_embeddings": "output.weight" not in file.shapes,
-        "rope_factors": _rope_factors(file, architecture, head_dim or 0),
+        "rope_factors": _rope_factors(file, architecture, rotary_pairs(file.path, head_dim) if head_dim else 0),
         # Not in the file: every fourth layer, as the one model of this architecture has it.
         "nope_layers": tuple(range(3, min(values.get("layers", 0), MOST_LAYERS), 4))
         if architecture == "smollm3"
@@ -245,17 +245,17 @@ def _fields(file: GgufFile, architecture: str, overrides: Mapping[str, Any]) -> 
     }
 
 
-def _rope_factors(file: GgufFile, architecture: str, head_dim: int) -> tuple[float, ...]:
-    """Divisors of the rotary frequencies, head_dim / 2 of them; none if all are 1."""
+def _rope_factors(file: GgufFile, architecture: str, pairs: int) -> tuple[float, ...]:
+    """Divisors of the rotary frequencies, as many as pairs; none if all are 1."""
     kind = file.metadata.get(f"{architecture}.rope.scaling.type", "linear")
     if kind not in ("none", "linear"):
         raise CheckpointError(
             f"{file.path}: {architecture}.rope.scaling.type is {kind!r}; supported are 'none' and 'linear'"
         )
-    factors = [1.0] * (head_dim // 2)
+    factors = [1.0] * pairs
     if (shape := file.shapes.get(_ROPE_FACTORS)) is not None:
-        if shape != (head_dim // 2,):
-            raise CheckpointError(f"{file.path}: {_ROPE_FACTORS} has shape {shape}, expected {(head_dim // 2,)}")
+        if shape != (pairs,):
+            raise CheckpointError(f"{file.path}: {_ROPE_FACTORS} has shape {shape}, expected {(pairs,)}")
         factors = file.read(_ROPE_FACTORS).tolist()
     if kind == "linear":
         keys = ("rope.scaling.factor", "rope.scale_linear")  # the second is of older files; 0 says nothing
