@@ -233,6 +233,7 @@ def chat_templates() -> Iterator[tuple[str, bytes]]:
         b"{{ strftime_now('%d %b %Y') }}{% generation %}{{ ns.n }}{% endgeneration %}"
     )
     yield "functions", functions
+    yield "power", b"{{ 9**(9**9) }}"
     yield "refusal", b"{{ raise_exception('roles must alternate') if messages | length > 1 }}"
 
 

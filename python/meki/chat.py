@@ -149,9 +149,13 @@ class _Generation(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset({"**"})  # 9**(9**9) takes for ever: it is not computed while a template is parsed
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     """What templates are written for: the settings, filters and functions of transformers' apply_chat_template."""
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _Generation]
     )
     environment.filters["tojson"] = _tojson
