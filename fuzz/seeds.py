@@ -19,6 +19,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import onnx
 import torch
 from safetensors.numpy import save as save_safetensors
 
@@ -84,6 +85,14 @@ def manifests() -> Iterator[tuple[str, bytes]]:
     yield "compiled", json.dumps({**manifest, "qnn": {"sm8750": target(STAGES)}}).encode()
     dense = {**manifest, "memory": None, "dense_stages": None, "stages": [{"file": "dense.onnx", "rows": None}]}
     yield "dense", json.dumps(dense).encode()
+
+
+def graphs() -> Iterator[tuple[str, bytes]]:
+    yield "stage0", (TINY / "stage0.onnx").read_bytes()
+    text = {"ep_cache_context": "decode.0_qnn.bin", "source": "QNN"}
+    node = onnx.helper.make_node("EPContext", ["x"], ["y"], domain="com.microsoft", embed_mode=0, **text)
+    compiled = onnx.helper.make_model(onnx.helper.make_graph([node], "decode", [], []), ir_version=9)
+    yield "compiled", compiled.SerializeToString()
 
 
 def edit(file: str, action: int, where: int, data: bytes = b"") -> bytes:
@@ -265,6 +274,7 @@ SEEDS = {
     "torch_zip": torch_zips,
     "chat_template": chat_templates,
     "tokenizer": tokenizers,
+    "graph": graphs,
     "rom_header": rom_headers,
     "node": nodes,
     "qnn_target": qnn_targets,

@@ -184,6 +184,19 @@ def test_functions_that_expand_without_end(graph: onnx.ModelProto) -> None:
     graph.opset_import.append(opsets[1])
 
 
+def test_functions_under_a_field_number_of_more_than_32_bits(package: Path) -> None:
+    """Of which Protocol Buffers' parser in ONNX Runtime drops what is too much."""
+    opsets = [onnx.helper.make_opsetid("", 23)]
+    body = [onnx.helper.make_node("Sigmoid", ["x"], ["y"])]
+    function = onnx.helper.make_function("bomb", "f", ["x"], ["y"], body, opsets).SerializeToString()
+    assert len(function) < 128
+    with (package / "stage1.onnx").open("ab") as file:
+        file.write(b"\xca\x81\x80\x80\x10" + bytes([len(function)]) + function)  # field 25, and bit 32
+    restate(package, "stage1.onnx")
+    with pytest.raises(PackageError, match=r"stage1\.onnx: not an ONNX model"):
+        Engine(package)
+
+
 @pytest.mark.parametrize(
     "kind", ["ConstantOfShape", "Range", "Tile", "Expand", "Concat", "Constant", "Sigmoid\0", "", "meki.Linear"]
 )

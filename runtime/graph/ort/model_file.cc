@@ -52,6 +52,8 @@ class Message {
   bool next(Field& field) {
     if (rest_.empty()) return false;
     const uint64_t tag = varint();
+    // Protocol Buffers' own parser drops the bits beyond, and so would see another field.
+    if (tag > UINT32_MAX) throw ModelError("not an ONNX model");
     field = {.number = static_cast<uint32_t>(tag >> 3), .bytes = {}};
     switch (tag & 7) {
       case 0: varint(); return true;
