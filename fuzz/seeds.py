@@ -13,7 +13,7 @@ import json
 import struct
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -170,41 +170,50 @@ def indexes() -> Iterator[tuple[str, bytes]]:
     yield "two", json.dumps({"metadata": {"total_size": 1}, "weight_map": names}).encode()
 
 
+def gguf_file(architecture: str, fill: Callable[[gguf.GGUFWriter], None]) -> bytes:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "model.gguf")
+        writer = gguf.GGUFWriter(path, architecture)
+        fill(writer)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path.read_bytes()
+
+
 def ggufs() -> Iterator[tuple[str, bytes]]:
     tokens = ["<unk>", "<s>", "</s>", "\u2581", "a", "b", "ab", "<0x0A>"]
-    for model in ("llama", "gpt2"):
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory, "model.gguf")
-            writer = gguf.GGUFWriter(path, "llama")
-            writer.add_block_count(1)
-            writer.add_embedding_length(4)
-            writer.add_feed_forward_length(4)
-            writer.add_head_count(2)
-            writer.add_head_count_kv(1)
-            writer.add_key_length(2)
-            writer.add_context_length(16)
-            writer.add_layer_norm_rms_eps(1e-6)
-            writer.add_tokenizer_model(model)
-            writer.add_tokenizer_pre("llama-bpe")
-            writer.add_token_list(tokens)
-            writer.add_token_merges(["a b"])
-            writer.add_token_scores([-float(id) for id in range(len(tokens))])
-            writer.add_token_types([2, 3, 3, 1, 1, 1, 1, 6])
-            writer.add_eos_token_id(2)
-            writer.add_chat_template("{{ messages }}")
-            names = {"embed_tokens": "token_embd", "norm": "output_norm"}
-            inner = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-            inner |= {f"self_attn.{a}_proj": f"attn_{b}" for a, b in (*zip("qkv", "qkv", strict=True), ("o", "output"))}
-            inner |= {f"mlp.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")}
-            for name, shape in SHAPES.items():
-                stem = name.removesuffix(".weight").removeprefix("layers.0.")
-                stored = names[stem] if stem in names else f"blk.0.{inner[stem]}"
-                writer.add_tensor(f"{stored}.weight", np.ones(shape, np.float16))
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
-            yield model, path.read_bytes()
+
+    def fill(writer: gguf.GGUFWriter, model: str) -> None:
+        writer.add_block_count(1)
+        writer.add_embedding_length(4)
+        writer.add_feed_forward_length(4)
+        writer.add_head_count(2)
+        writer.add_head_count_kv(1)
+        writer.add_key_length(2)
+        writer.add_context_length(16)
+        writer.add_layer_norm_rms_eps(1e-6)
+        writer.add_tokenizer_model(model)
+        writer.add_tokenizer_pre("llama-bpe")
+        writer.add_token_list(tokens)
+        writer.add_token_merges(["a b"])
+        writer.add_token_scores([-float(id) for id in range(len(tokens))])
+        writer.add_token_types([2, 3, 3, 1, 1, 1, 1, 6])
+        writer.add_eos_token_id(2)
+        writer.add_chat_template("{{ messages }}")
+        names = {"embed_tokens": "token_embd", "norm": "output_norm"}
+        inner = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+        inner |= {f"self_attn.{a}_proj": f"attn_{b}" for a, b in (*zip("qkv", "qkv", strict=True), ("o", "output"))}
+        inner |= {f"mlp.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")}
+        for name, shape in SHAPES.items():
+            stem = name.removesuffix(".weight").removeprefix("layers.0.")
+            stored = names[stem] if stem in names else f"blk.0.{inner[stem]}"
+            writer.add_tensor(f"{stored}.weight", np.ones(shape, np.float16))
+
+    yield "llama", gguf_file("llama", lambda writer: fill(writer, "llama"))
+    yield "gpt2", gguf_file("qwen2", lambda writer: fill(writer, "gpt2"))
+    yield "layers-with-a-point", gguf_file("smollm3", lambda writer: writer.add_float32("smollm3.block_count", 1.0))
 
 
 def torch_zips() -> Iterator[tuple[str, bytes]]:

@@ -111,14 +111,13 @@ def make_config(
     return config
 
 
-def rotary_pairs(path: Path, head_dim: int) -> int:
-    """How many pairs of a head's values are rotated. CheckpointError if no head is of that size: lists of so many
-    numbers are made before there is a configuration, which checks all."""
+def check_setting(path: Path, name: str, value: object) -> None:
+    """CheckpointError if the setting `name` cannot be `value`. For those of which lists are made before there is a
+    configuration, which checks all."""
     try:
-        check(ARCHITECTURES["llama"].RULES, {"head_dim": head_dim})
+        check(ARCHITECTURES["llama"].RULES, {name: value})
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}; correct it with --set FIELD=VALUE") from error
-    return head_dim // 2
 
 
 def checkpoint_source(checkpoint: Checkpoint) -> Source:

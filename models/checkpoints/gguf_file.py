@@ -19,9 +19,8 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from ..architectures.base import Architecture
-from ..architectures.llama import MOST_LAYERS
 from ..memories.base import ALL
-from .checkpoint import Checkpoint, CheckpointError, Part, check_window, make_config, rotary_pairs
+from .checkpoint import Checkpoint, CheckpointError, Part, check_setting, check_window, make_config
 from .gguf_tokenizer import read_gguf_tokenizer
 
 _MAGIC = b"GGUF"
@@ -225,6 +224,8 @@ def _fields(file: GgufFile, architecture: str, overrides: Mapping[str, Any]) -> 
     heads, hidden = values.get("heads"), values.get("hidden")
     if heads and hidden:
         values.setdefault("head_dim", hidden // heads)
+    for name in values.keys() & {"head_dim", "layers"}:
+        check_setting(file.path, name, values[name])
     head_dim = values.get("head_dim")
     for key in ("attention.value_length", "rope.dimension_count"):
         if (got := file.number(f"{architecture}.{key}", head_dim)) != head_dim:
@@ -236,11 +237,9 @@ def _fields(file: GgufFile, architecture: str, overrides: Mapping[str, Any]) -> 
         "qk_norm": architecture == "qwen3",
         "qkv_bias": "blk.0.attn_q.bias" in file.shapes,
         "tied_embeddings": "output.weight" not in file.shapes,
-        "rope_factors": _rope_factors(file, architecture, rotary_pairs(file.path, head_dim) if head_dim else 0),
+        "rope_factors": _rope_factors(file, architecture, (head_dim or 0) // 2),
         # Not in the file: every fourth layer, as the one model of this architecture has it.
-        "nope_layers": tuple(range(3, min(values.get("layers", 0), MOST_LAYERS), 4))
-        if architecture == "smollm3"
-        else (),
+        "nope_layers": tuple(range(3, values.get("layers", 0), 4)) if architecture == "smollm3" else (),
         **values,
     }
 

@@ -11,7 +11,7 @@ from ..architectures.llama import MOST_LAYERS
 from ..config import as_number
 from ..ffns import FFNS
 from ..memories import MEMORIES
-from .checkpoint import CheckpointError, check_window, rotary_pairs
+from .checkpoint import CheckpointError, check_setting, check_window
 
 _LLAMA = {"qk_norm": False, "qkv_bias": False}
 FEATURES: dict[str, dict[str, bool]] = {
@@ -147,11 +147,12 @@ def _rope_factors(
     trained = as_number(values.get(FIELDS["context"]))
     if kind == "default" or (kind == "dynamic" and trained and fields["context"] <= trained):  # it scales beyond
         return ()
+    check_setting(path, "head_dim", fields["head_dim"])
     if kind == "linear":
         factor = float(scaling["factor"])
-        return (factor,) * rotary_pairs(path, fields["head_dim"]) if factor != 1 else ()
+        return (factor,) * (fields["head_dim"] // 2) if factor != 1 else ()
     if kind == "llama3":
-        return llama3_factors(2 * rotary_pairs(path, fields["head_dim"]), fields["rope_theta"], scaling)
+        return llama3_factors(fields["head_dim"], fields["rope_theta"], scaling)
     raise CheckpointError(f"{path}: rope scaling {kind!r}; supported are default, linear and llama3")
 
 
