@@ -3,7 +3,10 @@
 #include <algorithm>
 #include <cstring>
 #include <functional>
+#include <stdexcept>
+#include <string>
 
+#include "runtime/base/error.h"
 #include "runtime/executor/block_kv_cache.h"
 
 namespace meki {
@@ -97,6 +100,12 @@ const StageNames kDynamicNames = {
 
 DynamicBackend::DynamicBackend(const Manifest& manifest, KvType kv_type, const GraphLoader& load)
     : Backend(manifest, {.kv_type = kv_type, .context = manifest.architecture.context}) {
+  try {
+    static_cast<void>(KvLayout(KvType::float32, manifest.architecture.kv_heads, manifest.architecture.head_dim));
+  } catch (const std::invalid_argument& error) {  // heads that no cache can have are no matter of its type
+    throw PackageError((manifest.directory / "manifest.json").string() + ": " + error.what() + "; " +
+                       std::string(kDynamicNames.remedy));
+  }
   static_cast<void>(layout_of(*this));  // checks
   for (const StageInfo& info : manifest.stages) {
     const std::filesystem::path path = manifest.directory / info.file;

@@ -106,6 +106,7 @@ def test_a_changed_graph_or_tokenizer_is_noticed(package: Path, name: str) -> No
         ("kv_heads", 4),
         ("kv_heads", 2**20),
         ("head_dim", 32),
+        ("head_dim", 15),
         ("memory.row_dim", 0),
         ("memory.row_dim", 31),
         ("memory.layers", 4),
