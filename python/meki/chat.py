@@ -155,9 +155,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 def _environment() -> ImmutableSandboxedEnvironment:
     """What templates are written for: the settings, filters and functions of transformers' apply_chat_template."""
-    environment = _Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _Generation]
-    )
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _Generation])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
