@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <span>
 #include <string>
+#include <string_view>
 
 namespace meki {
 
@@ -65,6 +66,9 @@ class Mapping {
 
 // The whole of a small text file. Throws PackageError if it cannot be read or is larger than `limit` bytes.
 std::string read_text(const std::filesystem::path& path, size_t limit);
+
+// Whether a package may call a file so: a name of a file in the package's own directory, that can be shown.
+bool is_plain_file_name(std::string_view name);
 
 // "why (errno text)" for messages.
 std::string system_reason(int error);

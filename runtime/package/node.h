@@ -1,6 +1,5 @@
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -8,6 +7,7 @@
 #include <vector>
 
 #include "runtime/base/error.h"
+#include "runtime/base/file.h"
 
 namespace meki {
 
@@ -65,11 +65,7 @@ class Node {
   // A plain name: the file stands in the package's own directory.
   std::string file_name() const {
     std::string name = string();
-    const bool plain = !name.empty() && name.size() <= 255 && name != "." && name != ".." &&
-                       std::none_of(name.begin(), name.end(), [](char c) {
-                         return c == '/' || c == '\\' || static_cast<unsigned char>(c) < 32 || c == 127;
-                       });
-    if (!plain) fail("a plain file name without directories");
+    if (!is_plain_file_name(name)) fail("a plain file name without directories");
     return name;
   }
 

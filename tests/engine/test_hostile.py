@@ -34,6 +34,16 @@ def edit_manifest(package: Path, change: Callable[[dict[str, Any]], object]) -> 
     path.write_text(json.dumps(manifest))
 
 
+def mutations(good: bytes, seed: int) -> Iterator[bytes]:
+    """300 times `good` with one to four bytes changed."""
+    generator = random.Random(seed)
+    for _ in range(300):
+        data = bytearray(good)
+        for _ in range(generator.randint(1, 4)):
+            data[generator.randrange(len(data))] = generator.randrange(256)
+        yield bytes(data)
+
+
 def test_every_byte_of_the_rom_header_counts(package: Path) -> None:
     rom = package / "memory.rom"
     good = rom.read_bytes()
@@ -264,11 +274,7 @@ def test_graphs_that_end_early(package: Path, keep: int) -> None:
 def test_mutated_graphs_open_or_fail_cleanly(package: Path) -> None:
     path = package / "stage1.onnx"
     good = path.read_bytes()
-    generator = random.Random(6)
-    for _ in range(300):
-        data = bytearray(good)
-        for _ in range(generator.randint(1, 4)):
-            data[generator.randrange(len(data))] = generator.randrange(256)
+    for data in mutations(good, seed=6):
         path.write_bytes(data)
         restate(package, path.name)
         with contextlib.suppress(PackageError):
@@ -385,11 +391,7 @@ def test_weights_that_are_not_numbers(package: Path) -> None:
 def test_mutated_manifests_open_or_fail_cleanly(package: Path) -> None:
     path = package / "manifest.json"
     text = path.read_bytes()
-    generator = random.Random(5)
-    for _ in range(300):
-        data = bytearray(text)
-        for _ in range(generator.randint(1, 4)):
-            data[generator.randrange(len(data))] = generator.randrange(256)
+    for data in mutations(text, seed=5):
         path.write_bytes(data)
         with contextlib.suppress(PackageError):
             Engine(package).logits([1, 2, 3])

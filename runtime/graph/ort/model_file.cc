@@ -164,9 +164,7 @@ class Checker {
   }
 
   void file(std::string_view name) {
-    const bool plain = !name.empty() && name.size() < 256 && name != "." && name != ".." &&
-                       name.find_first_of(std::string_view("/\\\0", 3)) == std::string_view::npos;
-    if (!plain) throw ModelError("what it says of a file that it refers to is no plain file name");
+    if (!is_plain_file_name(name)) throw ModelError("what it says of a file that it refers to is no plain file name");
     files_.emplace(name);
   }
 
