@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..config import FLAG, POSITIVE, WIDTH, ConfigError, Rule, integer, is_positive
 from ..ffns import FFNS
-from ..graph.primitives import Matrix, Primitives, Value
+from ..graph.primitives import KeyBias, Matrix, Primitives, Value
 from ..memories.base import MemoryLayer, Tokens
 from .base import Architecture, Model
 
@@ -114,7 +114,9 @@ class LlamaConfig(Architecture):
         h = g.norm(x, f"{prefix}.input_layernorm")
         qkv = g.linear(h, *projections, name=f"{attention}.qkv", bias=self.qkv_bias)
         norms = (f"{attention}.q_norm", f"{attention}.k_norm") if self.qk_norm else ()
-        attended = g.attention(qkv, layer, attention, norms, self.rope_tables, layer not in self.nope_layers)
+        bias = KeyBias(f"{attention}.k_proj", f"{prefix}.input_layernorm") if self.qkv_bias else None
+        rotated = layer not in self.nope_layers
+        attended = g.attention(qkv, layer, attention, norms, self.rope_tables, rotated, bias)
         x = g.add(x, g.linear(attended, Matrix(f"{attention}.o_proj", self.hidden)), f"{prefix}.attended")
         h = g.norm(x, f"{prefix}.post_attention_layernorm")
         ffn = FFNS[self.ffn_kind].program(g, h, f"{prefix}.mlp", self.ffn, self.hidden)

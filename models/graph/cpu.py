@@ -13,12 +13,26 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import TensorProto
 
-from ..quantize import WEIGHT_BITS
-from .primitives import Dimensions, Lazy, Matrix, Norm, Primitives, Row, Tables, Value
+from ..quantize import WEIGHT_BITS, Floats
+from .primitives import Dimensions, KeyBias, Lazy, Matrix, Norm, Primitives, Row, Tables, Value
 from .tensors import tensor_bytes
-from .weights import WeightStore
+from .weights import Weights, WeightStore
 
 _DOMAIN = "meki"
+
+
+def key_offsets(weights: Weights, bias: KeyBias, kv_heads: int) -> Floats:
+    """What of a bias of keys is kept out of the cache, float32 [kv_heads * head_dim]: the pairs of channels that RoPE
+    turns together which are longer than four times the RMS of their head's keys without bias, and zeros.
+
+    That RMS is estimated from the weights: what a norm gives has channels of RMS 1 times the norm's weight, taken as
+    independent. The largest channel of a key is a few RMS, so that what stays hardly makes its scale coarser.
+    """
+    projection = weights(f"{bias.projection}.weight") * weights(f"{bias.norm}.weight")
+    rms = np.sqrt(np.square(projection).sum(axis=1).reshape(kv_heads, -1).mean(axis=1))
+    pairs = weights(f"{bias.projection}.bias").reshape(kv_heads, 2, -1)
+    large = np.hypot(pairs[:, 0], pairs[:, 1]) > 4 * rms[:, None]
+    return np.where(large[:, None], pairs, np.float32(0)).reshape(-1)
 
 
 class CpuGraph(Primitives):
@@ -46,7 +60,14 @@ class CpuGraph(Primitives):
         return self.lookup(ids, table)
 
     def attention(
-        self, qkv: Value, layer: int, name: str, norms: Sequence[str], tables: Tables, rotated: bool
+        self,
+        qkv: Value,
+        layer: int,
+        name: str,
+        norms: Sequence[str],
+        tables: Tables,
+        rotated: bool,
+        bias: KeyBias | None,
     ) -> Value:
         config, stage = self.config, self.stages[-1]
         stage.layers.append(layer)
@@ -62,9 +83,14 @@ class CpuGraph(Primitives):
             cos = self.array("nope.cos", lambda: np.ones(shape, np.float32))
             sin = self.array("nope.sin", lambda: np.zeros(shape, np.float32))
         self.looked_up |= {cos, sin}
+        extras = [self.vector(f"{norm}.weight") for norm in norms]
+        if bias and not norms:  # which would come between
+            offsets = key_offsets(self.store.weights, bias, config.kv_heads)
+            if offsets.any():
+                extras = ["", "", self.array(f"{name}.key_offsets", lambda: offsets)]
         return self.op(
             "Attention",
-            [qkv, past, length, cos, sin, *(self.vector(f"{norm}.weight") for norm in norms)],
+            [qkv, past, length, cos, sin, *extras],
             [f"{name}.heads", present],
             domain=_DOMAIN,
             heads=config.heads,

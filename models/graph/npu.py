@@ -20,7 +20,7 @@ from onnx import TensorProto
 from ..config import CompileError
 from ..quantize import PRECISIONS, WEIGHT_BLOCK, Codes, Floats
 from .builder import GraphBuilder
-from .primitives import Dimensions, Lazy, Matrix, Primitives, Row, Tables, Value
+from .primitives import Dimensions, KeyBias, Lazy, Matrix, Primitives, Row, Tables, Value
 from .tensors import TensorFile
 
 MASKED = -30_000.0
@@ -137,9 +137,16 @@ class NpuGraph(Primitives):
         )
 
     def attention(
-        self, qkv: Value, layer: int, name: str, norms: Sequence[str], tables: Tables, rotated: bool
+        self,
+        qkv: Value,
+        layer: int,
+        name: str,
+        norms: Sequence[str],
+        tables: Tables,
+        rotated: bool,
+        bias: KeyBias | None,
     ) -> Value:
-        """The cache is an input, the new keys and values are outputs."""
+        """The cache is an input, the new keys and values are outputs. It is of float16: a bias does it no harm."""
         config, tokens, context, stage = self.config, self.shape.tokens, self.shape.context, self.stages[-1]
         stage.layers.append(layer)
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim

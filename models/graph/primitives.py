@@ -27,6 +27,13 @@ class Matrix(NamedTuple):
     outputs: int
 
 
+class KeyBias(NamedTuple):
+    """Keys are `projection`.weight times what the norm `norm` gives, plus `projection`.bias."""
+
+    projection: str
+    norm: str
+
+
 class Lazy:
     """A value that is computed in each stage that uses it, unless the operator that uses it computes it itself."""
 
@@ -123,12 +130,20 @@ class Primitives(ABC):
 
     @abstractmethod
     def attention(
-        self, qkv: Value, layer: int, name: str, norms: Sequence[str], tables: Tables, rotated: bool
+        self,
+        qkv: Value,
+        layer: int,
+        name: str,
+        norms: Sequence[str],
+        tables: Tables,
+        rotated: bool,
+        bias: KeyBias | None,
     ) -> Value:
         """Causal attention over layer `layer`'s cache, to which the step's keys and values are added.
 
         qkv: [1, T, (heads + 2 * kv_heads) * head_dim]; norms: of queries and keys, or none -> [1, T, heads * head_dim].
-        rotated: queries and keys, by `tables`, which are the same in all layers.
+        rotated: queries and keys, by `tables`, which are the same in all layers. bias: that the keys in qkv have; its
+        large channels may be kept out of the cache.
         """
 
     def add(self, a: Value, b: Value, name: str) -> Value:

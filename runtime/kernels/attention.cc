@@ -57,22 +57,22 @@ struct Prepared {
   int8_t* low;
   float* scales;
   int32_t* sums;
+  float* offsets;  // [kv_heads, rows, 2 * KeyOffsets::pairs()], of KeyOffsets::prepare
 };
 
 // RMSNorm, where there is a weight, then RoPE; both in float32.
-void normalise_and_rotate(const float* in, size_t head_dim, const float* norm_weight, float epsilon, const float* cos,
-                          const float* sin, float* out) {
-  std::copy_n(in, head_dim, out);
+void normalise_and_rotate(float* head, size_t head_dim, const float* norm_weight, float epsilon, const float* cos,
+                          const float* sin) {
   if (norm_weight != nullptr) {
-    const float inverse = inverse_rms(in, head_dim, epsilon);
-    for (size_t e = 0; e < head_dim; ++e) out[e] = in[e] * inverse * norm_weight[e];
+    const float inverse = inverse_rms(head, head_dim, epsilon);
+    for (size_t e = 0; e < head_dim; ++e) head[e] = head[e] * inverse * norm_weight[e];
   }
   const size_t half = head_dim / 2;
   for (size_t e = 0; e < half; ++e) {
-    const float a = out[e];
-    const float b = out[half + e];
-    out[e] = a * cos[e] - b * sin[e];
-    out[half + e] = b * cos[e] + a * sin[e];
+    const float a = head[e];
+    const float b = head[half + e];
+    head[e] = a * cos[e] - b * sin[e];
+    head[half + e] = b * cos[e] + a * sin[e];
   }
 }
 
@@ -121,12 +121,17 @@ class Attention {
     const size_t rows = layout.kv_heads * partition_.rows;
     const size_t partials = partition_.splits > 1 ? rows * partition_.splits : 0;
     const size_t codes = partition_.integer ? rows * dim : 0;
+    const size_t offsets = rows * 2 * pairs();
     thread_local Scratch scratch;
     scratch.begin(Scratch::bytes<float>(rows * dim) + 2 * Scratch::bytes<int8_t>(codes) + Scratch::bytes<float>(rows) +
-                  Scratch::bytes<int32_t>(rows * dim / 16) + 2 * Scratch::bytes<float>(partials) +
-                  Scratch::bytes<float>(partials * dim));
-    queries_ = {scratch.take<float>(rows * dim), scratch.take<int8_t>(codes), scratch.take<int8_t>(codes),
-                scratch.take<float>(rows), scratch.take<int32_t>(rows * dim / 16)};
+                  Scratch::bytes<int32_t>(rows * dim / 16) + Scratch::bytes<float>(offsets) +
+                  2 * Scratch::bytes<float>(partials) + Scratch::bytes<float>(partials * dim));
+    queries_ = {scratch.take<float>(rows * dim),
+                scratch.take<int8_t>(codes),
+                scratch.take<int8_t>(codes),
+                scratch.take<float>(rows),
+                scratch.take<int32_t>(rows * dim / 16),
+                scratch.take<float>(offsets)};
     partial_ = {scratch.take<float>(partials), scratch.take<float>(partials), scratch.take<float>(partials * dim)};
   }
 
@@ -138,23 +143,26 @@ class Attention {
     const size_t dim = layout_.head_dim;
     const float scale = 1 / std::sqrt(static_cast<float>(dim));
     const size_t width = (args_.heads + 2 * layout_.kv_heads) * dim;
-    float rotated[KvLayout::kMaxHeadDim];
+    float key[KvLayout::kMaxHeadDim];
     for (size_t t = 0; t < args_.tokens; ++t) {
       const size_t position = args_.past + t;
       const float* const cos = args_.cos + position * (dim / 2);
       const float* const sin = args_.sin + position * (dim / 2);
-      const float* const key = args_.qkv + t * width + (args_.heads + kv_head) * dim;
-      normalise_and_rotate(key, dim, args_.k_norm_weight, args_.epsilon, cos, sin, rotated);
-      if (layout_.type == KvType::int4) hadamard(rotated, dim);
-      append(layout_, args_.cache + layout_.block_offset(kv_head, position), position % kBlock, rotated,
-             key + layout_.kv_heads * dim);
+      const float* const key_in = args_.qkv + t * width + (args_.heads + kv_head) * dim;
+      std::copy_n(key_in, dim, key);
+      if (args_.offsets != nullptr) args_.offsets->subtract(kv_head, key);
+      normalise_and_rotate(key, dim, args_.k_norm_weight, args_.epsilon, cos, sin);
+      if (layout_.type == KvType::int4) hadamard(key, dim);
+      append(layout_, args_.cache + layout_.block_offset(kv_head, position), position % kBlock, key,
+             key_in + layout_.kv_heads * dim);
       for (size_t g = 0; g < partition_.group; ++g) {
         const size_t row = kv_head * partition_.rows + t * partition_.group + g;
         float* const query = queries_.values + row * dim;
-        normalise_and_rotate(args_.qkv + t * width + (kv_head * partition_.group + g) * dim, dim, args_.q_norm_weight,
-                             args_.epsilon, cos, sin, query);
-        if (layout_.type == KvType::int4) hadamard(query, dim);
+        std::copy_n(args_.qkv + t * width + (kv_head * partition_.group + g) * dim, dim, query);
+        normalise_and_rotate(query, dim, args_.q_norm_weight, args_.epsilon, cos, sin);
         for (size_t e = 0; e < dim; ++e) query[e] *= scale;
+        if (args_.offsets != nullptr) args_.offsets->prepare(kv_head, query, queries_.offsets + row * 2 * pairs());
+        if (layout_.type == KvType::int4) hadamard(query, dim);
         if (partition_.integer) quantize_query(query, dim, queries_, row);
       }
     }
@@ -185,6 +193,7 @@ class Attention {
       const std::byte* const next = b + 1 < end ? block + layout_.kv_heads * layout_.block_bytes() : nullptr;
       const size_t values = layout_.values_offset();
       simd_.scores[type](queries, block, next, scores);
+      if (args_.offsets != nullptr) add_offsets(kv_head, first, count, b * kBlock, scores);
       mask(first, count, b * kBlock, scores);
       for (size_t q = 0; q < count; ++q) {
         simd_.softmax(scores + q * kBlock, maxima + q, sums + q, outputs + q * dim, dim);
@@ -233,6 +242,16 @@ class Attention {
             queries_.low + codes,
             queries_.scales + row,
             queries_.sums + row * (dim / 16)};
+  }
+
+  size_t pairs() const { return args_.offsets != nullptr ? args_.offsets->pairs() : 0; }
+
+  void add_offsets(size_t kv_head, size_t first, size_t count, size_t position, float* scores) const {
+    const size_t at = position * (layout_.head_dim / 2);
+    for (size_t q = 0; q < count; ++q) {
+      const float* const prepared = queries_.offsets + (kv_head * partition_.rows + first + q) * 2 * pairs();
+      args_.offsets->add(kv_head, prepared, args_.cos + at, args_.sin + at, scores + q * kBlock);
+    }
   }
 
   // No query sees what comes after its token.

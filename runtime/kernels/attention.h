@@ -1,12 +1,47 @@
 #pragma once
 
 #include <cstddef>
+#include <vector>
 
 #include "runtime/base/parallel.h"
 #include "runtime/kernels/kv_cache.h"
 #include "runtime/kernels/simd/simd.h"
 
 namespace meki {
+
+// What all keys of a layer have in common before they are rotated, in a few channels: the large ones of their bias. It
+// is not stored with each key, where it would make the steps of an integer cache coarse for all other channels, but
+// added to the scores. With q and b the elements i and i + head_dim / 2 of a rotated query and of the offset, position
+// p and the angle a_i of one position, RoPE makes of it
+//
+//   q . R(p) b = cos(p a_i) (q0 b0 + q1 b1) + sin(p a_i) (q1 b0 - q0 b1)
+//
+// and p a_i is the angle of a block's first position plus that of 0 to 63, which the rotary tables' first lines have.
+// Immutable.
+class KeyOffsets {
+ public:
+  // values: [kv_heads, head_dim]; cos and sin: [positions, head_dim / 2], as in AttentionArgs.
+  KeyOffsets(const float* values, const KvLayout& layout, const float* cos, const float* sin, size_t positions);
+
+  // The most pairs of a kv head that have an offset.
+  size_t pairs() const { return pairs_; }
+  void subtract(size_t kv_head, float* key) const;
+  // What `add` needs of a rotated query [head_dim]: [pairs(), 2].
+  void prepare(size_t kv_head, const float* query, float* out) const;
+  // Adds to a query's scores of the 64 positions from `position` on, whose rotary tables begin at cos and sin.
+  void add(size_t kv_head, const float* prepared, const float* cos, const float* sin, float* scores) const;
+
+ private:
+  struct Pair {
+    size_t index;  // i
+    float low;     // b0
+    float high;    // b1
+  };
+  const size_t half_;
+  size_t pairs_ = 0;
+  std::vector<std::vector<Pair>> of_head_;
+  std::vector<float> turns_;  // [head_dim / 2, 2, 64]: cos and sin of the first positions, by channel
+};
 
 // What one layer's attention computes on. Passive data.
 struct AttentionArgs {
@@ -19,6 +54,7 @@ struct AttentionArgs {
   const float* q_norm_weight = nullptr;  // [head_dim] of the RMSNorm over every query head; null: none
   const float* k_norm_weight = nullptr;  // as q_norm_weight, of keys
   float epsilon = 1e-6F;                 // of these norms
+  const KeyOffsets* offsets = nullptr;   // of the keys; null: none
   std::byte* cache = nullptr;            // the layer's, layout.bytes(past + tokens) or more
   float* out = nullptr;                  // [tokens, heads * head_dim]
 };

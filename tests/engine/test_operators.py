@@ -102,7 +102,7 @@ NOT_QKV = r"qkv is not \[1, tokens, \(heads \+ 2 \* kv_heads\) \* head_dim\]"
 OTHER_WEIGHT = "a packed weight has another shape"
 OTHER_WIDTH = "x and the weight have different widths"
 OTHER_RESIDUAL = "the residual has another shape than the output"
-OTHER_NORM = "a norm's weight has another length"
+OTHER_NORM = "a vector of weights has another length"
 NOT_CONSTANT = "a weight or table is not a constant"
 OTHER_CACHE = "the KV cache has other heads or another head_dim"
 OTHER_MEMORY = "past and present are not the same memory"
@@ -209,6 +209,10 @@ INPUTS: dict[str, tuple[str, Inputs, str]] = {
     "k-norm-shorter": (ATTENTION, {6: floats(15)}, OTHER_NORM),
     "q-norm-alone": (ATTENTION, {6: None}, ""),
     "k-norm-alone": (ATTENTION, {5: ""}, ""),
+    "key-offsets-with-norms": (ATTENTION, {7: floats(32)}, "key_offsets do not go with QK-norm"),
+    "key-offsets-shorter": (ATTENTION, {5: "", 6: "", 7: floats(31)}, OTHER_NORM),
+    "key-offsets-of-rank-2": (ATTENTION, {5: "", 6: "", 7: floats(2, 16)}, OTHER_NORM),
+    "key-offsets-that-are-computed": (ATTENTION, {5: "", 6: "", 7: "layers.0.injected"}, NOT_CONSTANT),
     "injection-into-another-width": (INJECTED, {0: floats(1, 1, 65)}, NOT_X),
     "injection-into-a-batch": (INJECTED, {0: floats(2, 1, 64)}, NOT_X),
     "h-narrower": (INJECTED, {1: floats(1, 1, 63)}, NOT_H),

@@ -154,7 +154,10 @@ class Attention(OpRun):
         total_sequence_length: np.ndarray,
         cos: np.ndarray,
         sin: np.ndarray,
-        *norms: np.ndarray,
+        q_norm: np.ndarray | None = None,
+        k_norm: np.ndarray | None = None,
+        key_offsets: np.ndarray | None = None,
+        *,
         heads: int,
         kv_heads: int,
         epsilon: float,
@@ -164,10 +167,11 @@ class Attention(OpRun):
         split = qkv.astype(np.float64).reshape(tokens, heads + 2 * kv_heads, head_dim)
         cache = past.copy().view(np.float32).reshape(2, -1, kv_heads, head_dim)
         out = np.zeros((tokens, heads, head_dim))
+        offsets = np.zeros((kv_heads, head_dim)) if key_offsets is None else key_offsets.reshape(kv_heads, head_dim)
 
-        def turned(x: np.ndarray, norm: tuple[np.ndarray, ...], position: int) -> np.ndarray:
-            if norm:
-                x = x / np.sqrt(np.mean(x**2) + epsilon) * norm[0]
+        def turned(x: np.ndarray, norm: np.ndarray | None, position: int) -> np.ndarray:
+            if norm is not None:
+                x = x / np.sqrt(np.mean(x**2) + epsilon) * norm
             low, high = x[: head_dim // 2], x[head_dim // 2 :]
             c, s = cos[position], sin[position]
             return np.concatenate((low * c - high * s, high * c + low * s))
@@ -175,11 +179,12 @@ class Attention(OpRun):
         for t in range(tokens):
             position = first + t
             for g in range(kv_heads):
-                cache[0, position, g] = turned(split[t, heads + g], norms[1:], position)
+                cache[0, position, g] = turned(split[t, heads + g] - offsets[g], k_norm, position)
                 cache[1, position, g] = split[t, heads + kv_heads + g]
             for h in range(heads):
                 g = h // (heads // kv_heads)
-                scores = cache[0, : position + 1, g] @ turned(split[t, h], norms[:1], position) / np.sqrt(head_dim)
+                keys = [cache[0, p, g] + turned(offsets[g], None, p) for p in range(position + 1)]
+                scores = np.stack(keys) @ turned(split[t, h], q_norm, position) / np.sqrt(head_dim)
                 weights = np.exp(scores - scores.max())
                 out[t, h] = weights / weights.sum() @ cache[1, : position + 1, g]
         return out.reshape(1, tokens, -1).astype(np.float32), cache.reshape(-1).view(np.uint8)

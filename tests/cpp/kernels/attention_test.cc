@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <optional>
 
 #include "tests/cpp/allocations.h"
 #include "tests/cpp/kernels/kernels_support.h"
@@ -32,6 +33,7 @@ struct Shape {
   size_t past;
   size_t tokens;
   bool norm = false;
+  bool offsets = false;  // of the keys
 
   size_t heads() const { return kv_heads * group; }
   size_t width() const { return (heads() + 2 * kv_heads) * head_dim; }
@@ -47,6 +49,7 @@ class Sequence {
         qkv(random.floats(shape.total() * shape.width(), -2, 2)),
         q_norm_weight(random.floats(shape.head_dim, 0.5F, 1.5F)),
         k_norm_weight(random.floats(shape.head_dim, 0.5F, 1.5F)),
+        offsets(shape.kv_heads * shape.head_dim),
         // Finite in every type, and not 0: nobody may look at what was not stored.
         cache(layout.bytes(shape.total()), std::byte{0x55}) {
     for (size_t position = 0; position < shape.total(); ++position) {
@@ -57,6 +60,22 @@ class Sequence {
         sin.push_back(static_cast<float>(std::sin(angle)));
       }
     }
+    if (shape.offsets) add_offsets(random);
+  }
+
+  // To three channels of every key, twenty times as large as all else.
+  void add_offsets(Random& random) {
+    for (size_t head = 0; head < shape.kv_heads; ++head) {
+      float* const offset = offsets.data() + head * shape.head_dim;
+      for (const size_t channel : {size_t{1}, shape.head_dim / 2 + 1, shape.head_dim - 2 - head % 2}) {
+        offset[channel] = random.floats(1, 20, 40)[0] * (channel % 3 == 0 ? -1.0F : 1.0F);
+      }
+      for (size_t position = 0; position < shape.total(); ++position) {
+        float* const key = qkv.data() + position * shape.width() + (shape.heads() + head) * shape.head_dim;
+        for (size_t e = 0; e < shape.head_dim; ++e) key[e] += offset[e];
+      }
+    }
+    kept_apart.emplace(offsets.data(), layout, cos.data(), sin.data(), shape.total());
   }
 
   // Runs tokens first .. last - 1 in steps of at most `chunk`; returns float32 [last - first, heads * head_dim].
@@ -81,6 +100,7 @@ class Sequence {
     args.q_norm_weight = shape.norm ? q_norm_weight.data() : nullptr;
     args.k_norm_weight = shape.norm ? k_norm_weight.data() : nullptr;
     args.epsilon = 1e-5F;
+    args.offsets = kept_apart ? &*kept_apart : nullptr;
     args.cache = cache.data();
     args.out = out;
     return args;
@@ -91,6 +111,8 @@ class Sequence {
   std::vector<float> qkv;  // [total, width]
   std::vector<float> q_norm_weight;
   std::vector<float> k_norm_weight;
+  std::vector<float> offsets;  // [kv_heads, head_dim]
+  std::optional<KeyOffsets> kept_apart;
   std::vector<float> cos;  // [total, head_dim / 2]
   std::vector<float> sin;
   Bytes cache;
@@ -180,7 +202,10 @@ class Naive {
     const float* const key = s_.qkv.data() + position * shape.width() + (shape.heads() + kv_head) * dim;
     const float* const value = key + shape.kv_heads * dim;
     const std::byte* const block = s_.cache.data() + s_.layout.block_offset(kv_head, position);
-    const Vector k = prepared(s_, position, key, s_.k_norm_weight);
+    const float* const offset = s_.offsets.data() + kv_head * dim;
+    std::vector<float> apart(key, key + dim);
+    for (size_t e = 0; e < dim; ++e) apart[e] -= offset[e];
+    const Vector k = prepared(s_, position, apart.data(), s_.k_norm_weight);
     const Vector v(value, value + dim);
     Vector stored_k(dim);
     Vector stored_v(dim);
@@ -207,6 +232,7 @@ class Naive {
     compare(stored_v, v, type == KvType::int4 ? 0.501 / 7 : part, 1e-30);
     keys_.push_back(type == KvType::float32 ? k : stored_k);
     values_.push_back(elements);
+    offsets_.push_back(s_.shape.offsets ? prepared(s_, position, offset, {}) : Vector(dim));
   }
 
   // Of one element, in parts of the vector's norm: the mean of squares, the quotient, the weight, and RoPE's three;
@@ -224,10 +250,13 @@ class Naive {
     double score_error = 0;
     for (size_t p = 0; p <= position; ++p) {
       const Vector& key = keys_[kv_head * shape.total() + p];
-      weights.push_back(dot(query, key));
+      const Vector& offset = offsets_[kv_head * shape.total() + p];
+      weights.push_back(dot(query, key) + dot(query, offset));
       // Rounding of a query's and key's elements, then of products and sums; integers: half a unit of the query's 15
       // bits (a little more for its own roundings).
       double error = (2 * roundings() + static_cast<double>(dim)) * kRounding * 2 * norm_of(query) * norm_of(key);
+      // The rotary tables' own rounding, in both angles that make one; products and sums.
+      error += (2 * roundings() + 32) * kRounding * norm_of(query) * norm_of(offset);
       double codes = 0;
       for (const double k : key) codes += std::fabs(k);
       if (integer()) error += 0.51 * largest_query / (127 * 128) * codes;
@@ -273,6 +302,7 @@ class Naive {
 
   const Sequence& s_;
   std::vector<Vector> keys_;                 // [kv_heads, total]
+  std::vector<Vector> offsets_;              // [kv_heads, total]
   std::vector<std::vector<Stored>> values_;  // [kv_heads, total]
   Errors stored_;
 };
@@ -286,6 +316,7 @@ void check(const Shape& shape, KvType type, Random& random) {
   CAPTURE(shape.past);
   CAPTURE(shape.tokens);
   CAPTURE(shape.norm);
+  CAPTURE(shape.offsets);
   Sequence sequence(shape, type, random);
   sequence.run(simd(), 0, shape.total(), shape.total(), {});
   const Bytes cache = sequence.cache;
@@ -332,6 +363,15 @@ TEST_CASE("attention: random shapes") {
       check(shape, type, random);
     }
     check({1, 1, type == KvType::int4 ? size_t{256} : size_t{128}, 600, 2, true}, type, random);
+  }
+}
+
+TEST_CASE("attention: offsets of keys are kept apart") {
+  Random random(26);
+  for (const KvType type : kKvTypes) {
+    check({1, 1, 32, 0, 1, false, true}, type, random);
+    check({2, 3, 64, 61, 9, false, true}, type, random);
+    check({1, 2, 96, 200, 2, false, true}, type, random);
   }
 }
 

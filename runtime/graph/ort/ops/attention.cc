@@ -2,12 +2,15 @@
 
 #include "runtime/kernels/attention.h"
 
+#include <optional>
+
 #include "runtime/graph/ort/ops/kernel.h"
 
 namespace meki::ops {
 namespace {
 
-// Inputs: qkv, past, total_sequence_length, cos, sin, and with QK-norm q_norm_weight, k_norm_weight.
+// Inputs: qkv, past, total_sequence_length, cos, sin, with QK-norm q_norm_weight, k_norm_weight, and else maybe
+// key_offsets.
 class AttentionKernel final : public Kernel {
  public:
   AttentionKernel(const Definition& node, KvType kv_type)
@@ -21,6 +24,11 @@ class AttentionKernel final : public Kernel {
     require(cos_.shape.rank == 2 && sin_.shape.rank == 2 && cos_.shape.sizes == sin_.shape.sizes,
             "the rotary tables are not two of [context, head_dim / 2]");
     require(node.has_input(5) == node.has_input(6), "q_norm_weight and k_norm_weight come together or not at all");
+    if (node.has_input(7)) {
+      require(!node.has_input(5), "key_offsets do not go with QK-norm");
+      offsets_.emplace(node.constant(7).floats(kv_heads_ * layout_.head_dim), layout_, floats(cos_), floats(sin_),
+                       static_cast<size_t>(cos_.shape.sizes[0]));
+    }
     if (!node.has_input(5)) return;
     q_norm_weight_ = node.constant(5).floats(layout_.head_dim);
     k_norm_weight_ = node.constant(6).floats(layout_.head_dim);
@@ -51,11 +59,12 @@ class AttentionKernel final : public Kernel {
         .tokens = tokens,
         .past = length - tokens,
         .qkv = call.input<float>(0),
-        .cos = static_cast<const float*>(cos_.data),
-        .sin = static_cast<const float*>(sin_.data),
+        .cos = floats(cos_),
+        .sin = floats(sin_),
         .q_norm_weight = q_norm_weight_,
         .k_norm_weight = k_norm_weight_,
         .epsilon = epsilon_,
+        .offsets = offsets_ ? &*offsets_ : nullptr,
         .cache = cache,
         .out = call.output<float>(0, {{1, qkv.sizes[1], static_cast<int64_t>(heads_ * head_dim)}, 3}),
     };
@@ -63,6 +72,8 @@ class AttentionKernel final : public Kernel {
   }
 
  private:
+  static const float* floats(const Constant& constant) { return static_cast<const float*>(constant.data); }
+
   size_t heads_;
   size_t kv_heads_;
   float epsilon_;
@@ -71,6 +82,7 @@ class AttentionKernel final : public Kernel {
   KvLayout layout_;
   const float* q_norm_weight_ = nullptr;
   const float* k_norm_weight_ = nullptr;
+  std::optional<KeyOffsets> offsets_;
 };
 
 }  // namespace
@@ -79,7 +91,7 @@ Kind attention() {
   using ort::kFloat, ort::kUint8, ort::kInt32;
   return {"Attention",
           5,
-          {kFloat, kUint8, kInt32, kFloat, kFloat, kFloat, kFloat},
+          {kFloat, kUint8, kInt32, kFloat, kFloat, kFloat, kFloat, kFloat},
           {kFloat, kUint8},
           make_kernel<AttentionKernel>};
 }

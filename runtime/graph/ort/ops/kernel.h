@@ -75,7 +75,7 @@ struct Constant {
 
   // A vector of `count` floats.
   const float* floats(size_t count) const {
-    require(shape.rank == 1 && shape.elements() == count, "a norm's weight has another length");
+    require(shape.rank == 1 && shape.elements() == count, "a vector of weights has another length");
     return static_cast<const float*>(data);
   }
   // A packed matrix of so many rows.
