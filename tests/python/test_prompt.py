@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -17,14 +19,18 @@ from .tokenizers_of_kinds import EXACT, KINDS, SPECIAL
 Make = Callable[[str], PromptEncoder]
 
 
+def open_encoder(directory: Path) -> PromptEncoder:
+    tokenizer = {"file": "tokenizer.json", "bos_token_id": None, "eos_token_ids": [], "chat_template": None}
+    return PromptEncoder(directory, {"tokenizer": tokenizer, "architecture": {"vocab_size": 400}})
+
+
 @pytest.fixture(scope="module")
 def encoder_of(tmp_path_factory: pytest.TempPathFactory) -> Make:
     @cache
     def make(kind: str) -> PromptEncoder:
         directory = tmp_path_factory.mktemp("tokenizer")
         KINDS[kind]().save(str(directory / "tokenizer.json"))
-        tokenizer = {"file": "tokenizer.json", "bos_token_id": None, "eos_token_ids": [], "chat_template": None}
-        return PromptEncoder(directory, {"tokenizer": tokenizer, "architecture": {"vocab_size": 400}})
+        return open_encoder(directory)
 
     return make
 
@@ -66,3 +72,34 @@ def test_the_copy_differs_in_that_alone(encoder_of: Make) -> None:
     tokenizer, continuing = (json.loads(one.to_str()) for one in (encoder.tokenizer, encoder._continuing))
     assert tokenizer["normalizer"]["normalizers"][1:] == continuing["normalizer"]["normalizers"]
     assert {**tokenizer, "normalizer": None} == {**continuing, "normalizer": None}
+
+
+class MallInfo(ctypes.Structure):
+    """Of glibc's mallinfo2(3)."""
+
+    _fields_ = (
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")),
+        *((name, ctypes.c_size_t) for name in ("uordblks", "fordblks", "keepcost")),
+    )
+
+
+@pytest.mark.parametrize("kind", ["byte level", "unigram"])
+def test_an_encoder_leaves_no_memory_behind(tmp_path: Path, kind: str) -> None:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("the C library does not say what is allocated (glibc from 2.33 on does)")
+    libc.mallinfo2.restype = MallInfo
+    text = " ".join(f"the ab {number}" for number in range(300))
+    KINDS[kind]().save(str(tmp_path / "tokenizer.json"))
+
+    def rounds(count: int) -> int:
+        """Bytes that are allocated afterwards."""
+        for _ in range(count):
+            encoder = open_encoder(tmp_path)
+            encoder.encode(text, first=True)
+            encoder.encode(text, first=False)
+        return int(libc.mallinfo2().uordblks)
+
+    before = rounds(20)
+    # 300 words in the library's cache are more than 20,000 bytes.
+    assert rounds(100) - before < 100 * 2_000

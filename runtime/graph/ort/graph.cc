@@ -4,9 +4,11 @@
 
 #include <unistd.h>
 
+#include <atomic>
 #include <cstring>
 #include <list>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -230,10 +232,18 @@ GraphLoader onnxruntime_loader(const std::filesystem::path& library, const Graph
     operators->add_to(session);
   };
   return [&loaded, configure, profile = options.profile](const std::filesystem::path& path) {
-    return ort::load_graph(loaded, path, configure, ort::kCpuOperators,
-                           "the stage, its weights or the manifest are damaged, or memory is short: convert the model "
-                           "again",
-                           profile);
+    // The first session with operators of ours enters their domain in a table of the process, which ONNX Runtime does
+    // not lock: until that is done one thread at a time.
+    static std::mutex mutex;
+    static std::atomic<bool> entered = false;
+    std::unique_lock lock(mutex, std::defer_lock);
+    if (!entered) lock.lock();
+    auto graph = ort::load_graph(loaded, path, configure, ort::kCpuOperators,
+                                 "the stage, its weights or the manifest are damaged, or memory is short: convert the "
+                                 "model again",
+                                 profile);
+    entered = true;
+    return graph;
   };
 }
 
