@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 
@@ -26,6 +26,10 @@ class Rule(NamedTuple):
 def integer(least: int, most: int) -> Rule:
     """`most`: the largest that the package format holds."""
     return Rule(f"an integer from {least} to {most}", lambda value: type(value) is int and least <= value <= most)
+
+
+def one_of(names: Collection[str]) -> Rule:
+    return Rule(f"one of {', '.join(names)}", lambda value: value in names)
 
 
 def is_positive(value: object) -> bool:

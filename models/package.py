@@ -111,7 +111,7 @@ def export_package(
     check_target(out, MANIFEST, overwrite)
     check_exportable(config, weights)
     table = config.memory
-    layout = RomLayout(config.vocab_size, table.layers(config), table.dim, rows) if table else None
+    layout = RomLayout(table.entries(config), table.layers(config), table.dim, rows) if table else None
     check_tokenizer(tokenizer, config.vocab_size)
     if tokenizer.chat_template is not None:
         parse_template(tokenizer.chat_template)

@@ -88,7 +88,11 @@ class Architecture(Dimensions, ABC):
             name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
         }
         memories = [kind.from_settings(values) for kind in MEMORIES.values()]
-        memory = next((memory for memory in memories if memory.dim != 0), None)
+        memories = [memory for memory in memories if memory.dim != 0]
+        if len(memories) > 1:
+            kinds = " and ".join(next(iter(memory.SETTINGS)) for memory in memories)
+            raise ConfigError(f"{kinds} are not 0: a model has one memory; set all others to 0")
+        memory = memories[0] if memories else None
         fields = {name: value for name, value in values.items() if name in cls.RULES}
         try:
             return cls(**fields, memory=memory)
@@ -132,12 +136,12 @@ class Architecture(Dimensions, ABC):
         kept = tuple(its + name for name in memory.KEPT)
         stays = {name: shape for name, shape in shapes.items() if its not in name or name.endswith(kept)}
         tables = [f"layers.{layer}{its}folded_table" for layer in range(memory.layers(self))]
-        return stays | dict.fromkeys(tables, (self.vocab_size, memory.dim))
+        return stays | dict.fromkeys(tables, (memory.entries(self), memory.dim))
 
     @property
     def rom_parameters(self) -> int:
         """Elements of the folded tables."""
-        return self.memory.layers(self) * self.vocab_size * self.memory.dim if self.memory else 0
+        return self.memory.layers(self) * self.memory.entries(self) * self.memory.dim if self.memory else 0
 
     @property
     def ram_parameters(self) -> int:

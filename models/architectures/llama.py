@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import FLAG, POSITIVE, WIDTH, ConfigError, Rule, integer, is_positive
+from ..config import FLAG, POSITIVE, WIDTH, ConfigError, Rule, integer, is_positive, one_of
 from ..ffns import FFNS
 from ..graph.primitives import KeyBias, Matrix, Primitives, Value
 from ..memories.base import MemoryLayer, Tokens
@@ -56,7 +56,7 @@ class LlamaConfig(Architecture):
             "layers' numbers, from 0",
             lambda its: isinstance(its, tuple) and all(map(integer(0, MOST_LAYERS).holds, its)),
         ),
-        "ffn_kind": Rule(f"one of {', '.join(FFNS)}", lambda value: value in FFNS),
+        "ffn_kind": one_of(FFNS),
     }
     # The defaults of the last three are the paper's, not another model's.
     STATED = (
@@ -118,6 +118,8 @@ class LlamaConfig(Architecture):
         rotated = layer not in self.nope_layers
         attended = g.attention(qkv, layer, attention, norms, self.rope_tables, rotated, bias)
         x = g.add(x, g.linear(attended, Matrix(f"{attention}.o_proj", self.hidden)), f"{prefix}.attended")
+        if memory:
+            x = memory.after_attention(g, layer, x, h, words)
         h = g.norm(x, f"{prefix}.post_attention_layernorm")
         ffn = FFNS[self.ffn_kind].program(g, h, f"{prefix}.mlp", self.ffn, self.hidden)
         x = g.add(x, ffn, f"{prefix}.fed")
@@ -175,7 +177,10 @@ class Layer(nn.Module):
         memory = cast(MemoryLayer, self.get_submodule(self.memory)) if self.memory else None
         if memory:
             x = memory.before_attention(x, tokens)
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        h = self.input_layernorm(x)
+        x = x + self.self_attn(h, cos, sin)
+        if memory:
+            x = memory.after_attention(x, h, tokens)
         h = self.post_attention_layernorm(x)
         x = x + self.mlp(h)
         return memory.after_ffn(x, h, tokens) if memory else x

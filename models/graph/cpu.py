@@ -136,6 +136,9 @@ class CpuGraph(Primitives):
     def array(self, name: str, make: Callable[[], np.ndarray]) -> str:
         return self._constant(self.store.constant(name, make))
 
+    def number(self, value: float) -> str:
+        return self.array(f"number.{value}", lambda: np.full(1, value, np.float32))
+
     def _constant(self, tensor: TensorProto) -> str:
         self._here[tensor.name] = tensor.name
         return self.stages[-1].constant(tensor)

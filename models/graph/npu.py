@@ -209,6 +209,9 @@ class NpuGraph(Primitives):
             stage.constant(self.tensors.store(name, np.ascontiguousarray(make())))
         return name
 
+    def number(self, value: float) -> str:
+        return self._half(f"number.{value}", lambda: np.full(1, value))
+
     def enter(self, name: str) -> str:
         crossing, maker = self._crossings.get(name, f"{name}.float32"), self._makers.get(name)
         if maker is not None and crossing not in maker.outputs:

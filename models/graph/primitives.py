@@ -8,6 +8,7 @@ value [1, T, hidden] that is used in a later stage than it was made in becomes a
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,12 @@ class Lazy:
 class Norm(Lazy):
     x: Value
     name: str
+
+
+@dataclass(frozen=True)
+class Scaled(Lazy):
+    x: Value
+    factor: float
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,17 @@ class Primitives(ABC):
             return product
         joined = self.vector(f"{name}.bias", [f"{matrix.name}.bias" for matrix in matrices])
         return self.op("Add", [product, joined], f"{name}.biased")
+
+    def scaled(self, x: Value, factor: float) -> Value:
+        """x * factor."""
+        return Scaled(x, factor)
+
+    def gelu(self, x: Value, name: str) -> Value:
+        """x * (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, in the form x * sigmoid(2 sqrt(2 / pi) (..))."""
+        slope = 2 * (2 / math.pi) ** 0.5
+        square = self.scaled(self.op("Mul", [x, x], f"{name}.square"), 0.044715 * slope)
+        inner = self.op("Mul", [x, self.op("Add", [square, self.number(slope)], f"{name}.slope")], f"{name}.inner")
+        return self.op("Mul", [x, self.op("Sigmoid", [inner], f"{name}.gate")], f"{name}.gelu")
 
     def swiglu(self, x: Value, name: str) -> Value:
         """SiLU of the first half of the columns, times the second half."""
@@ -201,6 +219,10 @@ class Primitives(ABC):
         """A constant that is no weight."""
 
     @abstractmethod
+    def number(self, value: float) -> str:
+        """A constant [1]."""
+
+    @abstractmethod
     def enter(self, name: str) -> str:
         """Takes a value of an earlier stage into this one."""
 
@@ -218,6 +240,9 @@ class Primitives(ABC):
         if isinstance(value, Norm):
             weight, out = self.vector(f"{value.name}.weight"), f"{value.name}.out"
             return self.op("RMSNormalization", [value.x, weight], out, axis=-1, epsilon=self.config.norm_eps)
+        if isinstance(value, Scaled):
+            x = self.use(value.x)
+            return self.op("Mul", [x, self.number(value.factor)], f"{x}.times.{value.factor}")
         assert isinstance(value, Row)
         place = value.layer - self._stage_rows().start
         index = self.array(f"rows.{place}", lambda: np.array([place], np.int64))

@@ -2,5 +2,6 @@
 
 from .base import Memory
 from .meki import MeKiConfig
+from .ple import PLEConfig
 
-MEMORIES: dict[str, type[Memory]] = {"meki": MeKiConfig}
+MEMORIES: dict[str, type[Memory]] = {"meki": MeKiConfig, "ple": PLEConfig}

@@ -38,6 +38,10 @@ class MemoryLayer(nn.Module):
     def before_attention(self, x: Tensor, tokens: Tokens) -> Tensor:
         return x
 
+    def after_attention(self, x: Tensor, h: Tensor, tokens: Tokens) -> Tensor:
+        """h: attention's normed input."""
+        return x
+
     def after_ffn(self, x: Tensor, h: Tensor, tokens: Tokens) -> Tensor:
         """h: the FFN's normed input."""
         return x
@@ -60,8 +64,6 @@ class Memory(ABC):
     """The weights that stay at inference; all others go into the rows."""
     RESIDUAL: ClassVar[tuple[str, ...]]
     """How names of weights end that write to the residual stream."""
-    address: ClassVar[Mapping[str, Any]] = {"kind": "token"}
-    """Where a token's rows are found, as the manifest has it."""
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
@@ -76,17 +78,25 @@ class Memory(ABC):
         """What the member `memory` of a package's manifest says of the kind."""
         (_, row_dim), *own = self.settings().items()
         shape = {"layers": self.layers(config), "row_dim": row_dim}
-        return {"kind": self.kind, "address": dict(self.address), **shape, **dict(own)}
+        return {"kind": self.kind, "address": self.address(config), **shape, **dict(own)}
 
     @classmethod
     def from_manifest(cls, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings that `manifest` gave."""
+        """The settings that `manifest` gave, or an earlier version of it, which had fewer."""
         dim, *own = cls.SETTINGS
-        return {dim: entry["row_dim"], **{name: entry[name] for name in own}}
+        return {dim: entry["row_dim"], **{name: entry[name] for name in own if name in entry}}
 
     def layers(self, config: Any) -> int:
         """Layers of the table."""
         return int(config.layers)
+
+    def entries(self, config: Any) -> int:
+        """Of the table: bundles of rows of all its layers."""
+        return int(config.vocab_size)
+
+    def address(self, config: Any) -> dict[str, Any]:
+        """Where a token's rows are found, as the manifest has it."""
+        return {"kind": "token"}
 
     def check(self, config: Any) -> None:  # noqa: B027 (most have nothing to check)
         """ConfigError if a decoder of this shape cannot have the memory."""
@@ -96,6 +106,9 @@ class Memory(ABC):
         """None: the layer has no memory."""
 
     def before_attention(self, g: Primitives, layer: int, x: Value, words: Value) -> Value:
+        return x
+
+    def after_attention(self, g: Primitives, layer: int, x: Value, h: Value, words: Value) -> Value:
         return x
 
     def after_ffn(self, g: Primitives, layer: int, x: Value, h: Value, words: Value) -> Value:
@@ -115,10 +128,10 @@ class Memory(ABC):
             yield np.stack([read(f"layers.{layer}.{self.kind}.folded_table", tokens) for layer in layers])
 
     def token_blocks(self, config: Any) -> Iterator[slice]:
-        """The vocabulary in pieces whose rows of all layers take about BLOCK_BYTES."""
-        step = max(1, BLOCK_BYTES // (4 * self.layers(config) * self.dim))
-        for start in range(0, config.vocab_size, step):
-            yield slice(start, min(start + step, config.vocab_size))
+        """The table's entries in pieces whose rows of all layers take about BLOCK_BYTES."""
+        step, entries = max(1, BLOCK_BYTES // (4 * self.layers(config) * self.dim)), self.entries(config)
+        for start in range(0, entries, step):
+            yield slice(start, min(start + step, entries))
 
     @classmethod
     def megatron_settings(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -6,15 +6,16 @@ Parameter names are those of the published module, so that its state dicts load 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..config import FLAG, WIDTH, ConfigError, integer
+from ..config import FLAG, WIDTH, ConfigError, integer, one_of
 from ..ffns.swiglu import SwiGLU
 from ..graph.primitives import Matrix, Primitives, Value
 from ..quantize import Floats
@@ -25,85 +26,164 @@ _MEGATRON = "meki_module."
 _MEGATRON_NORM = f"{_PROJECTOR}.linear_fc1.layer_norm_weight"
 
 
-class Projector(SwiGLU):
+class SwiGLUProjector(SwiGLU):
     """G: word embedding [.., d] -> [.., m] through d/2, with the training code's optional RMSNorm before it."""
 
-    def __init__(self, hidden: int, row_dim: int, eps: float, norm: bool) -> None:
+    def __init__(self, hidden: int, row_dim: int, norm: nn.Module) -> None:
         super().__init__(hidden, hidden // 2, row_dim)
-        if norm:
-            self.fc1_norm = nn.RMSNorm(hidden, eps=eps)
+        self.fc1_norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.fc1_norm(x) if hasattr(self, "fc1_norm") else x)
+        return super().forward(self.fc1_norm(x))
+
+
+class LinearProjector(nn.Linear):
+    """G as one matrix (section 5.6)."""
+
+    def __init__(self, hidden: int, row_dim: int, norm: nn.Module) -> None:
+        super().__init__(hidden, row_dim, bias=False)
+        self.fc1_norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.fc1_norm(x))
+
+
+EXPERTS = ("both", "static", "dynamic")
+"""What a row is made of: the table M and the projector G, or one of them."""
+PROJECTORS: dict[str, type[SwiGLUProjector] | type[LinearProjector]] = {
+    "swiglu": SwiGLUProjector,
+    "linear": LinearProjector,
+}
+POSITIONS = ("parallel_ffn", "parallel_attention", "after_attention", "after_ffn")
+"""What the gate sees: the normed input of the FFN or of attention, or the stream behind either through `pre_norm`."""
+FUSIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "add_sigmoid": ("Add", torch.sigmoid),
+    "multiply_sigmoid": ("Mul", torch.sigmoid),
+    "add_silu": ("Add", F.silu),
+    "multiply_silu": ("Mul", F.silu),
+}
+"""How a row and the gate become one, and the gate's activation."""
 
 
 class MeKi(MemoryLayer):
-    """One layer's memory.
+    """One layer's memory. With the defaults of `MeKiConfig`:
 
     expert   e = alpha * RMSNorm_m(M[id] + beta * G(E[id]))      looked up by token id; what folding tabulates
     gate     g = sigmoid(W_gate h)
     output   y = RMSNorm_d(W_out (e + g))
     """
 
-    def __init__(self, vocab_size: int, hidden: int, row_dim: int, eps: float, projector_norm: bool = False) -> None:
+    def __init__(self, vocab_size: int, hidden: int, eps: float, config: MeKiConfig) -> None:
         super().__init__()
-        self.embeddings = nn.Embedding(vocab_size, row_dim)
-        self.word_emb_projection = Projector(hidden, row_dim, eps, projector_norm)
+        self.memory, row_dim = config, config.dim
+        if config.experts != "dynamic":
+            self.embeddings = nn.Embedding(vocab_size, row_dim)
+        if config.experts != "static":
+            norm = nn.RMSNorm(hidden, eps=eps) if config.projector_norm else nn.Identity()
+            self.word_emb_projection = PROJECTORS[config.projector](hidden, row_dim, norm)
+            self.beta_scale = nn.Parameter(torch.ones(()))
+        if config.position.startswith("after"):
+            self.pre_norm = nn.RMSNorm(hidden, eps=eps)
         self.gate_proj = nn.Linear(hidden, row_dim, bias=False)
         self.out_proj = nn.Linear(row_dim, hidden, bias=False)
         self.mix_norm = nn.RMSNorm(row_dim, eps=eps)
         self.post_norm = nn.RMSNorm(hidden, eps=eps)
         self.alpha_scale = nn.Parameter(torch.ones(()))
-        self.beta_scale = nn.Parameter(torch.ones(()))
 
     def experts(self, ids: Tensor, word_embedding: Tensor) -> Tensor:
         """Rows of the folded table. ids: int64 [n]; word_embedding: E[ids], [n, d] -> [n, m]."""
-        return self.mix(self.embeddings(ids), word_embedding)
+        return self.mix(self.embeddings(ids) if self.memory.experts != "dynamic" else None, word_embedding)
 
-    def mix(self, static: Tensor, word_embedding: Tensor) -> Tensor:
+    def mix(self, static: Tensor | None, word_embedding: Tensor) -> Tensor:
         """The same from the table's own rows. static: M[ids], [n, m]; word_embedding: E[ids], [n, d] -> [n, m]."""
-        return self.alpha_scale * self.mix_norm(static + self.beta_scale * self.word_emb_projection(word_embedding))
+        parts = [] if static is None else [static]
+        if self.memory.experts != "static":
+            parts.append(self.beta_scale * self.word_emb_projection(word_embedding))
+        return self.alpha_scale * self.mix_norm(sum(parts))
 
     def inject(self, rows: Tensor, h: Tensor) -> Tensor:
-        """The part that stays at inference. rows: [.., m]; h: the FFN's normed input, [.., d] -> y [.., d]."""
-        return self.post_norm(self.out_proj(rows + torch.sigmoid(self.gate_proj(h))))
+        """The part that stays at inference. rows: [.., m]; h: what the gate sees, [.., d] -> y [.., d]."""
+        operator, activation = FUSIONS[self.memory.fusion]
+        gate = activation(self.gate_proj(h))
+        return self.post_norm(self.out_proj(rows + gate if operator == "Add" else rows * gate))
+
+    def after_attention(self, x: Tensor, h: Tensor, tokens: Tokens) -> Tensor:
+        return self._injected(x, h, tokens) if self.memory.position.endswith("attention") else x
 
     def after_ffn(self, x: Tensor, h: Tensor, tokens: Tokens) -> Tensor:
+        return self._injected(x, h, tokens) if self.memory.position.endswith("ffn") else x
+
+    def _injected(self, x: Tensor, h: Tensor, tokens: Tokens) -> Tensor:
         # A row depends on the token id alone: each distinct id is computed once.
         unique, inverse = tokens.ids.unique(return_inverse=True)
-        return x + self.inject(self.experts(unique, tokens.embedding(unique))[inverse], h)
+        rows = self.experts(unique, tokens.embedding(unique))[inverse]
+        return x + self.inject(rows, self.pre_norm(x) if self.memory.position.startswith("after") else h)
 
 
 @dataclass(frozen=True)
 class MeKiConfig(Memory):
-    """A MeKi memory beside every FFN."""
+    """A MeKi memory in every layer. The defaults are the paper's model, the other values its ablations (section 5)."""
 
     projector_norm: bool = False
     """RMSNorm on the word embedding before the projector G (the published training code's checkpoints have it)."""
+    experts: str = "both"
+    projector: str = "swiglu"
+    position: str = "parallel_ffn"
+    fusion: str = "add_sigmoid"
 
     kind = "meki"
-    SETTINGS: ClassVar = {"memory_dim": "dim", "projector_norm": "projector_norm"}
-    RULES: ClassVar = {"memory_dim": integer(0, WIDTH), "projector_norm": FLAG}
-    KEPT = ("gate_proj.weight", "out_proj.weight", "post_norm.weight")
+    SETTINGS: ClassVar = {
+        "memory_dim": "dim",
+        "projector_norm": "projector_norm",
+        "memory_experts": "experts",
+        "memory_projector": "projector",
+        "memory_position": "position",
+        "memory_fusion": "fusion",
+    }
+    RULES: ClassVar = {
+        "memory_dim": integer(0, WIDTH),
+        "projector_norm": FLAG,
+        "memory_experts": one_of(EXPERTS),
+        "memory_projector": one_of(PROJECTORS),
+        "memory_position": one_of(POSITIONS),
+        "memory_fusion": one_of(FUSIONS),
+    }
+    KEPT = ("gate_proj.weight", "out_proj.weight", "post_norm.weight", "pre_norm.weight")
     RESIDUAL = ("meki.post_norm.weight",)
 
     def check(self, config: Any) -> None:
-        if config.hidden % 2:
+        if self.experts == "static":
+            if self.projector_norm or self.projector != "swiglu":
+                raise ConfigError("a memory with memory_experts=static has no projector: leave its settings out")
+        elif self.projector == "swiglu" and config.hidden % 2:
             raise ConfigError(f"hidden must be even for the memory projector (hidden / 2), got {config.hidden}")
 
     def module(self, config: Any, layer: int) -> MeKi:
-        return MeKi(config.vocab_size, config.hidden, self.dim, config.norm_eps, self.projector_norm)
+        return MeKi(config.vocab_size, config.hidden, config.norm_eps, self)
+
+    def after_attention(self, g: Primitives, layer: int, x: Value, h: Value, words: Value) -> Value:
+        return self._injected(g, layer, x, h) if self.position.endswith("attention") else x
 
     def after_ffn(self, g: Primitives, layer: int, x: Value, h: Value, words: Value) -> Value:
+        return self._injected(g, layer, x, h) if self.position.endswith("ffn") else x
+
+    def _injected(self, g: Primitives, layer: int, x: Value, h: Value) -> Value:
         """x + RMSNorm(W_out (row + sigmoid(W_gate h)))."""
         prefix, out = f"layers.{layer}.meki", f"layers.{layer}.injected"
         row = g.rows(layer, self.dim)
+        if self.position.startswith("after"):
+            h = g.norm(x, f"{prefix}.pre_norm")
         gate_proj, out_proj = Matrix(f"{prefix}.gate_proj", self.dim), Matrix(f"{prefix}.out_proj", g.config.hidden)
-        post_norm = g.vector(f"{prefix}.post_norm.weight")
-        if injected := g.fused("Injection", [x, h, gate_proj, row, out_proj, post_norm], out):
-            return injected
-        gate = g.op("Sigmoid", [g.linear(h, gate_proj)], f"{prefix}.gate")
-        fused = g.op("Add", [row, gate], f"{prefix}.fused")
+        operator, activation = FUSIONS[self.fusion]
+        if self.fusion == "add_sigmoid":
+            post_norm = g.vector(f"{prefix}.post_norm.weight")
+            if injected := g.fused("Injection", [x, h, gate_proj, row, out_proj, post_norm], out):
+                return injected
+        projected = g.linear(h, gate_proj)
+        gate = g.op("Sigmoid", [projected], f"{prefix}.gate")
+        if activation is F.silu:
+            gate = g.op("Mul", [projected, gate], f"{prefix}.silu")
+        fused = g.op(operator, [row, gate], f"{prefix}.fused")
         return g.add(x, g.norm(g.linear(fused, out_proj), f"{prefix}.post_norm"), out)
 
     def folded_rows(self, config: Any, read: Read) -> Iterator[Floats]:
@@ -114,7 +194,8 @@ class MeKiConfig(Memory):
                 words = torch.from_numpy(read("embed_tokens.weight", tokens))
                 rows = np.empty((config.layers, len(words), self.dim), np.float32)
                 for layer, memory in enumerate(memories):
-                    static = torch.from_numpy(read(f"layers.{layer}.meki.{_TABLE}", tokens))
+                    table = f"layers.{layer}.meki.{_TABLE}"
+                    static = torch.from_numpy(read(table, tokens)) if self.experts != "dynamic" else None
                     rows[layer] = memory.mix(static, words).numpy()
                 yield rows
 
@@ -139,7 +220,8 @@ class MeKiConfig(Memory):
 
     def megatron_names(self) -> dict[str, str]:
         scales = ("alpha_scale", "beta_scale")
-        names = {name: name for name in (_TABLE, *self.KEPT, "mix_norm.weight", *scales)}
+        kept = (name for name in self.KEPT if name != "pre_norm.weight")
+        names = {name: name for name in (_TABLE, *kept, "mix_norm.weight", *scales)}
         names |= {f"{_PROJECTOR}.{part}_proj.weight": f"{_PROJECTOR}.linear_fc1.weight" for part in ("gate", "up")}
         names[f"{_PROJECTOR}.down_proj.weight"] = f"{_PROJECTOR}.linear_fc2.weight"
         if self.projector_norm:

@@ -40,10 +40,13 @@ Architecture parse_architecture(const Node& node) {
   return architecture;
 }
 
-std::optional<MemoryInfo> parse_memory(const Node& node) {
+std::optional<MemoryInfo> parse_memory(const Node& node, uint32_t vocab_size) {
   if (node.is_null()) return std::nullopt;
   node.at("kind").string();  // for people, but a memory without it is not one
-  return MemoryInfo{.address = node.at("address").at("kind").string(),
+  const Node address = node.at("address");
+  const auto entries = [&] { return static_cast<uint32_t>(address.at("vocab_size").integer(1, vocab_size)); };
+  return MemoryInfo{.address = address.at("kind").string(),
+                    .vocab_size = address.has("vocab_size") ? entries() : vocab_size,
                     .layers = static_cast<uint32_t>(node.at("layers").integer(1, kMaxLayers)),
                     .row_dim = static_cast<uint32_t>(node.at("row_dim").integer(1, kMaxWidth)),
                     .file = node.at("file").file_name(),
@@ -115,7 +118,7 @@ Manifest Manifest::open(const std::filesystem::path& directory) {
   if (version.integer(0, UINT32_MAX) != kVersion) version.fail(std::to_string(kVersion));
   manifest.name = root.at("name").string();
   manifest.architecture = parse_architecture(root.at("architecture"));
-  manifest.memory = parse_memory(root.at("memory"));
+  manifest.memory = parse_memory(root.at("memory"), manifest.architecture.vocab_size);
   manifest.stages = parse_stages(root.at("stages"), manifest.memory);
   manifest.dense_stages = parse_dense_stages(root.at("dense_stages"), manifest.memory.has_value());
   manifest.weight_type = root.at("weights").at("type").string();

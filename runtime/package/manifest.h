@@ -21,8 +21,9 @@ struct Architecture {
 
 // A memory whose rows lie in storage; the fields of "memory" that the runtime needs.
 struct MemoryInfo {
-  std::string address;  // how tokens become rows: "token"
-  uint32_t layers = 0;  // of the memory: each token has that many rows
+  std::string address;      // how tokens become rows: "token"
+  uint32_t vocab_size = 0;  // of the table: tokens beyond it have its first entry
+  uint32_t layers = 0;      // of the memory: each token has that many rows
   uint32_t row_dim = 0;
   std::string file;
   std::string row_type;

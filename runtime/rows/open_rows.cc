@@ -20,7 +20,7 @@ std::shared_ptr<const RowSource> open_token_table(const Manifest& manifest, RomA
                          "; the file belongs to another package");
     }
   };
-  require("vocabulary size", std::to_string(header.vocab_size), std::to_string(manifest.architecture.vocab_size));
+  require("vocabulary size", std::to_string(header.vocab_size), std::to_string(memory.vocab_size));
   require("number of layers", std::to_string(header.layers), std::to_string(memory.layers));
   require("row dimension", std::to_string(header.row_dim), std::to_string(memory.row_dim));
   require("row type", std::string(name_of(header.row_type)), memory.row_type);

@@ -44,7 +44,8 @@ struct RomHeader {
   static RomHeader parse(std::span<const std::byte, kBytes> bytes, const std::filesystem::path& path);
 };
 
-// A ROM file: a bundle a token, which holds its rows of all layers. A key's index is the token's id.
+// A ROM file: a bundle a token, which holds its rows of all layers. A key's index is the token's id, 0 for tokens
+// beyond the table.
 class TokenTable final : public RowSource {
  public:
   // Opens `path` and checks its header and size. Where the file system or the system refuses `access`, falls back to

@@ -26,8 +26,8 @@ DATA = Path(__file__).parent.parent / "data"
 def golden_module(golden: dict[str, np.ndarray]) -> MeKi:
     vocab_size, memory_dim = golden["meki.embeddings.weight"].shape
     hidden = golden["word_emb"].shape[1]
-    norm = "meki.word_emb_projection.fc1_norm.weight" in golden
-    module = MeKi(vocab_size, hidden, memory_dim, float(golden["eps"]), norm)
+    config = MeKiConfig(memory_dim, "meki.word_emb_projection.fc1_norm.weight" in golden)
+    module = MeKi(vocab_size, hidden, float(golden["eps"]), config)
     prefix = "meki."
     state = {name[len(prefix) :]: torch.from_numpy(value) for name, value in golden.items() if name.startswith(prefix)}
     module.load_state_dict(state)
@@ -41,7 +41,7 @@ def golden_package(directory: Path, golden: dict[str, np.ndarray], hidden: np.nd
     module = golden_module(golden)
     vocab_size, memory_dim = module.embeddings.weight.shape
     width = hidden.shape[1]
-    memory = MeKiConfig(memory_dim, "meki.word_emb_projection.fc1_norm.weight" in golden)
+    memory = module.memory
     config = LlamaConfig(
         vocab_size=vocab_size, layers=1, hidden=width, ffn=1, heads=1, kv_heads=1, head_dim=16, context=64,
         norm_eps=float(golden["eps"]), memory=memory,

@@ -222,7 +222,8 @@ class ReferenceSession:
         }
         for stage, layers in self.stages:
             if layers is not None:
-                self.values["rows"] = self.rows[slice(*layers), ids]
+                entries = np.where(np.less(ids, self.rows.shape[1]), ids, 0)
+                self.values["rows"] = self.rows[slice(*layers), entries]
             outputs = stage.run(None, {name: self.values[name] for name in stage.input_names})
             for name, value in zip(stage.output_names, outputs, strict=True):
                 self.values[name.replace("present.", "past.")] = value

@@ -66,6 +66,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"memory_dim": 0},
     {"qkv_bias": True, "tied_embeddings": False, "qk_norm": False},
     {"projector_norm": True},
+    {"memory_position": "parallel_attention", "memory_fusion": "multiply_silu"},
 ]
 
 

@@ -19,7 +19,16 @@ def reader_of(model: Decoder) -> Callable[[str, slice], Floats]:
     return lambda name, rows: state[name].numpy()[rows] if state[name].dim() else state[name].numpy()
 
 
-@pytest.mark.parametrize("overrides", [{}, {"projector_norm": True}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"projector_norm": True},
+        {"memory_experts": "static"},
+        {"memory_experts": "dynamic", "memory_projector": "linear", "projector_norm": True},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("block_bytes", [1, 10_000, 1 << 20])
 def test_folded_blocks(
     make_model: Callable[..., Decoder], overrides: dict[str, Any], block_bytes: int, monkeypatch: pytest.MonkeyPatch

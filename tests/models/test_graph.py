@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,14 @@ VARIANTS: list[dict[str, Any]] = [
     {"qkv_bias": True},
     {"nope_layers": (0, 2)},
     {"tied_embeddings": False, "rope_factors": (1.0, 1.0, 1.5, 2.0, 2.5, 4.0, 8.0, 8.0)},
+    {"memory_experts": "static"},
+    {"memory_position": "parallel_attention"},
+    {"memory_position": "after_attention", "memory_experts": "dynamic", "memory_projector": "linear"},
+    {"memory_position": "after_ffn", "memory_fusion": "multiply_sigmoid"},
+    {"memory_position": "parallel_attention", "memory_fusion": "add_silu"},
+    {"memory_position": "after_attention", "memory_fusion": "multiply_silu", "layers": 1},
+    {"memory_dim": 0, "ple_dim": 32},
+    {"memory_dim": 0, "ple_dim": 24, "ple_vocab_size": 100},
 ]
 
 
@@ -48,7 +57,9 @@ def reference(model: Decoder, rows: np.ndarray | None) -> np.ndarray:
     model = copy.deepcopy(model)
     if rows is not None:
         for layer, table in zip(model.layers, torch.from_numpy(rows), strict=True):
-            layer.meki.experts = lambda ids, words, table=table: table[ids]
+            memory = layer.get_submodule(model.config.memory.kind)
+            name = {"meki": "experts", "ple": "rows"}[model.config.memory.kind]
+            setattr(memory, name, lambda ids, *_, table=table: table[ids.where(ids < len(table), 0)])
     return model(torch.from_numpy(IDS)[None])[0].numpy()
 
 
@@ -57,7 +68,7 @@ def with_quantized_weights(model: Decoder, bits: int) -> Decoder:
     model = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and "meki.embeddings" not in name and "word_emb_projection" not in name:
+            if parameter.dim() == 2 and not re.search("meki.embeddings|word_emb_projection|ple.embed_tokens", name):
                 parameter.copy_(torch.from_numpy(quantize_weight(parameter.numpy(), bits, name)[1]))
     return model
 
@@ -94,7 +105,16 @@ def test_row_types(
 
 
 @pytest.mark.parametrize(
-    "variant", [{}, {"memory_dim": 0, "qk_norm": False}, {"qkv_bias": True, "tied_embeddings": False}], ids=str
+    "variant",
+    [
+        {},
+        {"memory_dim": 0, "qk_norm": False},
+        {"qkv_bias": True, "tied_embeddings": False},
+        {"memory_position": "parallel_attention"},
+        {"memory_position": "after_ffn", "memory_fusion": "multiply_silu"},
+        {"memory_dim": 0, "ple_dim": 32, "ple_vocab_size": 100},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_quantized(

@@ -14,6 +14,7 @@ import torch
 
 from meki import Engine
 from meki.models.architectures.llama import Decoder
+from meki.models.graph import cpu
 from meki.models.graph.cpu import key_offsets
 from meki.models.graph.primitives import KeyBias
 from meki.models.package import export_package
@@ -82,7 +83,7 @@ def in_the_keys(model: Decoder, tokenizer_spec: TokenizerSpec, tmp_path_factory:
     """The same with the whole bias in the cache."""
     path = tmp_path_factory.mktemp("no-offsets") / "package"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("meki.models.graph.cpu.key_offsets", lambda *_: np.zeros(32, np.float32))
+        patch.setattr(cpu, "key_offsets", lambda *_: np.zeros(32, np.float32))
         export_package(model, tokenizer_spec, path, name="x", weights="float32", rows="float32", provenance={})
     return path
 

@@ -23,13 +23,8 @@ def golden(request: pytest.FixtureRequest) -> tuple[MeKi, dict[str, torch.Tensor
     with np.load(DATA / f"{request.param}.npz") as file:
         tensors = {name: torch.from_numpy(np.asarray(file[name])) for name in file.files}
     vocab_size, memory_dim = tensors["meki.embeddings.weight"].shape
-    module = MeKi(
-        vocab_size,
-        tensors["word_emb"].shape[1],
-        memory_dim,
-        float(tensors["eps"]),
-        projector_norm=request.param.endswith("fc1norm"),
-    )
+    config = MeKiConfig(memory_dim, projector_norm=request.param.endswith("fc1norm"))
+    module = MeKi(vocab_size, tensors["word_emb"].shape[1], float(tensors["eps"]), config)
     weights = {name.removeprefix("meki."): tensor for name, tensor in tensors.items() if name.startswith("meki.")}
     module.load_state_dict(weights)
     return module, tensors
@@ -46,10 +41,9 @@ def test_training_form(golden: tuple[MeKi, dict[str, torch.Tensor]]) -> None:
 def fold(module: MeKi, tensors: dict[str, torch.Tensor], block: int) -> torch.Tensor:
     """The folded table, computed in blocks of so many tokens."""
     vocab_size, dim = module.embeddings.weight.shape
-    memory = MeKiConfig(dim, hasattr(module.word_emb_projection, "fc1_norm"))
     config = LlamaConfig(
         vocab_size=vocab_size, layers=1, hidden=tensors["word_emb"].shape[1], ffn=1, heads=1, kv_heads=1, head_dim=2,
-        norm_eps=float(tensors["eps"]), memory=memory,
+        norm_eps=float(tensors["eps"]), memory=module.memory,
     )  # fmt: skip
     state = {f"layers.0.meki.{name}": value for name, value in module.state_dict().items()}
     state["embed_tokens.weight"] = tensors["word_emb"]
@@ -59,7 +53,7 @@ def fold(module: MeKi, tensors: dict[str, torch.Tensor], block: int) -> torch.Te
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base, "BLOCK_BYTES", block * 4 * dim)
-        blocks = [rows[0] for rows in memory.folded_rows(config, read)]
+        blocks = [rows[0] for rows in module.memory.folded_rows(config, read)]
     assert max(map(len, blocks)) == min(block, vocab_size)
     return torch.from_numpy(np.concatenate(blocks))
 

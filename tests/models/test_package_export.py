@@ -60,7 +60,8 @@ def test_manifest(export: Callable[..., dict[str, Any]], make_model: Callable[..
         },
         "memory": {
             **{"kind": "meki", "address": {"kind": "token"}, "layers": 3, "row_dim": 32, "file": "memory.rom"},
-            **{"row_type": "int8", "content_id": content_id, "projector_norm": False},
+            **{"row_type": "int8", "content_id": content_id, "projector_norm": False, "memory_experts": "both"},
+            **{"memory_projector": "swiglu", "memory_position": "parallel_ffn", "memory_fusion": "add_sigmoid"},
         },
         "parameters": {"ram": make_model().config.ram_parameters, "rom": 3 * 300 * 32},
         "stages": [{"file": "stage0.onnx", "rows": None}, {"file": "stage1.onnx", "rows": [0, 3]}],

@@ -91,6 +91,7 @@ TEST_CASE("manifest: a valid one parses") {
         std::array<uint32_t, 6>{64, 4, 8, 2, 16, 512});
   REQUIRE(manifest.memory);
   CHECK(manifest.memory->address == "token");
+  CHECK(manifest.memory->vocab_size == manifest.architecture.vocab_size);
   CHECK(manifest.memory->layers == 4);
   CHECK(manifest.memory->row_dim == 16);
   CHECK(manifest.memory->file == "memory.rom");
@@ -108,6 +109,20 @@ TEST_CASE("manifest: a valid one parses") {
   CHECK_FALSE(manifest.dense_stages[0].rows);
   CHECK(manifest.weight_type == "int8");
   CHECK(manifest.eos_token_ids == std::vector<int32_t>{0, 63});
+}
+
+TEST_CASE("manifest: a table may have fewer entries than the model has tokens") {
+  Package package;
+  const auto entries = [&package](const json& value) {
+    json changed = package.manifest;
+    changed["memory"]["address"]["vocab_size"] = value;
+    return changed;
+  };
+  write_manifest(package.path, entries(5));
+  CHECK(Manifest::open(package.path).memory->vocab_size == 5);
+  for (const json& value : {json(0), json(-1), json(65), json("5")}) {
+    check_names(package.error_with(entries(value)), "memory.address.vocab_size");
+  }
 }
 
 TEST_CASE("manifest: a dense one has no memory and no rows") {

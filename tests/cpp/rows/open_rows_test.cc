@@ -23,7 +23,7 @@ TEST_CASE("open_rows: a file that is not the manifest's is an error that names w
     return error_of<PackageError>([&manifest] { open_rows(manifest, RomAccess::pread); });
   };
   const std::pair<const char*, std::string> cases[] = {
-      {"vocab", error_with([](Manifest& m) { m.architecture.vocab_size = 65; })},
+      {"vocab", error_with([](Manifest& m) { m.memory->vocab_size = 65; })},
       {"layers", error_with([](Manifest& m) { m.memory->layers = 3; })},
       {"row dimension", error_with([](Manifest& m) { m.memory->row_dim = 15; })},
       {"row type", error_with([](Manifest& m) { m.memory->row_type = "int4"; })},

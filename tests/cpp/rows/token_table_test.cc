@@ -201,6 +201,10 @@ TEST_CASE("rom: a token has one key, which is its id, and fills all of its rows"
   CHECK(key.index == 8);
   CHECK(key.layer == 0);
   CHECK(key.column == 0);
+  for (const int32_t beyond : {9, 1000, std::numeric_limits<int32_t>::max()}) {
+    rom.keys(std::vector<int32_t>{3, beyond}, std::span(&key, 1));
+    CHECK(key.index == 0);
+  }
 }
 
 TEST_CASE("rom: access modes have names") {

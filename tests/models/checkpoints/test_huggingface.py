@@ -168,7 +168,17 @@ def test_transformers_reads_what_is_saved(make_model: Callable[..., Decoder], tm
         torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"projector_norm": True, "tied_embeddings": False}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"projector_norm": True, "tied_embeddings": False},
+        {"memory_experts": "dynamic", "memory_projector": "linear", "memory_position": "after_attention"},
+        {"memory_experts": "static", "memory_fusion": "multiply_silu"},
+        {"memory_dim": 0, "ple_dim": 16, "ple_vocab_size": 100},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("folded", [False, True])
 def test_memory_in_both_forms(
     make_model: Callable[..., Decoder],
@@ -185,8 +195,9 @@ def test_memory_in_both_forms(
     np.testing.assert_allclose(logits_of(package), expected, rtol=0, atol=TOLERANCE)
     assert Engine(package).random_weights
     names = load_file(tmp_path / "saved" / "model.safetensors").keys()
-    assert ("model.layers.0.meki.folded_table" in names) == folded
-    assert ("model.layers.0.meki.alpha_scale" in names) != folded
+    assert (f"model.layers.0.{model.config.memory.kind}.folded_table" in names) == folded
+    table = {"meki": "alpha_scale", "ple": "embed_tokens.weight"}[model.config.memory.kind]
+    assert (f"model.layers.0.{model.config.memory.kind}.{table}" in names) != folded
 
 
 def test_folded_cannot_be_loaded_in_training_form(make_model: Callable[..., Decoder], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from meki.models.architectures.llama import Decoder
 from meki.models.config import ConfigError
 from meki.models.qnn import stages as stages_module
 from meki.models.qnn.stages import Options, plan
+from meki.models.source import model_source
 
 from .conftest import open_weights, write_stages
 
@@ -26,11 +27,9 @@ def options(precision: str = "float16", **changes: Any) -> Options:
 
 
 def folded_rows(model: Decoder, ids: list[int]) -> np.ndarray:
-    """float32 [layers, T, memory_dim]."""
-    tensor = torch.tensor(ids)
-    with torch.no_grad():
-        experts = [layer.meki.experts(tensor, model.embed_tokens(tensor)) for layer in model.layers]
-    return torch.stack(experts).numpy()
+    """float32 [layers, T, row_dim]."""
+    table = np.concatenate(list(model_source(model).row_blocks()), axis=1)
+    return table[:, [token if token < table.shape[1] else 0 for token in ids]]
 
 
 @pytest.mark.parametrize(
@@ -41,6 +40,9 @@ def folded_rows(model: Decoder, ids: list[int]) -> np.ndarray:
         ("float16", "float32", {"layers": 1}),
         ("float16", "float32", {"nope_layers": (0, 2)}),
         ("float16", "float32", {"kv_heads": 1, "rope_factors": (1.0, 2.0, 2.0, 4.0, 4.0, 4.0, 8.0, 8.0)}),
+        ("float16", "float32", {"memory_position": "parallel_attention"}),
+        ("float16", "float32", {"memory_position": "after_attention", "memory_fusion": "multiply_silu"}),
+        ("float16", "float32", {"memory_dim": 0, "ple_dim": 32, "ple_vocab_size": 100}),
     ],
 )
 def test_decode_and_prefill_equal_pytorch(
@@ -82,8 +84,9 @@ def test_decode_and_prefill_equal_pytorch(
     # Values are rounded to 11 bits after every operator, some 60 of them in a row here: errors of 2^-12 that add up as
     # a random walk are 8 * 2^-12 = 0.002 of the logits' own size.
     scale = np.sqrt(np.mean(np.square(expected)))
-    # The largest of 3,300 logits deviates by four of these.
-    assert np.abs(np.concatenate(got) - expected).max() < 0.01 * scale
+    # The largest of 3,300 logits deviates by four of these; by eight where a memory multiplies two small factors, whose
+    # product a norm makes 1 again. A forgotten factor gives more than 0.1.
+    assert np.abs(np.concatenate(got) - expected).max() < 0.02 * scale
     assert naive.length == len(ids)
 
 
