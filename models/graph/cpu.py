@@ -184,8 +184,7 @@ class PackedGraph(CpuGraph):
                 return self.use(super().swiglu(x, name))
         return super().compute(value)
 
-    def fused(self, kind: str, inputs: Sequence[Value | Matrix], output: str) -> Value:
-        attributes: dict[str, int] = {}
+    def fused(self, kind: str, inputs: Sequence[Value | Matrix], output: str, **attributes: int) -> Value:
         passed: list[Value] = []
         for value in inputs:
             match value:

@@ -198,7 +198,7 @@ class Primitives(ABC):
             self._makers[name], self._here[name] = self.stages[-1], name
         return self.stages[-1].op(kind, names, outputs, domain, **attributes)
 
-    def fused(self, kind: str, inputs: Sequence[Value | Matrix], output: str) -> Value | None:
+    def fused(self, kind: str, inputs: Sequence[Value | Matrix], output: str, **attributes: int) -> Value | None:
         """An operator of the domain meki (docs/package-format.md) in place of plain ones; None: the graph has none.
 
         A norm is passed as what is normed and the weight, a matrix in panels, a memory row as the rows of the stage.

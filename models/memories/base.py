@@ -15,11 +15,19 @@ from ..graph.primitives import Primitives, Value
 from ..quantize import Floats
 
 ALL = slice(None)
+SIGMOID, SILU, GELU_TANH = range(3)
+"""Activations of the gate."""
 BLOCK_BYTES = 32 << 20
 """Of float32 rows that are in memory at a time."""
 
 Read = Callable[[str, slice], Floats]
 """Gives rows of a weight by its name in the PyTorch model, float32; `ALL` of them where it is no table."""
+
+
+def fusion(activation: int, multiply: bool) -> dict[str, int]:
+    """These attributes of the operator Injection."""
+    values = {"activation": activation, "multiply": int(multiply)}
+    return {name: value for name, value in values.items() if value}
 
 
 class Tokens(NamedTuple):

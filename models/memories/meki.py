@@ -6,7 +6,7 @@ Parameter names are those of the published module, so that its state dicts load 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from ..config import FLAG, WIDTH, ConfigError, integer, one_of
 from ..ffns.swiglu import SwiGLU
 from ..graph.primitives import Matrix, Primitives, Value
 from ..quantize import Floats
-from .base import ALL, Memory, MemoryLayer, Read, Tokens
+from .base import ALL, SIGMOID, SILU, Memory, MemoryLayer, Read, Tokens, fusion
 
 _TABLE, _PROJECTOR = "embeddings.weight", "word_emb_projection"
 _MEGATRON = "meki_module."
@@ -56,11 +56,11 @@ PROJECTORS: dict[str, type[SwiGLUProjector] | type[LinearProjector]] = {
 }
 POSITIONS = ("parallel_ffn", "parallel_attention", "after_attention", "after_ffn")
 """What the gate sees: the normed input of the FFN or of attention, or the stream behind either through `pre_norm`."""
-FUSIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-    "add_sigmoid": ("Add", torch.sigmoid),
-    "multiply_sigmoid": ("Mul", torch.sigmoid),
-    "add_silu": ("Add", F.silu),
-    "multiply_silu": ("Mul", F.silu),
+FUSIONS = {
+    "add_sigmoid": ("Add", SIGMOID),
+    "multiply_sigmoid": ("Mul", SIGMOID),
+    "add_silu": ("Add", SILU),
+    "multiply_silu": ("Mul", SILU),
 }
 """How a row and the gate become one, and the gate's activation."""
 
@@ -104,7 +104,8 @@ class MeKi(MemoryLayer):
     def inject(self, rows: Tensor, h: Tensor) -> Tensor:
         """The part that stays at inference. rows: [.., m]; h: what the gate sees, [.., d] -> y [.., d]."""
         operator, activation = FUSIONS[self.memory.fusion]
-        gate = activation(self.gate_proj(h))
+        gate = self.gate_proj(h)
+        gate = torch.sigmoid(gate) if activation == SIGMOID else F.silu(gate)
         return self.post_norm(self.out_proj(rows + gate if operator == "Add" else rows * gate))
 
     def after_attention(self, x: Tensor, h: Tensor, tokens: Tokens) -> Tensor:
@@ -175,13 +176,12 @@ class MeKiConfig(Memory):
             h = g.norm(x, f"{prefix}.pre_norm")
         gate_proj, out_proj = Matrix(f"{prefix}.gate_proj", self.dim), Matrix(f"{prefix}.out_proj", g.config.hidden)
         operator, activation = FUSIONS[self.fusion]
-        if self.fusion == "add_sigmoid":
-            post_norm = g.vector(f"{prefix}.post_norm.weight")
-            if injected := g.fused("Injection", [x, h, gate_proj, row, out_proj, post_norm], out):
-                return injected
+        inputs = [x, h, gate_proj, row, out_proj, g.vector(f"{prefix}.post_norm.weight")]
+        if injected := g.fused("Injection", inputs, out, **fusion(activation, operator == "Mul")):
+            return injected
         projected = g.linear(h, gate_proj)
         gate = g.op("Sigmoid", [projected], f"{prefix}.gate")
-        if activation is F.silu:
+        if activation == SILU:
             gate = g.op("Mul", [projected, gate], f"{prefix}.silu")
         fused = g.op(operator, [row, gate], f"{prefix}.fused")
         return g.add(x, g.norm(g.linear(fused, out_proj), f"{prefix}.post_norm"), out)

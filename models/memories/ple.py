@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..config import WIDTH, ConfigError, integer
 from ..graph.primitives import Matrix, Primitives, Value
 from ..quantize import Floats
-from .base import Memory, MemoryLayer, Read, Tokens
+from .base import GELU_TANH, Memory, MemoryLayer, Read, Tokens, fusion
 
 _TABLE = "embed_tokens.weight"
 
@@ -92,14 +92,18 @@ class PLEConfig(Memory):
         return PLE(self.entries(config), config.hidden, self.dim, config.norm_eps)
 
     def after_ffn(self, g: Primitives, layer: int, x: Value, h: Value, words: Value) -> Value:
-        prefix, hidden = f"layers.{layer}.ple", g.config.hidden
+        prefix, hidden, added = f"layers.{layer}.ple", g.config.hidden, f"layers.{layer}.injected"
         row = g.rows(layer, self.dim)
         projected = g.linear(g.scaled(words, hidden**-0.5), Matrix(f"{prefix}.model_projection", self.dim))
         context = g.scaled(g.norm(projected, f"{prefix}.projection_norm"), 2**-0.5)
         inputs = g.op("Add", [row, context], f"{prefix}.inputs")
-        gate = g.gelu(g.linear(x, Matrix(f"{prefix}.input_gate", self.dim)), f"{prefix}.input_gate")
-        out = g.linear(g.op("Mul", [gate, inputs], f"{prefix}.gated"), Matrix(f"{prefix}.projection", hidden))
-        return g.add(x, g.norm(out, f"{prefix}.post_norm"), f"layers.{layer}.injected")
+        gate_proj, out_proj = Matrix(f"{prefix}.input_gate", self.dim), Matrix(f"{prefix}.projection", hidden)
+        fused = [x, x, "", gate_proj, inputs, out_proj, g.vector(f"{prefix}.post_norm.weight")]
+        if injected := g.fused("Injection", fused, added, layer=0, **fusion(GELU_TANH, True)):
+            return injected
+        gate = g.gelu(g.linear(x, gate_proj), f"{prefix}.input_gate")
+        out = g.linear(g.op("Mul", [gate, inputs], f"{prefix}.gated"), out_proj)
+        return g.add(x, g.norm(out, f"{prefix}.post_norm"), added)
 
     def folded_rows(self, config: Any, read: Read) -> Iterator[Floats]:
         scale = np.float32((self.dim / 2) ** 0.5)

@@ -7,6 +7,18 @@
 #include "runtime/kernels/scratch.h"
 
 namespace meki {
+namespace {
+
+// All three are a sigmoid, times the gate or not; GELU in its tanh form is x * sigmoid(2 sqrt(2 / pi) (x + 0.044715
+// x^3)).
+float activate(Fusion::Activation activation, float gate) {
+  constexpr float kSlope = 1.5957691216F;
+  const bool gelu = activation == Fusion::Activation::gelu_tanh;
+  const float sigmoid = 1 / (1 + std::exp(gelu ? -kSlope * gate * (1 + 0.044715F * gate * gate) : -gate));
+  return activation == Fusion::Activation::sigmoid ? sigmoid : gate * sigmoid;
+}
+
+}  // namespace
 
 void inject(const Simd& simd, const InjectionArgs& args, const Parallel& parallel) {
   constexpr size_t kTokens = 8;  // of one piece of what is not a matrix product
@@ -16,13 +28,17 @@ void inject(const Simd& simd, const InjectionArgs& args, const Parallel& paralle
   thread_local Scratch scratch;
   scratch.begin(Scratch::bytes<float>(args.tokens * memory_dim));
   float* const fused = scratch.take<float>(args.tokens * memory_dim);
-  const LinearInput normed{LinearInput::Kind::norm, args.h, hidden, args.norm_weight, args.epsilon};
-  linear(simd, args.gate_proj, normed, nullptr, args.tokens, fused, parallel);
+  const auto kind = args.norm_weight != nullptr ? LinearInput::Kind::norm : LinearInput::Kind::plain;
+  const LinearInput seen{kind, args.h, hidden, args.norm_weight, args.epsilon};
+  linear(simd, args.gate_proj, seen, nullptr, args.tokens, fused, parallel);
   parallel(pieces, [&args, fused, memory_dim](size_t piece) {
     for (size_t t = piece * kTokens; t < std::min(args.tokens, (piece + 1) * kTokens); ++t) {
       float* const gate = fused + t * memory_dim;
       const float* const row = args.rows + t * memory_dim;
-      for (size_t i = 0; i < memory_dim; ++i) gate[i] = row[i] + 1 / (1 + std::exp(-gate[i]));
+      for (size_t i = 0; i < memory_dim; ++i) {
+        const float open = activate(args.fusion.activation, gate[i]);
+        gate[i] = args.fusion.multiply ? row[i] * open : row[i] + open;
+      }
     }
   });
   const LinearInput plain{.x = fused, .stride = memory_dim};

@@ -8,21 +8,29 @@
 
 namespace meki {
 
+// How a memory row and the gate become one: row + f(gate) or row * f(gate).
+struct Fusion {
+  enum class Activation { sigmoid, silu, gelu_tanh };
+  Activation activation = Activation::sigmoid;
+  bool multiply = false;
+};
+
 // What one layer's memory injection computes on. Passive data.
 struct InjectionArgs {
   size_t tokens = 0;
-  const float* x = nullptr;                 // [tokens, hidden]: the residual stream after the FFN
-  const float* h = nullptr;                 // [tokens, hidden]: what the FFN's norm takes
-  const float* norm_weight = nullptr;       // [hidden], of that norm
-  PackedWeight gate_proj{};                 // [memory_dim, hidden]
-  const float* rows = nullptr;              // [tokens, memory_dim]: folded memory rows of the layer
+  const float* x = nullptr;            // [tokens, hidden]: the residual stream
+  const float* h = nullptr;            // [tokens, hidden]: what the gate sees
+  const float* norm_weight = nullptr;  // [hidden], of an RMSNorm on h; null: none
+  PackedWeight gate_proj{};            // [memory_dim, hidden]
+  const float* rows = nullptr;         // [tokens, memory_dim]: folded memory rows of the layer
+  Fusion fusion{};
   PackedWeight out_proj{};                  // [hidden, memory_dim]
   const float* post_norm_weight = nullptr;  // [hidden], of the norm behind out_proj
   float epsilon = 1e-6F;                    // of both norms
   float* out = nullptr;                     // [tokens, hidden]
 };
 
-// MeKi's folded form (arXiv 2602.03359):
+// By default MeKi's folded form (arXiv 2602.03359):
 //
 //   out = x + RMSNorm(out_proj (rows + sigmoid(gate_proj RMSNorm(h))))
 //

@@ -61,7 +61,8 @@ def set_attribute(output: str, name: str, value: float | None) -> Change:
 
     def change(graph: GraphProto) -> None:
         attributes = node(graph, output).attribute
-        attributes.remove(next(attribute for attribute in attributes if attribute.name == name))
+        if old := [attribute for attribute in attributes if attribute.name == name]:
+            attributes.remove(*old)
         if value is not None:
             attributes.append(helper.make_attribute(name, value))
 
@@ -133,6 +134,9 @@ ATTRIBUTES = [
     (INJECTED, "layer", 3, NOT_ROWS),
     (INJECTED, "layer", 2**31 - 1, NOT_ROWS),
     (INJECTED, "layer", -1, "an attribute is negative"),
+    (INJECTED, "activation", 3, "an attribute is not one of its choices"),
+    (INJECTED, "activation", -1, "an attribute is not one of its choices"),
+    (INJECTED, "multiply", 2, "an attribute is not one of its choices"),
     (ATTENTION, "heads", 3, "heads is not a multiple of kv_heads"),
     (ATTENTION, "kv_heads", 3, "heads is not a multiple of kv_heads"),
     (ATTENTION, "kv_heads", 0, NOT_POSITIVE),
@@ -249,6 +253,7 @@ def test_inputs(package: Path, case: str) -> None:
         (QKV, {1: ""}),
         (ATTENTION, {2: np.array(1, np.int64)}),
         (ATTENTION, {4: None}),
+        *[(INJECTED, {index: ""}) for index in range(7) if index != 2],
         (INJECTED, {6: None}),
         (EMBEDDING, {0: np.zeros((1, 1), np.int32)}),
     ],
@@ -258,6 +263,7 @@ def test_inputs(package: Path, case: str) -> None:
         "weight-left-out",
         "length-of-8-bytes",
         "no-sin",
+        *(f"injection-without-{name}" for name in ("x", "h", "gate", "rows", "out", "norm")),
         "no-norm",
         "ids-of-4-bytes",
     ],

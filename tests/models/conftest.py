@@ -111,7 +111,7 @@ class Linear(OpRun):
 
 
 class Injection(OpRun):
-    """MeKi's folded form, with activations in float32."""
+    """A memory's injection, with activations in float32; by default MeKi's folded form."""
 
     op_domain = "meki"
 
@@ -119,7 +119,7 @@ class Injection(OpRun):
         self,
         x: np.ndarray,
         h: np.ndarray,
-        norm: np.ndarray,
+        norm: np.ndarray | None,
         gate_proj: np.ndarray,
         rows: np.ndarray,
         out_proj: np.ndarray,
@@ -127,11 +127,19 @@ class Injection(OpRun):
         bits: int,
         epsilon: float,
         layer: int,
+        activation: int = 0,
+        multiply: int = 0,
     ) -> tuple[np.ndarray]:
         w_out = unpack_once(out_proj.tobytes(), out_proj.shape, bits, x.shape[-1])
         w_gate = unpack_once(gate_proj.tobytes(), gate_proj.shape, bits, rows.shape[-1])
-        opened = 1 / (1 + np.exp(-rms_norm(h, norm, epsilon) @ w_gate.T))
-        return (x + rms_norm((rows[layer] + opened) @ w_out.T, post_norm, epsilon),)
+        gate = (h if norm is None else rms_norm(h, norm, epsilon)) @ w_gate.T
+        opened = (
+            1 / (1 + np.exp(-gate)),
+            gate / (1 + np.exp(-gate)),
+            gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))),
+        )[activation]
+        fused = rows[layer] * opened if multiply else rows[layer] + opened
+        return (x + rms_norm(fused @ w_out.T, post_norm, epsilon),)
 
 
 class Embedding(OpRun):

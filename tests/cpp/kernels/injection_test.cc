@@ -3,6 +3,7 @@
 #include "runtime/kernels/injection.h"
 
 #include <limits>
+#include <numbers>
 
 #include "tests/cpp/allocations.h"
 #include "tests/cpp/kernels/kernels_support.h"
@@ -24,6 +25,8 @@ struct Inputs {
   size_t tokens;
   size_t hidden;
   size_t memory_dim;
+  Fusion fusion{};
+  bool normed = true;  // h
   Weight gate_proj;
   Weight out_proj;
   std::vector<float> x;
@@ -48,9 +51,10 @@ struct Inputs {
     return {tokens,
             x.data(),
             h.data(),
-            norm_weight.data(),
+            normed ? norm_weight.data() : nullptr,
             gate_proj.view(),
             rows.data(),
+            fusion,
             out_proj.view(),
             post_norm_weight.data(),
             1e-5F,
@@ -77,6 +81,7 @@ Product naive_gate(const Inputs& in) {
   std::vector<double> errors(normed.size());
   for (size_t t = 0; t < in.tokens; ++t) {
     const std::span<double> row = std::span(normed).subspan(t * in.hidden, in.hidden);
+    if (!in.normed) continue;
     const double inverse = inverse_rms(row);
     for (size_t i = 0; i < in.hidden; ++i) {
       row[i] *= inverse * in.norm_weight[i];
@@ -86,16 +91,33 @@ Product naive_gate(const Inputs& in) {
   return naive_linear(in.gate_proj, normed, errors);
 }
 
-// out = x + RMSNorm(out_proj (rows + sigmoid(gate_proj RMSNorm(h)))), and what the rounding to 8 bits may change of it.
+double activate(Fusion::Activation activation, double gate) {
+  switch (activation) {
+    case Fusion::Activation::sigmoid: return 1 / (1 + std::exp(-gate));
+    case Fusion::Activation::silu: return gate / (1 + std::exp(-gate));
+    case Fusion::Activation::gelu_tanh:
+      return gate / 2 * (1 + std::tanh(std::sqrt(2 / std::numbers::pi) * (gate + 0.044715 * gate * gate * gate)));
+  }
+  return std::numeric_limits<double>::quiet_NaN();
+}
+
+// out = x + RMSNorm(out_proj (rows + sigmoid(gate_proj RMSNorm(h)))), or the like, and what the rounding to 8 bits may
+// change of it.
 Product naive_injection(const Inputs& in) {
   const double norm_error = (static_cast<double>(in.hidden) + 8) * kRounding;  // a sum of as many squares
   const Product gate = naive_gate(in);
   std::vector<double> fused;
   std::vector<double> errors;
   for (size_t i = 0; i < in.tokens * in.memory_dim; ++i) {
-    fused.push_back(in.rows[i] + 1 / (1 + std::exp(-gate.exact[i])));
-    // The sigmoid's slope is 1/4 at most; beside it an exponential and three operations on numbers below 2.
-    errors.push_back(gate.bounds[i] / 4 + 16 * kRounding);
+    const double open = activate(in.fusion.activation, gate.exact[i]);
+    // The sigmoid's slope is 1/4 at most, those of the others 1.13; beside it an exponential, whose argument has some
+    // roundings, and a few operations on numbers below 2 or the gate.
+    const bool sigmoid = in.fusion.activation == Fusion::Activation::sigmoid;
+    const double size = std::fabs(gate.exact[i]);
+    const double error = sigmoid ? gate.bounds[i] / 4 + 16 * kRounding
+                                 : gate.bounds[i] * 1.13 + 16 * kRounding * (1 + size) * (1 + size);
+    fused.push_back(in.fusion.multiply ? in.rows[i] * open : in.rows[i] + open);
+    errors.push_back(in.fusion.multiply ? std::fabs(in.rows[i]) * error : error);
   }
   Product out = naive_linear(in.out_proj, fused, errors);
 
@@ -140,6 +162,31 @@ TEST_CASE("inject: every path against the formula") {
             for (size_t i = 0; i < tokens * hidden; ++i) errors.add(out[i], expected.exact[i], expected.bounds[i]);
             CHECK(errors.worst() <= 1);
           }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("inject: the other fusions, with and without a norm, against the formula") {
+  Random random(34);
+  for (const auto activation : {Fusion::Activation::sigmoid, Fusion::Activation::silu, Fusion::Activation::gelu_tanh}) {
+    for (const bool multiply : {false, true}) {
+      for (const bool normed : {false, true}) {
+        CAPTURE(static_cast<int>(activation));
+        CAPTURE(multiply);
+        CAPTURE(normed);
+        Inputs inputs(9, 96, 64, 8, random);
+        inputs.fusion = {activation, multiply};
+        inputs.normed = normed;
+        const Product expected = naive_injection(inputs);
+        for (const Simd* path : simd_paths()) {
+          CAPTURE(path->name);
+          std::vector<float> out(size_t{9} * 96);
+          inject(*path, inputs.args(out.data()), {});
+          Errors errors;
+          for (size_t i = 0; i < out.size(); ++i) errors.add(out[i], expected.exact[i], expected.bounds[i]);
+          CHECK(errors.worst() <= 1);
         }
       }
     }

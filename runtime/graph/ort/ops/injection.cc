@@ -7,12 +7,14 @@
 namespace meki::ops {
 namespace {
 
-// Inputs: x, h, norm_weight, gate_proj, rows, out_proj, post_norm_weight.
+// Inputs: x, h, norm_weight (may be left out), gate_proj, rows, out_proj, post_norm_weight.
 class InjectionKernel final : public Kernel {
  public:
   InjectionKernel(const Definition& node, KvType) : layer_(node.index("layer")), epsilon_(node.number("epsilon")) {
+    for (size_t index = 3; index < 7; ++index) require(node.has_input(index), "an input is missing");
+    fusion_ = {static_cast<Fusion::Activation>(node.choice("activation", 3)), node.choice("multiply", 2) == 1};
     const size_t hidden = node.constant(6).shape.elements();
-    norm_weight_ = node.constant(2).floats(hidden);
+    if (node.has_input(2)) norm_weight_ = node.constant(2).floats(hidden);
     post_norm_weight_ = node.constant(6).floats(hidden);
     out_proj_ = node.constant(5).packed(hidden, node.bits());
     gate_proj_ = node.constant(3).packed(out_proj_.inputs, node.bits());
@@ -38,6 +40,7 @@ class InjectionKernel final : public Kernel {
             .norm_weight = norm_weight_,
             .gate_proj = gate_proj_,
             .rows = call.input<float>(4) + layer_ * tokens * memory_dim,
+            .fusion = fusion_,
             .out_proj = out_proj_,
             .post_norm_weight = post_norm_weight_,
             .epsilon = epsilon_,
@@ -48,6 +51,7 @@ class InjectionKernel final : public Kernel {
  private:
   size_t layer_;
   float epsilon_;
+  Fusion fusion_;
   const float* norm_weight_ = nullptr;
   PackedWeight gate_proj_;
   PackedWeight out_proj_;
@@ -59,7 +63,7 @@ class InjectionKernel final : public Kernel {
 Kind injection() {
   using ort::kFloat, ort::kUint8;
   return {
-      "Injection", 7, {kFloat, kFloat, kFloat, kUint8, kFloat, kUint8, kFloat}, {kFloat}, make_kernel<InjectionKernel>};
+      "Injection", 2, {kFloat, kFloat, kFloat, kUint8, kFloat, kUint8, kFloat}, {kFloat}, make_kernel<InjectionKernel>};
 }
 
 }  // namespace meki::ops

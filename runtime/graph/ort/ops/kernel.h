@@ -107,6 +107,16 @@ class Definition {
     require(value == 0 || value == 1, "an attribute is neither 0 nor 1");
     return value == 1;
   }
+  // An attribute of 0 to count - 1; 0 if it is absent.
+  int64_t choice(const char* name, int64_t count) const {
+    int64_t value = 0;
+    if (ort::Status* const absent = api_.KernelInfoGetAttribute_int64(info_, name, &value)) {
+      api_.ReleaseStatus(absent);
+      return 0;
+    }
+    require(value >= 0 && value < count, "an attribute is not one of its choices");
+    return value;
+  }
   int bits() const {
     const int64_t value = integer("bits");
     require(value == 4 || value == 8, "bits is neither 4 nor 8");
