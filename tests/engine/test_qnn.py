@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,12 @@ STORY = (
     "what to do. Then the cat began to speak, and said that he should not be sad, for a cat that has boots can go far."
 )
 SOC, CONTEXT, CHUNK = "sm8750", 96, 32
+SMALL: dict[str, dict[str, Any]] = {
+    "small": {},
+    "ple": {"memory_dim": 0, "ple_dim": 32, "ple_vocab_size": 100},
+    "after attention": {"memory_position": "after_attention", "memory_fusion": "multiply_silu"},
+}
+"""Random models of two layers."""
 
 # Values are rounded to float16, 11 bits, after each of some 55 operators a layer. An error of 2^-12 of a value each,
 # adding up as a random walk over 8 layers, is sqrt(440) * 2^-12 = 0.5% of the final state, and reaches the logits, of
@@ -60,15 +67,15 @@ def logits(
 
 @pytest.fixture(scope="module")
 def compiled(make_package: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """compiled(name): "small" (random, 2 layers), or meki-tiny with weights of the named precision."""
+    """compiled(name): one of SMALL, or meki-tiny with weights of the named precision."""
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
         if name in made:
             return made[name]
         package = tmp_path_factory.mktemp("compiled") / name
-        if name == "small":
-            shutil.copytree(make_package("float32", layers=2), package)
+        if name in SMALL:
+            shutil.copytree(make_package("float32", layers=2, **SMALL[name]), package)
         elif name == "int8":
             shutil.copytree(bundled_models()["meki-tiny"], package)
         else:
@@ -76,7 +83,7 @@ def compiled(make_package: Callable[..., Path], tmp_path_factory: pytest.TempPat
             tokenizer = read_tokenizer(MODELS / "packages" / "meki-tiny" / "tokenizer.json")
             weights = "float32" if name == "float16" else name
             export_package(source, tokenizer, package, name=name, weights=weights, provenance={})
-        precision = "float16" if name in ("small", "float16") else name
+        precision = "float16" if name in ("float16", *SMALL) else name
         dense = name in ("small", "float16")
         entry, stages = compile_package(package, SOC, Options(CONTEXT, CHUNK, precision, dense))
         assert entry["nodes"] == sum(stage.nodes for stage in stages.values()) > 100
@@ -128,6 +135,14 @@ def test_small_model_prefill_and_decode_with_and_without_memory(compiled: Callab
         assert np.abs(got - expected).max() < 0.02 * scale * 2
     with_memory = logits(package, [ids], "cpu", True, "float32")
     assert np.abs(with_memory - expected).max() > 0.5 * scale  # or the comparison would prove nothing about rows
+
+
+@pytest.mark.parametrize("name", ["ple", "after attention"])
+def test_other_memories(name: str, compiled: Callable[[str], Path]) -> None:
+    steps = [list(range(90, 90 + CHUNK + 3)), [250], [7], [99]]
+    on_npu, on_cpu = logits(compiled(name), steps, "qnn"), logits(compiled(name), steps, "cpu", kv_type="float32")
+    # As of meki-tiny: logits are of RMS 2 here, too.
+    assert np.abs(on_npu - on_cpu).max() < LARGEST
 
 
 @pytest.mark.slow
