@@ -240,7 +240,7 @@ def test_markdown(report: Report) -> None:
     assert deep["MB a token"] == "0.8"
     assert deep["from storage, bytes a token"] == "512"
     assert results[1]["memory"] == "dense" and results[1]["wait p99, us"] == "-"
-    assert [row["MeKi / dense"] for row in compare] == [f"{report['compare'][0]['ratio']:.4f}"] * 2
+    assert [row["with memory / dense"] for row in compare] == [f"{report['compare'][0]['ratio']:.4f}"] * 2
     assert [row["part"] for row in parts] == [*PARTS, "sum"]
     assert parts[0]["meki at 0"] == "10.0 (11%)"
     assert parts[-1]["meki at 0"] == "90.0"

@@ -116,7 +116,7 @@ def _results(report: Report) -> Iterator[str]:
 def _comparison(report: Report) -> Iterator[str]:
     yield "Speed with the memory, relative to the same package with its memory switched off:"
     yield ""
-    yield from head(["depth", "MeKi / dense", "95% confidence interval", "groups"], "l")
+    yield from head(["depth", "with memory / dense", "95% confidence interval", "groups"], "l")
     for entry in report["compare"]:
         interval = entry["ci95"]
         shown = "needs 6 groups" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"

@@ -84,7 +84,7 @@ def _storage(blocks: Sequence[Block]) -> float | None:
 
 
 def _comparison(case: Case, meki: Sequence[Sequence[Block]], dense: Sequence[Sequence[Block]]) -> dict[str, Any]:
-    """How fast MeKi is for a dense model: a sample is the ratio of the speeds in one group of turns, A B B A."""
+    """Speed with the memory by speed without: a sample is the ratio in one group of turns, A B B A."""
     samples, turns = [], Plan.GROUP // Plan.TURN
     for blocks in zip(meki, dense, strict=True):
         for first in range(0, len(blocks[0]), turns):
