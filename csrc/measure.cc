@@ -74,6 +74,10 @@ void bind_results(py::module_& m) {
       .def_readonly("stall_ns", &Block::stall_ns,
                     "The wait for rows: of each decode step, or of a prefill the mean of its tokens; empty in a dense\n"
                     "model.")
+      .def_property_readonly(
+          "rom_requests", [](const Block& block) { return block.rows.requests; }, "As of Stats.")
+      .def_property_readonly(
+          "rom_hits", [](const Block& block) { return block.rows.hits; }, "As of Stats.")
       .def_readonly("storage_bytes", &Block::storage_bytes,
                     "What the whole process fetched from storage meanwhile; None: the system does not tell.");
   py::class_<Case>(m, "Case", "A test: prefill of `tokens` tokens, or as many decode steps, from `depth` tokens on.")

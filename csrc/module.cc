@@ -90,7 +90,7 @@ void rom_verify(const TokenTable& rom, uint64_t first, uint64_t count) {
   const py::gil_scoped_release release;
   const Mapping scratch = Mapping::zeroed(rom.scratch_bytes());
   for (uint64_t token = first; token < first + count; ++token) {
-    rom.read_bundle(token, {scratch.data(), scratch.size()});
+    rom.fetch(token, {scratch.data(), scratch.size()});
   }
 }
 
@@ -117,7 +117,7 @@ void bind_errors(py::module_& m) {
 void bind_options(py::module_& m) {
   py::class_<EngineOptions>(m, "EngineOptions", "How to open a package.")
       .def(py::init([](std::filesystem::path onnxruntime, int threads, const std::string& rom_access,
-                       const std::optional<std::string>& kv_type, bool memory, int64_t rom_delay_us,
+                       const std::optional<std::string>& kv_type, bool memory, size_t row_cache, int64_t rom_delay_us,
                        std::filesystem::path profile, const std::string& provider, std::filesystem::path qnn_library,
                        std::string soc) {
              return EngineOptions{.onnxruntime = std::move(onnxruntime),
@@ -125,6 +125,7 @@ void bind_options(py::module_& m) {
                                   .rom_access = parse_rom_access(rom_access),
                                   .kv_type = kv_type ? std::optional(parse_kv_type(*kv_type)) : std::nullopt,
                                   .memory = memory,
+                                  .row_cache = row_cache,
                                   .rom_delay = std::chrono::microseconds(rom_delay_us),
                                   .profile = std::move(profile),
                                   .provider = parse_provider(provider),
@@ -132,10 +133,11 @@ void bind_options(py::module_& m) {
                                   .soc = std::move(soc)};
            }),
            py::kw_only(), "onnxruntime"_a, "threads"_a = 0, "rom_access"_a = name_of(EngineOptions().rom_access),
-           "kv_type"_a = py::none(), "memory"_a = true, "rom_delay_us"_a = 0, "profile"_a = "",
-           "provider"_a = name_of(EngineOptions().provider), "qnn_library"_a = "", "soc"_a = "",
+           "kv_type"_a = py::none(), "memory"_a = true, "row_cache"_a = EngineOptions().row_cache, "rom_delay_us"_a = 0,
+           "profile"_a = "", "provider"_a = name_of(EngineOptions().provider), "qnn_library"_a = "", "soc"_a = "",
            "onnxruntime: path of the ONNX Runtime shared library. qnn_library: with the provider \"qnn\", that of\n"
-           "libonnxruntime_providers_qnn.so. rom_delay_us: microseconds that every read of the ROM takes longer.\n"
+           "libonnxruntime_providers_qnn.so. row_cache: bytes. rom_delay_us: microseconds that every read of the ROM "
+           "takes longer.\n"
            "soc: the compiled chip; empty: the only one there is. The others are as of meki.Engine. ValueError for a\n"
            "name that does not exist.");
 
@@ -245,7 +247,11 @@ void bind_engine(py::module_& m) {
       .def_readonly("stall_ns", &Stats::stall_ns,
                     "Nanoseconds that each decode step waited for its rows; empty in a dense model.")
       .def_property_readonly(
-          "rom_requests", [](const Stats& stats) { return stats.rows.requests; }, "Bundles read.")
+          "rom_requests", [](const Stats& stats) { return stats.rows.requests; },
+          "Bundles that were needed: of one token in a step once.")
+      .def_property_readonly(
+          "rom_hits", [](const Stats& stats) { return stats.rows.hits; },
+          "Of these: were in the row cache. The others were read.")
       .def_property_readonly(
           "rom_bytes", [](const Stats& stats) { return stats.rows.bytes; },
           "Bytes read: bundles without their padding (with O_DIRECT, the blocks around them).");

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from . import _core
 from .generation import GenerationResult, TextStream
 from .options import (
+    DEFAULT_ROW_CACHE,
     ChatOptions,
     CheckedOptions,
     GenerationOptions,
@@ -47,6 +48,7 @@ class Engine:
         provider: str = "cpu",
         soc: str | None = None,
         chat_template: str | os.PathLike[str] | None = None,
+        row_cache: int = DEFAULT_ROW_CACHE,
         memory: bool = True,
         rom_delay_ms: float = 0.0,
         profile: str | os.PathLike[str] = "",
@@ -58,7 +60,8 @@ class Engine:
         keys and values are stored, "float32", "float16", "int8" or "int4"; None: "int8", and with the provider "qnn"
         "float16", which has no other. provider: "cpu", or "qnn" for what meki-compile has made of the package: it runs
         on the NPU of a Qualcomm chip, on x86-64 in its simulator. soc: the compiled chip, such as "sm8750"; None: the
-        only one there is. chat_template: a Jinja file in place of the package's own chat template.
+        only one there is. chat_template: a Jinja file in place of the package's own chat template. row_cache: MiB of
+        memory at most in which memory rows that were read are kept, for all sessions; 0: none are.
 
         For measurements: memory: False runs the backbone without its memory. rom_delay_ms: milliseconds that every
         read of the ROM takes longer, 0 to 10,000, to imitate slow storage. profile: ONNX Runtime writes a trace of each
@@ -77,6 +80,7 @@ class Engine:
             rom_access=check_text("rom_access", rom_access),
             kv_type=None if kv_type is None else check_text("kv_type", kv_type),
             memory=check_flag("memory", memory),
+            row_cache=check_integer("row_cache", row_cache, 2**20) << 20,
             rom_delay_us=round(rom_delay_ms * 1000),
             profile=check_path("profile", profile),
             provider=check_text("provider", provider),

@@ -29,8 +29,11 @@ class GenerationStats:
     prefill_tokens_per_s: float | None
     decode_tokens_per_s: float | None
     rom_requests: int
-    """Bundles read."""
+    """Bundles that were needed."""
+    rom_hits: int
+    """Of these, in the row cache. The others were read."""
     rom_bytes: int
+    """Bytes read."""
     rom_access: str | None
     """The access mode in use: "mmap", "pread" or "direct"; None: the package has no memory."""
     stall_us_p50: float | None
@@ -145,6 +148,7 @@ class TextStream(Iterator[str]):
             prefill_tokens_per_s=_per_second(core.prefill_tokens, core.prefill_ns),
             decode_tokens_per_s=_per_second(core.decode_tokens, core.decode_ns),
             rom_requests=core.rom_requests,
+            rom_hits=core.rom_hits,
             rom_bytes=core.rom_bytes,
             rom_access=self._rom_access,
             stall_us_p50=p50,

@@ -15,6 +15,8 @@ from typing import Any, SupportsFloat, SupportsIndex, TypedDict
 from . import _core
 
 DEFAULT_MAX_NEW_TOKENS = 256
+DEFAULT_ROW_CACHE = 16
+"""MiB."""
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """Options that a package may have defaults of its own for."""
 

@@ -61,10 +61,15 @@ Figures take_figures(const std::shared_ptr<const Engine>& engine, const Plan& pl
     }
   }
   std::optional<uint64_t> fetched = 0;
+  RowCounters rows;
   for (const Block& block : measure_test(engine, decode, poll, figures)) {
     figures.decode_tokens_per_s.push_back(speed(block));
     for (const uint64_t ns : block.stall_ns) figures.stall_us.push_back(static_cast<double>(ns) / 1000);
+    rows += block.rows;
     fetched = fetched && block.storage_bytes ? std::optional(*fetched + *block.storage_bytes) : std::nullopt;
+  }
+  if (rows.requests > 0) {
+    figures.row_hit_rate = static_cast<double>(rows.hits) / static_cast<double>(rows.requests);
   }
   if (fetched) {
     figures.storage_bytes_per_token =

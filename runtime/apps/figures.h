@@ -21,6 +21,7 @@ struct Figures {
   std::vector<double> prefill_tokens_per_s;  // of each round
   std::vector<double> decode_tokens_per_s;   // of each round
   std::vector<double> stall_us;              // wait for rows of each decode step of all rounds; empty without a memory
+  std::optional<double> row_hit_rate;        // of what decode needed, what the row cache had; none without a memory
   std::optional<double> storage_bytes_per_token;  // fetched from storage by the process, a decode step
   std::optional<ResidentMemory> memory;           // after decode has run once
 };

@@ -66,6 +66,10 @@ constexpr std::array kFlags{
     Flag{"kv-type", "TYPE",
          "float32, float16, int8 or int4: how the cache holds keys and values (default: int8; qnn: float16)",
          [](Options& to, const char* text) { to.engine.kv_type = parse_kv_type(text); }},
+    Flag{"row-cache", "MIB", "memory that keeps rows (default: 0, every row is read)",
+         [](Options& to, const char* text) {
+           to.engine.row_cache = size_t{parse_number<uint32_t>("--row-cache", text, 0)} << 20;
+         }},
     Flag{"depth", "N", "tokens in the cache when decode begins, synthetic (default: 10240, or what fits)",
          [](Options& to, const char* text) { to.depth = parse_number<size_t>("--depth", text, 0); }, true},
     Flag{"prefill", "N", "tokens of a prefill into an empty cache; 0: none (default: 512, or what fits)",

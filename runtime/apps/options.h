@@ -14,8 +14,8 @@ namespace meki::bench {
 // What the command line asks for. Passive data.
 struct Options {
   std::filesystem::path package;
-  EngineOptions engine;
-  bool cold = false;               // drop the ROM from the page cache before every step
+  EngineOptions engine{.onnxruntime = {}, .row_cache = 0};  // all rounds decode the same tokens
+  bool cold = false;                                        // drop the ROM from the page cache before every step
   std::optional<size_t> depth;     // tokens in the cache when decode begins; default: as many as fit, at most 10240
   std::optional<size_t> prefill;   // tokens of a prefill, 0: none; default: as many as fit, at most 512
   size_t tokens = 32;              // decode steps of a round

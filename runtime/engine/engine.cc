@@ -14,6 +14,7 @@
 #include "runtime/graph/qnn.h"
 #include "runtime/rows/delayed_rows.h"
 #include "runtime/rows/open_rows.h"
+#include "runtime/rows/row_cache.h"
 
 namespace meki {
 namespace {
@@ -97,6 +98,7 @@ std::shared_ptr<const Engine> Engine::open(const std::filesystem::path& director
   if (rows != nullptr && options.rom_delay.count() > 0) {
     rows = std::make_shared<DelayedRows>(std::move(rows), options.rom_delay);
   }
+  if (rows != nullptr) rows = with_row_cache(std::move(rows), options.row_cache);
   return make(rows, backend, threads);
 }
 

@@ -20,6 +20,7 @@ struct EngineOptions {
   RomAccess rom_access = RomAccess::pread;
   std::optional<KvType> kv_type{};         // none: int8 on the CPU, float16 of compiled stages, which have no other
   bool memory = true;                      // false: the package's backbone without its memory
+  size_t row_cache = size_t{16} << 20;     // bytes at most that keep rows in memory, for all sessions; 0: none
   std::chrono::microseconds rom_delay{0};  // added to every bundle read, to imitate slow storage
   std::filesystem::path profile{};         // as in GraphOptions
   Provider provider = Provider::cpu;
@@ -46,7 +47,7 @@ class Engine {
 
   // Of the model as it runs: without "memory" if that is off.
   const Manifest& manifest() const { return backend_->manifest(); }
-  // Where the memory rows are; null in a dense model.
+  // Where the memory rows come from; null in a dense model.
   const std::shared_ptr<const RowSource>& rows() const { return rows_; }
   const Backend& backend() const { return *backend_; }
   int threads() const { return threads_; }

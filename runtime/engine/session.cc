@@ -239,9 +239,7 @@ uint64_t Session::run(size_t tokens, RowRequest& rows, size_t logits_from, float
 Stats Session::stats() const {
   engine_->check_process();
   Stats stats = stats_;
-  if (prefetcher_ == nullptr) return stats;
-  const RowCounters now = prefetcher_->counters();
-  stats.rows = {now.requests - rows_base_.requests, now.bytes - rows_base_.bytes};
+  if (prefetcher_ != nullptr) stats.rows = prefetcher_->counters() - rows_base_;
   return stats;
 }
 

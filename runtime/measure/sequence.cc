@@ -52,7 +52,7 @@ Block PrefillSequence::run() {
   session_.next(hooks_.poll);
   const Stats stats = session_.stats();
   check_count("prefill", stats.prefill_tokens, ids_.size());
-  Block block{.tokens = ids_.size(), .ns = stats.prefill_ns, .storage_bytes = since(stored)};
+  Block block{.tokens = ids_.size(), .ns = stats.prefill_ns, .rows = stats.rows, .storage_bytes = since(stored)};
   if (has_rows_) block.stall_ns = {stats.prefill_stall_ns / stats.prefill_tokens};
   return block;
 }
@@ -83,7 +83,7 @@ Block DecodeSequence::decode(size_t tokens, size_t lead_in) {
   for (size_t count = 0; count < tokens; ++count) step(true);
   const Stats stats = session_.stats();
   check_count("decode", stats.decode_tokens, tokens);
-  return {tokens, stats.decode_ns, stats.sample_ns, stats.stall_ns, since(stored)};
+  return {tokens, stats.decode_ns, stats.sample_ns, stats.stall_ns, stats.rows, since(stored)};
 }
 
 void DecodeSequence::step(bool counted) {

@@ -18,6 +18,7 @@ struct Block {
   uint64_t sample_ns = 0;                   // of `ns`: choosing tokens
   std::vector<uint64_t> stall_ns{};         // the wait for rows: of each decode step, or of a prefill the mean of its
                                             // tokens; empty in a dense model
+  RowCounters rows{};                       // what was requested meanwhile; nothing in a dense model
   std::optional<uint64_t> storage_bytes{};  // what the whole process fetched from storage meanwhile; none: not told
 };
 

@@ -4,9 +4,9 @@
 
 namespace meki {
 
-size_t DelayedRows::read(uint64_t index, std::span<std::byte> scratch, float* out, size_t layer_stride) const {
+FetchedPart DelayedRows::fetch(uint64_t index, std::span<std::byte> scratch) const {
   std::this_thread::sleep_for(delay_);
-  return RowDecorator::read(index, scratch, out, layer_stride);
+  return RowDecorator::fetch(index, scratch);
 }
 
 }  // namespace meki

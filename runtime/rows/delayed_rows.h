@@ -14,7 +14,7 @@ class DelayedRows final : public RowDecorator {
   DelayedRows(std::shared_ptr<const RowSource> source, std::chrono::microseconds delay)
       : RowDecorator(std::move(source)), delay_(delay) {}
 
-  size_t read(uint64_t index, std::span<std::byte> scratch, float* out, size_t layer_stride) const override;
+  FetchedPart fetch(uint64_t index, std::span<std::byte> scratch) const override;
 
  private:
   const std::chrono::microseconds delay_;

@@ -171,8 +171,7 @@ void Prefetcher::perform(Buffer& buffer, std::unique_lock<std::mutex>& lock) {
     error = std::current_exception();
   }
   lock.lock();
-  counters_.requests += read.requests;
-  counters_.bytes += read.bytes;
+  counters_ += read;
   const bool dropped = buffer.state == State::dropped;
   buffer.state = dropped ? State::free : State::done;
   if (!dropped) buffer.error = std::move(error);
@@ -205,8 +204,9 @@ void Prefetcher::fill(Buffer& buffer, RowCounters& read) {
       copy_layers(place(order[i - 1].second), place(position), layer_stride, part.layers, part.row_dim);
       continue;
     }
-    read.bytes += source_->read(index, {buffer.scratch.data(), buffer.scratch.size()}, place(position), layer_stride);
-    ++read.requests;
+    const size_t bytes =
+        source_->read(index, {buffer.scratch.data(), buffer.scratch.size()}, place(position), layer_stride);
+    read += {1, bytes == 0 ? uint64_t{1} : 0, bytes};
   }
   const size_t count = buffer.keys.size() / keys_per_token;
   const float* const last = rows + (count - 1) * shape.row_dim;

@@ -20,10 +20,21 @@ namespace meki {
 
 class Prefetcher;
 
-// What a prefetcher has read. Passive data.
+// What a prefetcher has brought. Passive data.
 struct RowCounters {
-  uint64_t requests = 0;  // parts read
+  uint64_t requests = 0;  // parts
+  uint64_t hits = 0;      // of these: were in memory; the others were read
   uint64_t bytes = 0;     // asked of the system
+
+  RowCounters& operator+=(const RowCounters& other) {
+    requests += other.requests;
+    hits += other.hits;
+    bytes += other.bytes;
+    return *this;
+  }
+  RowCounters operator-(const RowCounters& other) const {
+    return {requests - other.requests, hits - other.hits, bytes - other.bytes};
+  }
 };
 
 // Rows that were asked for, and the buffer that they are read into. Destroying it gives the buffer back and never

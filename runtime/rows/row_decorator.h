@@ -15,10 +15,14 @@ class RowDecorator : public RowSource {
   size_t keys_per_token() const override { return source_->keys_per_token(); }
   size_t history() const override { return source_->history(); }
   void keys(std::span<const int32_t> sequence, std::span<RowKey> out) const override { source_->keys(sequence, out); }
+  size_t part_bytes() const override { return source_->part_bytes(); }
   size_t scratch_bytes() const override { return source_->scratch_bytes(); }
   void advise(uint64_t index) const noexcept override { source_->advise(index); }
-  size_t read(uint64_t index, std::span<std::byte> scratch, float* out, size_t layer_stride) const override {
-    return source_->read(index, scratch, out, layer_stride);
+  FetchedPart fetch(uint64_t index, std::span<std::byte> scratch) const override {
+    return source_->fetch(index, scratch);
+  }
+  void widen(std::span<const std::byte> stored, float* out, size_t layer_stride) const noexcept override {
+    source_->widen(stored, out, layer_stride);
   }
   void drop_cache() const noexcept override { source_->drop_cache(); }
   std::string_view access() const override { return source_->access(); }

@@ -20,6 +20,12 @@ struct RowKey {
   uint32_t column = 0;
 };
 
+// A part as it is stored, checked. Passive data.
+struct FetchedPart {
+  std::span<const std::byte> stored;  // RowSource::part_bytes()
+  size_t bytes = 0;                   // asked of the system for it; 0: it was in memory
+};
+
 // What gives the memory rows of tokens. A token's rows are the parts that its keys name: one for a table with an entry
 // a token, many for hashed n-grams. Immutable and thread-safe.
 class RowSource {
@@ -40,16 +46,26 @@ class RowSource {
   // last history() + 1 tokens. Their ids are below the model's vocabulary size.
   virtual void keys(std::span<const int32_t> sequence, std::span<RowKey> out) const = 0;
 
-  // What read() needs: this many bytes, aligned to kScratchAlignment.
+  // Of one part as it is stored.
+  virtual size_t part_bytes() const = 0;
+  // What fetch() needs: this many bytes, at least part_bytes(), aligned to kScratchAlignment.
   virtual size_t scratch_bytes() const = 0;
   static constexpr size_t kScratchAlignment = 4096;
   // Asks the system to have the part of a key's index at hand soon; does not wait.
   virtual void advise(uint64_t index) const noexcept = 0;
-  // Reads the part of a key's index, checks it and widens it: its row l goes to out[l * layer_stride .. + row_dim).
-  // Blocks on storage. Returns the bytes that it asked the system for. Throws PackageError, then `out` is undefined.
-  virtual size_t read(uint64_t index, std::span<std::byte> scratch, float* out, size_t layer_stride) const = 0;
+  // Brings the part of a key's index into `scratch`, where the result lies, and checks it. Blocks on storage. Throws
+  // PackageError.
+  virtual FetchedPart fetch(uint64_t index, std::span<std::byte> scratch) const = 0;
+  // Widens what fetch() gave: row l goes to out[l * layer_stride .. + row_dim) of part().
+  virtual void widen(std::span<const std::byte> stored, float* out, size_t layer_stride) const noexcept = 0;
+  // Both. Returns the bytes that were asked of the system. Throws as fetch(), then `out` is as it was.
+  size_t read(uint64_t index, std::span<std::byte> scratch, float* out, size_t layer_stride) const {
+    const FetchedPart part = fetch(index, scratch);
+    widen(part.stored, out, layer_stride);
+    return part.bytes;
+  }
 
-  // Asks the system to forget what it has cached, so that the next reads go to storage. Best effort.
+  // Forgets what it has in memory and asks the system to do so, too, so that the next reads go to storage. Best effort.
   virtual void drop_cache() const noexcept = 0;
   // How it reads, for people and statistics; "pread" for example.
   virtual std::string_view access() const = 0;

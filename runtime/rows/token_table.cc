@@ -19,7 +19,6 @@ namespace meki {
 namespace {
 
 constexpr std::array<std::string_view, 3> kAccessNames = {"mmap", "pread", "direct"};
-constexpr size_t kChecksumBytes = 4;
 
 inline uint16_t load_u16(const std::byte* at) {
   uint16_t value = 0;
@@ -156,12 +155,7 @@ void TokenTable::drop_cache() const noexcept {
   ::posix_fadvise(file_.descriptor(), 0, 0, POSIX_FADV_DONTNEED);
 }
 
-size_t TokenTable::read(uint64_t token, std::span<std::byte> scratch, float* out, size_t layer_stride) const {
-  widen(read_bundle(token, scratch), out, layer_stride);
-  return window(token).bytes;
-}
-
-std::span<const std::byte> TokenTable::read_bundle(uint64_t token, std::span<std::byte> scratch) const {
+FetchedPart TokenTable::fetch(uint64_t token, std::span<std::byte> scratch) const {
   const Window wanted = window(token);
   const size_t got = access_ == RomAccess::mmap ? copy_mapped(wanted, scratch.data())
                                                 : file_.read(wanted.offset, scratch.first(wanted.bytes), path_);
@@ -171,7 +165,7 @@ std::span<const std::byte> TokenTable::read_bundle(uint64_t token, std::span<std
                        " bytes; the file shrank or its storage failed: restore it and open the model again");
   }
   const auto bundle = scratch.subspan(wanted.skip, header_.bundle_bytes);
-  const auto payload = bundle.first(bundle.size() - kChecksumBytes);
+  const auto payload = bundle.first(part_bytes());
   uint32_t expected = 0;
   std::memcpy(&expected, bundle.data() + payload.size(), kChecksumBytes);
   const uint32_t found = crc32c(payload);
@@ -180,7 +174,7 @@ std::span<const std::byte> TokenTable::read_bundle(uint64_t token, std::span<std
                        std::to_string(found) + ", expected " + std::to_string(expected) +
                        "; the file is damaged: restore it");
   }
-  return payload;
+  return {payload, wanted.bytes};
 }
 
 void TokenTable::widen(std::span<const std::byte> bundle, float* out, size_t layer_stride) const noexcept {

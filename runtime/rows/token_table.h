@@ -59,20 +59,18 @@ class TokenTable final : public RowSource {
   size_t keys_per_token() const override { return 1; }
   size_t history() const override { return 0; }
   void keys(std::span<const int32_t> sequence, std::span<RowKey> out) const override;
+  size_t part_bytes() const override { return header_.bundle_bytes - kChecksumBytes; }
   size_t scratch_bytes() const override { return scratch_bytes_; }
   void advise(uint64_t token) const noexcept override;
   // Throws PackageError if the file shrank, cannot be read, or the checksum is wrong.
-  size_t read(uint64_t token, std::span<std::byte> scratch, float* out, size_t layer_stride) const override;
+  FetchedPart fetch(uint64_t token, std::span<std::byte> scratch) const override;
+  void widen(std::span<const std::byte> bundle, float* out, size_t layer_stride) const noexcept override;
   // Pages in use elsewhere stay cached.
   void drop_cache() const noexcept override;
   std::string_view access() const override { return name_of(access_); }
 
-  // The first half of read(): brings the bundle of `token` into `scratch` and checks it. Returns its scales and rows,
-  // which live in `scratch`. Throws as read().
-  std::span<const std::byte> read_bundle(uint64_t token, std::span<std::byte> scratch) const;
-
  private:
-  struct Window {  // the part of the file that one read() asks for
+  struct Window {  // the part of the file that one fetch() asks for
     uint64_t offset;
     size_t bytes;
     size_t skip;  // from its begin to the bundle
@@ -82,7 +80,8 @@ class TokenTable final : public RowSource {
   void will_need(const Window& window) const noexcept;
   size_t copy_mapped(const Window& window, std::byte* out) const noexcept;
   void unmap(const Window& window) const noexcept;
-  void widen(std::span<const std::byte> bundle, float* out, size_t layer_stride) const noexcept;
+
+  static constexpr size_t kChecksumBytes = 4;  // behind a bundle's scales and rows
 
   std::filesystem::path path_;
   RomAccess access_;

@@ -17,9 +17,10 @@ from .report import Report
 _ABSENT = "-"
 _RESULT_FIELDS = (
     *("test", "depth", "tokens", "memory", "synthetic_depth", "median", "p10", "p90"),
-    *("bytes_per_token", "kv_bytes", "weight_bytes", "row_bytes", "bandwidth_fraction", "storage_bytes_per_token"),
+    *("bytes_per_token", "kv_bytes", "weight_bytes", "row_bytes", "bandwidth_fraction", "row_hit_rate"),
+    "storage_bytes_per_token",
 )
-_PROTOCOL_FIELDS = ("repetitions", "rom", "rom_delay_ms")
+_PROTOCOL_FIELDS = ("repetitions", "rom", "rom_delay_ms", "row_cache_mib")
 _ENVIRONMENT_FIELDS = (
     *("model", "random_weights", "weights", "rows", "kv_type", "threads"),
     *("cpu", "simd", "onnxruntime", "meki", "started"),
@@ -94,9 +95,10 @@ def _environment(report: Report) -> Iterator[str]:
 
 
 def _results(report: Report) -> Iterator[str]:
-    cold = report["protocol"]["rom"] == "cold"
+    cold, cached = report["protocol"]["rom"] == "cold", report["protocol"]["row_cache_mib"] > 0
     header = ["test", "depth", "memory", "tokens/s", "p10", "p90", "wait p50, us", "wait p99, us", "MB a token"]
-    yield from head([*header, "of bandwidth", *(["from storage, bytes a token"] if cold else [])], "lll")
+    header += ["of bandwidth", *(["rows from the cache"] if cached else [])]
+    yield from head([*header, *(["from storage, bytes a token"] if cold else [])], "lll")
     for result in report["results"]:
         stall = result["stall_us"] or {}
         yield row(
@@ -108,6 +110,7 @@ def _results(report: Report) -> Iterator[str]:
                 *(_number(stall.get(rank), ",.2f") for rank in ("p50", "p99")),
                 _number(result["bytes_per_token"], ",.1f", 1e-6),
                 _number(result["bandwidth_fraction"], ".0%"),
+                *([_number(result["row_hit_rate"], ".0%")] if cached else []),
                 *([_number(result["storage_bytes_per_token"], ",.0f")] if cold else []),
             ]
         )

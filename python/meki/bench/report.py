@@ -69,6 +69,7 @@ def _result(
         "weight_bytes": None if size is None else contender.weight_bytes,
         "row_bytes": contender.row_bytes,
         "bandwidth_fraction": None if size is None else size * median / bandwidth,
+        "row_hit_rate": _hit_rate(blocks),
         "storage_bytes_per_token": _storage(blocks),
     }
 
@@ -76,6 +77,11 @@ def _result(
 def speed(blocks: Sequence[Block]) -> float:
     """Tokens/s of several blocks together."""
     return sum(block.tokens for block in blocks) * 1e9 / sum(block.ns for block in blocks)
+
+
+def _hit_rate(blocks: Sequence[Block]) -> float | None:
+    requests = sum(block.rom_requests for block in blocks)
+    return sum(block.rom_hits for block in blocks) / requests if requests else None
 
 
 def _storage(blocks: Sequence[Block]) -> float | None:
@@ -111,6 +117,11 @@ def _labels(environment: dict[str, Any], protocol: dict[str, Any]) -> list[str]:
         labels.append("cold ROM: dropped from the page cache before every step; the system may keep pages")
     if protocol["rom_delay_ms"]:
         labels.append(f"artificial delay: {protocol['rom_delay_ms']:g} ms were added to every read of the ROM")
+    if protocol["row_cache_mib"]:
+        labels.append(
+            f"row cache of {protocol['row_cache_mib']} MiB: all rounds have the same tokens, so that more rows come from "
+            "it than in a text"
+        )
     if environment["machine_note"]:
         labels.append(environment["machine_note"])
     return labels

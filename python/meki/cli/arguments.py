@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from ..options import DEFAULT_ROW_CACHE
 from .errors import USAGE, report
 
 T = TypeVar("T")
@@ -102,8 +103,11 @@ def text_of(name: str, data: bytes) -> str:
     return text.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
 
 
-def add_engine_options(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
-    """Adds the options of every command that opens an engine; returns what adds further ones to their group."""
+def add_engine_options(
+    parser: argparse.ArgumentParser, row_cache: int = DEFAULT_ROW_CACHE
+) -> Callable[..., argparse.Action]:
+    """Adds the options of every command that opens an engine; returns what adds further ones to their group.
+    row_cache: the default of --row-cache."""
     add = parser.add_argument_group("engine").add_argument
     add("--threads", type=int, default=0, metavar="N", help="compute threads (default: one per available core)")
     add(
@@ -117,9 +121,16 @@ def add_engine_options(parser: argparse.ArgumentParser) -> Callable[..., argpars
         default="pread",
         help="how memory rows are read (default: %(default)s)",
     )
+    add(
+        "--row-cache",
+        type=int,
+        default=row_cache,
+        metavar="MIB",
+        help="memory at most that keeps rows which were read; 0: none (default: %(default)s)",
+    )
     return add
 
 
 def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of `Engine`: what was parsed of `add_engine_options`."""
-    return {name: getattr(arguments, name) for name in ("threads", "kv_type", "rom_access")}
+    return {name: getattr(arguments, name) for name in ("threads", "kv_type", "rom_access", "row_cache")}

@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--synthetic-depth", action="store_true", help="fill the cache instead of computing it; every output says so")
     add("--compare", choices=("dense",), help="take turns with the same package, its memory switched off")
     add("--parts", action="store_true", help="time by part of a decode step, in a profiled run of its own")
-    add = add_engine_options(parser)
+    add = add_engine_options(parser, row_cache=0)  # all rounds decode the same tokens
     add(
         "--rom",
         choices=("warm", "cold"),
@@ -103,6 +103,7 @@ def _check_memory(arguments: argparse.Namespace, package: Package) -> None:
     for option, given in (
         ("--compare dense", arguments.compare is not None),
         ("--rom cold", arguments.rom == "cold"),
+        ("--row-cache", arguments.row_cache > 0),
         ("--rom-delay-ms", arguments.rom_delay_ms > 0),
     ):
         if given and not package.has_memory:
@@ -178,6 +179,7 @@ def _measure(arguments: argparse.Namespace, package: Package, plan: _core.Plan) 
         "synthetic_depth": plan.synthetic_depth,
         "rom": arguments.rom if package.has_memory else None,
         "rom_delay_ms": arguments.rom_delay_ms,
+        "row_cache_mib": arguments.row_cache,
     }
     contenders = [package.contender(memory=memory) for memory in memories]
     return make_report(contenders, plan, measurement, parts=parts, environment=environment, protocol=protocol)

@@ -38,7 +38,8 @@ def print_stats(engine: Engine, stats: GenerationStats) -> None:
     if stats.time_to_first_token_s is not None:
         rows.append(("first token", f"{stats.time_to_first_token_s * 1000:,.1f} ms"))
     if stats.rom_access is not None:
-        rows.append(("memory rows", f"{stats.rom_requests:,} reads, {stats.rom_bytes:,} bytes, {stats.rom_access}"))
+        reads = f"{stats.rom_requests - stats.rom_hits:,} reads, {stats.rom_bytes:,} bytes, {stats.rom_access}"
+        rows.append(("memory rows", f"{reads}; {stats.rom_hits:,} from the row cache"))
     if stats.stall_us_p50 is not None:
         rows.append(
             ("wait for rows", f"{stats.stall_us_p50:,.1f} us median, {stats.stall_us_p99:,.1f} us 99th percentile")

@@ -83,11 +83,14 @@ TEST_CASE("decorators: all that they do not change is the source's") {
     void keys(std::span<const int32_t> sequence, std::span<RowKey> out) const override {
       out[1] = {static_cast<uint64_t>(sequence.back()), 1, 3};
     }
+    size_t part_bytes() const override { return 9; }
     size_t scratch_bytes() const override { return 11; }
     void advise(uint64_t index) const noexcept override { calls_.push_back("advise " + std::to_string(index)); }
-    size_t read(uint64_t index, std::span<std::byte> scratch, float* out, size_t layer_stride) const override {
-      *out = static_cast<float>(scratch.size() + layer_stride);
-      return index + 1;
+    FetchedPart fetch(uint64_t index, std::span<std::byte> scratch) const override {
+      return {scratch.first(9), index + 1};
+    }
+    void widen(std::span<const std::byte> stored, float* out, size_t layer_stride) const noexcept override {
+      *out = static_cast<float>(stored.size() + layer_stride);
     }
     void drop_cache() const noexcept override { calls_.emplace_back("drop"); }
     std::string_view access() const override { return "odd"; }
@@ -108,11 +111,12 @@ TEST_CASE("decorators: all that they do not change is the source's") {
   CHECK(keys[1].index == 13);
   CHECK(keys[1].layer == 1);
   CHECK(keys[1].column == 3);
+  CHECK(rows.part_bytes() == 9);
   CHECK(rows.scratch_bytes() == 11);
   std::vector<std::byte> scratch(11);
   float value = 0;
   CHECK(rows.read(40, scratch, &value, 6) == 41);
-  CHECK(value == 17);
+  CHECK(value == 15);
   rows.advise(17);
   rows.drop_cache();
   CHECK(calls == std::vector<std::string>{"advise 17", "drop"});

@@ -24,12 +24,12 @@ class FaultyRows final : public RowDecorator {
   }
 
   // Throws PackageError for a damaged part.
-  size_t read(uint64_t index, std::span<std::byte> scratch, float* out, size_t layer_stride) const override {
+  FetchedPart fetch(uint64_t index, std::span<std::byte> scratch) const override {
     {
       const std::lock_guard lock(mutex_);
       if (damaged_.contains(index)) throw PackageError("token " + std::to_string(index) + " is damaged");
     }
-    return RowDecorator::read(index, scratch, out, layer_stride);
+    return RowDecorator::fetch(index, scratch);
   }
 
  private:

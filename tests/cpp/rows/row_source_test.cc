@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstring>
 #include <mutex>
 #include <random>
 #include <set>
@@ -56,19 +57,26 @@ class FakeNgrams final : public RowSource {
       }
     }
   }
-  size_t scratch_bytes() const override { return 1; }
+  size_t part_bytes() const override { return kHeadDim * sizeof(float); }
+  size_t scratch_bytes() const override { return part_bytes(); }
   void advise(uint64_t index) const noexcept override {
     const std::lock_guard lock(mutex_);
     log_.advised.push_back(index);
     if (std::this_thread::get_id() == caller_) ++log_.advised_by_caller;
   }
-  size_t read(uint64_t index, std::span<std::byte>, float* out, size_t) const override {
+  FetchedPart fetch(uint64_t index, std::span<std::byte> scratch) const override {
     std::unique_lock lock(mutex_);
     log_.read.push_back(index);
     changed_.notify_all();
     changed_.wait_for(lock, kLong, [this] { return open_ || std::this_thread::get_id() == caller_; });
-    for (uint32_t column = 0; column < kHeadDim; ++column) out[column] = part_value(index, column);
-    return 3;
+    for (uint32_t column = 0; column < kHeadDim; ++column) {
+      const float value = part_value(index, column);
+      std::memcpy(scratch.data() + column * sizeof(value), &value, sizeof(value));
+    }
+    return {scratch.first(part_bytes()), 3};
+  }
+  void widen(std::span<const std::byte> stored, float* out, size_t) const noexcept override {
+    std::memcpy(out, stored.data(), stored.size());
   }
   void drop_cache() const noexcept override {}
   std::string_view access() const override { return "fake"; }

@@ -234,7 +234,7 @@ TEST_CASE("rom: every access mode reads the same bytes, first bundle to last") {
       for (uint32_t token = 0; token < shape.vocab_size; ++token) {
         CAPTURE(token);
         rom->advise(token);
-        CHECK(same_bytes(rom->read_bundle(token, scratch.span()), image.payload(token)));
+        CHECK(same_bytes(rom->fetch(token, scratch.span()).stored, image.payload(token)));
         const uint64_t begin = image.offset(token);
         const uint64_t blocks = (begin + image.bundle_bytes + 4095) / 4096 - begin / 4096;
         CHECK(rom->read(token, scratch.span(), rows.data(), shape.row_dim) ==
@@ -316,14 +316,13 @@ TEST_CASE("rom: any damaged byte of a bundle is an error that names the token") 
       const uint8_t good = image.bytes[image.offset(kToken) + i];
       const uint8_t bad[] = {static_cast<uint8_t>(good ^ (1U << (i % 8)))};
       test::patch_file(path, image.offset(kToken) + i, bad);
-      const std::string message = error_of<PackageError>([&] { rom->read_bundle(kToken, scratch.span()); });
+      const std::string message = error_of<PackageError>([&] { rom->fetch(kToken, scratch.span()); });
       check_names(message, path.string());
       check_names(message, "token 37");
-      for (const uint32_t neighbour : {kToken - 1, kToken + 1})
-        CHECK_NOTHROW(rom->read_bundle(neighbour, scratch.span()));
+      for (const uint32_t neighbour : {kToken - 1, kToken + 1}) CHECK_NOTHROW(rom->fetch(neighbour, scratch.span()));
       test::patch_file(path, image.offset(kToken) + i, std::span(&good, 1));
     }
-    CHECK(same_bytes(rom->read_bundle(kToken, scratch.span()), image.payload(kToken)));
+    CHECK(same_bytes(rom->fetch(kToken, scratch.span()).stored, image.payload(kToken)));
   }
 }
 
@@ -342,7 +341,7 @@ TEST_CASE("rom: a file that shrinks while it is open is an error, never a signal
       // excuse.
       std::vector<AlignedBuffer> scratch;
       for (uint32_t token = 0; token < image.shape.vocab_size; ++token) {
-        rom->read_bundle(token, scratch.emplace_back(rom->scratch_bytes()).span());
+        rom->fetch(token, scratch.emplace_back(rom->scratch_bytes()).span());
       }
       std::filesystem::resize_file(path, left);
       for (uint32_t token = 0; token < image.shape.vocab_size; ++token) {
@@ -350,10 +349,10 @@ TEST_CASE("rom: a file that shrinks while it is open is an error, never a signal
         rom->advise(token);
         const uint64_t end = image.offset(token) + image.bundle_bytes;
         if (end > left) {
-          const std::string message = error_of<PackageError>([&] { rom->read_bundle(token, scratch[token].span()); });
+          const std::string message = error_of<PackageError>([&] { rom->fetch(token, scratch[token].span()); });
           check_names(message, path.string());
         } else if ((end + 4095) / 4096 * 4096 <= left) {  // O_DIRECT needs the whole block
-          CHECK(same_bytes(rom->read_bundle(token, scratch[token].span()), image.payload(token)));
+          CHECK(same_bytes(rom->fetch(token, scratch[token].span()).stored, image.payload(token)));
         }
       }
     }
@@ -386,7 +385,7 @@ TEST_CASE("rom: what is dropped from the page cache is read again, the same") {
     const AlignedBuffer scratch(rom->scratch_bytes());
     for (int round = 0; round < 3; ++round) {
       for (uint32_t token = 0; token < image.shape.vocab_size; ++token) {
-        CHECK(same_bytes(rom->read_bundle(token, scratch.span()), image.payload(token)));
+        CHECK(same_bytes(rom->fetch(token, scratch.span()).stored, image.payload(token)));
       }
       if (can_drop && rom->access() != "direct") CHECK(cached_pages(path) > 0);
       rom->drop_cache();
@@ -410,7 +409,7 @@ TEST_CASE("rom: reads go on while the page cache is dropped") {
         for (uint32_t read = 0; read < 1500; ++read) {
           const uint32_t token = read * 7 % image.shape.vocab_size;
           rom->advise(token);
-          if (!same_bytes(rom->read_bundle(token, scratch.span()), image.payload(token))) ++wrong;
+          if (!same_bytes(rom->fetch(token, scratch.span()).stored, image.payload(token))) ++wrong;
         }
         --readers;
       });
