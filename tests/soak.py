@@ -57,7 +57,8 @@ class Soak:
         ]  # fmt: skip
         while not self.stop.is_set():
             kv_type, access = chance.choice(MODES)
-            engine = Engine(self.package, kv_type=kv_type, rom_access=access, threads=chance.choice((1, 2)))
+            cache, threads = chance.choice((0, 1)), chance.choice((1, 2))
+            engine = Engine(self.package, kv_type=kv_type, rom_access=access, threads=threads, row_cache=cache)
             for _ in range(chance.randrange(1, 40)):
                 if self.stop.is_set():
                     break

@@ -17,10 +17,10 @@ class EngineOptions:
     """
     How to open a package.
     """
-    def __init__(self, *, onnxruntime: os.PathLike | str | bytes, threads: typing.SupportsInt | typing.SupportsIndex = 0, rom_access: str = 'pread', kv_type: str | None = None, memory: bool = True, rom_delay_us: typing.SupportsInt | typing.SupportsIndex = 0, profile: os.PathLike | str | bytes = '', provider: str = 'cpu', qnn_library: os.PathLike | str | bytes = '', soc: str = '') -> None:
+    def __init__(self, *, onnxruntime: os.PathLike | str | bytes, threads: typing.SupportsInt | typing.SupportsIndex = 0, rom_access: str = 'pread', kv_type: str | None = None, memory: bool = True, row_cache: typing.SupportsInt | typing.SupportsIndex = 16777216, rom_delay_us: typing.SupportsInt | typing.SupportsIndex = 0, profile: os.PathLike | str | bytes = '', provider: str = 'cpu', qnn_library: os.PathLike | str | bytes = '', soc: str = '') -> None:
         """
         onnxruntime: path of the ONNX Runtime shared library. qnn_library: with the provider "qnn", that of
-        libonnxruntime_providers_qnn.so. rom_delay_us: microseconds that every read of the ROM takes longer.
+        libonnxruntime_providers_qnn.so. row_cache: bytes. rom_delay_us: microseconds that every read of the ROM takes longer.
         soc: the compiled chip; empty: the only one there is. The others are as of meki.Engine. ValueError for a
         name that does not exist.
         """
@@ -199,9 +199,14 @@ class Stats:
         Bytes read: bundles without their padding (with O_DIRECT, the blocks around them).
         """
     @property
+    def rom_hits(self) -> int:
+        """
+        Of these: were in the row cache. The others were read.
+        """
+    @property
     def rom_requests(self) -> int:
         """
-        Bundles read.
+        Bundles that were needed: of one token in a step once.
         """
     @property
     def sample_ns(self) -> int:
@@ -325,6 +330,16 @@ class Block:
     def ns(self) -> int:
         """
         Inside the engine, without Python.
+        """
+    @property
+    def rom_hits(self) -> int:
+        """
+        As of Stats.
+        """
+    @property
+    def rom_requests(self) -> int:
+        """
+        As of Stats.
         """
     @property
     def sample_ns(self) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from meki import Engine, PackageError
 
 # In a process of its own: what is guarded against is death by SIGBUS.
 CHANGE = """
@@ -29,7 +33,7 @@ def generate(engine):
     except PackageError as error:
         return error
 
-engine = Engine(package, rom_access=access, threads=2)
+engine = Engine(package, rom_access=access, threads=2, row_cache=0)
 stream = engine.stream(prompt, prefetch=prefetch == "True", **options)
 if moment == "decode":
     next(stream)
@@ -72,6 +76,16 @@ def test_a_rom_that_shrinks(copy: Callable[[str], Path], access: str, prefetch: 
     got = change(copy("int8"), "memory.rom", "8192", moment="decode", access=access, prefetch=prefetch)
     assert got.startswith("PackageError")
     assert "shrank" in got
+
+
+def test_rows_that_were_read_outlive_the_rom(copy: Callable[[str], Path]) -> None:
+    package = copy("int8")
+    engine = Engine(package)
+    before = engine.logits([5, 6, 7])
+    os.truncate(package / "memory.rom", 8192)
+    np.testing.assert_array_equal(engine.logits([5, 6, 7]), before)
+    with pytest.raises(PackageError, match=r"token 200 .*shrank"):
+        engine.logits([5, 200, 7])
 
 
 @pytest.mark.parametrize("moment", ["prefill", "decode"])

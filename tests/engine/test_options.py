@@ -223,7 +223,7 @@ def test_a_synthetic_depth_that_is_refused(make_package: Callable[..., Path]) ->
 
 def test_delayed_rows_show_in_the_stall(make_package: Callable[..., Path]) -> None:
     package, delay_us = make_package(), 2000
-    slow = open_core(package, rom_delay_us=delay_us)
+    slow = open_core(package, row_cache=0, rom_delay_us=delay_us)
     np.testing.assert_array_equal(core_logits(slow, IDS[:3]), core_logits(open_core(package), IDS[:3]))
     session = core_session(slow, prefetch=False)
     session.append([5, 9, 5])

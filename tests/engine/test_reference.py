@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from meki import Engine, _core
 from meki._core import resident_memory
+from meki.engine import find_onnxruntime
 from meki.models.architectures.llama import Decoder
 
 IDS = np.random.default_rng(11).integers(0, 300, 100).tolist()
@@ -88,6 +89,48 @@ def test_access_and_prefetch_change_no_bit(make_package: Callable[..., Path], we
         np.testing.assert_array_equal(result, results[len(result) == len(results[1])])
 
 
+def test_the_row_cache_changes_no_bit(make_package: Callable[..., Path]) -> None:
+    package = make_package()
+    expected = Engine(package, row_cache=0)
+    ids, text = core_logits(expected, IDS, chunk=16), expected.generate("The old", max_new_tokens=60, seed=3)
+    bundle = _core.Rom(package / "memory.rom").info.bundle_bytes
+    for bundles in (1, 40, 400):  # room for none, for some, for all
+        options = _core.EngineOptions(onnxruntime=find_onnxruntime(), row_cache=bundles * bundle)
+        engine = _core.Engine.open(package, options)
+        hits = 0
+        for _ in range(3):  # the second time from the cache, as far as it reaches
+            session = _core.Session(engine, _core.SessionOptions(chunk=16))
+            session.append(IDS)
+            np.testing.assert_array_equal(session.logits(), ids)
+            hits = session.stats.rom_hits
+            session.rewind(0)
+            session.append(expected.tokenizer.encode("The old").ids)
+            session.start(_core.SamplingOptions(seed=3), 60)
+            assert list(iter(session.next, None)) == text.token_ids
+        assert (hits == 0) == (bundles == 1)
+
+
+def test_hits_are_the_tokens_that_came_before(make_package: Callable[..., Path]) -> None:
+    package = make_package()
+    engine = Engine(package)
+    bundle = _core.Rom(package / "memory.rom").info.bundle_bytes
+    session = core_session(engine)
+    seen, requests, hits = {0}, 0, 0  # token 0 was tried when the package was opened
+    for chunk in ([5, 9, 5, 5, 9, 280], [5], [0, 9, 10], [10], [11, 11], [12, 11, 280, 5]):
+        session.append(chunk)
+        session.logits()
+        requests += len(set(chunk))
+        hits += len(seen & set(chunk))
+        seen |= set(chunk)
+        stats = session.stats
+        assert (stats.rom_requests, stats.rom_hits) == (requests, hits)
+        assert stats.rom_bytes == (requests - hits) * bundle
+    other = core_session(engine)  # all sessions of an engine share it
+    other.append([280, 9])
+    other.logits()
+    assert (other.stats.rom_requests, other.stats.rom_hits, other.stats.rom_bytes) == (2, 2, 0)
+
+
 def drop_page_cache(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -97,7 +140,7 @@ def drop_page_cache(path: Path) -> None:
 @pytest.mark.parametrize("access", ["mmap", "pread", "direct"])
 def test_a_cold_rom_changes_nothing(make_package: Callable[..., Path], access: str) -> None:
     package = make_package(weights="int8")
-    engine = Engine(package, rom_access=access)
+    engine = Engine(package, rom_access=access, row_cache=0)
     warm = engine.generate("A small ship", max_new_tokens=30, seed=5)
     drop_page_cache(package / "memory.rom")
     cold = engine.generate("A small ship", max_new_tokens=30, seed=5)
@@ -105,7 +148,7 @@ def test_a_cold_rom_changes_nothing(make_package: Callable[..., Path], access: s
 
 
 def test_one_request_a_token_and_distinct_ids_in_prefill(make_package: Callable[..., Path]) -> None:
-    engine = Engine(make_package())
+    engine = Engine(make_package(), row_cache=0)
     session = core_session(engine)
     session.append([5, 9, 5, 5, 9, 280])
     session.start(_core.SamplingOptions(seed=1), 10)
@@ -113,7 +156,7 @@ def test_one_request_a_token_and_distinct_ids_in_prefill(make_package: Callable[
         pass
     stats = session.stats
     decoded = stats.decode_tokens
-    assert stats.rom_requests == 3 + decoded
+    assert (stats.rom_requests, stats.rom_hits) == (3 + decoded, 0)
     assert len(stats.stall_ns) == decoded
     layers, memory_dim, checksum = 3, 32, 4
     assert stats.rom_bytes == (3 + decoded) * (layers * memory_dim * 2 + checksum)
@@ -123,7 +166,7 @@ def test_one_request_a_token_and_distinct_ids_in_prefill(make_package: Callable[
 def test_the_rom_is_not_resident(make_package: Callable[..., Path], access: str) -> None:
     """However many tokens were looked up: a bundle's pages are unmapped when it was copied."""
     package = make_package(vocab_size=20_000, rows="float32", weights="int8")  # 28 MB
-    engine = Engine(package, rom_access=access)
+    engine = Engine(package, rom_access=access, row_cache=0)
     session = engine.session(context=100)
     for start in range(0, 20_000, 1000):
         session.logits(range(start, start + 1000, 17))

@@ -60,6 +60,8 @@ def test_report(bench: Any) -> None:
         "memory": "meki",
         "rom": "warm",
         "rom_access": "pread",
+        "row_cache_mib": 0,
+        "row_hit_rate": 0,
         "kv_type": "int8",
         "threads": 1,
         "simd": _core.cpu_kernels(),
@@ -82,12 +84,19 @@ def test_report(bench: Any) -> None:
     assert manifest["weights"]["decode_bytes"] < report["resident_bytes"] <= report["peak_resident_bytes"]
 
 
+def test_a_row_cache_has_what_the_round_before_read(bench: Any) -> None:
+    report = bench.report(TINY, *QUICK, "--row-cache", 1)
+    assert (report["row_cache_mib"], report["row_hit_rate"]) == (1, 1)
+
+
 def test_dense_has_no_rows(bench: Any) -> None:
     report = bench.report(TINY, *QUICK, "--memory", "off", "--prefill", 0, "--kv-type", "float16")
     nothing: dict[str, Any] = {
         "memory": "dense",
         "rom": None,
         "rom_access": None,
+        "row_cache_mib": None,
+        "row_hit_rate": None,
         "stall_us": [],
         "prefill_tokens_per_s": [],
     }

@@ -129,6 +129,15 @@ def test_a_delayed_rom_stalls(package: Path, tmp_path: Path, capsys) -> None:
     assert decode["stall_us"]["p50"] > 5_000
 
 
+def test_rows_come_from_storage_unless_there_is_a_row_cache(package: Path, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "report.json"
+    for cache, rate in (([], 0), (["--row-cache", "1"], 1)):
+        assert main([str(package), *QUICK, "--depths", "0", "--json", str(path), *cache]) == 0
+        assert ("row cache of 1 MiB" in capsys.readouterr().out) == bool(cache)
+        # The rounds read what the warm-up has read.
+        assert [result["row_hit_rate"] for result in json.loads(path.read_text())["results"]] == [rate, rate]
+
+
 def test_a_dense_package(dense_package: Path, tmp_path: Path, capsys) -> None:
     path = tmp_path / "report.json"
     assert main([str(dense_package), *QUICK, "--depths", "0", "--parts", "--json", str(path)]) == 0

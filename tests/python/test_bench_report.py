@@ -25,12 +25,15 @@ SPEEDS = {"meki": (1.00, 1.05, 1.02), "dense": (0.98, 1.00, 1.01)}
 """How long each of three rounds takes, relative to the others."""
 
 
+NOTHING_ADDED = {"rom_delay_ms": 0.0, "row_cache_mib": 0}
+
 # In place of what meki._core.measure() returns.
 Measurement = Case = Block = SimpleNamespace
 
 
 def block(tokens: int, ns: float, stall_ns: tuple[int, ...] = ()) -> Block:
-    return Block(tokens=tokens, ns=round(ns), sample_ns=100, stall_ns=stall_ns, storage_bytes=tokens * 512)
+    rows = dict(rom_requests=2 * tokens, rom_hits=tokens // 4) if stall_ns else dict(rom_requests=0, rom_hits=0)
+    return Block(tokens=tokens, ns=round(ns), sample_ns=100, stall_ns=stall_ns, storage_bytes=tokens * 512, **rows)
 
 
 def decode_blocks(slowness: float, *, stalls: bool) -> list[Block]:
@@ -87,6 +90,7 @@ def report() -> Report:
         "synthetic_depth": True,
         "rom": "cold",
         "rom_delay_ms": 5.0,
+        "row_cache_mib": 3,
     }
     parts = [
         {"memory": "meki", "depth": depth, "tokens": 16, "synthetic_depth": True, "us_per_token": times}
@@ -143,18 +147,30 @@ def test_bytes_and_bandwidth(report: Report) -> None:
 def test_storage_that_the_system_does_not_tell_is_absent(report: Report) -> None:
     plan = Plan(depths=(), prefill=64, tokens=16, repetitions=1)
     cases = [Case(kind="prefill", depth=0, tokens=64, kv_bytes=None)]
-    rounds = [[[[Block(tokens=64, ns=1000, sample_ns=0, stall_ns=(1,), storage_bytes=None)]]]]
+    counts = {"sample_ns": 0, "stall_ns": (1,), "storage_bytes": None, "rom_requests": 9, "rom_hits": 0}
+    rounds = [[[[Block(tokens=64, ns=1000, **counts)]]]]
     made = make_report(
         [Contender("meki", 1, 1)],
         plan,
         Measurement(cases=cases, rounds=rounds, bandwidths=[1e9], memory=None),
         parts=[],
         environment={**report["environment"], "machine_note": None, "random_weights": False},
-        protocol={**report["protocol"], "synthetic_depth": False, "rom": "warm", "rom_delay_ms": 0.0},
+        protocol={**report["protocol"], "synthetic_depth": False, "rom": "warm", **NOTHING_ADDED},
     )
     assert made["results"][0]["storage_bytes_per_token"] is None
     assert (made["labels"], made["compare"]) == ([], [])
-    assert "resident" not in output.to_markdown(made)
+    assert "resident" not in output.to_markdown(made) and "from the cache" not in output.to_markdown(made)
+
+
+def test_rows_from_the_cache(report: Report) -> None:
+    assert (
+        find(report, "decode", 1024, "meki")["row_hit_rate"]
+        == find(report, "prefill", 0, "meki")["row_hit_rate"]
+        == 0.125
+    )
+    assert find(report, "decode", 0, "dense")["row_hit_rate"] is None
+    lines = [line for line in output.to_markdown(report).splitlines() if "| meki |" in line]
+    assert "rows from the cache" in output.to_markdown(report) and all("| 12% |" in line for line in lines)
 
 
 def test_the_ratio_is_of_neighbouring_turns(report: Report) -> None:
@@ -173,7 +189,14 @@ def test_only_a_filled_cache_is_synthetic(report: Report) -> None:
     assert synthetic == {("decode", 1024)}
 
 
-LABELS = ("random weights", "the cache was filled, not computed", "cold ROM", "artificial delay: 5 ms", "load average")
+LABELS = (
+    "random weights",
+    "row cache of 3 MiB",
+    "the cache was filled, not computed",
+    "cold ROM",
+    "artificial delay: 5 ms",
+    "load average",
+)
 
 
 def test_every_output_says_what_is_artificial(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,8 +214,8 @@ def test_every_output_says_what_is_artificial(report: Report, monkeypatch: pytes
         for row in csv.DictReader(io.StringIO(output.to_csv(report).decode()))
         if row["memory"] == "meki" and row["depth"] == "1024"
     )
-    flags = (row["synthetic_depth"], row["random_weights"], row["rom"], row["rom_delay_ms"])
-    assert flags == ("True", "True", "cold", "5.0")
+    flags = (row["synthetic_depth"], row["random_weights"], row["rom"], row["rom_delay_ms"], row["row_cache_mib"])
+    assert flags == ("True", "True", "cold", "5.0", "3")
 
 
 def test_json_holds_everything(report: Report) -> None:

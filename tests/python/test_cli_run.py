@@ -133,7 +133,7 @@ def test_json(package: Path, engine: Engine, text: str, capsys) -> None:
     assert (out["model"], out["text"], out["token_ids"]) == (engine.name, text, expected.token_ids)
     assert (out["finish_reason"], out["random_weights"]) == (expected.finish_reason, True)
     assert out["stats"]["seed"] == 7
-    assert out["stats"]["rom_bytes"] == expected.stats.rom_bytes
+    assert out["stats"]["rom_requests"] == expected.stats.rom_requests
 
 
 def test_trained_weights_are_not_called_random(change_package: Callable[..., Path], capsys) -> None:
@@ -174,6 +174,19 @@ def test_stats(package: Path, capsys) -> None:
         assert part in err
 
 
+def test_the_row_cache_in_the_stats(package: Path, capsys) -> None:
+    counts = {}
+    for size in (0, 1):
+        assert run(package, *FIXED, "--row-cache", str(size), "--json", "--stats", PROMPT + PROMPT) == 0
+        printed = capsys.readouterr()
+        counts[size] = json.loads(printed.out)["stats"]
+        reads = counts[size]["rom_requests"] - counts[size]["rom_hits"]
+        cached = f"pread; {counts[size]['rom_hits']:,} from the row cache"
+        assert f"{reads:,} reads, {counts[size]['rom_bytes']:,} bytes, {cached}" in printed.err
+    assert counts[0]["rom_hits"] == 0 and counts[1]["rom_hits"] > 0
+    assert counts[0]["rom_requests"] == counts[1]["rom_requests"]
+
+
 def test_seed_repeats_the_text(package: Path, text: str, capsys) -> None:
     for _ in range(2):
         assert run(package, *FIXED, PROMPT) == 0
@@ -191,6 +204,7 @@ def test_seed_repeats_the_text(package: Path, text: str, capsys) -> None:
         (["--prompt-ids", "1,2", "--interactive"], "--prompt-ids is a whole prompt; omit --chat and --interactive"),
         (["--prompt-ids", "1,300"], "vocabulary"),
         (["--threads", "-1", PROMPT], "threads"),
+        (["--row-cache", "-1", PROMPT], "row_cache must be from 0 to 1048576"),
         (["--context", "1000000", PROMPT], "context is 1000000"),
         (["--context", "3", "a b c d e f"], "context holds 3"),
         (["--stop", "", PROMPT], "stop string"),

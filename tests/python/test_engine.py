@@ -64,7 +64,8 @@ def test_stats_count_this_generation(endless: Engine) -> None:
     assert stats.rom_access == "pread"
     # One bundle for each of the 11 decode steps, at least one for the prompt; no token is read twice for one step.
     assert 12 <= stats.rom_requests <= 11 + prompt_tokens + 1
-    assert stats.rom_bytes > 0
+    assert 0 <= stats.rom_hits <= stats.rom_requests
+    assert (stats.rom_bytes > 0) == (stats.rom_hits < stats.rom_requests)
     for measured in (stats.time_to_first_token_s, stats.prefill_tokens_per_s, stats.decode_tokens_per_s):
         assert measured is not None and measured > 0
     assert stats.stall_us_p50 is not None and stats.stall_us_p99 is not None
@@ -290,7 +291,7 @@ def test_options_that_do_not_exist(engine: Engine) -> None:
 
 
 WRONG = {
-    **dict.fromkeys(("threads", "context", "top_k"), (None, "4", [4], 1.5)),
+    **dict.fromkeys(("threads", "context", "top_k", "row_cache"), (None, "4", [4], 1.5)),
     **dict.fromkeys(("max_new_tokens", "seed"), ("4", [4], 1.5)),  # None: no limit; a fresh one
     "stop_token_ids": (None, 1, "12", ["1"], [1.0]),
     "ignore_eos": (None, "yes", [1], 1),
@@ -335,6 +336,20 @@ def test_engine_options_out_of_range(package: Path) -> None:
         Engine(package, rom_access="tape")
 
 
+@pytest.mark.parametrize("size", [-1, 2**20 + 1])
+def test_a_row_cache_out_of_range(package: Path, size: int) -> None:
+    with pytest.raises(ValueError, match=f"row_cache must be from 0 to 1048576, got {size}"):
+        Engine(package, row_cache=size)
+
+
+def test_a_row_cache_is_there_unless_it_is_switched_off(package: Path) -> None:
+    for options, cached in (({}, True), ({"row_cache": 1}, True), ({"row_cache": 0}, False)):
+        engine = Engine(package, threads=1, **options)
+        first, second = (engine.generate(PROMPT, max_new_tokens=8, temperature=0).stats for _ in range(2))
+        assert first.rom_requests == second.rom_requests == second.rom_hits + (0 if cached else first.rom_requests)
+        assert (second.rom_bytes == 0) == cached and first.rom_bytes > 0
+
+
 def test_a_path_that_is_not_utf8(package: Path, engine: Engine, tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"\xff")
     shutil.copytree(package, path)
@@ -356,7 +371,7 @@ def test_a_memory_switched_off(package: Path, engine: Engine) -> None:
 
 
 def test_a_delayed_rom_stalls_every_step(package: Path) -> None:
-    engine = Engine(package, threads=1, rom_delay_ms=20.0)
+    engine = Engine(package, threads=1, row_cache=0, rom_delay_ms=20.0)
     stats = engine.generate(PROMPT, max_new_tokens=6, temperature=0).stats
     # What is not waited for is what a step computes meanwhile: far below 10 ms, so that a busy machine has room.
     assert stats.stall_us_p50 is not None and stats.stall_us_p50 > 10_000

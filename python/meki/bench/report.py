@@ -119,8 +119,8 @@ def _labels(environment: dict[str, Any], protocol: dict[str, Any]) -> list[str]:
         labels.append(f"artificial delay: {protocol['rom_delay_ms']:g} ms were added to every read of the ROM")
     if protocol["row_cache_mib"]:
         labels.append(
-            f"row cache of {protocol['row_cache_mib']} MiB: all rounds have the same tokens, so that more rows come from "
-            "it than in a text"
+            f"row cache of {protocol['row_cache_mib']} MiB: all rounds have the same tokens, "
+            "so that more rows come from it than in a text"
         )
     if environment["machine_note"]:
         labels.append(environment["machine_note"])

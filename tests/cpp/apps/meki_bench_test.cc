@@ -44,6 +44,7 @@ TEST_CASE("bench: a command line without options asks for the defaults") {
   CHECK(options->engine.onnxruntime == "libonnxruntime.so");
   CHECK(options->engine.memory);
   CHECK(options->engine.threads == 0);
+  CHECK(options->engine.row_cache == 0);
   CHECK_FALSE(options->cold);
   CHECK_FALSE(options->depth.has_value());
   CHECK_FALSE(options->prefill.has_value());
@@ -56,7 +57,7 @@ TEST_CASE("bench: a command line without options asks for the defaults") {
 TEST_CASE("bench: every option arrives, in any order and in both spellings") {
   const auto options =
       parse({"--depth=100", "--prefill", "0", "model", "--tokens", "7", "--repetitions=2", "--rom", "cold", "--threads",
-             "3", "--kv-type", "int4", "--memory", "off", "--json", "out.json", "--onnxruntime=lib"});
+             "3", "--kv-type", "int4", "--memory", "off", "--json", "out.json", "--onnxruntime=lib", "--row-cache", "3"});
   REQUIRE(options.has_value());
   CHECK(options->package == "model");
   CHECK(options->depth == 100);
@@ -65,6 +66,7 @@ TEST_CASE("bench: every option arrives, in any order and in both spellings") {
   CHECK(options->repetitions == 2);
   CHECK(options->cold);
   CHECK(options->engine.threads == 3);
+  CHECK(options->engine.row_cache == 3 << 20);
   CHECK(options->engine.kv_type == KvType::int4);
   CHECK(options->engine.provider == Provider::cpu);
   CHECK_FALSE(options->engine.memory);
@@ -89,7 +91,7 @@ TEST_CASE("bench: help needs nothing else and names every option") {
   CHECK_FALSE(parse({"-h"}).has_value());
   for (const char* option :
        {"--onnxruntime LIB", "--provider cpu|qnn", "--qnn-library LIB", "--soc NAME", "--memory on|off", "--threads N",
-        "--kv-type TYPE", "--depth N", "--prefill N", "--tokens N", "--repetitions N", "--rom warm|cold", "--json FILE",
+        "--kv-type TYPE", "--depth N", "--prefill N", "--tokens N", "--repetitions N", "--rom warm|cold", "--row-cache MIB", "--json FILE",
         "--token-ids N,...", "--logits FILE"}) {
     check_names(bench::help(), option);
   }
@@ -169,6 +171,7 @@ TEST_CASE("bench: rounds have the steps that were asked for, also where the mode
         const bench::Figures found = bench::take_figures(model.engine, plan, [&polls] { ++polls; });
         CHECK(found.prefill_tokens_per_s.size() == 3);
         CHECK(found.decode_tokens_per_s.size() == 3);
+        CHECK(found.row_hit_rate == (kind == FakeModel::Kind::dense ? std::nullopt : std::optional(0.0)));
         CHECK(found.stall_us.size() == (kind == FakeModel::Kind::dense ? 0 : 30));
         for (const double speed : found.decode_tokens_per_s) CHECK(speed > 0);
         CHECK(polls >= 4 * (1 + 11));  // before every step of every round

@@ -31,6 +31,8 @@ void check_figures(const Block& block, const Session& session, size_t tokens) {
   CHECK(block.ns > 0);
   CHECK(block.sample_ns == stats.sample_ns);
   CHECK(block.stall_ns == stats.stall_ns);
+  CHECK(block.rows.requests == stats.rows.requests);
+  CHECK(block.rows.requests >= tokens);
 }
 
 TEST_CASE("decode sequence: decode begins at the depth") {
@@ -186,6 +188,7 @@ TEST_CASE("prefill sequence: computes the same tokens from nothing") {
       CHECK(block.ns == stats.prefill_ns);
       CHECK(block.ns > 0);
       CHECK(block.sample_ns == 0);
+      CHECK(block.rows.requests == (kind == kDense ? 0 : std::set<int64_t>(prompt.begin(), prompt.end()).size()));
       // The mean of a token; a dense model has no rows to wait for.
       CHECK(block.stall_ns ==
             (kind == kDense ? std::vector<uint64_t>{} : std::vector<uint64_t>{stats.prefill_stall_ns / 20}));
