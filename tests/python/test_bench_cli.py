@@ -186,7 +186,9 @@ def test_arguments_that_do_not_fit_the_model(package: Path, arguments: list[str]
     assert printed.err.startswith("meki-bench: error: ") and printed.out == ""
 
 
-@pytest.mark.parametrize("arguments", [["--compare", "dense"], ["--rom", "cold"], ["--rom-delay-ms", "1"]])
+@pytest.mark.parametrize(
+    "arguments", [["--compare", "dense"], ["--rom", "cold"], ["--row-cache", "1"], ["--rom-delay-ms", "1"]]
+)
 def test_a_dense_package_has_no_memory(dense_package: Path, arguments: list[str], capsys) -> None:
     assert main([str(dense_package), *arguments]) == 2
     assert "needs a model with a memory, small-dense is dense" in capsys.readouterr().err
