@@ -1,6 +1,6 @@
 """What the row cache is worth on a text: hits, and decode speed beside the dense backbone, for caches of several sizes.
 
-    python -m benchmarks.row_cache PACKAGE TEXT [--tokenizer tokenizer.json] [--rom-delay-ms 5] [--caches 0,1,4,16]
+    python -m benchmarks.row_cache PACKAGE TEXT [--rom-delay-ms 5] [--caches 0,1,4,16]
 
 The first --warm-up tokens of TEXT are prefilled in a session of their own: their rows are what the cache begins with.
 The next --tokens are decoded one by one, as if the model had chosen them, in a session whose KV cache has been filled
@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,12 +84,17 @@ def speed(times: NDArray[np.float64]) -> tuple[float, float, float]:
     return float(dense / ours), low, high
 
 
-def measure(arguments: argparse.Namespace, ids: list[int]) -> Iterator[list[str]]:
-    known, new = ids[: arguments.warm_up], ids[arguments.warm_up :]
-    options: dict[str, Any] = {"threads": arguments.threads}
-    dense = Contender(Engine(arguments.package, memory=False, **options), arguments.depth, len(new))
+def measure(arguments: argparse.Namespace) -> Iterator[list[str]]:
+    """The cells of a line for each cache. ValueError for a model without a memory, or a text that is too short."""
+    backbone = Engine(arguments.package, memory=False, threads=arguments.threads)
+    if backbone.manifest["memory"] is None:
+        raise ValueError(f"{backbone.name} has no memory; name a package that has one")
+    known, new = read_tokens(arguments, backbone.tokenizer)
+    dense = Contender(backbone, arguments.depth, len(new))
     for cache in arguments.caches:
-        engine = Engine(arguments.package, row_cache=cache, rom_delay_ms=arguments.rom_delay_ms, **options)
+        engine = Engine(
+            arguments.package, threads=arguments.threads, row_cache=cache, rom_delay_ms=arguments.rom_delay_ms
+        )
         warm_up(engine, known)
         ours = Contender(engine, arguments.depth, len(new))
         times = take_turns(ours, dense, new)
@@ -106,9 +110,8 @@ def measure(arguments: argparse.Namespace, ids: list[int]) -> Iterator[list[str]
         ]
 
 
-def read_tokens(arguments: argparse.Namespace) -> list[int]:
-    """ValueError if the text has too few."""
-    tokenizer = Tokenizer.from_file(str(arguments.tokenizer or arguments.package / "tokenizer.json"))
+def read_tokens(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Those of the warm-up, and those to decode."""
     ids = tokenizer.encode(arguments.text.read_text()).ids
     wanted = arguments.warm_up + arguments.tokens
     if arguments.tokens % GROUP or len(ids) < wanted:
@@ -116,34 +119,27 @@ def read_tokens(arguments: argparse.Namespace) -> list[int]:
             f"{arguments.text} has {len(ids):,} tokens, {arguments.warm_up:,} to warm up and {arguments.tokens:,} to "
             f"decode are wanted, these a multiple of {GROUP}; give a longer text or fewer"
         )
-    return ids[:wanted]
+    return ids[: arguments.warm_up], ids[arguments.warm_up : wanted]
 
 
 def run(arguments: argparse.Namespace) -> None:
-    rows: Iterable[list[str]] = measure(arguments, read_tokens(arguments))
-    print(
-        f"{arguments.depth:,} tokens deep (synthetic), {arguments.warm_up:,} tokens of {arguments.text.name} before, "
-    )
-    print(f"{arguments.tokens:,} decoded, {arguments.rom_delay_ms:g} ms added to every read\n")
     columns = ["cache, MiB", "hits", "wait, ms a token", "MeKi, ms a token", "dense, ms a token", "MeKi / dense"]
-    print("\n".join(head(columns, "")))
-    for cells in rows:
-        print(row(cells), flush=True)
+    print("\n".join([*head(columns, ""), *map(row, measure(arguments))]))
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 1 failure, 2 usage, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="row_cache", description="Measure the row cache on a text.")
     add = parser.add_argument
-    add("package", type=path, metavar="PACKAGE")
+    add("package", metavar="PACKAGE")
     add("text", type=path, metavar="TEXT")
-    add("--tokenizer", type=path, metavar="FILE", help="tokenizer.json (default: the package's)")
     add("--depth", type=integer(1), default=10_240, metavar="N", help="tokens in the KV cache (default: %(default)s)")
     add("--warm-up", type=integer(0), default=2_000, metavar="N", help="tokens read before (default: %(default)s)")
     add("--tokens", type=integer(1), default=512, metavar="N", help="decode steps of each (default: %(default)s)")
     add("--caches", type=token_counts, default=(0, 16), metavar="MIB,...", help="sizes (default: 0,16)")
     add("--rom-delay-ms", type=number("milliseconds", 10_000), default=5.0, metavar="MS", help="(default: %(default)s)")
     add("--threads", type=int, default=0, metavar="N", help="compute threads (default: one per available core)")
-    return run_command(parser.prog, lambda: run(parser.parse_args()))
+    return run_command(parser.prog, lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":
