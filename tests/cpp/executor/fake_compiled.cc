@@ -265,6 +265,7 @@ FakeCompiledModel::FakeCompiledModel(Kind kind, uint32_t chunk)
                             .context = 2 * kContext};
   if (!dense) {
     manifest_.memory = {.address = "token",
+                        .vocab_size = kVocab,
                         .layers = kLayers,
                         .row_dim = image_.shape.row_dim,
                         .file = "memory.rom",

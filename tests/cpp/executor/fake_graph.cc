@@ -215,6 +215,7 @@ FakeModel::FakeModel(Kind kind, std::vector<int32_t> eos_token_ids)
   std::shared_ptr<const RowSource> rows;
   if (!dense) {
     manifest.memory = {.address = "token",
+                       .vocab_size = kVocab,
                        .layers = kLayers,
                        .row_dim = image_.shape.row_dim,
                        .file = "memory.rom",
