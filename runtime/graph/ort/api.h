@@ -37,7 +37,7 @@ enum LoggingLevel : int { kLogFatal = 4 };
 enum GraphOptimization : int { kOptimizeAll = 99 };
 enum AllocatorType : int { kDeviceAllocator = 0 };
 enum MemoryType : int { kMemoryDefault = 0 };
-enum ElementCode : int { kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
+enum ElementCode : int { kAny = 0, kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
 enum ErrorCode : int { kFail = 1 };
 enum HardwareType : int { kHardwareNpu = 2 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
@@ -62,6 +62,7 @@ enum Characteristic : int { kRequired = 0, kOptional = 1 };
   F(49, CreateTensorWithDataAsOrtValue, Status*,                                                                      \
     (const MemoryInfo*, void* data, size_t bytes, const int64_t* shape, size_t rank, ElementCode, Value**))           \
   F(51, GetTensorMutableData, Status*, (Value*, void**))                                                              \
+  F(60, GetTensorElementType, Status*, (const TensorShape*, ElementCode*))                                            \
   F(61, GetDimensionsCount, Status*, (const TensorShape*, size_t*))                                                   \
   F(62, GetDimensions, Status*, (const TensorShape*, int64_t* dimensions, size_t count))                              \
   F(65, GetTensorTypeAndShape, Status*, (const Value*, TensorShape**))                                                \

@@ -52,6 +52,7 @@ static_assert(ORT_LOGGING_LEVEL_FATAL == static_cast<int>(meki::ort::kLogFatal))
 static_assert(ORT_ENABLE_ALL == static_cast<int>(meki::ort::kOptimizeAll));
 static_assert(OrtDeviceAllocator == static_cast<int>(meki::ort::kDeviceAllocator));
 static_assert(OrtMemTypeDefault == static_cast<int>(meki::ort::kMemoryDefault));
+static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED == static_cast<int>(meki::ort::kAny));
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT == static_cast<int>(meki::ort::kFloat));
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 == static_cast<int>(meki::ort::kFloat16));
 static_assert(OrtHardwareDeviceType_NPU == static_cast<int>(meki::ort::kHardwareNpu));

@@ -13,20 +13,10 @@
 namespace meki::ort {
 namespace {
 
-constexpr std::array<std::string_view, 14> kCpu = {"Add",
-                                                   "Cast",
-                                                   "Gather",
-                                                   "Gemm",
-                                                   "MatMul",
-                                                   "Mul",
-                                                   "RMSNormalization",
-                                                   "Sigmoid",
-                                                   "Split",
-                                                   "Squeeze",
-                                                   "meki.Attention",
-                                                   "meki.Embedding",
-                                                   "meki.Injection",
-                                                   "meki.Linear"};
+constexpr std::array<std::string_view, 15> kCpu = {
+    "Add",        "Cast",  "Gather",  "Gemm",           "MatMul",         "Mul",          "RMSNormalization",
+    "Sigmoid",    "Split", "Squeeze", "meki.Attention", "meki.Embedding", "meki.Experts", "meki.Injection",
+    "meki.Linear"};
 constexpr std::array<std::string_view, 1> kCompiled = {"com.microsoft.EPContext"};
 
 constexpr size_t kMaxBytes = 64 << 20;

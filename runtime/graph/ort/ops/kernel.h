@@ -13,6 +13,7 @@
 
 #include "runtime/base/parallel.h"
 #include "runtime/graph/ort/api.h"
+#include "runtime/kernels/experts.h"
 #include "runtime/kernels/kv_cache.h"
 #include "runtime/kernels/linear.h"
 
@@ -35,6 +36,7 @@ struct Shape {
 };
 
 Shape shape_of(const ort::Api& api, const ort::Value* value);
+ort::ElementCode type_of(const ort::Api& api, const ort::Value* value);
 void* data_of(const ort::Api& api, const ort::Value* value);
 
 // Inputs, outputs and threads of one operator call.
@@ -72,6 +74,7 @@ class Call {
 struct Constant {
   const void* data = nullptr;
   Shape shape;
+  ort::ElementCode type = ort::kFloat;
 
   // A vector of `count` floats.
   const float* floats(size_t count) const {
@@ -85,6 +88,19 @@ struct Constant {
     require(shape.rank == 3 && weight.inputs > 0 && shape.elements() == weight.bytes(),
             "a packed weight has another shape");
     return weight;
+  }
+  // The matrices of `count` experts, of so many rows each: float32 if `bits` is 32, else packed. The number of columns
+  // is theirs.
+  ExpertMatrices experts(size_t count, size_t outputs, int bits) const {
+    const bool floats = bits == 32;
+    require(type == (floats ? ort::kFloat : ort::kUint8), "bits and the type of the experts do not go together");
+    const auto rows = static_cast<int64_t>(floats ? outputs : outputs / 16);
+    const int64_t columns = shape.rank > 1 ? shape.sizes[1] : 0;
+    require(shape.rank == (floats ? 2 : 3) && shape.sizes[0] % static_cast<int64_t>(count) == 0 &&
+                shape.sizes[0] / static_cast<int64_t>(count) == rows && columns > 0 &&
+                (floats || (outputs % 16 == 0 && shape.last() == 64 * bits + 32)),
+            "the matrices of the experts have another shape");
+    return {static_cast<const std::byte*>(data), outputs, static_cast<size_t>(floats ? columns : 32 * columns), bits};
   }
 };
 
@@ -122,6 +138,7 @@ class Definition {
     require(value == 4 || value == 8, "bits is neither 4 nor 8");
     return static_cast<int>(value);
   }
+  int bits_or_float() const { return integer("bits") == 32 ? 32 : bits(); }
   float number(const char* name) const {
     float value = 0;
     api_.check(api_.KernelInfoGetAttribute_float(info_, name, &value));
@@ -141,7 +158,7 @@ class Definition {
     const ort::Value* value = nullptr;
     api_.check(api_.KernelInfoGetConstantInput_tensor(info_, index, &is_constant, &value));
     require(is_constant != 0 && value != nullptr, "a weight or table is not a constant");
-    return {data_of(api_, value), shape_of(api_, value)};
+    return {data_of(api_, value), shape_of(api_, value), type_of(api_, value)};
   }
 
  private:
@@ -179,6 +196,7 @@ struct Kind {
 // A file each; operators.cc lists them.
 Kind attention();
 Kind embedding();
+Kind experts();
 Kind injection();
 Kind linear();
 
