@@ -29,7 +29,7 @@ def integer(least: int, most: int) -> Rule:
 
 
 def one_of(names: Collection[str]) -> Rule:
-    return Rule(f"one of {', '.join(names)}", lambda value: value in names)
+    return Rule(f"one of {', '.join(names)}", lambda value: value in (*names,))  # which may not be hashable
 
 
 def is_positive(value: object) -> bool:

@@ -138,13 +138,16 @@ def export_package(
             (directory / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8", newline="")
         if card is not None:
             (directory / "README.md").write_text(card, encoding="utf-8")
+        parameters = {"ram": config.ram_parameters, "rom": config.rom_parameters}
+        if config.active_parameters != config.ram_parameters:
+            parameters["active"] = config.active_parameters
         manifest = {
             "format": FORMAT,
             "version": VERSION,
             "name": name,
             "architecture": config.manifest(),
             "memory": memory,
-            "parameters": {"ram": config.ram_parameters, "rom": config.rom_parameters},
+            "parameters": parameters,
             "stages": [
                 {"file": f"stage{index}.onnx", "rows": stage.rows and [stage.rows.start, stage.rows.stop]}
                 for index, stage in enumerate(graph.stages)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import ConfigError, Rule
+from ..ffns import FFNS
 from ..memories import MEMORIES
 from .base import Architecture
 from .llama import LlamaConfig
@@ -14,7 +15,8 @@ ARCHITECTURES: dict[str, type[Architecture]] = {"llama": LlamaConfig}
 
 SETTINGS: dict[str, Rule] = {
     name: rule
-    for rules in [kind.RULES for kind in ARCHITECTURES.values()] + [kind.RULES for kind in MEMORIES.values()]
+    for kinds in (ARCHITECTURES, FFNS, MEMORIES)
+    for rules in [kind.RULES for kind in kinds.values()]
     for name, rule in rules.items()
 }
 """All settings that `--set` knows."""

@@ -7,13 +7,16 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
 from ..config import ConfigError, Rule, check
+from ..ffns import FFNS
+from ..ffns.base import FFN
+from ..ffns.swiglu import SwiGLUConfig
 from ..graph.primitives import Dimensions, Primitives
 from ..memories import MEMORIES, Memory
 
@@ -53,20 +56,27 @@ class Architecture(Dimensions, ABC):
 
     kind: ClassVar[str]
     RULES: ClassVar[Mapping[str, Rule]]
-    """Of all fields but `memory`."""
+    """Of `ffn_kind` and all fields but `feed_forward` and `memory`."""
     STATED: ClassVar[tuple[str, ...]]
     """Fields that a checkpoint or the user must give, defaults or not."""
 
     layers: int
     tied_embeddings: bool = True
     """The output head is the embedding; False: it is a matrix of its own."""
+    feed_forward: FFN = field(default_factory=SwiGLUConfig)
     memory: Memory | None = None
 
     def __post_init__(self) -> None:
         check(self.RULES, self.fields())
+        check(self.feed_forward.RULES, self.feed_forward.settings())
+        self.feed_forward.check()
         if self.memory:
             check(self.memory.RULES, self.memory.settings())
             self.memory.check(self)
+
+    @property
+    def ffn_kind(self) -> str:
+        return self.feed_forward.kind
 
     def fields(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.RULES}
@@ -74,16 +84,20 @@ class Architecture(Dimensions, ABC):
     def settings(self) -> dict[str, Any]:
         """All that fixes the model, flat and as JSON holds it: the inverse of `from_settings`."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in self.fields().items()}
+        values |= self.feed_forward.settings()
         for kind in MEMORIES.values():
             values |= (self.memory if isinstance(self.memory, kind) else kind.from_settings({})).settings()
         return values
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
-        """settings: fields and those of a memory; what is not given has its default. ConfigError."""
-        known = [*cls.RULES, *(name for kind in MEMORIES.values() for name in kind.SETTINGS)]
+        """settings: fields, those of the FFN and of a memory; what is not given has its default. ConfigError."""
+        ffn_kind = settings.get("ffn_kind", SwiGLUConfig.kind)
+        check(cls.RULES, {"ffn_kind": ffn_kind})
+        ffn = FFNS[ffn_kind]
+        known = [*cls.RULES, *ffn.RULES, *(name for kind in MEMORIES.values() for name in kind.SETTINGS)]
         if unknown := sorted(settings.keys() - set(known)):
-            raise ConfigError(f"unknown configuration keys {unknown}; known: {sorted(known)}")
+            raise ConfigError(f"unknown configuration keys {unknown}; known with ffn_kind {ffn_kind}: {sorted(known)}")
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
         }
@@ -93,15 +107,15 @@ class Architecture(Dimensions, ABC):
             kinds = " and ".join(next(iter(memory.SETTINGS)) for memory in memories)
             raise ConfigError(f"{kinds} are not 0: a model has one memory; set all others to 0")
         memory = memories[0] if memories else None
-        fields = {name: value for name, value in values.items() if name in cls.RULES}
+        fields = {name: value for name, value in values.items() if name in cls.RULES and name != "ffn_kind"}
         try:
-            return cls(**fields, memory=memory)
+            return cls(**fields, feed_forward=ffn.from_settings(values), memory=memory)
         except TypeError as error:
             raise ConfigError(f"incomplete configuration: {error}") from error
 
     def manifest(self) -> dict[str, Any]:
         """The member `architecture` of a package's manifest, without the memory."""
-        return {"kind": self.kind, **{name: self.settings()[name] for name in self.RULES}}
+        return {"kind": self.kind, **{name: self.settings()[name] for name in (*self.RULES, *self.feed_forward.RULES)}}
 
     def without_memory(self) -> Self:
         return dataclasses.replace(self, memory=None)
@@ -147,3 +161,8 @@ class Architecture(Dimensions, ABC):
     def ram_parameters(self) -> int:
         """Parameters that stay in memory at inference; a tied embedding counts once."""
         return sum(map(math.prod, self.shapes(folded=True).values())) - self.rom_parameters
+
+    @property
+    @abstractmethod
+    def active_parameters(self) -> int:
+        """Of `ram_parameters` those that take part in computing a token; of a table that is the head, all."""

@@ -1,7 +1,7 @@
 """Decoders of the Llama family: RMSNorm, rotary positions, grouped queries, a gated FFN, and a memory if there is one.
 
-Without a memory it is Hugging Face's LlamaForCausalLM, with `qkv_bias` Qwen2's, with `qk_norm` Qwen3's, with
-`nope_layers` SmolLM3's. Parameter names are theirs without the prefix "model.".
+Without a memory it is Hugging Face's LlamaForCausalLM, with `qkv_bias` Qwen2's, with `qk_norm` Qwen3's (with
+experts Qwen3-MoE's), with `nope_layers` SmolLM3's. Parameter names are theirs without the prefix "model.".
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ class LlamaConfig(Architecture):
     """The defaults are Qwen3's, as the MeKi paper has it."""
 
     ffn: int
-    """Width of the FFN."""
-    ffn_kind: str = "swiglu"
+    """Width of the FFN; of one expert, if it is a mixture of them."""
     rope_theta: float = 500_000.0
     qk_norm: bool = True
     """RMSNorm over the head dimension of queries and keys, before RoPE (Qwen3 has it)."""
@@ -78,10 +77,15 @@ class LlamaConfig(Architecture):
 
     @property
     def residual(self) -> tuple[str, ...]:
-        return ("o_proj.weight", *FFNS[self.ffn_kind].RESIDUAL, *(self.memory.RESIDUAL if self.memory else ()))
+        return ("o_proj.weight", *self.feed_forward.residual, *(self.memory.RESIDUAL if self.memory else ()))
 
     def widths(self) -> dict[str, int]:
         return {"hidden": self.hidden, "ffn": self.ffn, "heads * head_dim": self.heads * self.head_dim}
+
+    @property
+    def active_parameters(self) -> int:
+        idle = self.feed_forward.idle_parameters(self.hidden, self.ffn, self.hidden)
+        return self.ram_parameters - self.layers * idle
 
     def module(self) -> Decoder:
         return Decoder(self)
@@ -121,7 +125,7 @@ class LlamaConfig(Architecture):
         if memory:
             x = memory.after_attention(g, layer, x, h, words)
         h = g.norm(x, f"{prefix}.post_attention_layernorm")
-        ffn = FFNS[self.ffn_kind].program(g, h, f"{prefix}.mlp", self.ffn, self.hidden)
+        ffn = self.feed_forward.program(g, h, f"{prefix}.mlp", self.ffn, self.hidden)
         x = g.add(x, ffn, f"{prefix}.fed")
         return memory.after_ffn(g, layer, x, h, words) if memory else x
 
@@ -167,7 +171,7 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
-        self.mlp = FFNS[config.ffn_kind](config.hidden, config.ffn, config.hidden)
+        self.mlp = config.feed_forward.module(config.hidden, config.ffn, config.hidden)
         memory = config.memory and config.memory.module(config, layer)
         self.memory = config.memory.kind if config.memory and memory else None
         if config.memory and memory:

@@ -103,10 +103,11 @@ def make_config(
         config = architecture.from_settings(merged)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}; correct it with --set FIELD=VALUE") from error
-    if config.layers > len(tensors.shapes):  # whose names and shapes alone would take minutes
+    least = config.layers * config.feed_forward.matrices
+    if least > len(tensors.shapes):  # whose names and shapes alone would take minutes
         raise CheckpointError(
-            f"{path}: layers is {config.layers}, but the checkpoint has {len(tensors.shapes)} tensors in all; it is "
-            "incomplete, or correct it with --set layers=VALUE"
+            f"{path}: layers is {config.layers}, which have at least {least} tensors, but the checkpoint has "
+            f"{len(tensors.shapes)} tensors in all; it is incomplete, or correct it with --set FIELD=VALUE"
         )
     return config
 
@@ -173,5 +174,5 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
 def _describe(config: Architecture) -> str:
     values = config.settings()
     widths = [next(iter(kind.SETTINGS)) for kind in MEMORIES.values()]
-    shown = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", *widths, "vocab_size")
+    shown = ("layers", "hidden", "ffn", "experts", "heads", "kv_heads", "head_dim", *widths, "vocab_size")
     return f"a decoder with {', '.join(f'{name}={values[name]}' for name in shown if name in values)}"

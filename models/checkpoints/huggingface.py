@@ -18,12 +18,12 @@ from torch import Tensor
 from meki.package.files import read_object, replace_directory
 
 from ..architectures.base import Architecture, Model
-from ..ffns import FFNS
+from ..ffns.swiglu import SwiGLUConfig
 from ..memories.base import ALL
 from ..source import model_source
 from ..tokenizer import TokenizerSpec, parse_tokenizer, read_tokenizer
 from .checkpoint import Checkpoint, CheckpointError, Part, check_fetched, checkpoint_source, make_config
-from .huggingface_config import FEATURES, FIELDS, OWN, OWN_FIELDS, config_fields, language_model
+from .huggingface_config import FEATURES, FIELDS, MIXTURE_FIELDS, OWN, OWN_FIELDS, config_fields, language_model
 
 CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -208,13 +208,17 @@ def save_pretrained(
 def _config_json(config: Architecture) -> dict[str, Any]:
     settings = config.settings()
     values = {name: settings[field] for field, name in FIELDS.items()}
-    activation = FFNS[settings["ffn_kind"]].hidden_act
+    activation = config.feed_forward.hidden_act
     values |= {"rope_theta": settings["rope_theta"], "hidden_act": activation, "attention_bias": False}
-    kinds = [kind for kind, its in FEATURES.items() if all(settings[name] == value for name, value in its.items())]
+    plain = {"ffn_kind": SwiGLUConfig.kind}
+    kinds = [kind for kind, its in FEATURES.items() if {**settings, **plain, **its} == settings]
     if config.memory or settings["rope_factors"] or settings["nope_layers"] or not kinds:
-        own = {name: settings[name] for name in OWN_FIELDS}
+        own = {name: settings[name] for name in OWN_FIELDS if name in settings}
         return {"model_type": OWN, "architectures": ["MeKiForCausalLM"], **values, **own}
-    return {"model_type": kinds[0], "architectures": [f"{kinds[0].capitalize()}ForCausalLM"], **values}
+    if kinds[0] == "qwen3_moe":
+        values |= {name: settings[field] for field, name in MIXTURE_FIELDS.items()}
+    architecture = kinds[0].title().replace("_", "")
+    return {"model_type": kinds[0], "architectures": [f"{architecture}ForCausalLM"], **values}
 
 
 def _save_tokenizer(directory: Path, tokenizer: TokenizerSpec) -> None:

@@ -14,7 +14,7 @@ from ..memories import MEMORIES
 from .checkpoint import CheckpointError, check_setting, check_window
 
 _LLAMA = {"qk_norm": False, "qkv_bias": False}
-FEATURES: dict[str, dict[str, bool]] = {
+FEATURES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "ministral": _LLAMA,
@@ -24,6 +24,7 @@ FEATURES: dict[str, dict[str, bool]] = {
     "qwen2": {"qk_norm": False, "qkv_bias": True},
     "seed_oss": {"qk_norm": False, "qkv_bias": True},
     "qwen3": {"qk_norm": True, "qkv_bias": False},
+    "qwen3_moe": {"qk_norm": True, "qkv_bias": False, "ffn_kind": "moe"},
 }
 """What the model types that have no flag for it do."""
 _WINDOWED = ("mistral", "ministral")
@@ -38,7 +39,11 @@ _UNSUPPORTED: dict[str, Any] = {
     **{"partial_rotary_factor": 1, "clip_qkv": None, "quantization_config": None},
 }
 """What changes the arithmetic unless it is so, or null."""
-_UNSUPPORTED_IN = {"seed_oss": {"attention_bias": True}, "internlm3": {"qkv_bias": False, "bias": False}}
+_UNSUPPORTED_IN: dict[str, dict[str, Any]] = {
+    "seed_oss": {"attention_bias": True},
+    "internlm3": {"qkv_bias": False, "bias": False},
+    "qwen3_moe": {"mlp_only_layers": [], "decoder_sparse_step": 1},  # experts in every layer
+}
 OWN = "meki"
 """The model type of our own layout, with a memory or without (docs/sources/huggingface.md)."""
 OWN_FIELDS = (
@@ -46,6 +51,8 @@ OWN_FIELDS = (
     "qkv_bias",
     "rope_factors",
     "nope_layers",
+    "ffn_kind",
+    *(name for kind in FFNS.values() for name in kind.RULES),
     *(name for kind in MEMORIES.values() for name in kind.SETTINGS),
 )
 FIELDS = {
@@ -61,6 +68,13 @@ FIELDS = {
     "tied_embeddings": "tie_word_embeddings",
 }
 """Settings and their names in config.json."""
+MIXTURE_FIELDS = {
+    "ffn": "moe_intermediate_size",
+    "experts": "num_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "norm_topk_prob": "norm_topk_prob",
+}
+"""The same of what Qwen3-MoE says otherwise."""
 
 
 def language_model(values: dict[str, Any]) -> dict[str, Any]:
@@ -80,14 +94,10 @@ def config_fields(
     kind = values.get("model_type")
     if kind not in (*FEATURES, OWN):
         raise CheckpointError(
-            f"{path}: model_type is {kind!r}; supported are {', '.join((*FEATURES, OWN))}: dense decoders of the "
-            "Llama family and MeKi"
+            f"{path}: model_type is {kind!r}; supported are {', '.join((*FEATURES, OWN))}: decoders of the Llama "
+            "family and MeKi"
         )
-    ffns = {ffn.hidden_act: name for name, ffn in FFNS.items()}
-    activation = values.get("hidden_act") or "silu"
-    activation = "silu" if activation == "swish" else activation  # two names of one function
-    if activation not in ffns:
-        raise CheckpointError(f"{path}: hidden_act is {activation!r}; supported is {' or '.join(map(repr, ffns))}")
+    own = {name: values.get(name) for name in OWN_FIELDS} if kind == OWN else FEATURES[kind]
     # Newer configurations have all about rotary positions in rope_parameters.
     scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
     for name, expected in {**_UNSUPPORTED, **_UNSUPPORTED_IN.get(kind, {})}.items():
@@ -95,9 +105,11 @@ def config_fields(
             raise CheckpointError(f"{path}: {name} is {got!r}; supported is {expected!r}")
     defaults = {"rope_theta": 10_000.0, **_DEFAULTS.get(kind, {})}
     defaults = {field: value for field, value in defaults.items() if FIELDS.get(field) not in values}
-    stated = {field: as_number(values.get(name)) for field, name in FIELDS.items()} | {"ffn_kind": ffns[activation]}
+    stated = {field: as_number(values.get(name)) for field, name in FIELDS.items()} | own
+    stated["ffn_kind"] = _ffn_kind(path, values, own.get("ffn_kind"))
+    if kind == "qwen3_moe":
+        stated |= _mixture_fields(values)
     stated["rope_theta"] = as_number(scaling.get("rope_theta") or values.get("rope_theta"))
-    stated |= {name: values.get(name) for name in OWN_FIELDS} if kind == OWN else FEATURES[kind]
     fields = {field: value for field, value in stated.items() if value not in (None, [])} | dict(overrides)
     fields = {**defaults, **fields}
     if "heads" in fields:
@@ -110,6 +122,25 @@ def config_fields(
         fields.setdefault("nope_layers", _nope_layers(values, min(fields["layers"], MOST_LAYERS)))
     _check_windows(path, values, fields)
     return fields
+
+
+def _ffn_kind(path: Path, values: Mapping[str, Any], stated: Any) -> Any:
+    """stated: what the model type, or the configuration itself, says that it is; None: the activation tells."""
+    if stated not in (None, *FFNS):
+        return stated  # an error of the configuration
+    kinds = {ffn.hidden_act: name for name, ffn in FFNS.items() if (name == stated if stated else not ffn.RULES)}
+    activation = values.get("hidden_act") or "silu"
+    activation = "silu" if activation == "swish" else activation  # two names of one function
+    if activation not in kinds:
+        raise CheckpointError(f"{path}: hidden_act is {activation!r}; supported is {' or '.join(map(repr, kinds))}")
+    return kinds[activation]
+
+
+def _mixture_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {field: as_number(values.get(name)) for field, name in MIXTURE_FIELDS.items()}
+    if fields["experts"] is None:
+        fields["experts"] = as_number(values.get("num_local_experts"))  # as transformers saves it since version 5
+    return {**fields, "norm_topk_prob": fields["norm_topk_prob"] or False}
 
 
 def _nope_layers(values: Mapping[str, Any], layers: int) -> tuple[int, ...]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..graph.primitives import Matrix, Primitives, Value
+from .base import FFN
 
 
 class SwiGLU(nn.Module):
     """[.., inputs] -> [.., outputs] through `width`."""
-
-    hidden_act = "silu"
-    RESIDUAL = ("mlp.down_proj.weight",)
 
     def __init__(self, inputs: int, width: int, outputs: int) -> None:
         super().__init__()
@@ -23,8 +23,18 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-    @staticmethod
-    def program(g: Primitives, h: Value, prefix: str, width: int, outputs: int) -> Value:
+
+@dataclass(frozen=True)
+class SwiGLUConfig(FFN):
+    kind = "swiglu"
+    hidden_act = "silu"
+    matrices = 3
+    residual = ("mlp.down_proj.weight",)
+
+    def module(self, inputs: int, width: int, outputs: int) -> SwiGLU:
+        return SwiGLU(inputs, width, outputs)
+
+    def program(self, g: Primitives, h: Value, prefix: str, width: int, outputs: int) -> Value:
         gate, up = Matrix(f"{prefix}.gate_proj", width), Matrix(f"{prefix}.up_proj", width)
         both = g.linear(h, gate, up, name=f"{prefix}.gate_up")
         return g.linear(g.swiglu(both, prefix), Matrix(f"{prefix}.down_proj", outputs))

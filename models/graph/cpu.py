@@ -35,8 +35,19 @@ def key_offsets(weights: Weights, bias: KeyBias, kv_heads: int) -> Floats:
     return np.where(large[:, None], pairs, np.float32(0)).reshape(-1)
 
 
+@dataclass(frozen=True)
+class Mixture(Lazy):
+    """A mixture of experts: an operator that can add a residual, too."""
+
+    h: Value
+    name: str
+    experts: int
+    experts_per_token: int
+    norm_topk_prob: bool
+
+
 class CpuGraph(Primitives):
-    """A graph with float32 matrices, in operators of standard ONNX but for attention. T is dynamic."""
+    """A graph with float32 matrices, in operators of standard ONNX but for attention and experts. T is dynamic."""
 
     DOMAIN = _DOMAIN
     tokens = "T"
@@ -46,18 +57,54 @@ class CpuGraph(Primitives):
         self.store = store
         self.looked_up: set[str] = set()
         """Constants of which a decode step reads a line."""
+        self.mixtures: dict[str, tuple[int, int]] = {}
+        """Constants of all experts: of how many a decode step reads the weights, and how many there are."""
 
     @property
     def decode_bytes(self) -> int:
         """Bytes of weights that one decode step reads; not the tables of which it reads one line."""
         tensors = {name: tensor for stage in self.stages for name, tensor in stage.initializers.items()}
-        weights = [tensors[name] for name in tensors.keys() - self.looked_up]
-        return sum(tensor_bytes(tensor) for tensor in weights if tensor.data_type != TensorProto.INT64)  # an index
+        read = 0
+        for name in tensors.keys() - self.looked_up:
+            if tensors[name].data_type != TensorProto.INT64:  # an index
+                chosen, experts = self.mixtures.get(name, (1, 1))
+                read += tensor_bytes(tensors[name]) // experts * chosen
+        return read
 
     def embedding(self, name: str) -> Value:
         ids, table = self.input("token_ids", [1, "T"], TensorProto.INT64), self.table(name)
         self.looked_up.add(table)
         return self.lookup(ids, table)
+
+    def experts(self, h: Value, name: str, experts: int, experts_per_token: int, norm_topk_prob: bool) -> Value:
+        return Mixture(h, name, experts, experts_per_token, norm_topk_prob)
+
+    def add(self, a: Value, b: Value, name: str) -> Value:
+        return self._mixture(b, a) if isinstance(b, Mixture) else super().add(a, b, name)
+
+    def compute(self, value: Lazy) -> str:
+        return self._mixture(value) if isinstance(value, Mixture) else super().compute(value)
+
+    def _mixture(self, mixture: Mixture, residual: Value = "") -> str:
+        name, experts, chosen = mixture.name, mixture.experts, mixture.experts_per_token
+        assert isinstance(mixture.h, Norm)
+        inputs: list[Value] = [mixture.h.x, self.vector(f"{mixture.h.name}.weight"), self.vector(f"{name}.gate.weight")]
+        for matrix, parts in (("gate_up", ("gate", "up")), ("down", ("down",))):
+            weights = [f"{name}.experts.{expert}.{part}_proj.weight" for expert in range(experts) for part in parts]
+            stacked = self.stacked(f"{name}.experts.{matrix}", weights)
+            self.mixtures[stacked] = chosen, experts
+            inputs.append(stacked)
+        return self.op(
+            "Experts",
+            [*inputs, residual] if residual else inputs,
+            f"{name}.out",
+            domain=_DOMAIN,
+            experts=experts,
+            experts_per_token=chosen,
+            norm_topk_prob=int(mixture.norm_topk_prob),
+            bits=WEIGHT_BITS.get(self.store.weight_type, 32),
+            epsilon=self.config.norm_eps,
+        )
 
     def attention(
         self,
@@ -129,6 +176,10 @@ class CpuGraph(Primitives):
     def product(self, x: Value, matrices: Sequence[Matrix], name: str) -> Value:
         weights = [f"{matrix.name}.weight" for matrix in matrices]
         return self.op("MatMul", [x, self.array(name, lambda: self.store.joined(weights).T)], f"{name}.out")
+
+    def stacked(self, name: str, weights: Sequence[str]) -> str:
+        """Matrices one below the other, as they are stored."""
+        return self.vector(name, weights)
 
     def vector(self, name: str, parts: Sequence[str] = ()) -> str:
         return self.array(name, lambda: self.store.joined(parts or [name]))
@@ -202,6 +253,9 @@ class PackedGraph(CpuGraph):
     def table(self, name: str) -> str:
         return self._panels(name, [name])
 
+    def stacked(self, name: str, weights: Sequence[str]) -> str:
+        return self._constant(self.store.packed(f"{name}.panels", weights))
+
     def lookup(self, ids: str, table: str) -> Value:
         return self._own("Embedding", [ids, table], "embedding", outputs=self.config.vocab_size)
 
@@ -226,4 +280,4 @@ class PackedGraph(CpuGraph):
         return self.op(kind, inputs, output, domain=_DOMAIN, bits=WEIGHT_BITS[self.store.weight_type], **attributes)
 
     def _panels(self, name: str, matrices: Sequence[str]) -> str:
-        return self._constant(self.store.packed(f"{name}.panels", [f"{matrix}.weight" for matrix in matrices]))
+        return self.stacked(name, [f"{matrix}.weight" for matrix in matrices])

@@ -136,6 +136,12 @@ class NpuGraph(Primitives):
             block_size=WEIGHT_BLOCK,
         )
 
+    def experts(self, h: Value, name: str, experts: int, experts_per_token: int, norm_topk_prob: bool) -> Value:
+        raise CompileError(
+            f"{name}: a mixture of {experts} experts, which an NPU's static graph would all compute for every token, "
+            f"not the {experts_per_token} that the token is sent to; run the model on the CPU"
+        )
+
     def attention(
         self,
         qkv: Value,

@@ -147,6 +147,10 @@ class Primitives(ABC):
         return self.op("Mul", [silu, up], f"{name}.product")
 
     @abstractmethod
+    def experts(self, h: Value, name: str, experts: int, experts_per_token: int, norm_topk_prob: bool) -> Value:
+        """A mixture of experts (ffns/moe.py), whose weights' names begin with `name`. h: what a norm gives."""
+
+    @abstractmethod
     def attention(
         self,
         qkv: Value,

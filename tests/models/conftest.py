@@ -142,6 +142,47 @@ class Injection(OpRun):
         return (x + rms_norm(fused @ w_out.T, post_norm, epsilon),)
 
 
+class Experts(OpRun):
+    """A token at a time through the experts it is sent to, with activations in float32."""
+
+    op_domain = "meki"
+
+    def _run(
+        self,
+        x: np.ndarray,
+        norm: np.ndarray,
+        router: np.ndarray,
+        gate_up: np.ndarray,
+        down: np.ndarray,
+        residual: np.ndarray | None = None,
+        *,
+        experts: int,
+        experts_per_token: int,
+        norm_topk_prob: int,
+        bits: int,
+        epsilon: float,
+    ) -> tuple[np.ndarray]:
+        def matrices(weight: np.ndarray, outputs: int) -> np.ndarray:
+            if bits != 32:
+                weight = unpack_once(weight.tobytes(), weight.shape, bits, experts * outputs)
+            return weight.reshape(experts, outputs, -1)
+
+        down = matrices(down, x.shape[-1])
+        width = down.shape[2]
+        gate_up = matrices(gate_up, 2 * width)
+        out = np.zeros_like(x) if residual is None else residual.copy()
+        for t, h in enumerate(rms_norm(x[0], norm, epsilon)):
+            logits = router @ h
+            shares = np.exp(logits - logits.max())
+            shares /= shares.sum()
+            chosen = sorted(range(experts), key=lambda e: (-shares[e], e))[:experts_per_token]
+            total = shares[chosen].sum() if norm_topk_prob else np.float32(1)
+            for e in chosen:
+                gate, up = np.split(gate_up[e] @ h, 2)
+                out[0, t] += shares[e] / total * (down[e] @ (gate / (1 + np.exp(-gate)) * up))
+        return (out,)
+
+
 class Embedding(OpRun):
     op_domain = "meki"
 
@@ -205,7 +246,7 @@ class ReferenceSession:
         """stages: "stages" or "dense_stages" of the manifest."""
         self.manifest = json.loads((package / "manifest.json").read_text())
         architecture = self.manifest["architecture"]
-        operators = [Attention, Embedding, Injection, Linear]
+        operators = [Attention, Embedding, Experts, Injection, Linear]
         self.stages = [
             (ReferenceEvaluator(onnx.load(package / stage["file"]), new_ops=operators), stage.get("rows"))
             for stage in self.manifest[stages]

@@ -29,6 +29,9 @@ def test_json_holds_rotary_factors(make_model: Callable[..., Decoder]) -> None:
     assert LlamaConfig.from_settings(json.loads(json.dumps(config.settings()))) == config
 
 
+MIXTURE = {"ffn_kind": "moe", "experts": 5, "experts_per_token": 2}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -53,6 +56,12 @@ def test_json_holds_rotary_factors(make_model: Callable[..., Decoder]) -> None:
         ({"nope_layers": (3,)}, "nope_layers must be below layers (3), got 3"),
         ({"nope_layers": (-1,)}, "nope_layers must be layers' numbers, from 0, got (-1,)"),
         ({"depth": 3}, "unknown configuration keys ['depth']"),
+        ({"ffn_kind": "geglu"}, "ffn_kind must be one of swiglu, moe, got 'geglu'"),
+        ({"experts": 4}, "unknown configuration keys ['experts']; known with ffn_kind swiglu: "),
+        ({"ffn_kind": "moe", "experts": 4}, "missing 1 required positional argument: 'experts_per_token'"),
+        ({**MIXTURE, "experts": 4097}, "experts must be an integer from 1 to 4096, got 4097"),
+        ({**MIXTURE, "experts_per_token": 6}, "experts_per_token (6) must be at most experts (5)"),
+        ({**MIXTURE, "norm_topk_prob": 1}, "norm_topk_prob must be true or false, got 1"),
     ],
 )
 def test_what_no_model_can_have(make_model: Callable[..., Decoder], changes: dict[str, Any], message: str) -> None:
@@ -67,6 +76,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"qkv_bias": True, "tied_embeddings": False, "qk_norm": False},
     {"projector_norm": True},
     {"memory_position": "parallel_attention", "memory_fusion": "multiply_silu"},
+    MIXTURE,
 ]
 
 
@@ -92,9 +102,14 @@ def test_counts(make_model: Callable[..., Decoder], overrides: dict[str, Any]) -
         attention += config.head_dim * (config.heads + 2 * config.kv_heads)
     norms = 2 * hidden + (2 * config.head_dim if config.qk_norm else 0)
     memory = 2 * hidden * memory_dim + hidden if memory_dim else 0
-    layer = attention + norms + 3 * hidden * config.ffn + memory
+    ffn = 3 * hidden * config.ffn
+    if "experts" in overrides:
+        ffn = hidden * 5 + 5 * ffn
+    layer = attention + norms + ffn + memory
     tables = 1 if config.tied_embeddings else 2
     assert config.ram_parameters == tables * config.vocab_size * hidden + config.layers * layer + hidden
+    idle = config.layers * 3 * 3 * hidden * config.ffn if "experts" in overrides else 0
+    assert config.active_parameters == config.ram_parameters - idle
     assert config.rom_parameters == config.layers * config.vocab_size * memory_dim
 
 

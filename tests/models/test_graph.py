@@ -26,6 +26,8 @@ IDS = np.random.default_rng(3).integers(0, 300, 40)
 # about 3: 2e-5 was seen, a forgotten norm or a wrong position gives more than 0.1.
 TOLERANCE = 1e-4
 
+EXPERTS = {"ffn_kind": "moe", "experts": 5, "experts_per_token": 2, "ffn": 32}
+ALL_EXPERTS = {**EXPERTS, "experts_per_token": 5}  # rounding cannot send a token elsewhere
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"qk_norm": False},
@@ -39,6 +41,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"memory_dim": 13, "hidden": 50, "ffn": 71, "vocab_size": 333},
     {"qkv_bias": True},
     {"nope_layers": (0, 2)},
+    EXPERTS,
+    {**EXPERTS, "memory_dim": 0, "norm_topk_prob": False, "hidden": 50, "ffn": 31, "layers": 2},
     {"tied_embeddings": False, "rope_factors": (1.0, 1.0, 1.5, 2.0, 2.5, 4.0, 8.0, 8.0)},
     {"memory_experts": "static"},
     {"memory_position": "parallel_attention"},
@@ -63,12 +67,15 @@ def reference(model: Decoder, rows: np.ndarray | None) -> np.ndarray:
     return model(torch.from_numpy(IDS)[None])[0].numpy()
 
 
+NOT_QUANTIZED = r"meki.embeddings|word_emb_projection|ple.embed_tokens|mlp\.gate\."  # folded; the router
+
+
 def with_quantized_weights(model: Decoder, bits: int) -> Decoder:
     """What a package has in blocks, every dense matrix that is left after folding, replaced by what it stands for."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and not re.search("meki.embeddings|word_emb_projection|ple.embed_tokens", name):
+            if parameter.dim() == 2 and not re.search(NOT_QUANTIZED, name):
                 parameter.copy_(torch.from_numpy(quantize_weight(parameter.numpy(), bits, name)[1]))
     return model
 
@@ -113,6 +120,7 @@ def test_row_types(
         {"memory_position": "parallel_attention"},
         {"memory_position": "after_ffn", "memory_fusion": "multiply_silu"},
         {"memory_dim": 0, "ple_dim": 32, "ple_vocab_size": 100},
+        ALL_EXPERTS,
     ],
     ids=str,
 )
@@ -345,6 +353,21 @@ def test_decode_bytes(make_package: Callable[..., Path], weights: str, bits: flo
     with_memory = dense + 3 * (2 * memory_dim * 64 * bits // 8 + 64 * 4)
     expected = [with_memory, dense] if memory_dim else [dense, None]
     assert [manifest["weights"][key] for key in ("decode_bytes", "dense_decode_bytes")] == expected
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8", "int4"])
+def test_a_token_goes_through_some_of_the_experts(make_package: Callable[..., Path], weights: str) -> None:
+    """Two experts of 32 are an FFN of 64, which has no router."""
+
+    def figures(**overrides: Any) -> tuple[int, int, int]:
+        manifest = json.loads((make_package(weights=weights, **overrides) / "manifest.json").read_text())
+        parameters = manifest["parameters"]
+        return parameters["ram"], parameters.get("active", parameters["ram"]), manifest["weights"]["decode_bytes"]
+
+    ram, active, read = figures(**EXPERTS)
+    dense = figures(ffn=64)
+    router, idle = 3 * 5 * 64, 3 * 3 * 3 * 32 * 64
+    assert (ram - idle, active, read) == (dense[0] + router, dense[0] + router, dense[2] + 4 * router)
 
 
 @pytest.mark.parametrize(

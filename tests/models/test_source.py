@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from meki.models.source import random_source
 from meki.models.tokenizer import TokenizerSpec
 
 
-def test_activations_stay_of_order_one(make_model: Callable[..., Decoder]) -> None:
+@pytest.mark.parametrize("ffn", [{}, {"ffn_kind": "moe", "experts": 4, "experts_per_token": 2}], ids=str)
+def test_activations_stay_of_order_one(make_model: Callable[..., Decoder], ffn: dict[str, Any]) -> None:
     """Through as many layers as the largest configuration has."""
-    model = make_model(layers=36, hidden=128, qkv_bias=True, tied_embeddings=False)
+    model = make_model(layers=36, hidden=128, qkv_bias=True, tied_embeddings=False, **ffn)
     source = random_source(model.config)
     state = {name: torch.from_numpy(source.weights(name)) for name in model.state_dict()}
     model.load_state_dict(state)  # every name, every shape

@@ -59,6 +59,15 @@ def test_a_dense_package(make_package, capsys: pytest.CaptureFixture[str]) -> No
     assert "verified: all SHA-256 sums are right" in out
 
 
+def test_a_mixture_of_experts(make_package: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    path = make_package(memory_dim=0, ffn_kind="moe", experts=5, experts_per_token=2)
+    assert main([str(path)]) == 0
+    out = capsys.readouterr().out
+    parameters = json.loads((path / "manifest.json").read_text())["parameters"]
+    assert "FFN 96 x 2 of 5 experts, " in out and "memory            none\n" in out
+    assert f"RAM parameters    {parameters['ram']:,}, {parameters['active']:,} of them active a token\n" in out
+
+
 def test_verify_finds_one_changed_byte(change_package: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     path = change_package(lambda manifest: None)
     data = bytearray((path / "weights.bin").read_bytes())

@@ -466,6 +466,7 @@ def test_a_tokenizer_of_a_larger_model(package: Path, change_package: Callable[.
         ({"provenance": None}, "provenance is None"),
         ({"parameters": {"ram": 1.5, "rom": 0}}, r"parameters\.ram is 1\.5"),
         ({"parameters": {"ram": 1, "rom": -1}}, r"parameters\.rom is -1"),
+        ({"parameters": {"ram": 1, "rom": 0, "active": "1"}}, r"parameters\.active is '1'"),
         ({"weights": "int8"}, 'weights is "int8"'),
         ({"quantization_error": 0.1}, "quantization_error is 0.1"),
     ],

@@ -98,21 +98,23 @@ def _describe(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _lines(info: dict[str, Any]) -> Iterator[str]:
     shape, memory, rom = info["architecture"], info["memory"], info["rom"]
+    experts = f" x {shape['experts_per_token']} of {shape['experts']} experts" if "experts" in shape else ""
+    active = info["parameters"].get("active")
     weights, tokenizer = info["weights"], info["tokenizer"]
     rows = [
         ("name", info["name"]),
         ("path", info["path"]),
         (
             "decoder",
-            f"{shape['kind']}, {shape['layers']} layers, hidden {shape['hidden']}, FFN {shape['ffn']}, "
+            f"{shape['kind']}, {shape['layers']} layers, hidden {shape['hidden']}, FFN {shape['ffn']}{experts}, "
             f"{shape['heads']} heads of {shape['head_dim']}, {shape['kv_heads']} KV heads, "
             f"vocabulary {shape['vocab_size']:,}, context {shape['context']:,}",
         ),
-        ("RAM parameters", f"{info['ram_parameters']:,}"),
+        ("RAM parameters", f"{info['ram_parameters']:,}" + (f", {active:,} of them active a token" if active else "")),
         ("weight type", weights["type"] + (f", blocks of {weights['block']}" if weights.get("block") else "")),
     ]
     if rom is None:
-        rows.append(("memory", "none: a dense model"))
+        rows.append(("memory", "none" if experts else "none: a dense model"))
     else:
         rows += [
             ("memory", f"{memory['kind']}, rows of {memory['row_dim']}, {memory['row_type']}"),

@@ -30,11 +30,15 @@ def read_manifest(directory: Path, provider: str = "cpu", soc: str = "") -> dict
     for field in ("parameters", "weights", "quantization_error", "provenance"):
         got = manifest.get(field)
         check(isinstance(got, dict), field, got, "an object")
-    for field in ("ram", "rom"):
+    for field in ("ram", "rom", *({"active"} & manifest["parameters"].keys())):
         got = manifest["parameters"].get(field)
         check(type(got) is int and got >= 0, f"parameters.{field}", got, "a number of parameters")
     architecture = manifest["architecture"]
     check(isinstance(architecture.get("kind"), str), "architecture.kind", architecture.get("kind"), "a string")
+    if "experts" in architecture:
+        for field in ("experts", "experts_per_token"):
+            got = architecture.get(field)
+            check(type(got) is int and got > 0, f"architecture.{field}", got, "a number of experts")
     heads, kv_heads = architecture["heads"], architecture["kv_heads"]
     check(heads % kv_heads == 0, "architecture.heads", heads, f"a multiple of kv_heads, which is {kv_heads}")
     weights = manifest["weights"]

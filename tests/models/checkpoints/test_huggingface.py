@@ -35,6 +35,7 @@ SHAPE = {
     "rms_norm_eps": 1e-6,
     "initializer_range": 0.2,  # so that logits differ far beyond rounding
 }
+EXPERTS = {"moe_intermediate_size": 32, "num_experts": 6, "num_experts_per_tok": 2, "head_dim": 16}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,
@@ -85,6 +86,9 @@ TOLERANCE = 1e-4
         ("qwen2", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
         ("qwen3", {"head_dim": 32}),
         ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+        ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
+        ("qwen3_moe", {**EXPERTS, "norm_topk_prob": False, "num_experts_per_tok": 5, "tie_word_embeddings": True}),
+        ("qwen3_moe", {**EXPERTS, "num_experts_per_tok": 6, "moe_intermediate_size": 40, "head_dim": 32}),
         ("mistral", {"sliding_window": None, "head_dim": 32}),
         ("ministral", {"sliding_window": 4, "layer_types": ["full_attention"] * 3, "head_dim": 32}),
         ("smollm3", {"no_rope_layer_interval": 2, "pad_token_id": None}),
@@ -129,6 +133,9 @@ def edit_config(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(kept))
 
 
+MIXTURE: dict[str, Any] = {"ffn_kind": "moe", "experts": 3, "experts_per_token": 2}
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -140,6 +147,8 @@ def edit_config(folder: Path, **changes: Any) -> None:
         {"qkv_bias": True, "memory_dim": 0},
         {"rope_factors": (1.0, 1.0, 1.5, 2.0, 2.5, 4.0, 8.0, 8.0), "tied_embeddings": False},
         {"nope_layers": (0, 2), "qk_norm": False, "memory_dim": 0},
+        MIXTURE,
+        {**MIXTURE, "memory_dim": 0, "norm_topk_prob": False},
     ],
 )
 def test_what_is_saved_comes_back(
@@ -155,11 +164,11 @@ def test_what_is_saved_comes_back(
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "qwen3_moe"])
 def test_transformers_reads_what_is_saved(make_model: Callable[..., Decoder], tmp_path: Path, kind: str) -> None:
     """Models without a memory are written as what they are."""
-    features = {"qk_norm": kind == "qwen3", "qkv_bias": kind == "qwen2", "tied_embeddings": kind == "qwen3"}
-    model = make_model(memory_dim=0, **features)
+    features = {"qk_norm": "qwen3" in kind, "qkv_bias": kind == "qwen2", "tied_embeddings": kind == "qwen3"}
+    model = make_model(memory_dim=0, **features, **(MIXTURE if kind == "qwen3_moe" else {}))
     save_pretrained(tmp_path / "saved", model, provenance={})
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     assert theirs.config.model_type == kind
@@ -389,7 +398,10 @@ def test_tensor_left_over(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt_neox"}, "model_type is 'gpt_neox'; supported are llama, mistral, .*, qwen3, meki"),
+        (
+            {"model_type": "gpt_neox"},
+            "model_type is 'gpt_neox'; supported are llama, mistral, .*, qwen3, qwen3_moe, meki",
+        ),
         ({"model_type": None}, "model_type is None; supported"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported is 'silu'"),
         ({"attention_bias": True}, "attention_bias is True"),
@@ -427,6 +439,50 @@ def test_configurations_that_are_refused(saved: Path, changes: dict[str, Any], m
     edit_config(saved, **changes)
     with pytest.raises(CheckpointError, match=f"{saved}/config.json: .*{message}"):
         open_checkpoint(saved, {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]; supported is \[\]"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2; supported is 1"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported is 'silu'"),
+        ({"num_experts_per_tok": 4}, r"experts_per_token \(4\) must be at most experts \(3\)"),
+        ({"num_experts_per_tok": 0}, "experts_per_token must be an integer from 1 to 4096, got 0"),
+        ({"num_experts": 0}, "experts must be an integer from 1 to 4096, got 0"),
+        ({"num_experts": 4096}, "layers is 3, which have at least 36867 tensors, but the checkpoint has"),
+        ({"num_experts": None}, "incomplete configuration: .*'experts'"),
+        ({"moe_intermediate_size": None}, "does not say what ffn is"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob must be true or false, got 'yes'"),
+    ],
+)
+def test_mixtures_that_are_refused(
+    make_model: Callable[..., Decoder], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    save_pretrained(tmp_path / "saved", make_model(memory_dim=0, **MIXTURE), provenance={})
+    edit_config(tmp_path / "saved", **changes)
+    with pytest.raises(CheckpointError, match=f"config.json: .*{message}"):
+        open_checkpoint(tmp_path / "saved", {})
+
+
+@pytest.mark.parametrize("changes", [{"norm_topk_prob": None}, {"num_experts": None, "num_local_experts": 3}])
+def test_mixtures_in_other_words(make_model: Callable[..., Decoder], tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Without a word the shares are not divided, as in transformers, whose version 5 saves another name, too."""
+    model = make_model(memory_dim=0, **MIXTURE, norm_topk_prob=False)
+    save_pretrained(tmp_path / "saved", model, provenance={})
+    edit_config(tmp_path / "saved", **changes)
+    assert open_checkpoint(tmp_path / "saved", {}).config == model.config
+
+
+def test_a_mixture_of_a_kind_that_is_not_known(make_model: Callable[..., Decoder], tmp_path: Path) -> None:
+    save_pretrained(tmp_path / "saved", make_model(**MIXTURE), provenance={})
+    for kind in ("soft", ["moe"], 3):
+        edit_config(tmp_path / "saved", ffn_kind=kind)
+        with pytest.raises(CheckpointError, match="ffn_kind must be one of swiglu, moe, got "):
+            open_checkpoint(tmp_path / "saved", {})
+    edit_config(tmp_path / "saved", ffn_kind="swiglu")
+    with pytest.raises(CheckpointError, match=r"unknown configuration keys \['experts', .*known with ffn_kind swiglu"):
+        open_checkpoint(tmp_path / "saved", {})
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\x00"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from meki.models.architectures.llama import Decoder
-from meki.models.config import ConfigError
+from meki.models.config import CompileError, ConfigError
 from meki.models.qnn import stages as stages_module
 from meki.models.qnn.stages import Options, plan
 from meki.models.source import model_source
@@ -208,3 +208,11 @@ def test_options_that_cannot_be(changes: dict[str, Any], message: str, make_pack
 def test_dense_models_have_no_dense_variant(make_package: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="no memory and is dense as it is"):
         options(dense=True).check(open_weights(make_package("float32", memory_dim=0)))
+
+
+def test_a_mixture_of_experts_is_refused(make_package: Callable[..., Path]) -> None:
+    weights = open_weights(make_package("float32", ffn_kind="moe", experts=5, experts_per_token=2))
+    with pytest.raises(
+        CompileError, match=r"layers.0.mlp: a mixture of 5 experts, which an NPU's static graph would all"
+    ):
+        plan(weights, options())

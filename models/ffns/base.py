@@ -1,0 +1,56 @@
+"""What the rest of meki.models asks of a feed-forward network, of whichever kind."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from torch import nn
+
+from ..config import Rule
+from ..graph.primitives import Primitives, Value
+
+
+@dataclass(frozen=True)
+class FFN(ABC):
+    """An FFN's configuration, an immutable value; its fields are settings beside the decoder's. [.., inputs] ->
+    [.., outputs] through `width`; the program computes what the PyTorch module does."""
+
+    kind: ClassVar[str]
+    RULES: ClassVar[Mapping[str, Rule]] = {}
+    """Of its fields."""
+    hidden_act: ClassVar[str]
+    """What Hugging Face calls its activation."""
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """settings: any; those of the decoder do not matter. TypeError if one that has no default is missing."""
+        return cls(**{name: settings[name] for name in cls.RULES if name in settings})
+
+    def settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.RULES}
+
+    def check(self) -> None:  # noqa: B027 (most have nothing to check)
+        """ConfigError for fields that do not go together."""
+
+    @property
+    @abstractmethod
+    def residual(self) -> tuple[str, ...]:
+        """How names of weights end that write to the residual stream."""
+
+    @property
+    @abstractmethod
+    def matrices(self) -> int:
+        """How many a layer has."""
+
+    def idle_parameters(self, inputs: int, width: int, outputs: int) -> int:
+        """Parameters that take no part in computing a token."""
+        return 0
+
+    @abstractmethod
+    def module(self, inputs: int, width: int, outputs: int) -> nn.Module: ...
+
+    @abstractmethod
+    def program(self, g: Primitives, h: Value, prefix: str, width: int, outputs: int) -> Value: ...
