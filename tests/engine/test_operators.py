@@ -36,15 +36,22 @@ def edit_graph(package: Path, name: str, change: Change) -> Path:
 
 @pytest.fixture
 def package(make_package: Callable[..., Path], tmp_path: Path) -> Path:
-    """A package of the test's own, with all four operators: to be spoilt."""
+    """A package of the test's own, with all operators but Experts: to be spoilt."""
     return Path(shutil.copytree(make_package(weights="int8"), tmp_path / "package"))
+
+
+@pytest.fixture
+def mixture(make_package: Callable[..., Path], tmp_path: Path) -> Path:
+    """The same with 2 of 5 experts, of 32, in place of the FFN."""
+    experts = {"ffn_kind": "moe", "experts": 5, "experts_per_token": 2, "ffn": 32}
+    return Path(shutil.copytree(make_package(weights="int8", **experts), tmp_path / "mixture"))
 
 
 # Nodes by their first output. Layer 1 has 4 query and 2 key heads of 16 elements, hidden 64, ffn 96 and 32 elements of
 # memory; the vocabulary has 300 tokens.
 QKV, ATTENTION, ATTENDED = "layers.1.self_attn.qkv.out", "layers.1.self_attn.heads", "layers.1.self_attn.o_proj.out"
 DOWN, INJECTED = "layers.1.mlp.down_proj.out", "layers.1.injected"
-EMBEDDING = "embedding"
+EMBEDDING, MIXED = "embedding", "layers.1.mlp.out"
 
 
 def stage_of(output: str) -> str:
@@ -150,7 +157,9 @@ ATTRIBUTES = [
 
 
 def kind_of(output: str) -> str:
-    return {ATTENTION: "Attention", INJECTED: "Injection", EMBEDDING: "Embedding"}.get(output, "Linear")
+    return {ATTENTION: "Attention", INJECTED: "Injection", EMBEDDING: "Embedding", MIXED: "Experts"}.get(
+        output, "Linear"
+    )
 
 
 @pytest.mark.parametrize(("output", "name", "value", "message"), ATTRIBUTES)
@@ -243,6 +252,100 @@ def test_inputs(package: Path, case: str) -> None:
     edit_graph(package, stage_of(output), set_inputs(output, inputs))
     with pytest.raises(PackageError, match=rf"{stage_of(output)}: .*meki\.{kind_of(output)}: .*{message}"):
         Engine(package)
+
+
+OTHER_EXPERTS = "the matrices of the experts have another shape"
+OTHER_TYPE = "bits and the type of the experts do not go together"
+NOT_ROUTER = r"the router is not \[experts, hidden\]"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("experts", 0, NOT_POSITIVE),
+        ("experts", -5, NOT_POSITIVE),
+        ("experts", 2**31, NOT_POSITIVE),
+        ("experts", 4, NOT_ROUTER),
+        ("experts", 2**31 - 1, NOT_ROUTER),
+        ("experts", 1, "experts_per_token is more than experts"),
+        ("experts_per_token", 0, NOT_POSITIVE),
+        ("experts_per_token", -1, NOT_POSITIVE),
+        ("experts_per_token", 6, "experts_per_token is more than experts"),
+        ("experts_per_token", 2**40, NOT_POSITIVE),
+        ("norm_topk_prob", 2, "an attribute is neither 0 nor 1"),
+        ("bits", 4, OTHER_EXPERTS),
+        ("bits", 16, "bits is neither 4 nor 8"),
+        ("bits", 32, OTHER_TYPE),
+        *[(name, None, name) for name in ("experts", "experts_per_token", "norm_topk_prob", "bits", "epsilon")],
+    ],
+)
+def test_attributes_of_experts(mixture: Path, name: str, value: int | None, message: str) -> None:
+    edit_graph(mixture, "stage1.onnx", set_attribute(MIXED, name, value))
+    with pytest.raises(PackageError, match=rf"stage1.onnx: .*meki\.Experts: .*{message}"):
+        Engine(mixture)
+
+
+EXPERTS_INPUTS: dict[str, tuple[Inputs, str]] = {
+    "x-narrower": ({0: floats(1, 1, 32)}, NOT_X),
+    "x-of-rank-2": ({0: floats(1, 64)}, NOT_X),
+    "x-of-a-batch": ({0: floats(2, 1, 64)}, NOT_X),
+    "norm-longer": ({1: floats(65)}, NOT_ROUTER),
+    "norm-of-rank-2": ({1: floats(1, 64)}, OTHER_NORM),
+    "router-of-more-experts": ({2: floats(6, 64)}, NOT_ROUTER),
+    "router-narrower": ({2: floats(5, 32)}, NOT_ROUTER),
+    "router-flat": ({2: floats(320)}, NOT_ROUTER),
+    "router-that-is-computed": ({2: "layers.0.injected"}, NOT_CONSTANT),
+    "gate-and-up-of-4-experts": ({3: packed(256, 64)}, OTHER_EXPERTS),
+    "gate-and-up-of-a-panel-more": ({3: packed(336, 64)}, OTHER_EXPERTS),
+    "gate-and-up-wider": ({3: packed(320, 96)}, "gate_up and down have different widths"),
+    "gate-and-up-of-4-bits": ({3: packed(320, 64, 4)}, OTHER_EXPERTS),
+    "gate-and-up-flat": ({3: packed(320, 64).reshape(-1)}, OTHER_EXPERTS),
+    "gate-and-up-of-floats": ({3: floats(320, 64)}, OTHER_TYPE),
+    "gate-and-up-of-integers": ({3: np.zeros((320, 64), np.int64)}, OTHER_TYPE),
+    "gate-and-up-that-are-computed": ({3: "past.1"}, NOT_CONSTANT),
+    "down-of-4-experts": ({4: packed(256, 32)}, OTHER_EXPERTS),
+    "down-wider": ({4: packed(320, 64)}, OTHER_EXPERTS),
+    "down-without-columns": ({4: packed(320, 0)}, OTHER_EXPERTS),
+    "nothing-of-experts": ({3: packed(0, 64), 4: packed(0, 32)}, OTHER_EXPERTS),
+    "hidden-of-nothing": ({0: floats(1, 1, 0), 1: floats(0), 2: floats(5, 0)}, NOT_ROUTER),
+    "residual-wider": ({5: floats(1, 1, 65)}, OTHER_RESIDUAL),
+    "residual-of-more-tokens": ({5: floats(1, 2, 64)}, OTHER_RESIDUAL),
+}
+
+
+@pytest.mark.parametrize("case", EXPERTS_INPUTS)
+def test_inputs_of_experts(mixture: Path, case: str) -> None:
+    inputs, message = EXPERTS_INPUTS[case]
+    edit_graph(mixture, "stage1.onnx", set_inputs(MIXED, inputs))
+    with pytest.raises(PackageError, match=rf"stage1.onnx: .*meki\.Experts: .*{message}"):
+        Engine(mixture)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({3: floats(319, 64)}, OTHER_EXPERTS),
+        ({3: floats(320, 32)}, "gate_up and down have different widths"),
+        ({3: floats(20, 2, 544)}, OTHER_EXPERTS),
+        ({3: floats(320)}, OTHER_EXPERTS),
+        ({4: floats(320, 0)}, OTHER_EXPERTS),
+        ({4: floats(320, 33)}, OTHER_EXPERTS),
+        ({4: packed(320, 32)}, OTHER_TYPE),
+    ],
+)
+def test_experts_of_floats(make_package: Callable[..., Path], tmp_path: Path, inputs: Inputs, message: str) -> None:
+    package = make_package(ffn_kind="moe", experts=5, experts_per_token=2, ffn=32)
+    edit_graph(Path(shutil.copytree(package, tmp_path / "p")), "stage1.onnx", set_inputs(MIXED, inputs))
+    with pytest.raises(PackageError, match=rf"stage1.onnx: .*meki\.Experts: .*{message}"):
+        Engine(tmp_path / "p")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_routers_that_send_tokens_nowhere(mixture: Path, value: float) -> None:
+    """The result is NaN, which is an error of the step."""
+    edit_graph(mixture, "stage1.onnx", set_inputs(MIXED, {2: np.full((5, 64), value, np.float32)}))
+    with pytest.raises(PackageError, match="NaN"):
+        Engine(mixture).generate("a", max_new_tokens=4)
 
 
 @pytest.mark.parametrize(
