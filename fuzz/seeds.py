@@ -149,6 +149,8 @@ def configs() -> Iterator[tuple[str, bytes]]:
     yield "llama3", files({**CONFIG, "rope_scaling": scaling}, {}, sampling, {"bos_token": "a"})
     templates = [{"name": "default", "template": "{{ messages }}"}]
     yield "qwen", files({**CONFIG, "model_type": "qwen3", "use_sliding_window": False}, {"chat_template": templates})
+    mixture = {"moe_intermediate_size": 4, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    yield "qwen-moe", files({**CONFIG, "model_type": "qwen3_moe", **mixture, "mlp_only_layers": []})
     own = {"model_type": "meki", "qk_norm": True, "qkv_bias": False, "memory_dim": 4, "projector_norm": False}
     yield "meki", files({**CONFIG, **own, "rope_factors": [1.5]})
     for kind in ("linear", "llama3"):

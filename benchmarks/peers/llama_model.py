@@ -23,10 +23,12 @@ RECIPE = 1
 def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """GGUF tensors of the dense backbone by name, in file order: matrices [outputs, inputs], vectors [width].
 
-    llama.cpp uses token_embd.weight as the head when there is no output.weight. ValueError for biases.
+    llama.cpp uses token_embd.weight as the head when there is no output.weight. ValueError for biases and experts.
     """
     if config.qkv_bias:
         raise ValueError("the model has biases of query, key and value; compare one without")
+    if config.feed_forward.kind != "swiglu":
+        raise ValueError(f"the model's FFN is {config.feed_forward.kind}; compare one with swiglu")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.layers)  # which has all that a Llama has
     shapes = config.without_memory().shapes()
     return {f"{names[name.removesuffix('.weight')]}.weight": shape for name, shape in shapes.items()}

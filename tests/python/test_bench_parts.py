@@ -22,6 +22,7 @@ NODES = [
     ("layers.0.mlp.gate.silu/QuickGeluFusion/", "QuickGelu", "norms and elementwise"),
     ("layers.0.mlp.product", "Mul", "norms and elementwise"),
     ("layers.0.mlp.down_proj.out", "MatMul", "linear"),
+    ("layers.0.mlp.out", "Experts", "linear"),
     ("layers.0.residual", "Add", "norms and elementwise"),
     ("rows.0", "Split", "injection"),
     ("layers.0.meki.gate_proj.out", "Linear", "injection"),

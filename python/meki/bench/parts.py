@@ -28,7 +28,7 @@ PARTS = (
     "rest",
 )
 _KERNEL = "_kernel_time"
-_LINEAR = {"Linear", "MatMul", "Gemm"}
+_LINEAR = {"Linear", "Experts", "MatMul", "Gemm"}
 
 
 def part_of(node: str, op: str) -> str:

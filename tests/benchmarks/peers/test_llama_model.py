@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.peers import llama_model
 from meki.models.architectures.llama import LlamaConfig
+from meki.models.ffns.moe import MoEConfig
 
 SMALL = LlamaConfig.from_settings(
     dict(vocab_size=96, layers=2, hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=32, memory_dim=16, context=256)
@@ -97,6 +98,10 @@ def test_gguf_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch:
 
     with pytest.raises(ValueError, match="has biases of query, key and value"):
         llama_model.write_gguf(replace(SMALL, qkv_bias=True), tmp_path / "model.gguf")
+
+    with pytest.raises(ValueError, match="the model's FFN is moe; compare one with swiglu"):
+        mixture = MoEConfig(experts=4, experts_per_token=2)
+        llama_model.write_gguf(replace(SMALL, feed_forward=mixture), tmp_path / "model.gguf")
 
     def full(*_: object) -> None:
         raise OSError("no space left on device")
