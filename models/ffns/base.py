@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Self
 
 from torch import nn
 
-from ..config import Rule
+from ..config import ConfigError, Rule
 from ..graph.primitives import Primitives, Value
 
 
@@ -26,7 +26,10 @@ class FFN(ABC):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
-        """settings: any; those of the decoder do not matter. TypeError if one that has no default is missing."""
+        """settings: any; those of the decoder do not matter. ConfigError if one that has no default is missing."""
+        needed = [field.name for field in fields(cls) if field.default is MISSING]
+        if missing := [name for name in needed if name not in settings]:
+            raise ConfigError(f"ffn_kind {cls.kind} needs {' and '.join(missing)}, which nobody gave")
         return cls(**{name: settings[name] for name in cls.RULES if name in settings})
 
     def settings(self) -> dict[str, Any]:

@@ -58,7 +58,7 @@ MIXTURE = {"ffn_kind": "moe", "experts": 5, "experts_per_token": 2}
         ({"depth": 3}, "unknown configuration keys ['depth']"),
         ({"ffn_kind": "geglu"}, "ffn_kind must be one of swiglu, moe, got 'geglu'"),
         ({"experts": 4}, "unknown configuration keys ['experts']; known with ffn_kind swiglu: "),
-        ({"ffn_kind": "moe", "experts": 4}, "missing 1 required positional argument: 'experts_per_token'"),
+        ({"ffn_kind": "moe", "experts": 4}, "ffn_kind moe needs experts_per_token, which nobody gave"),
         ({**MIXTURE, "experts": 4097}, "experts must be an integer from 1 to 4096, got 4097"),
         ({**MIXTURE, "experts_per_token": 6}, "experts_per_token (6) must be at most experts (5)"),
         ({**MIXTURE, "norm_topk_prob": 1}, "norm_topk_prob must be true or false, got 1"),
