@@ -98,8 +98,12 @@ def test_turns_and_ctrl_d(package: Path) -> None:
 def test_a_turn_of_several_lines(package: Path) -> None:
     with terminal(package, "--interactive", "--max-new-tokens", "5", "--stats") as user:
         user.wait_for_prompt()
-        user.press(b'"""\nOnce\n')
-        user.wait_for(lambda screen: screen.endswith(b"... "))
+        for line in (
+            b'"""\n',
+            b"Once\n",
+        ):  # one by one: Ctrl-C throws away what is typed ahead, and readline waits for it
+            user.press(line)
+            user.wait_for(lambda screen: screen.endswith(b"... "))
         user.press(CTRL_C)  # the turn is dropped
         user.wait_for(lambda screen: screen.endswith(b"> "), again=CTRL_C)
         user.press(b'"""\nOnce\nupon\n"""\n')
@@ -154,7 +158,8 @@ def test_ctrl_c_ends_an_answer_and_keeps_the_conversation(
         manifest["tokenizer"]["eos_token_ids"] = []
 
     package = change_package(edit, make_package(context=200_000))
-    with terminal(package, "--chat", "--max-new-tokens", "0", "--context", "200000", "--stats") as user:
+    endless = ("--ignore-eos", "--max-new-tokens", "0", "--context", "200000")  # the template has an end of its own
+    with terminal(package, "--chat", *endless, "--stats") as user:
         user.wait_for_prompt()
         user.press(b"\n")  # an empty line is no message
         user.wait_for(lambda screen: screen.endswith(b"> "))
