@@ -20,19 +20,6 @@ void each_token(size_t tokens, const Parallel& parallel, const Work& work) {
   });
 }
 
-float dot(const float* a, const float* b, size_t size) {
-  constexpr size_t kLanes = 16;  // independent sums, which the compiler keeps in vectors
-  float sums[kLanes] = {};
-  size_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    for (size_t lane = 0; lane < kLanes; ++lane) sums[lane] += a[i + lane] * b[i + lane];
-  }
-  float sum = 0;
-  for (; i < size; ++i) sum += a[i] * b[i];
-  for (const float part : sums) sum += part;
-  return sum;
-}
-
 // out[t, n] = x[t] . weight[n], all float32; rows of x are `stride` apart.
 void multiply(const float* weight, size_t outputs, size_t inputs, const float* x, size_t stride, size_t tokens,
               float* out, const Parallel& parallel) {
