@@ -123,7 +123,14 @@ def read_tokens(arguments: argparse.Namespace, tokenizer: Tokenizer) -> tuple[li
 
 
 def run(arguments: argparse.Namespace) -> None:
-    columns = ["cache, MiB", "hits", "wait, ms a token", "with memory, ms a token", "dense, ms a token", "with memory / dense"]
+    columns = [
+        "cache, MiB",
+        "hits",
+        "wait, ms a token",
+        "with memory, ms a token",
+        "dense, ms a token",
+        "with memory / dense",
+    ]
     print("\n".join([*head(columns, ""), *map(row, measure(arguments))]))
 
 
