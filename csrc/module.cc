@@ -82,16 +82,38 @@ std::optional<std::string> finish_name(FinishReason reason) {
 }
 
 void rom_verify(const TokenTable& rom, uint64_t first, uint64_t count) {
-  const uint64_t vocab_size = rom.header().vocab_size;
-  if (first > vocab_size || count > vocab_size - first) {
-    throw std::invalid_argument("tokens " + std::to_string(first) + " to " + std::to_string(first + count) +
-                                " exceed the vocabulary of " + std::to_string(vocab_size));
+  const uint64_t entries = rom.header().entries;
+  if (first > entries || count > entries - first) {
+    throw std::invalid_argument("bundles " + std::to_string(first) + " to " + std::to_string(first + count) +
+                                " exceed the file's " + std::to_string(entries));
   }
   const py::gil_scoped_release release;
   const Mapping scratch = Mapping::zeroed(rom.scratch_bytes());
   for (uint64_t token = first; token < first + count; ++token) {
     rom.fetch(token, {scratch.data(), scratch.size()});
   }
+}
+
+// Numbers of the parts that each of the tokens needs, int64 [tokens, parts].
+py::array_t<int64_t> row_indices(const Engine& engine, const std::vector<int32_t>& token_ids) {
+  if (engine.rows() == nullptr) throw std::invalid_argument("the model has no memory and so no rows");
+  const RowSource& rows = *engine.rows();
+  const auto limit = static_cast<int32_t>(engine.manifest().architecture.vocab_size);
+  for (const int32_t id : token_ids) {
+    if (id < 0 || id >= limit) {
+      throw std::invalid_argument("token id " + std::to_string(id) + " is outside the vocabulary, expected 0 to " +
+                                  std::to_string(limit - 1));
+    }
+  }
+  std::vector<RowKey> keys(rows.keys_per_token());
+  py::array_t<int64_t> indices({token_ids.size(), keys.size()});
+  int64_t* out = indices.mutable_data();
+  const py::gil_scoped_release release;
+  for (size_t token = 0; token < token_ids.size(); ++token) {
+    rows.keys(std::span(token_ids).first(token + 1), keys);
+    for (const RowKey& key : keys) *out++ = static_cast<int64_t>(key.index);
+  }
+  return indices;
 }
 
 void bind_errors(py::module_& m) {
@@ -175,7 +197,7 @@ void bind_options(py::module_& m) {
 
 void bind_rom(py::module_& m) {
   py::class_<RomHeader>(m, "RomInfo", "What a ROM's header says (docs/rom-format.md).")
-      .def_readonly("vocab_size", &RomHeader::vocab_size)
+      .def_readonly("entries", &RomHeader::entries)
       .def_readonly("layers", &RomHeader::layers)
       .def_readonly("row_dim", &RomHeader::row_dim)
       .def_property_readonly(
@@ -220,6 +242,9 @@ void bind_engine(py::module_& m) {
       .def_property_readonly(
           "rom_access", [](const Engine& e) { return e.rows() ? std::optional(e.rows()->access()) : std::nullopt; },
           "The access mode in use, which differs from the requested one after a fallback; None without a memory.")
+      .def("row_indices", &row_indices, "token_ids"_a,
+           "Numbers in the ROM of the parts that each token of a sequence needs, int64 [tokens, parts]. ValueError\n"
+           "without a memory, and for an id out of the vocabulary.")
       .def_property_readonly("threads", &Engine::threads)
       .def_property_readonly("kv_type", [](const Engine& e) { return name_of(e.backend().info().kv_type); })
       .def_property_readonly("provider", [](const Engine& e) { return name_of(e.backend().info().provider); })
@@ -255,6 +280,8 @@ void bind_engine(py::module_& m) {
       .def_property_readonly(
           "rom_bytes", [](const Stats& stats) { return stats.rows.bytes; },
           "Bytes read: bundles without their padding (with O_DIRECT, the blocks around them).");
+
+  py::class_<Snapshot>(m, "Snapshot", "What a session was at one moment: see Session.snapshot. Immutable.");
 
   py::class_<GuardedSession>(
       m, "Session",
@@ -300,6 +327,14 @@ void bind_engine(py::module_& m) {
       .def(
           "rewind", [](GuardedSession& s, size_t length) { s.call(&Session::rewind, length); }, "length"_a,
           "Keeps the first `length` tokens of the sequence.")
+      .def(
+          "snapshot", [](GuardedSession& s) { return s.call(&Session::snapshot); },
+          "A copy of the computed tokens and their state; pending ones are not part of it.")
+      .def(
+          "restore", [](GuardedSession& s, const Snapshot& snapshot) { s.call(&Session::restore, snapshot); },
+          "snapshot"_a,
+          "Becomes what `snapshot` holds, of a session of the same package, provider, KV type and, with the provider\n"
+          "\"qnn\", context. ValueError if it does not fit; then nothing changes.")
       .def(
           "fill_synthetic", [](GuardedSession& s, size_t count) { s.call(&Session::fill_synthetic, count); }, "count"_a,
           "Appends `count` arbitrary tokens with pseudo-random keys and values, as if computed: for measurements at\n"

@@ -18,9 +18,9 @@ namespace {
 // What the hot path trusts, in arithmetic that cannot overflow.
 void check_header(const RomHeader& header) {
   __extension__ using Wide = unsigned __int128;
-  require(header.vocab_size >= 1 && header.layers >= 1 && header.row_dim >= 1, "nothing is empty");
+  require(header.entries >= 1 && header.layers >= 1 && header.row_dim >= 1, "nothing is empty");
   require(header.bundle_bytes <= header.bundle_stride, "a bundle fits its place");
-  require(Wide{header.data_offset} + Wide{header.vocab_size} * header.bundle_stride <= header.file_bytes,
+  require(Wide{header.data_offset} + Wide{header.entries} * header.bundle_stride <= header.file_bytes,
           "all bundles lie in the file");
 }
 
@@ -49,7 +49,7 @@ void read_rom(const std::filesystem::path& path, RomAccess access, bool sealed) 
   check_header(header);
   const Mapping scratch = Mapping::zeroed(table.scratch_bytes());
   std::vector<float> rows(size_t{header.layers} * header.row_dim);
-  for (const uint64_t token : {uint64_t{0}, header.vocab_size / 2, header.vocab_size - 1}) {
+  for (const uint64_t token : {uint64_t{0}, header.entries / 2, header.entries - 1}) {
     table.advise(token);
     const bool good =
         accepts([&] { table.read(token, {scratch.data(), scratch.size()}, rows.data(), header.row_dim); });

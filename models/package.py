@@ -111,7 +111,7 @@ def export_package(
     check_target(out, MANIFEST, overwrite)
     check_exportable(config, weights)
     table = config.memory
-    layout = RomLayout(table.entries(config), table.layers(config), table.dim, rows) if table else None
+    layout = RomLayout(*table.bundles(config), rows) if table else None
     check_tokenizer(tokenizer, config.vocab_size)
     if tokenizer.chat_template is not None:
         parse_template(tokenizer.chat_template)
@@ -129,7 +129,10 @@ def export_package(
             report = functools.partial(progress, "memory rows")
             summary = write_rom(directory / "memory.rom", layout, source.row_blocks(), report)
             file = {"file": "memory.rom", "row_type": rows, "content_id": summary.content_id}
-            memory = {**table.manifest(config), **file}
+            extra = table.files(config, source.weights)
+            for file_name, data in extra.items():
+                (directory / file_name).write_bytes(data)
+            memory = {**table.manifest(config, extra), **file}
             quantization_error["rows"] = summary.relative_error
         (directory / "tokenizer.json").write_bytes(tokenizer.json)
         chat_template = None

@@ -1,4 +1,4 @@
-"""Writes memory.rom (docs/rom-format.md): the folded rows of every token, token by token, in bounded memory."""
+"""Writes memory.rom (docs/rom-format.md): folded rows, bundle by bundle, in bounded memory."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ BYTE_ORDER_MARK = 0x01020304
 DATA_OFFSET = 4096
 ALIGNMENT = 4096
 BUNDLE_ALIGNMENT = 64
+SMALL_BUNDLE = 256
+SMALL_BUNDLE_ALIGNMENT = 4
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -31,7 +33,7 @@ def _round_up(value: int, multiple: int) -> int:
 class RomLayout:
     """What a ROM's header says. ValueError for a shape that the format cannot hold."""
 
-    vocab_size: int
+    entries: int
     layers: int
     row_dim: int
     row_type: str
@@ -39,7 +41,7 @@ class RomLayout:
     def __post_init__(self) -> None:
         if self.row_type not in ROW_TYPES:
             raise ValueError(f"row type: got {self.row_type!r}, expected one of {', '.join(ROW_TYPES)}")
-        for field, limit in (("vocab_size", 2**31 - 1), ("layers", 65_535), ("row_dim", 1_048_576)):
+        for field, limit in (("entries", 2**31 - 1), ("layers", 65_535), ("row_dim", 1_048_576)):
             if not 1 <= getattr(self, field) <= limit:
                 raise ValueError(f"ROM {field}: got {getattr(self, field)}, expected 1 to {limit}")
 
@@ -54,18 +56,20 @@ class RomLayout:
 
     @property
     def bundle_stride(self) -> int:
-        return _round_up(self.bundle_bytes, BUNDLE_ALIGNMENT)
+        # Of single rows, padding to whole cache lines would be a good part of the file.
+        small = self.bundle_bytes < SMALL_BUNDLE
+        return _round_up(self.bundle_bytes, SMALL_BUNDLE_ALIGNMENT if small else BUNDLE_ALIGNMENT)
 
     @property
     def file_bytes(self) -> int:
-        return _round_up(DATA_OFFSET + self.vocab_size * self.bundle_stride, ALIGNMENT)
+        return _round_up(DATA_OFFSET + self.entries * self.bundle_stride, ALIGNMENT)
 
     def header(self, content_id: bytes) -> bytes:
         """The first 4096 bytes."""
         fields = struct.pack(
             "<8sIIQIIIIQQQQ16s",
             *(MAGIC, VERSION, BYTE_ORDER_MARK),
-            *(self.vocab_size, self.layers, self.row_dim, ROW_TYPES[self.row_type], self.group),
+            *(self.entries, self.layers, self.row_dim, ROW_TYPES[self.row_type], self.group),
             *(self.bundle_bytes, self.bundle_stride, DATA_OFFSET, self.file_bytes, content_id),
         )
         padded = fields.ljust(DATA_OFFSET - 4, b"\0")
@@ -110,7 +114,7 @@ def write_rom(
         file.write(bytes(DATA_OFFSET))
         for block in blocks:
             last = token + block.shape[1]
-            if block.shape[0] != layout.layers or block.shape[2] != layout.row_dim or last > layout.vocab_size:
+            if block.shape[0] != layout.layers or block.shape[2] != layout.row_dim or last > layout.entries:
                 raise ValueError(f"{path}: rows {block.shape} of tokens {token} to {last - 1} do not fit {layout}")
             rows = np.ascontiguousarray(block.transpose(1, 0, 2), dtype=np.float32)
             codes, scales, values = quantize_rows(rows, layout.row_type, f"memory rows of tokens {token} to {last - 1}")
@@ -121,9 +125,9 @@ def write_rom(
             file.write(bundles.data)
             token = last
             if progress:
-                progress(token, layout.vocab_size)
-        if token != layout.vocab_size:
-            raise ValueError(f"{path}: got rows of {token} tokens, expected {layout.vocab_size}")
+                progress(token, layout.entries)
+        if token != layout.entries:
+            raise ValueError(f"{path}: got rows of {token} tokens, expected {layout.entries}")
         tail = bytes(layout.file_bytes - file.tell())
         digest.update(tail)
         file.write(tail)

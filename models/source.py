@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ class Source:
     config: Architecture
     weights: Weights
     row_blocks: Callable[[], Iterator[Floats]]
-    """The folded rows of a model with memory: float32 [layers, n, dim] of the next n tokens, until the last."""
+    """The rows of a model with memory: float32 [rows of a bundle, n, width] of the next n bundles, until the last."""
 
 
 def lazy_source(config: Architecture, read: Read, folded: bool = False) -> Source:
@@ -53,10 +54,13 @@ def random_source(config: Architecture) -> Source:
     residual = (2 * config.layers) ** -0.5  # of what adds to the residual stream, as in Model.initialise
 
     def weight(name: str) -> Floats:
+        fixed = config.memory.fixed(config, name) if config.memory else None
+        if fixed is not None:
+            return fixed
         shape = shapes[name]
         values = np.asarray(_generator(name).standard_normal(shape, dtype=np.float32))
-        if len(shape) == 2:
-            values *= np.float32(shape[1] ** -0.5)
+        if len(shape) > 1:
+            values *= np.float32(math.prod(shape[1:]) ** -0.5)
         else:
             values *= np.float32(0.1)
             if not name.endswith(".bias"):  # norms and scalars
@@ -70,7 +74,8 @@ def random_source(config: Architecture) -> Source:
         assert memory is not None
         for tokens in memory.token_blocks(config):
             # Of RMS 1, as an RMSNorm leaves rows.
-            shape = (memory.layers(config), tokens.stop - tokens.start, memory.dim)
+            _, rows, width = memory.bundles(config)
+            shape = (rows, tokens.stop - tokens.start, width)
             yield generator.standard_normal(shape, dtype=np.float32)
 
     return Source(config, weight, row_blocks)

@@ -41,7 +41,7 @@ class Model(nn.Module):
                 parameter.normal_(0.0, std / (2 * self.config.layers) ** 0.5 if residual else std, generator=generator)
             elif residual:
                 parameter.fill_(shrunk)
-            elif name.endswith(".bias"):
+            elif name.endswith(".bias") or parameter.dim() > 2:
                 parameter.zero_()
         return self
 
@@ -149,13 +149,12 @@ class Architecture(Dimensions, ABC):
         its = f".{memory.kind}."
         kept = tuple(its + name for name in memory.KEPT)
         stays = {name: shape for name, shape in shapes.items() if its not in name or name.endswith(kept)}
-        tables = [f"layers.{layer}{its}folded_table" for layer in range(memory.layers(self))]
-        return stays | dict.fromkeys(tables, (memory.entries(self), memory.dim))
+        return stays | memory.tables(self)
 
     @property
     def rom_parameters(self) -> int:
         """Elements of the folded tables."""
-        return self.memory.layers(self) * self.memory.entries(self) * self.memory.dim if self.memory else 0
+        return sum(map(math.prod, self.memory.tables(self).values())) if self.memory else 0
 
     @property
     def ram_parameters(self) -> int:

@@ -190,13 +190,14 @@ def save_pretrained(
     """
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if folded and model.config.memory:
-        kind, kept = model.config.memory.kind, model.config.shapes(folded=True)
-        rows = torch.from_numpy(np.concatenate(list(model_source(model).row_blocks()), axis=1))
-        tables = {f"layers.{layer}.{kind}.folded_table": table.clone() for layer, table in enumerate(rows)}
+        memory, kept = model.config.memory, model.config.shapes(folded=True)
+        rows = np.concatenate(list(model_source(model).row_blocks()), axis=1)
+        cut = zip(memory.tables(model.config), memory.cut(model.config, rows), strict=True)
+        tables = {name: torch.from_numpy(table.copy()) for name, table in cut}
         state = {name: tensor for name, tensor in state.items() if name in kept} | tables
     named = {name if name == _HEAD else f"model.{name}": tensor for name, tensor in state.items()}
     with replace_directory(path, CONFIG, overwrite) as directory:
-        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in named.items()}
+        tensors = {name: (t.to(dtype) if t.is_floating_point() else t).contiguous() for name, t in named.items()}
         save_torch_state_dict(tensors, directory, filename_pattern="model{suffix}.safetensors")
         config = _config_json(model.config)
         config |= {"dtype": str(dtype).removeprefix("torch."), "provenance": dict(provenance)}
@@ -244,5 +245,6 @@ def load_model(path: Path) -> tuple[Model, dict[str, str]]:
     source = checkpoint_source(checkpoint)
     with torch.device("meta"):
         model = checkpoint.config.module()
-    model.load_state_dict({name: torch.from_numpy(source.weights(name)) for name in checkpoint.parts}, assign=True)
+    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}  # not all are float32: ids are not
+    model.load_state_dict({name: torch.from_numpy(source.weights(name)).to(types[name]) for name in types}, assign=True)
     return model, checkpoint.provenance

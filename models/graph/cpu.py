@@ -145,6 +145,21 @@ class CpuGraph(Primitives):
             epsilon=config.norm_eps,
         )
 
+    def convolution(self, x: Value, number: int, norm: str, name: str, dilation: int) -> Value:
+        cache: list[int | str] = ["context", "token_bytes"]
+        past = self.input(f"past_convolution.{number}", cache, TensorProto.UINT8)
+        present = self.stages[-1].output(f"present_convolution.{number}", cache, TensorProto.UINT8)
+        length = self.input("total_sequence_length", [], TensorProto.INT32)
+        weight = self.array(f"{name}.taps", lambda: self.store.joined([f"{name}.weight"])[:, 0].T)
+        return self.op(
+            "ShortConvolution",
+            [x, past, length, self.vector(f"{norm}.weight"), weight],
+            [f"{name}.out", present],
+            domain=_DOMAIN,
+            dilation=dilation,
+            epsilon=self.config.norm_eps,
+        )
+
     def selected(self, x: Value) -> Value:
         """[K, hidden], of the positions in logit_index."""
         index = self.input("logit_index", ["K"], TensorProto.INT64)

@@ -191,6 +191,12 @@ class NpuGraph(Primitives):
         out = self.op("Transpose", [out], f"{name}.out.tokens", perm=[1, 0, 2])
         return self._reshape(out, f"{name}.joined", 1, tokens, heads * dim)
 
+    def convolution(self, x: Value, number: int, norm: str, name: str, dilation: int) -> Value:
+        raise CompileError(
+            f"{name}: a convolution over earlier tokens, whose inputs compiled stages do not keep; run the model on "
+            "the CPU, or one without it (engram_kernel=0)"
+        )
+
     def selected(self, x: Value) -> Value:
         """Of one token: what the last stage calls `final` is the input of the head's."""
         name = self.use(x)

@@ -132,6 +132,11 @@ class Primitives(ABC):
         """x * factor."""
         return Scaled(x, factor)
 
+    def sum(self, x: Value, name: str) -> Value:
+        """Over the last axis, which stays with one element."""
+        axes = self.array("axes.last", lambda: np.array([-1], np.int64))
+        return self.op("ReduceSum", [x, axes], name, keepdims=1)
+
     def gelu(self, x: Value, name: str) -> Value:
         """x * (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, in the form x * sigmoid(2 sqrt(2 / pi) (..))."""
         slope = 2 * (2 / math.pi) ** 0.5
@@ -166,6 +171,13 @@ class Primitives(ABC):
         qkv: [1, T, (heads + 2 * kv_heads) * head_dim]; norms: of queries and keys, or none -> [1, T, heads * head_dim].
         rotated: queries and keys, by `tables`, which are the same in all layers. bias: that the keys in qkv have; its
         large channels may be kept out of the cache.
+        """
+
+    @abstractmethod
+    def convolution(self, x: Value, number: int, norm: str, name: str, dilation: int) -> Value:
+        """x + SiLU(a causal convolution of `norm` of x over the tokens, of each channel by itself, dilated).
+
+        Its weight is `name`.weight, [hidden, 1, kernel]; what it has seen of the sequence is the state `number`.
         """
 
     def add(self, a: Value, b: Value, name: str) -> Value:

@@ -1,7 +1,8 @@
 """Row memories, by their kind. A new one is a file here and a line below."""
 
 from .base import Memory
+from .engram import EngramConfig
 from .meki import MeKiConfig
 from .ple import PLEConfig
 
-MEMORIES: dict[str, type[Memory]] = {"meki": MeKiConfig, "ple": PLEConfig}
+MEMORIES: dict[str, type[Memory]] = {"engram": EngramConfig, "meki": MeKiConfig, "ple": PLEConfig}

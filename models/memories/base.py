@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config import Rule
 from ..graph.primitives import Primitives, Value
+from ..graph.weights import Weights
 from ..quantize import Floats
 
 ALL = slice(None)
@@ -28,6 +29,13 @@ def fusion(activation: int, multiply: bool) -> dict[str, int]:
     """These attributes of the operator Injection."""
     values = {"activation": activation, "multiply": int(multiply)}
     return {name: value for name, value in values.items() if value}
+
+
+def blocks(entries: int, width: int) -> Iterator[slice]:
+    """Entries of `width` float32 values in pieces of about BLOCK_BYTES."""
+    step = max(1, BLOCK_BYTES // (4 * width))
+    for start in range(0, entries, step):
+        yield slice(start, min(start + step, entries))
 
 
 class Tokens(NamedTuple):
@@ -82,8 +90,8 @@ class Memory(ABC):
     def settings(self) -> dict[str, Any]:
         return {name: getattr(self, field) for name, field in self.SETTINGS.items()}
 
-    def manifest(self, config: Any) -> dict[str, Any]:
-        """What the member `memory` of a package's manifest says of the kind."""
+    def manifest(self, config: Any, files: Mapping[str, bytes]) -> dict[str, Any]:
+        """What the member `memory` of a package's manifest says of the kind. files: what `files` gave."""
         (_, row_dim), *own = self.settings().items()
         shape = {"layers": self.layers(config), "row_dim": row_dim}
         return {"kind": self.kind, "address": self.address(config), **shape, **dict(own)}
@@ -95,12 +103,35 @@ class Memory(ABC):
         return {dim: entry["row_dim"], **{name: entry[name] for name in own if name in entry}}
 
     def layers(self, config: Any) -> int:
-        """Layers of the table."""
+        """Of the memory: what `Primitives.rows` counts."""
         return int(config.layers)
 
     def entries(self, config: Any) -> int:
-        """Of the table: bundles of rows of all its layers."""
+        """Rows of a layer's table."""
         return int(config.vocab_size)
+
+    def tables(self, config: Any) -> dict[str, tuple[int, int]]:
+        """Names and shapes of the tables in folded form."""
+        layers = range(self.layers(config))
+        return dict.fromkeys(
+            (f"layers.{layer}.{self.kind}.folded_table" for layer in layers), (self.entries(config), self.dim)
+        )
+
+    def bundles(self, config: Any) -> tuple[int, int, int]:
+        """What is read at a time: how many there are, and the rows of each and their width."""
+        return self.entries(config), self.layers(config), self.dim
+
+    def cut(self, config: Any, rows: Floats) -> Sequence[Floats]:
+        """`tables` of all rows, float32 [rows of a bundle, bundles, width]."""
+        return list(rows)
+
+    def files(self, config: Any, weights: Weights) -> dict[str, bytes]:
+        """What else a package has for the memory, by file names."""
+        return {}
+
+    def fixed(self, config: Any, name: str) -> Floats | None:
+        """The weight `name` where no random values will do."""
+        return None
 
     def address(self, config: Any) -> dict[str, Any]:
         """Where a token's rows are found, as the manifest has it."""
@@ -124,9 +155,9 @@ class Memory(ABC):
 
     @abstractmethod
     def folded_rows(self, config: Any, read: Read) -> Iterator[Floats]:
-        """The rows of all layers, float32 [layers, n, dim], for consecutive n tokens: input of `write_rom`.
+        """The rows, float32 [rows of a bundle, n, width], of consecutive n bundles: input of `write_rom`.
 
-        In memory is a block of `token_blocks`, never a table.
+        In memory is a block, never a table.
         """
 
     def stored_rows(self, config: Any, read: Read) -> Iterator[Floats]:
@@ -136,10 +167,9 @@ class Memory(ABC):
             yield np.stack([read(f"layers.{layer}.{self.kind}.folded_table", tokens) for layer in layers])
 
     def token_blocks(self, config: Any) -> Iterator[slice]:
-        """The table's entries in pieces whose rows of all layers take about BLOCK_BYTES."""
-        step, entries = max(1, BLOCK_BYTES // (4 * self.layers(config) * self.dim)), self.entries(config)
-        for start in range(0, entries, step):
-            yield slice(start, min(start + step, entries))
+        """The bundles in pieces of about BLOCK_BYTES."""
+        bundles, rows, width = self.bundles(config)
+        return blocks(bundles, rows * width)
 
     @classmethod
     def megatron_settings(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -7,7 +7,8 @@
 #include <string>
 
 #include "runtime/base/error.h"
-#include "runtime/executor/block_kv_cache.h"
+#include "runtime/executor/dynamic_state.h"
+#include "runtime/kernels/convolution.h"
 
 namespace meki {
 namespace {
@@ -23,7 +24,9 @@ class DynamicExecutor final : public Executor {
   DynamicExecutor(const DynamicBackend& backend, size_t context, size_t chunk)
       : Executor(backend.manifest().directory, backend.manifest().architecture.vocab_size, chunk),
         backend_(backend),
-        cache_(layout_of(backend), backend.manifest().architecture.layers, context),
+        state_({layout_of(backend), backend.manifest().architecture.layers, context},
+               {backend.convolutions(),
+                backend.manifest().architecture.hidden * convolution_bytes(backend.info().kv_type), context}),
         token_ids_(Mapping::zeroed(chunk * sizeof(int64_t))),
         logit_index_(Mapping::zeroed(chunk * sizeof(int64_t))),
         length_(Mapping::zeroed(sizeof(int32_t))),
@@ -31,7 +34,7 @@ class DynamicExecutor final : public Executor {
         stages_(kDynamicNames, backend.stages(), kShapes, std::bind_front(&DynamicExecutor::tensor, this)) {}
 
   size_t width(size_t tokens) const override { return tokens; }
-  SequenceState& state() override { return cache_; }
+  SequenceState& state() override { return state_; }
 
   void prepare(const Prefetcher* rows) override {
     stages_.bind({.rows = rows != nullptr ? rows->rows(0) : nullptr, .logits = logits_.as<float>()});
@@ -49,11 +52,11 @@ class DynamicExecutor final : public Executor {
     for (size_t row = 0; row < shape.logit_rows; ++row) {
       logit_index_.as<int64_t>()[row] = static_cast<int64_t>(tokens - shape.logit_rows + row);
     }
-    *length_.as<int32_t>() = static_cast<int32_t>(cache_.length() + tokens);
+    *length_.as<int32_t>() = static_cast<int32_t>(state_.length() + tokens);
     const uint64_t stall = stages_.run(shape, step.rows);
     check_logits({shape.logits, shape.logit_rows * vocab_size});
     if (wanted) std::memcpy(logits_.data(), shape.logits + (shape.logit_rows - 1) * vocab_size, logits_.size());
-    cache_.append(tokens);
+    state_.append(tokens);
     return stall;
   }
 
@@ -67,7 +70,8 @@ class DynamicExecutor final : public Executor {
       case IoKind::total_sequence_length: return {name, ElementType::int32, {}, length_.data()};
       case IoKind::logit_index: return {name, ElementType::int64, {logit_rows}, logit_index_.data()};
       case IoKind::rows: return rows_tensor(name, stage, shape, manifest.memory->row_dim);
-      case IoKind::cache: return cache_.tensor(name, io.layer);
+      case IoKind::cache: return state_.kv_cache().tensor(name, io.layer);
+      case IoKind::convolution: return state_.convolutions().tensor(name, io.layer);
       case IoKind::logits:
         return {name, ElementType::float32, {logit_rows, manifest.architecture.vocab_size}, shape.logits};
       default: return hidden_.tensor(name, shape.tokens);
@@ -78,7 +82,7 @@ class DynamicExecutor final : public Executor {
   static constexpr size_t kShapes = 8;
 
   const DynamicBackend& backend_;
-  BlockKvCache cache_;
+  DynamicState state_;
   const Mapping token_ids_;    // int64 [chunk]
   const Mapping logit_index_;  // int64 [chunk]
   const Mapping length_;       // int32
@@ -94,7 +98,8 @@ const StageNames kDynamicNames = {
                {"rows", IoKind::rows},
                {"logit_index", IoKind::logit_index}},
     .outputs = {{"logits", IoKind::logits}},
-    .states = {{"past.", "present.", IoKind::cache}},
+    .states = {{"past.", "present.", IoKind::cache},
+               {"past_convolution.", "present_convolution.", IoKind::convolution}},
     .remedy = "convert the model again",
 };
 
@@ -112,6 +117,7 @@ DynamicBackend::DynamicBackend(const Manifest& manifest, KvType kv_type, const G
     stages_.push_back({load(path), info.rows, path});
   }
   hidden_names_ = check_stages(kDynamicNames, stages_, manifest.architecture.layers);
+  convolutions_ = count_states(kDynamicNames, stages_, IoKind::convolution);
 }
 
 std::unique_ptr<Executor> DynamicBackend::executor(size_t context, size_t chunk) const {

@@ -18,10 +18,13 @@ class DynamicBackend final : public Backend {
   const std::vector<Stage>& stages() const { return stages_; }
   // Names of the float32 [1, T, hidden] tensors that pass from stage to stage.
   const std::vector<std::string>& hidden_names() const { return hidden_names_; }
+  // Layers of the memory that convolve over the tokens of a sequence.
+  size_t convolutions() const { return convolutions_; }
 
  private:
   std::vector<Stage> stages_;
   std::vector<std::string> hidden_names_;
+  size_t convolutions_ = 0;
 };
 
 extern const StageNames kDynamicNames;

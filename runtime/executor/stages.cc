@@ -61,7 +61,8 @@ class Checker {
       hidden_.push_back(name);
     }
     for (const StageNames::State& state : names_.states) {
-      require(taken_[state.kind] == taken_[names_.states.front().kind] && taken_[state.kind] == made_[state.kind],
+      const IoKind all = state.kind == IoKind::convolution ? state.kind : names_.states.front().kind;
+      require(taken_[state.kind] == taken_[all] && taken_[state.kind] == made_[state.kind],
               "it does not take and give back the caches of the same layers");
     }
   }
@@ -71,6 +72,9 @@ class Checker {
     const size_t found = taken_[names_.states.front().kind].size();
     require(found == layers_,
             "the stages have the caches of " + std::to_string(found) + " layers, expected " + std::to_string(layers_));
+    const std::set<uint32_t>& convolutions = taken_[IoKind::convolution];
+    require(convolutions.empty() || *convolutions.rbegin() + 1 == convolutions.size(),
+            "the convolutions are not numbered from 0 on");
     require(logits_ == names_.outputs.contains("logits"), "the stages make no logits");
     return std::move(hidden_);
   }
@@ -113,6 +117,14 @@ std::vector<std::string> check_stages(const StageNames& names, const std::vector
   Checker checker(names, layers, std::move(entering));
   for (const Stage& stage : stages) checker.stage(stage);
   return checker.finish();
+}
+
+size_t count_states(const StageNames& names, const std::vector<Stage>& stages, IoKind kind) {
+  size_t count = 0;
+  for (const Stage& stage : stages) {
+    for (const std::string& name : stage.graph->inputs()) count += names.input(name).kind == kind ? 1 : 0;
+  }
+  return count;
 }
 
 HiddenTensors::HiddenTensors(const std::vector<std::string>& names, size_t tokens, size_t width) : width_(width) {

@@ -32,9 +32,10 @@ enum class IoKind {
   past_length,
   rows,
   logit_index,
-  cache,   // of keys and values together, updated in place
-  keys,    // of past tokens as an input, of the step's as an output
-  values,  // as keys
+  cache,        // of keys and values together, updated in place
+  convolution,  // the cache of a convolution's inputs, updated in place; not every layer has one
+  keys,         // of past tokens as an input, of the step's as an output
+  values,       // as keys
   logits,
   hidden,  // from an earlier stage, for a later one
 };
@@ -63,11 +64,15 @@ struct StageNames {
   Io output(std::string_view name) const;
 };
 
-// Checks that stages fit the manifest and each other: each state of all `layers` in exactly one stage, every hidden
+// Checks that stages fit the manifest and each other: each state of all `layers` (of a convolution: of the first so
+// many) in exactly one stage, every hidden
 // input made by an earlier stage or one of `entering`, no output made twice, rows where the manifest says. Returns the
 // hidden tensors' names, those that enter first. Throws PackageError that names the stage.
 std::vector<std::string> check_stages(const StageNames& names, const std::vector<Stage>& stages, uint32_t layers,
                                       std::vector<std::string> entering = {});
+
+// Layers that have a state of this kind, in stages that were checked.
+size_t count_states(const StageNames& names, const std::vector<Stage>& stages, IoKind kind);
 
 // The memory of the tensors that pass from stage to stage, float32 [1, tokens, width] each.
 class HiddenTensors {

@@ -45,9 +45,12 @@ std::optional<MemoryInfo> parse_memory(const Node& node, uint32_t vocab_size) {
   node.at("kind").string();  // for people, but a memory without it is not one
   const Node address = node.at("address");
   const auto entries = [&] { return static_cast<uint32_t>(address.at("vocab_size").integer(1, vocab_size)); };
-  return MemoryInfo{.address = address.at("kind").string(),
+  const std::string kind = address.at("kind").string();
+  const auto layers = static_cast<uint32_t>(node.at("layers").integer(1, kMaxLayers));
+  return MemoryInfo{.address = kind,
+                    .ngrams = kind == "ngram_hash" ? NgramHash::parse(address, vocab_size, layers) : NgramHash(),
                     .vocab_size = address.has("vocab_size") ? entries() : vocab_size,
-                    .layers = static_cast<uint32_t>(node.at("layers").integer(1, kMaxLayers)),
+                    .layers = layers,
                     .row_dim = static_cast<uint32_t>(node.at("row_dim").integer(1, kMaxWidth)),
                     .file = node.at("file").file_name(),
                     .row_type = node.at("row_type").string(),
@@ -131,6 +134,9 @@ Manifest Manifest::open(const std::filesystem::path& directory) {
   for (const StageInfo& stage : manifest.stages) require_file(files, stage.file);
   for (const StageInfo& stage : manifest.dense_stages) require_file(files, stage.file);
   if (manifest.memory) require_file(files, manifest.memory->file);
+  if (manifest.memory && !manifest.memory->ngrams.canonical.empty()) {
+    require_file(files, manifest.memory->ngrams.canonical);
+  }
   for (const std::string& file : parse_tokenizer_files(tokenizer)) require_file(files, file);
   if (json.contains("qnn")) manifest.qnn = parse_qnn(root.at("qnn").with_remedy(kCompileAgain), manifest);
   return manifest;
@@ -143,6 +149,9 @@ void Manifest::check_files() const {
 void Manifest::check_target_files(const std::string& soc) const {
   const QnnTarget& target = qnn.at(find_target(soc));
   if (memory) check_size(directory / memory->file, files.at(memory->file));
+  if (memory && !memory->ngrams.canonical.empty()) {
+    check_size(directory / memory->ngrams.canonical, files.at(memory->ngrams.canonical));
+  }
   for (const auto& [file, bytes] : target.files) check_size(target.directory / file, bytes);
 }
 

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "runtime/package/ngram_hash.h"
+
 namespace meki {
 
 // The shape of the decoder; the fields of "architecture" that the runtime needs.
@@ -21,8 +23,9 @@ struct Architecture {
 
 // A memory whose rows lie in storage; the fields of "memory" that the runtime needs.
 struct MemoryInfo {
-  std::string address;      // how tokens become rows: "token"
-  uint32_t vocab_size = 0;  // of the table: tokens beyond it have its first entry
+  std::string address;      // how tokens become rows: "token" or "ngram_hash"
+  NgramHash ngrams{};       // with "ngram_hash"
+  uint32_t vocab_size = 0;  // of the table, with "token": tokens beyond it have its first entry
   uint32_t layers = 0;      // of the memory: each token has that many rows
   uint32_t row_dim = 0;
   std::string file;

@@ -136,7 +136,7 @@ void TokenTable::unmap(const Window& window) const noexcept {
 
 void TokenTable::keys(std::span<const int32_t> sequence, std::span<RowKey> out) const {
   const auto token = static_cast<uint64_t>(sequence.back());
-  out.front() = {token < header_.vocab_size ? token : 0, 0, 0};
+  out.front() = {token < header_.entries ? token : 0, 0, 0};
 }
 
 void TokenTable::advise(uint64_t token) const noexcept {

@@ -27,7 +27,7 @@ RomAccess parse_rom_access(std::string_view name);
 
 // The fields of a ROM's header (docs/rom-format.md).
 struct RomHeader {
-  uint64_t vocab_size = 0;
+  uint64_t entries = 0;
   uint32_t layers = 0;
   uint32_t row_dim = 0;
   RowType row_type = RowType::float16;

@@ -20,6 +20,8 @@ constexpr char kMagic[8] = {'M', 'E', 'K', 'I', 'R', 'O', 'M', '\n'};
 constexpr uint32_t kVersion = 1;
 constexpr uint32_t kByteOrderMark = 0x01020304;
 constexpr uint32_t kInt4Group = 32;
+constexpr uint64_t kStrideUnit = 64;
+constexpr uint64_t kSmallStrideUnit = 4;  // of files with many small bundles
 constexpr size_t kReservedBegin = 88;
 constexpr size_t kChecksumOffset = 4092;
 
@@ -89,10 +91,10 @@ RomHeader RomHeader::parse(std::span<const std::byte, kBytes> bytes, const std::
   check.equal("header checksum", field<uint32_t>(bytes, kChecksumOffset), crc32c(bytes.first<kChecksumOffset>()));
 
   RomHeader header;
-  header.vocab_size = field<uint64_t>(bytes, 16);
+  header.entries = field<uint64_t>(bytes, 16);
   header.layers = field<uint32_t>(bytes, 24);
   header.row_dim = field<uint32_t>(bytes, 28);
-  check.between("vocab_size", header.vocab_size, 1, INT32_MAX);
+  check.between("entries", header.entries, 1, INT32_MAX);
   check.between("layers", header.layers, 1, 65'535);
   check.between("row_dim", header.row_dim, 1, 1'048'576);
   const auto row_type = field<uint32_t>(bytes, 32);
@@ -110,9 +112,11 @@ RomHeader RomHeader::parse(std::span<const std::byte, kBytes> bytes, const std::
   const uint64_t row_bytes = (uint64_t{header.row_dim} * format_of(header.row_type).bits + 7) / 8;
   const uint64_t bundle = header.layers * (2 * groups + row_bytes) + 4;
   check.equal("bundle_bytes", header.bundle_bytes, bundle);
-  check.equal("bundle_stride", header.bundle_stride, checked_round_up(bundle, 64));
+  if (header.bundle_stride != checked_round_up(bundle, kSmallStrideUnit)) {
+    check.equal("bundle_stride", header.bundle_stride, checked_round_up(bundle, kStrideUnit));
+  }
   check.equal("data_offset", header.data_offset, kBytes);
-  auto end = checked_mul(header.vocab_size, header.bundle_stride);
+  auto end = checked_mul(header.entries, header.bundle_stride);
   if (end) end = checked_add(*end, header.data_offset);
   if (end) end = checked_round_up(*end, kAlignment);
   check.equal("file_bytes", header.file_bytes, end);

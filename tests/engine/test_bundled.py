@@ -75,9 +75,9 @@ def test_the_rom_holds_the_folded_checkpoint(engine: Engine, reference: Decoder)
     path = engine.path / "memory.rom"
     info = _core.Rom(path).info
     assert info.row_type == "float16"
-    bundles = np.fromfile(path, np.uint8, offset=4096)[: info.vocab_size * info.bundle_stride]
-    values = bundles.reshape(info.vocab_size, -1)[:, : 2 * info.layers * info.row_dim].copy().view(np.float16)
-    rows = values.reshape(info.vocab_size, info.layers, info.row_dim).swapaxes(0, 1).astype(np.float32)
+    bundles = np.fromfile(path, np.uint8, offset=4096)[: info.entries * info.bundle_stride]
+    values = bundles.reshape(info.entries, -1)[:, : 2 * info.layers * info.row_dim].copy().view(np.float16)
+    rows = values.reshape(info.entries, info.layers, info.row_dim).swapaxes(0, 1).astype(np.float32)
     words = reference.embed_tokens.weight.detach()
     ids = torch.arange(len(words))
     with torch.no_grad():

@@ -29,14 +29,14 @@ def crc32c_bitwise(data: bytes) -> int:
 
 def read_rom(data: bytes) -> tuple[dict[str, Any], np.ndarray]:
     """The header's fields and all rows, float32 [layers, vocab_size, row_dim], element by element; checks nothing."""
-    names = "version mark vocab_size layers row_dim row_type group bundle_bytes bundle_stride data_offset file_bytes"
+    names = "version mark entries layers row_dim row_type group bundle_bytes bundle_stride data_offset file_bytes"
     header: dict[str, Any] = dict(zip(names.split(), struct.unpack_from("<IIQIIIIQQQQ", data, 8), strict=True))
     header.update(magic=data[:8], content_id=data[72:88], reserved=data[88:4092], checksum=data[4092:4096])
     layers, row_dim, kind = header["layers"], header["row_dim"], header["row_type"]
     groups = -(-row_dim // header["group"]) if header["group"] else 0
     row_bytes = {1: 2 * row_dim, 2: row_dim, 3: (row_dim + 1) // 2, 4: 4 * row_dim}[kind]
-    rows = np.zeros((layers, header["vocab_size"], row_dim), np.float32)
-    for token in range(header["vocab_size"]):
+    rows = np.zeros((layers, header["entries"], row_dim), np.float32)
+    for token in range(header["entries"]):
         start = header["data_offset"] + token * header["bundle_stride"]
         scales = struct.unpack_from(f"<{layers * groups}e", data, start)
         for layer in range(layers):

@@ -61,7 +61,7 @@ def test_every_byte(
     content_id = hashlib.sha256(data[4096:]).digest()[:16]
     expected = {
         **{"magic": b"MEKIROM\n", "version": 1, "mark": 0x01020304},
-        **{"vocab_size": vocab_size, "layers": layers, "row_dim": row_dim, "row_type": code, "group": group},
+        **{"entries": vocab_size, "layers": layers, "row_dim": row_dim, "row_type": code, "group": group},
         **{"bundle_bytes": payload + 4, "bundle_stride": stride, "data_offset": 4096},
         **{"file_bytes": -(-(4096 + vocab_size * stride) // 4096) * 4096, "content_id": content_id},
         **{"reserved": bytes(4004), "checksum": struct.pack("<I", naive_crc32c(data[:4092]))},
@@ -123,10 +123,10 @@ def test_a_bad_value_names_the_tokens_and_leaves_nothing(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("vocab_size", 0), ("vocab_size", 2**31), ("layers", 65_536), ("row_dim", 0), ("row_dim", 1_048_577)],
+    [("entries", 0), ("entries", 2**31), ("layers", 65_536), ("row_dim", 0), ("row_dim", 1_048_577)],
 )
 def test_layouts_beyond_the_format(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"ROM {field}: got {value}"):
-        RomLayout(**{"vocab_size": 10, "layers": 2, "row_dim": 3, "row_type": "int8", field: value})
+        RomLayout(**{"entries": 10, "layers": 2, "row_dim": 3, "row_type": "int8", field: value})
     with pytest.raises(ValueError, match="row type: got 'int2'"):
         RomLayout(10, 2, 3, "int2")

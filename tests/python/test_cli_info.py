@@ -87,12 +87,12 @@ def test_verify_checks_every_bundle(package: Path, change_package: Callable[...,
     """A ROM whose SHA-256 is right, but the last bundle's checksum is not: only the bundles can tell."""
     rom = bytearray((package / "memory.rom").read_bytes())
     info = _core.Rom(str(package / "memory.rom")).info
-    last = 4096 + (info.vocab_size - 1) * info.bundle_stride  # docs/rom-format.md: data_offset is 4096
+    last = 4096 + (info.entries - 1) * info.bundle_stride  # docs/rom-format.md: data_offset is 4096
     rom[last] ^= 1
     path = change_package(lambda manifest: manifest["contents"].update({"memory.rom": bytes(rom)}))
     assert main([str(path), "--verify"]) == 1
     err = capsys.readouterr().err
-    assert "memory.rom" in err and str(info.vocab_size - 1) in err
+    assert "memory.rom" in err and str(info.entries - 1) in err
 
 
 def test_what_is_for_people_may_be_anything(change_package: Callable[..., Path], capsys) -> None:

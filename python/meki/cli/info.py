@@ -73,7 +73,7 @@ def _verify(directory: Path, manifest: dict[str, Any]) -> None:
 
 def _verify_rom(path: Path) -> None:
     rom = _core.Rom(str(path))
-    bundles = rom.info.vocab_size
+    bundles = rom.info.entries
     step = max(1, _STEP // rom.info.bundle_stride)
     with tqdm(total=bundles, desc="bundles", unit="", unit_scale=True, leave=False, disable=None) as progress:
         for first in range(0, bundles, step):

@@ -13,10 +13,27 @@
 namespace meki::ort {
 namespace {
 
-constexpr std::array<std::string_view, 15> kCpu = {
-    "Add",        "Cast",  "Gather",  "Gemm",           "MatMul",         "Mul",          "RMSNormalization",
-    "Sigmoid",    "Split", "Squeeze", "meki.Attention", "meki.Embedding", "meki.Experts", "meki.Injection",
-    "meki.Linear"};
+constexpr std::array<std::string_view, 21> kCpu = {"Abs",
+                                                   "Add",
+                                                   "Cast",
+                                                   "Gather",
+                                                   "Gemm",
+                                                   "MatMul",
+                                                   "Max",
+                                                   "Mul",
+                                                   "RMSNormalization",
+                                                   "ReduceSum",
+                                                   "Sigmoid",
+                                                   "Sign",
+                                                   "Split",
+                                                   "Sqrt",
+                                                   "Squeeze",
+                                                   "meki.Attention",
+                                                   "meki.Embedding",
+                                                   "meki.Experts",
+                                                   "meki.Injection",
+                                                   "meki.Linear",
+                                                   "meki.ShortConvolution"};
 constexpr std::array<std::string_view, 1> kCompiled = {"com.microsoft.EPContext"};
 
 constexpr size_t kMaxBytes = 64 << 20;

@@ -56,7 +56,7 @@ TEST_CASE("rom header: the fields of a valid one") {
   for (const uint32_t row_type : kRowTypes) {
     const RomImage image({.vocab_size = 5, .layers = 3, .row_dim = 33, .row_type = row_type}, 1);
     const RomHeader header = parse(image);
-    CHECK(header.vocab_size == 5);
+    CHECK(header.entries == 5);
     CHECK(header.layers == 3);
     CHECK(header.row_dim == 33);
     CHECK(static_cast<uint32_t>(header.row_type) == row_type);
@@ -99,7 +99,7 @@ TEST_CASE("rom header: a wrong field is refused even with the right checksum") {
         {0, 8, "magic", {0, 0x0A4D4F52494B454DULL + 1}},
         {8, 4, "version", {0, 2, 0xFFFFFFFF}},
         {12, 4, "byte-order", {0, 0x04030201}},
-        {16, 8, "vocab_size", {0, 1ULL << 31, 1ULL << 63, kMax}},
+        {16, 8, "entries", {0, 1ULL << 31, 1ULL << 63, kMax}},
         {16, 8, "file_bytes", {5 + 64, (1ULL << 31) - 1}},
         {24, 4, "layers", {0, 65'536, 0xFFFFFFFF}},
         {24, 4, "bundle_bytes", {2, 4, 65'535}},

@@ -195,6 +195,7 @@ struct Kind {
 
 // A file each; operators.cc lists them.
 Kind attention();
+Kind convolution();
 Kind embedding();
 Kind experts();
 Kind injection();

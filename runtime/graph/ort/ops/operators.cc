@@ -68,11 +68,12 @@ void set_callbacks(Operator& table) {
 struct OrtOperators::Domain {
   const ort::Api& api;
   ThreadPool pool;
-  std::array<Operator, 5> operators;
+  std::array<Operator, 6> operators;
   ort::CustomOpDomain* handle = nullptr;
 
   Domain(const ort::Api& api_, KvType kv_type, size_t threads) : api(api_), pool(threads) {
-    std::array kinds = {ops::attention(), ops::embedding(), ops::experts(), ops::injection(), ops::linear()};
+    std::array kinds = {ops::attention(), ops::convolution(), ops::embedding(),
+                        ops::experts(),   ops::injection(),   ops::linear()};
     for (size_t index = 0; index < operators.size(); ++index) {
       Operator& op = operators[index];
       op.kind = std::move(kinds[index]);

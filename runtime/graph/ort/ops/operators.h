@@ -9,10 +9,10 @@
 namespace meki {
 
 // Our own operators for ONNX Runtime's CPU provider, domain "meki" (docs/package-format.md, "Operators"): Attention,
-// for one type of KV cache, Linear, Embedding, Experts and Injection. They have `threads` threads of their own, the
-// caller's included, which all sessions with these operators share: with them decode is 1.5 to 1.75 times as fast as
-// with those that ONNX Runtime lends to operators (docs/architecture.md, "Threads"). Must outlive those sessions.
-// Immutable and thread-safe.
+// for one type of KV cache, ShortConvolution, Linear, Embedding, Experts and Injection. They have `threads` threads of
+// their own, the caller's included, which all sessions with these operators share: with them decode is 1.5 to 1.75
+// times as fast as with those that ONNX Runtime lends to operators (docs/architecture.md, "Threads"). Must outlive
+// those sessions. Immutable and thread-safe.
 class OrtOperators {
  public:
   // Throws std::runtime_error, or std::system_error if the system gives no threads.

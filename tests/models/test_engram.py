@@ -1,0 +1,197 @@
+"""Engram: hashes against a naive recomputation, the module against transformers' own, and the engine against both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from meki import Engine, _core
+from meki.models.architectures.llama import Decoder
+from meki.models.memories.engram import Engram, EngramConfig
+
+VOCAB, EOS = 300, 7
+ENGRAM: dict[str, Any] = {
+    "memory_dim": 0,
+    "engram_dim": 96,
+    "engram_layers": (0, 2),
+    "engram_heads": 3,
+    "engram_rows": 90,
+    "engram_pad": EOS,
+    "engram_reset": (EOS,),
+}
+
+
+def naive_rows(
+    ids: Sequence[int], multipliers: Sequence[int], primes: Sequence[int], heads: int, pad: int, reset: Sequence[int]
+) -> list[int]:
+    """Rows of the last token's heads in one layer's table, with Python's integers (spec: Engram)."""
+    window = []
+    for token in reversed(ids):
+        if window and token in reset:
+            break
+        window.append(token)
+    window += [pad] * len(multipliers)
+    rows, offset = [], 0
+    for index, prime in enumerate(primes):
+        mix = 0
+        for back in range(2 + index // heads):
+            mix ^= window[back] * multipliers[back]
+        rows.append(mix % prime + offset)
+        offset += prime
+    return rows
+
+
+def config(**overrides: Any) -> EngramConfig:
+    return EngramConfig.from_settings({**ENGRAM, "vocab_size": VOCAB, **overrides})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ngram", [2, 3, 4])
+def test_the_module_is_transformers(ngram: int) -> None:
+    qwen = pytest.importorskip("transformers.models.qwen4_exp", reason="these transformers have no qwen4_exp")
+    hidden, heads = 24, 2
+    theirs = qwen.modeling_qwen4_exp.Qwen4ExpTextPLELayer(
+        SimpleNamespace(
+            hidden_size=hidden, hc_count=1, ple_embed_dim=(ngram - 1) * heads * 5, ple_conv_kernel_size=4,
+            ngram_size=ngram, heads_per_ngram=heads, vocab_size=VOCAB, ngram_vocab_size_base=50, seed=3,
+            eos_token_id=EOS, rms_norm_eps=1e-6, make_ngram_vocab_size_divisible_by=64,
+        ),
+        layer_idx=4, ple_layer_index=1,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(2)
+    for parameter in theirs.parameters():
+        parameter.normal_(0.0, 0.3, generator=generator)
+    table = theirs.ple_embedding
+    memory = config(
+        engram_dim=(ngram - 1) * heads * 5, engram_layers=(4,), engram_ngram=ngram, engram_heads=heads,
+        engram_multipliers=[table.layer_multipliers.tolist()],
+        engram_primes=[table.ngram_heads_vocab_sizes.tolist()],
+    )  # fmt: skip
+    ours = Engram(VOCAB, hidden, 1e-6, memory, 0)
+    for norm in ("norm_key", "norm_query", "norm_conv"):
+        getattr(ours, norm).weight.copy_(1 + getattr(theirs, norm).weight)
+    for name in ("key_proj", "value_proj", "conv1d"):
+        getattr(ours, name).weight.copy_(getattr(theirs, name).weight)
+    ours.embedding.weight.copy_(table.ngram_embedding.weight[: len(ours.embedding.weight)])
+
+    ids = torch.randint(0, VOCAB, (2, 40), generator=generator)
+    ids[torch.rand(ids.shape, generator=generator) < 0.15] = EOS
+    x = torch.randn(2, 40, hidden, generator=generator)
+    expected = theirs(x, ids, None)
+    got = ours.inject(ours.embedding(ours.indices(ids)).flatten(-2), x)
+    # The same float32 operations on values of about 1, sums in another order.
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("canonical", [False, True])
+@pytest.mark.parametrize("reset", [(), (EOS,), (3, EOS, 250)])
+def test_pytorch_hashes_are_the_naive_ones(reset: tuple[int, ...], canonical: bool) -> None:
+    memory = config(engram_reset=reset, engram_canonical=canonical, engram_ngram=4, engram_dim=288)
+    ids = torch.randint(0, 12, (1, 200), generator=torch.Generator().manual_seed(1))
+    for index in range(2):
+        module = Engram(VOCAB, 8, 1e-6, memory, index)
+        known = ids
+        if canonical:
+            module.canonical_ids.copy_(torch.arange(VOCAB) // 2)
+            known = ids // 2
+        got = module.indices(ids)[0].tolist()
+        for end, rows in enumerate(got, 1):
+            # Resets are of tokens: a naive window of canonical ids keeps the tokens that reset apart.
+            marked = [int(c) if int(t) not in reset else -1 - int(c) for t, c in zip(ids[0], known[0], strict=True)]
+            window = marked[:end]
+            window[-1] = int(known[0, end - 1])
+            hashes = memory.multipliers[index], memory.primes[index]
+            assert rows == naive_rows(window, *hashes, 3, EOS, [token for token in window if token < 0])
+
+
+def test_hashes_of_a_million_windows(make_package: Callable[..., Path]) -> None:
+    engine = Engine(make_package(**ENGRAM))
+    generator = np.random.default_rng(5)
+    ids = np.where(generator.random(1_000_000) < 0.1, EOS, generator.integers(0, VOCAB, 1_000_000))
+    got = engine._core.row_indices(ids.tolist())
+    address = engine.manifest["memory"]["address"]
+    assert got.shape == (1_000_000, 2 * 2 * 3)
+    # The same with numpy over all windows at once: uint64 as Python's integers, since no product exceeds 63 bits.
+    column = 0
+    for layer in address["layers"]:
+        reach = np.zeros(len(ids), bool)
+        mix = ids.astype(np.uint64) * np.uint64(layer["multipliers"][0])
+        for back in range(1, address["ngram"]):
+            earlier = np.concatenate((np.full(back, EOS), ids[:-back]))
+            reach |= earlier == EOS
+            mix ^= np.where(reach, EOS, earlier).astype(np.uint64) * np.uint64(layer["multipliers"][back])
+            for _ in range(address["heads"]):
+                head = column % 6
+                rows = mix % np.uint64(layer["primes"][head]) + np.uint64(layer["offsets"][head])
+                np.testing.assert_array_equal(got[:, column], rows)
+                column += 1
+    base = [layer["offsets"][0] for layer in address["layers"]]
+    for end in range(1, 2000):
+        naive = [
+            row + base[index]
+            for index, layer in enumerate(address["layers"])
+            for row in naive_rows(ids[:end].tolist(), layer["multipliers"], layer["primes"], 3, EOS, [EOS])
+        ]
+        assert got[end - 1].tolist() == naive
+
+
+IDS = [5, 17, 250, EOS, 3, 5, 17, 250, 250, 250, 9, EOS, EOS, 5, 17, 99, 120, 5, 17, 250] * 3
+VARIANTS: dict[str, dict[str, Any]] = {
+    "resets": {},
+    "no convolution": {"engram_kernel": 0},
+    "no resets": {"engram_reset": ()},
+    "longer": {"engram_ngram": 4, "engram_dim": 288, "engram_kernel": 3, "engram_layers": (1,)},
+    "canonical": {"engram_canonical": True},
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return {**ENGRAM, **VARIANTS[request.param]}
+
+
+def test_logits_are_pytorchs_however_they_are_computed(
+    variant: dict[str, Any], make_model: Callable[..., Decoder], make_package: Callable[..., Path]
+) -> None:
+    with torch.no_grad():
+        expected = make_model(**variant)(torch.tensor([IDS]))[0].numpy()
+    engine = Engine(make_package(rows="float32", **variant), kv_type="float32")
+    once = engine.logits(IDS)
+    np.testing.assert_allclose(once, expected, rtol=0, atol=1e-4)  # as in test_graph.py
+    for chunk in (1, 2, 7, 256):
+        session = _core.Session(engine._core, _core.SessionOptions(chunk=chunk))
+        session.append(IDS)
+        np.testing.assert_allclose(session.logits(), once, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8", "int4"])
+def test_a_sequence_is_taken_back_and_copied(make_package: Callable[..., Path], weights: str) -> None:
+    engine = Engine(make_package(weights, "float32", **ENGRAM))._core
+
+    def session(ids: Sequence[int] = ()) -> _core.Session:
+        made = _core.Session(engine, _core.SessionOptions())
+        made.append(ids)
+        return made
+
+    expected = session(IDS).logits()[41:]
+    first, other = session(IDS[:30]), session([9, 9])
+    first.logits()
+    first.append([1, 2, 3, EOS, 4, 5, 6, 7, 8, 9, 10, 11])
+    first.logits()
+    first.rewind(20)
+    first.append(IDS[20:41])
+    first.logits()
+    snapshot = first.snapshot()
+    first.append([8, 8, 8, 8, 8])
+    for taken in (first, other):
+        taken.logits()
+        taken.restore(snapshot)
+        taken.append(IDS[41:])
+        # Attention over one step of many tokens, or over several, rounds otherwise.
+        np.testing.assert_allclose(taken.logits(), expected, rtol=0, atol=2e-3)
