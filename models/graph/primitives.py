@@ -185,7 +185,7 @@ class Primitives(ABC):
 
     def rows(self, layer: int, width: int) -> Value:
         """What the memory's layer `layer` has for the tokens, [1, T, width]. To be called in ascending order."""
-        if not any(stage.rows for stage in self.stages):
+        if not any(stage.rows for stage in self.stages) and self.stages[-1].nodes:
             self._begin()
         stage = self.stages[-1]
         stage.rows = range(stage.rows.start if stage.rows else layer, layer + 1)

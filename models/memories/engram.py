@@ -55,6 +55,8 @@ class Engram(MemoryLayer):
     output   v = g W_value e;  y = v + SiLU(conv(RMSNorm(v)))     conv: causal, a channel each, dilated by n
     """
 
+    canonical_ids: Tensor
+
     def __init__(self, vocab_size: int, hidden: int, eps: float, config: EngramConfig, index: int) -> None:
         super().__init__()
         self.memory, self.index = config, index
@@ -286,7 +288,7 @@ class EngramConfig(Memory):
         size = g.op("Max", [g.op("Abs", [similarity], f"{prefix}.abs"), g.number(1e-6)], f"{prefix}.size")
         root = g.op("Sqrt", [size], f"{prefix}.root")
         signed = g.op("Mul", [root, g.op("Sign", [similarity], f"{prefix}.sign")], f"{prefix}.signed")
-        out = g.op("Mul", [value, g.op("Sigmoid", [signed], f"{prefix}.gate")], f"{prefix}.gated")
+        out: Value = g.op("Mul", [value, g.op("Sigmoid", [signed], f"{prefix}.gate")], f"{prefix}.gated")
         if self.kernel:
             out = g.convolution(out, index, f"{prefix}.norm_conv", f"{prefix}.conv1d", self.ngram)
         return g.add(x, out, f"layers.{layer}.injected")

@@ -7,7 +7,7 @@ import numpy
 import numpy.typing
 import os
 import typing
-__all__: list[str] = ['Block', 'Case', 'Engine', 'EngineOptions', 'Measurement', 'PackageError', 'Plan', 'Rom', 'RomInfo', 'Sampler', 'SamplingOptions', 'Session', 'SessionOptions', 'Stats', 'cpu_kernels', 'measure', 'profile_decode', 'read_manifest', 'resident_memory']
+__all__: list[str] = ['Block', 'Case', 'Engine', 'EngineOptions', 'Measurement', 'PackageError', 'Plan', 'Rom', 'RomInfo', 'Sampler', 'SamplingOptions', 'Session', 'SessionOptions', 'Snapshot', 'Stats', 'cpu_kernels', 'measure', 'profile_decode', 'read_manifest', 'resident_memory']
 class PackageError(OSError):
     """
     A package, or a file of one, that cannot be used: missing, damaged, inconsistent, or changed while in
@@ -85,6 +85,9 @@ class RomInfo:
     def content_id(self) -> str:
         ...
     @property
+    def entries(self) -> int:
+        ...
+    @property
     def file_bytes(self) -> int:
         ...
     @property
@@ -98,9 +101,6 @@ class RomInfo:
         """
         One of "float32", "float16", "int8" and "int4".
         """
-    @property
-    def vocab_size(self) -> int:
-        ...
 class Rom:
     """
     A ROM file. Immutable and thread-safe.
@@ -133,6 +133,11 @@ class Engine:
         """
         PackageError if the package is unusable; ValueError for bad options, such as a chip that the package is
         not compiled for; RuntimeError if ONNX Runtime or its provider cannot be loaded.
+        """
+    def row_indices(self, token_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> numpy.typing.NDArray[numpy.int64]:
+        """
+        Numbers in the ROM of the parts that each token of a sequence needs, int64 [tokens, parts]. ValueError
+        without a memory, and for an id out of the vocabulary.
         """
     @property
     def context(self) -> int:
@@ -218,6 +223,10 @@ class Stats:
         """
         Nanoseconds that each decode step waited for its rows; empty in a dense model.
         """
+class Snapshot:
+    """
+    What a session was at one moment: see Session.snapshot. Immutable.
+    """
 class Session:
     """
     One sequence: its tokens, KV cache and prefetcher. Use from one thread at a time; RuntimeError tells a
@@ -251,9 +260,18 @@ class Session:
         """
     def reset_stats(self) -> None:
         ...
+    def restore(self, snapshot: Snapshot) -> None:
+        """
+        Becomes what `snapshot` holds, of a session of the same package, provider, KV type and, with the provider
+        "qnn", context. ValueError if it does not fit; then nothing changes.
+        """
     def rewind(self, length: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
         Keeps the first `length` tokens of the sequence.
+        """
+    def snapshot(self) -> Snapshot:
+        """
+        A copy of the computed tokens and their state; pending ones are not part of it.
         """
     def start(self, sampling: SamplingOptions, max_new_tokens: typing.SupportsInt | typing.SupportsIndex, end_token_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] | None = None) -> None:
         """

@@ -42,13 +42,13 @@ Architecture parse_architecture(const Node& node) {
 
 std::optional<MemoryInfo> parse_memory(const Node& node, uint32_t vocab_size) {
   if (node.is_null()) return std::nullopt;
-  node.at("kind").string();  // for people, but a memory without it is not one
   const Node address = node.at("address");
   const auto entries = [&] { return static_cast<uint32_t>(address.at("vocab_size").integer(1, vocab_size)); };
-  const std::string kind = address.at("kind").string();
+  const std::string addressed = address.at("kind").string();
   const auto layers = static_cast<uint32_t>(node.at("layers").integer(1, kMaxLayers));
-  return MemoryInfo{.address = kind,
-                    .ngrams = kind == "ngram_hash" ? NgramHash::parse(address, vocab_size, layers) : NgramHash(),
+  return MemoryInfo{.kind = node.at("kind").string(),
+                    .address = addressed,
+                    .ngrams = addressed == "ngram_hash" ? NgramHash::parse(address, vocab_size, layers) : NgramHash(),
                     .vocab_size = address.has("vocab_size") ? entries() : vocab_size,
                     .layers = layers,
                     .row_dim = static_cast<uint32_t>(node.at("row_dim").integer(1, kMaxWidth)),

@@ -23,6 +23,7 @@ struct Architecture {
 
 // A memory whose rows lie in storage; the fields of "memory" that the runtime needs.
 struct MemoryInfo {
+  std::string kind{};       // for people: "meki", "engram"
   std::string address;      // how tokens become rows: "token" or "ngram_hash"
   NgramHash ngrams{};       // with "ngram_hash"
   uint32_t vocab_size = 0;  // of the table, with "token": tokens beyond it have its first entry

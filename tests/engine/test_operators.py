@@ -51,6 +51,7 @@ def mixture(make_package: Callable[..., Path], tmp_path: Path) -> Path:
 # memory; the vocabulary has 300 tokens.
 QKV, ATTENTION, ATTENDED = "layers.1.self_attn.qkv.out", "layers.1.self_attn.heads", "layers.1.self_attn.o_proj.out"
 DOWN, INJECTED = "layers.1.mlp.down_proj.out", "layers.1.injected"
+CONVOLVED = "layers.1.engram.conv1d.out"
 EMBEDDING, MIXED = "embedding", "layers.1.mlp.out"
 
 
@@ -337,6 +338,41 @@ def test_experts_of_floats(make_package: Callable[..., Path], tmp_path: Path, in
     package = make_package(ffn_kind="moe", experts=5, experts_per_token=2, ffn=32)
     edit_graph(Path(shutil.copytree(package, tmp_path / "p")), "stage1.onnx", set_inputs(MIXED, inputs))
     with pytest.raises(PackageError, match=rf"stage1.onnx: .*meki\.Experts: .*{message}"):
+        Engine(tmp_path / "p")
+
+
+NOT_WEIGHT = r"the weight is not \[kernel, channels\]"
+OTHER_POSITIONS = r"the cache is not \[positions, bytes of the channels\]"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_attribute(CONVOLVED, "dilation", 0), NOT_POSITIVE),
+        (set_attribute(CONVOLVED, "dilation", 2**31 - 1), "the convolution reaches too far back"),
+        (set_attribute(CONVOLVED, "dilation", None), "dilation"),
+        (set_attribute(CONVOLVED, "epsilon", None), "epsilon"),
+        (set_inputs(CONVOLVED, {0: floats(1, 1, 63)}), NOT_X),
+        (set_inputs(CONVOLVED, {0: floats(1, 64)}), NOT_X),
+        (set_inputs(CONVOLVED, {1: np.zeros((128, 64), np.uint8)}), OTHER_POSITIONS),
+        (set_inputs(CONVOLVED, {1: np.zeros((1, 128, 128), np.uint8)}), OTHER_POSITIONS),
+        (set_inputs(CONVOLVED, {1: np.zeros((8, 128), np.uint8)}), OTHER_MEMORY),
+        (set_inputs(CONVOLVED, {1: np.zeros((0, 128), np.uint8)}), "the sequence is longer than the cache"),
+        (set_inputs(CONVOLVED, {2: np.zeros(2, np.int32)}), "total_sequence_length is not one integer"),
+        (set_inputs(CONVOLVED, {2: np.zeros(1, np.int32)}), SHORT),
+        (set_inputs(CONVOLVED, {3: floats(65)}), NOT_WEIGHT),
+        (set_inputs(CONVOLVED, {3: floats(1, 64)}), OTHER_NORM),
+        (set_inputs(CONVOLVED, {3: floats(0), 4: floats(4, 0)}), NOT_WEIGHT),
+        (set_inputs(CONVOLVED, {4: floats(0, 64)}), NOT_WEIGHT),
+        (set_inputs(CONVOLVED, {4: floats(64)}), NOT_WEIGHT),
+        (set_inputs(CONVOLVED, {4: "layers.1.engram.gated"}), NOT_CONSTANT),
+    ],
+)
+def test_convolutions(make_package: Callable[..., Path], tmp_path: Path, change: Change, message: str) -> None:
+    engram = {"memory_dim": 0, "engram_dim": 64, "engram_layers": (1,), "engram_heads": 1, "engram_rows": 9}
+    package = make_package(**engram)
+    edit_graph(Path(shutil.copytree(package, tmp_path / "p")), "stage1.onnx", change)
+    with pytest.raises(PackageError, match=rf"stage1.onnx: .*meki\.ShortConvolution: .*{message}"):
         Engine(tmp_path / "p")
 
 

@@ -239,6 +239,53 @@ class Attention(OpRun):
         return out.reshape(1, tokens, -1).astype(np.float32), cache.reshape(-1).view(np.uint8)
 
 
+class ShortConvolution(OpRun):
+    """A token and a tap at a time. Its cache: float32 [position, channels]."""
+
+    op_domain = "meki"
+
+    def _run(
+        self,
+        x: np.ndarray,
+        past: np.ndarray,
+        total_sequence_length: np.ndarray,
+        norm: np.ndarray,
+        weight: np.ndarray,
+        dilation: int,
+        epsilon: float,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        kernel, channels = weight.shape
+        first = int(total_sequence_length) - x.shape[1]
+        cache = past.copy().view(np.float32).reshape(-1, channels)
+        cache[first : first + x.shape[1]] = rms_norm(x[0], norm, epsilon)
+        out = np.zeros_like(x)
+        for t in range(x.shape[1]):
+            sources = [(tap, first + t - (kernel - 1 - tap) * dilation) for tap in range(kernel)]
+            total = sum(weight[tap] * cache[position] for tap, position in sources if position >= 0)
+            out[0, t] = x[0, t] + total / (1 + np.exp(-total))
+        return out, cache.reshape(-1).view(np.uint8)
+
+
+def naive_ngrams(address: dict[str, Any], ids: list[int]) -> list[list[int]]:
+    """Bundles of the last of `ids` for each of the memory's layers, with Python's integers (docs/package-format.md,
+    "N-grams"); without canonical ids."""
+    window = [ids[-1]]
+    for token in reversed(ids[:-1]):
+        if token in address["reset"]:
+            break
+        window.append(token)
+    window += [address["pad"]] * address["ngram"]
+    rows = []
+    for layer in address["layers"]:
+        rows.append([])
+        for head, (prime, offset) in enumerate(zip(layer["primes"], layer["offsets"], strict=True)):
+            mix = 0
+            for back in range(2 + head // address["heads"]):
+                mix ^= window[back] * layer["multipliers"][back]
+            rows[-1].append(mix % prime + offset)
+    return rows
+
+
 class ReferenceSession:
     """One sequence on one package."""
 
@@ -246,7 +293,7 @@ class ReferenceSession:
         """stages: "stages" or "dense_stages" of the manifest."""
         self.manifest = json.loads((package / "manifest.json").read_text())
         architecture = self.manifest["architecture"]
-        operators = [Attention, Embedding, Experts, Injection, Linear]
+        operators = [Attention, Embedding, Experts, Injection, Linear, ShortConvolution]
         self.stages = [
             (ReferenceEvaluator(onnx.load(package / stage["file"]), new_ops=operators), stage.get("rows"))
             for stage in self.manifest[stages]
@@ -258,30 +305,50 @@ class ReferenceSession:
         self.values: dict[str, np.ndarray] = {
             f"past.{layer}": np.full(size, np.nan, np.float32).view(np.uint8) for layer in range(architecture["layers"])
         }
-        self.length = 0
+        if memory:
+            size = architecture["context"] * architecture["hidden"]
+            self.values |= {
+                f"past_convolution.{layer}": np.full(size, np.nan, np.float32).view(np.uint8)
+                for layer in range(memory["layers"])
+            }
+        self.ids: list[int] = []
 
     def step(self, ids: np.ndarray, logit_index: list[int] | None = None) -> np.ndarray:
         """Appends tokens; float32 logits [len(logit_index), vocab_size], of all of them if None."""
         index = np.arange(len(ids)) if logit_index is None else np.array(logit_index)
-        self.length += len(ids)
+        self.ids += [int(token) for token in ids]
         self.values |= {
             "token_ids": np.array(ids, np.int64)[None],
-            "total_sequence_length": np.array(self.length, np.int32),
+            "total_sequence_length": np.array(len(self.ids), np.int32),
             "logit_index": index.astype(np.int64),
         }
         for stage, layers in self.stages:
             if layers is not None:
-                entries = np.where(np.less(ids, self.rows.shape[1]), ids, 0)
-                self.values["rows"] = self.rows[slice(*layers), entries]
+                self.values["rows"] = self.step_rows(len(ids))[slice(*layers)]
             outputs = stage.run(None, {name: self.values[name] for name in stage.input_names})
             for name, value in zip(stage.output_names, outputs, strict=True):
-                self.values[name.replace("present.", "past.")] = value
+                self.values[name.replace("present", "past")] = value
         return self.values["logits"]
+
+    def step_rows(self, tokens: int) -> np.ndarray:
+        """Of all the memory's layers for the last `tokens` ids, float32 [layers, tokens, row_dim]."""
+        address = self.manifest["memory"]["address"]
+        if address["kind"] == "token":
+            ids = np.array(self.ids[-tokens:])
+            return self.rows[:, np.where(ids < self.rows.shape[1], ids, 0)]
+        ends = range(len(self.ids) - tokens + 1, len(self.ids) + 1)
+        bundles = np.array([naive_ngrams(address, self.ids[:end]) for end in ends])
+        return self.rows[0, bundles].reshape(tokens, bundles.shape[1], -1).transpose(1, 0, 2)
 
 
 @pytest.fixture(scope="session")
 def naive_unpack() -> Callable[[np.ndarray, int, int], np.ndarray]:
     return unpack_weight
+
+
+@pytest.fixture(scope="session")
+def ngrams() -> Callable[[dict[str, Any], list[int]], list[list[int]]]:
+    return naive_ngrams
 
 
 @pytest.fixture(scope="session")

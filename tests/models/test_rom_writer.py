@@ -57,7 +57,8 @@ def test_every_byte(
         "float32": (4, 0, 4 * row_dim),
     }[row_type]
     payload = layers * (row_bytes + (2 * -(-row_dim // group) if group else 0))
-    stride = -(-(payload + 4) // 64) * 64
+    unit = 4 if payload + 4 < 256 else 64
+    stride = -(-(payload + 4) // unit) * unit
     content_id = hashlib.sha256(data[4096:]).digest()[:16]
     expected = {
         **{"magic": b"MEKIROM\n", "version": 1, "mark": 0x01020304},

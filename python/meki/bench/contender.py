@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import _core
 from ..engine import Engine
-from ..package import MANIFEST, read_manifest
+from ..package import MANIFEST, read_manifest, reads_per_token
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,11 @@ class Contender:
     """One of the things that a round measures in turn."""
 
     memory: str
-    """"meki", or "dense": the package has no memory, or it is switched off."""
+    """Its kind, such as "meki", or "dense": the package has none, or it is switched off."""
     weight_bytes: int
     """Of the weights that one decode step reads."""
     row_bytes: int
-    """Of the bundle that one decode step reads; 0 without a memory."""
+    """Of the bundles that one decode step reads; 0 without a memory."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,9 @@ class Package:
         """What an engine opened with the same `memory` is in a measurement."""
         weights = self.manifest["weights"]
         rom = self.rom if memory else None
+        bundle_bytes = _core.Rom(str(rom)).info.bundle_bytes if rom else 0
         return Contender(
-            memory="meki" if rom else "dense",
+            memory=self.manifest["memory"]["kind"] if rom else "dense",
             weight_bytes=weights["decode_bytes" if memory else "dense_decode_bytes"],
-            row_bytes=_core.Rom(str(rom)).info.bundle_bytes if rom else 0,
+            row_bytes=bundle_bytes * reads_per_token(self.manifest),
         )

@@ -84,7 +84,7 @@ def measure_parts(package: Package, plan: _core.Plan, *, memory: bool, depth: in
     times["stall"] = sum(block.stall_ns) / 1000
     times["rest"] = block.ns / 1000 - sum(times.values())  # still 0 in the sum
     return {
-        "memory": "meki" if memory and package.has_memory else "dense",
+        "memory": package.contender(memory=memory).memory,
         "depth": depth,
         "tokens": block.tokens,
         "synthetic_depth": depth > 1,

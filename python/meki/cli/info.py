@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .. import _core
-from ..package import check_sha256, compiled_targets, find_model, read_manifest, target_directory
+from ..package import check_sha256, compiled_targets, find_model, read_manifest, reads_per_token, target_directory
 from ..package.signature import check_signature
 from .arguments import Parser, path
 from .errors import run_command
@@ -87,7 +87,12 @@ def _describe(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     parameters, rom = manifest["parameters"], None
     if manifest["memory"] is not None:
         header = _core.Rom(str(path / manifest["memory"]["file"])).info
-        rom = {"weights": parameters["rom"], "file_bytes": header.file_bytes, "bundle_bytes": header.bundle_bytes}
+        rom = {
+            "weights": parameters["rom"],
+            "file_bytes": header.file_bytes,
+            "bundle_bytes": header.bundle_bytes,
+            "reads_per_token": reads_per_token(manifest),
+        }
     info = {"path": str(path), **manifest, "ram_parameters": parameters["ram"], "rom": rom}
     if targets := compiled_targets(manifest):
         info["qnn"] = {
@@ -113,13 +118,14 @@ def _lines(info: dict[str, Any]) -> Iterator[str]:
         ("RAM parameters", f"{info['ram_parameters']:,}" + (f", {active:,} of them active a token" if active else "")),
         ("weight type", weights["type"] + (f", blocks of {weights['block']}" if weights.get("block") else "")),
     ]
+    reads = rom["reads_per_token"] if rom else 0
     if rom is None:
         rows.append(("memory", "none" if experts else "none: a dense model"))
     else:
         rows += [
             ("memory", f"{memory['kind']}, rows of {memory['row_dim']}, {memory['row_type']}"),
             ("ROM weights", f"{rom['weights']:,} in {rom['file_bytes']:,} bytes"),
-            ("one token", f"{rom['bundle_bytes']:,} bytes in one read"),
+            ("one token", f"{reads * rom['bundle_bytes']:,} bytes in {'one read' if reads == 1 else f'{reads} reads'}"),
         ]
     bos = "none" if tokenizer["bos_token_id"] is None else tokenizer["bos_token_id"]
     rows.append(("tokenizer", f"{tokenizer['file']}, BOS {bos}, EOS {tokenizer['eos_token_ids']}"))

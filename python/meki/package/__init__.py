@@ -7,6 +7,7 @@ from .manifest import (
     compiled_targets,
     has_random_weights,
     read_manifest,
+    reads_per_token,
     target_directory,
 )
 from .registry import ModelNotFoundError, bundled_models, find_model
@@ -22,5 +23,6 @@ __all__ = [
     "find_model",
     "has_random_weights",
     "read_manifest",
+    "reads_per_token",
     "target_directory",
 ]

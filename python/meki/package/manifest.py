@@ -75,6 +75,14 @@ def compiled_targets(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return targets
 
 
+def reads_per_token(manifest: dict[str, Any]) -> int:
+    """Bundles of the ROM that hold a token's rows; 0 without a memory."""
+    if manifest["memory"] is None:
+        return 0
+    address = manifest["memory"]["address"]
+    return sum(len(layer["primes"]) for layer in address["layers"]) if address["kind"] == "ngram_hash" else 1
+
+
 def target_directory(directory: Path, chip: str) -> Path:
     """Where the files of a compiled target are."""
     return directory / "qnn" / chip

@@ -185,6 +185,7 @@ def test_transformers_reads_what_is_saved(make_model: Callable[..., Decoder], tm
         {"memory_experts": "dynamic", "memory_projector": "linear", "memory_position": "after_attention"},
         {"memory_experts": "static", "memory_fusion": "multiply_silu"},
         {"memory_dim": 0, "ple_dim": 16, "ple_vocab_size": 100},
+        {"memory_dim": 0, "engram_dim": 32, "engram_layers": (0, 2), "engram_rows": 99, "engram_canonical": True},
     ],
     ids=str,
 )
@@ -205,7 +206,9 @@ def test_memory_in_both_forms(
     assert Engine(package).random_weights
     names = load_file(tmp_path / "saved" / "model.safetensors").keys()
     assert (f"model.layers.0.{model.config.memory.kind}.folded_table" in names) == folded
-    table = {"meki": "alpha_scale", "ple": "embed_tokens.weight"}[model.config.memory.kind]
+    table = {"meki": "alpha_scale", "ple": "embed_tokens.weight", "engram": "embedding.weight"}[
+        model.config.memory.kind
+    ]
     assert (f"model.layers.0.{model.config.memory.kind}.{table}" in names) != folded
 
 

@@ -20,6 +20,10 @@ from meki.models.source import model_source
 from .conftest import open_weights, write_stages
 
 CHUNK, CONTEXT = 6, 24
+NGRAMS = {
+    **{"memory_dim": 0, "engram_dim": 32, "engram_layers": (0, 2), "engram_heads": 2, "engram_rows": 50},
+    **{"engram_kernel": 0, "engram_reset": (7,)},
+}
 
 
 def options(precision: str = "float16", **changes: Any) -> Options:
@@ -28,6 +32,10 @@ def options(precision: str = "float16", **changes: Any) -> Options:
 
 def folded_rows(model: Decoder, ids: list[int]) -> np.ndarray:
     """float32 [layers, T, row_dim]."""
+    if model.config.memory.kind == "engram":
+        memories = [model.layers[layer].engram for layer in model.config.memory.at]
+        tokens = torch.tensor([ids])
+        return np.stack([its.embedding(its.indices(tokens))[0].flatten(-2).detach().numpy() for its in memories])
     table = np.concatenate(list(model_source(model).row_blocks()), axis=1)
     return table[:, [token if token < table.shape[1] else 0 for token in ids]]
 
@@ -43,6 +51,7 @@ def folded_rows(model: Decoder, ids: list[int]) -> np.ndarray:
         ("float16", "float32", {"memory_position": "parallel_attention"}),
         ("float16", "float32", {"memory_position": "after_attention", "memory_fusion": "multiply_silu"}),
         ("float16", "float32", {"memory_dim": 0, "ple_dim": 32, "ple_vocab_size": 100}),
+        ("float16", "float32", NGRAMS),
     ],
 )
 def test_decode_and_prefill_equal_pytorch(
@@ -208,6 +217,12 @@ def test_options_that_cannot_be(changes: dict[str, Any], message: str, make_pack
 def test_dense_models_have_no_dense_variant(make_package: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="no memory and is dense as it is"):
         options(dense=True).check(open_weights(make_package("float32", memory_dim=0)))
+
+
+def test_a_convolution_is_refused(make_package: Callable[..., Path]) -> None:
+    weights = open_weights(make_package("float32", **(NGRAMS | {"engram_kernel": 4})))
+    with pytest.raises(CompileError, match=r"layers.0.engram.conv1d: .* run the model on the CPU, or one without it"):
+        plan(weights, options())
 
 
 def test_a_mixture_of_experts_is_refused(make_package: Callable[..., Path]) -> None:
