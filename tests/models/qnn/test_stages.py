@@ -21,7 +21,7 @@ from .conftest import open_weights, write_stages
 
 CHUNK, CONTEXT = 6, 24
 NGRAMS = {
-    **{"memory_dim": 0, "engram_dim": 32, "engram_layers": (0, 2), "engram_heads": 2, "engram_rows": 50},
+    **{"memory_dim": 0, "engram_dim": 32, "engram_layers": (0, 1, 2), "engram_heads": 2, "engram_rows": 50},
     **{"engram_kernel": 0, "engram_reset": (7,)},
 }
 
