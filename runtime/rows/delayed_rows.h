@@ -14,6 +14,7 @@ class DelayedRows final : public RowDecorator {
   DelayedRows(std::shared_ptr<const RowSource> source, std::chrono::microseconds delay)
       : RowDecorator(std::move(source)), delay_(delay) {}
 
+  bool waits() const override { return true; }
   FetchedPart fetch(uint64_t index, std::span<std::byte> scratch) const override;
 
  private:

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <functional>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -49,16 +50,23 @@ uint64_t RowRequest::wait() { return prefetcher_->wait(prefetcher_->buffers_[buf
 float* RowRequest::rows() const { return prefetcher_->rows(buffer_); }
 
 Prefetcher::Prefetcher(std::shared_ptr<const RowSource> source, size_t max_tokens, size_t buffers, bool asynchronous)
-    : source_(std::move(source)), asynchronous_(asynchronous), process_(::getpid()), buffers_(buffers) {
+    : source_(std::move(source)),
+      asynchronous_(asynchronous),
+      process_(::getpid()),
+      readers_(asynchronous && source_->waits() && source_->keys_per_token() > 1
+                   ? std::make_unique<Readers>(std::min(source_->keys_per_token(), kMaxReaders))
+                   : nullptr),
+      buffers_(buffers) {
   const RowShape shape = source_->shape();
   auto bytes = checked_mul(sizeof(float) * shape.layers, shape.row_dim);
   if (bytes) bytes = checked_mul(*bytes, max_tokens);
   if (!bytes) throw std::bad_alloc();
   for (Buffer& buffer : buffers_) {
     buffer.rows = Mapping::zeroed(*bytes);
-    buffer.scratch = Mapping::zeroed(source_->scratch_bytes());
+    buffer.scratch = Mapping::zeroed((readers_ ? readers_->count() : 1) * scratch_stride());
     buffer.keys.reserve(max_tokens * source_->keys_per_token());
     buffer.order.reserve(max_tokens * source_->keys_per_token());
+    buffer.distinct.reserve(max_tokens * source_->keys_per_token());
   }
   if (asynchronous_) thread_ = std::thread([this] { serve(); });
 }
@@ -177,6 +185,11 @@ void Prefetcher::perform(Buffer& buffer, std::unique_lock<std::mutex>& lock) {
   if (!dropped) buffer.error = std::move(error);
 }
 
+size_t Prefetcher::scratch_stride() const {
+  constexpr size_t kUnit = RowSource::kScratchAlignment;
+  return (source_->scratch_bytes() + kUnit - 1) / kUnit * kUnit;
+}
+
 void Prefetcher::fill(Buffer& buffer, RowCounters& read) {
   const RowShape shape = source_->shape();
   const RowShape part = source_->part();
@@ -188,25 +201,35 @@ void Prefetcher::fill(Buffer& buffer, RowCounters& read) {
   for (size_t i = 0; i < buffer.keys.size(); ++i) order.emplace_back(buffer.keys[i].index, i);
   std::sort(order.begin(), order.end());
 
-  const auto is_repeat = [&order](size_t i) { return i > 0 && order[i].first == order[i - 1].first; };
+  auto& distinct = buffer.distinct;
+  distinct.clear();
+  for (size_t i = 0; i < order.size(); ++i) {
+    if (i == 0 || order[i].first != order[i - 1].first) distinct.push_back(i);
+  }
   if (!buffer.advised && order.size() > 1) {  // let storage work on all of them at once
-    for (size_t i = 0; i < order.size(); ++i) {
-      if (!is_repeat(i)) source_->advise(order[i].first);
-    }
+    for (const size_t i : distinct) source_->advise(order[i].first);
   }
   const auto place = [&](size_t position) {
     const RowKey& key = buffer.keys[position];
     return rows + key.layer * layer_stride + position / keys_per_token * shape.row_dim + key.column;
   };
-  for (size_t i = 0; i < order.size(); ++i) {
-    const auto [index, position] = order[i];
-    if (is_repeat(i)) {
-      copy_layers(place(order[i - 1].second), place(position), layer_stride, part.layers, part.row_dim);
-      continue;
+  std::mutex counting;
+  const auto read_part = [&](size_t piece, size_t reader) {
+    const size_t first = distinct[piece];
+    const size_t end = piece + 1 < distinct.size() ? distinct[piece + 1] : order.size();
+    const auto [index, position] = order[first];
+    const std::span scratch(buffer.scratch.data() + reader * scratch_stride(), source_->scratch_bytes());
+    const size_t bytes = source_->read(index, scratch, place(position), layer_stride);
+    for (size_t i = first + 1; i < end; ++i) {
+      copy_layers(place(position), place(order[i].second), layer_stride, part.layers, part.row_dim);
     }
-    const size_t bytes =
-        source_->read(index, {buffer.scratch.data(), buffer.scratch.size()}, place(position), layer_stride);
+    const std::lock_guard lock(counting);
     read += {1, bytes == 0 ? uint64_t{1} : 0, bytes};
+  };
+  if (readers_) {
+    readers_->run(distinct.size(), std::ref(read_part));  // a reference: nothing is allocated for it
+  } else {
+    for (size_t piece = 0; piece < distinct.size(); ++piece) read_part(piece, 0);
   }
   const size_t count = buffer.keys.size() / keys_per_token;
   const float* const last = rows + (count - 1) * shape.row_dim;

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "runtime/base/file.h"
+#include "runtime/rows/readers.h"
 #include "runtime/rows/row_source.h"
 
 namespace meki {
@@ -62,11 +63,11 @@ class RowRequest {
   size_t buffer_ = 0;
 };
 
-// Brings the memory rows of tokens from a source into float32 buffers on one I/O thread of its own, so that neither
-// storage nor checksums nor widening cost the compute thread anything. That thread never preempts another one. Requests
-// are served in their order; one that the I/O thread has not even begun when its rows are needed is read by wait()
-// itself: on busy cores that is sooner than a wake-up. All calls come from one thread. After the construction nothing
-// is allocated.
+// Brings the memory rows of tokens from a source into float32 buffers on one I/O thread of its own (with more beside it
+// where a token has many parts and each of them waits), so that neither storage nor checksums nor widening cost the
+// compute thread anything. That thread never preempts another one. Requests are served in their order; one that the I/O
+// thread has not even begun when its rows are needed is read by wait() itself: on busy cores that is sooner than a
+// wake-up. All calls come from one thread. After the construction nothing is allocated.
 class Prefetcher {
  public:
   // For requests of up to `max_tokens` tokens, of which up to `buffers` are held at a time. Without `asynchronous`
@@ -96,15 +97,18 @@ class Prefetcher {
   enum class State { free, queued, running, dropped, done };  // dropped: running, but nobody wants it any more
   struct Buffer {
     Mapping rows;
-    Mapping scratch;  // for one part
+    Mapping scratch;  // for one part a reader
     std::vector<RowKey> keys;
     std::vector<std::pair<uint64_t, size_t>> order;  // (index, position in keys), sorted
+    std::vector<size_t> distinct;                    // where in `order` another index begins
     size_t width = 0;
     bool advised = false;  // when it was requested
     State state = State::free;
     uint64_t ticket = 0;  // of its request: they count up
     std::exception_ptr error;
   };
+
+  static constexpr size_t kMaxReaders = 16;
 
   size_t free_buffer();
   uint64_t wait(Buffer& buffer);
@@ -114,10 +118,12 @@ class Prefetcher {
   Buffer* oldest_queued();
   void perform(Buffer& buffer, std::unique_lock<std::mutex>& lock);
   void fill(Buffer& buffer, RowCounters& read);
+  size_t scratch_stride() const;
 
   const std::shared_ptr<const RowSource> source_;
   const bool asynchronous_;
   const pid_t process_;
+  const std::unique_ptr<Readers> readers_;  // null: one after the other
   struct Sync {
     std::mutex mutex;
     std::condition_variable work;

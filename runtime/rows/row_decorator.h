@@ -18,6 +18,7 @@ class RowDecorator : public RowSource {
   size_t part_bytes() const override { return source_->part_bytes(); }
   size_t scratch_bytes() const override { return source_->scratch_bytes(); }
   void advise(uint64_t index) const noexcept override { source_->advise(index); }
+  bool waits() const override { return source_->waits(); }
   FetchedPart fetch(uint64_t index, std::span<std::byte> scratch) const override {
     return source_->fetch(index, scratch);
   }

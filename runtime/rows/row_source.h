@@ -53,6 +53,8 @@ class RowSource {
   static constexpr size_t kScratchAlignment = 4096;
   // Asks the system to have the part of a key's index at hand soon; does not wait.
   virtual void advise(uint64_t index) const noexcept = 0;
+  // Whether fetch() waits for storage whatever was advised: then several parts take less time side by side.
+  virtual bool waits() const { return false; }
   // Brings the part of a key's index into `scratch`, where the result lies, and checks it. Blocks on storage. Throws
   // PackageError.
   virtual FetchedPart fetch(uint64_t index, std::span<std::byte> scratch) const = 0;

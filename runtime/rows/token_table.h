@@ -62,6 +62,7 @@ class TokenTable final : public RowSource {
   size_t part_bytes() const override { return header_.bundle_bytes - kChecksumBytes; }
   size_t scratch_bytes() const override { return scratch_bytes_; }
   void advise(uint64_t token) const noexcept override;
+  bool waits() const override { return access_ == RomAccess::direct; }
   // Throws PackageError if the file shrank, cannot be read, or the checksum is wrong.
   FetchedPart fetch(uint64_t token, std::span<std::byte> scratch) const override;
   void widen(std::span<const std::byte> bundle, float* out, size_t layer_stride) const noexcept override;

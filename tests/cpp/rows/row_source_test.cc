@@ -42,6 +42,7 @@ float part_value(uint64_t index, uint32_t column) { return static_cast<float>(in
 // Notes what is asked of it. While its gate is closed, reads wait, but for those of the thread that made it.
 class FakeNgrams final : public RowSource {
  public:
+  explicit FakeNgrams(bool waits = false) : waits_(waits) {}
   RowShape shape() const override { return {kLayers, kRowDim}; }
   RowShape part() const override { return {1, kHeadDim}; }
   size_t keys_per_token() const override { return size_t{kLayers} * kHeads; }
@@ -64,6 +65,7 @@ class FakeNgrams final : public RowSource {
     log_.advised.push_back(index);
     if (std::this_thread::get_id() == caller_) ++log_.advised_by_caller;
   }
+  bool waits() const override { return waits_; }
   FetchedPart fetch(uint64_t index, std::span<std::byte> scratch) const override {
     std::unique_lock lock(mutex_);
     log_.read.push_back(index);
@@ -95,13 +97,15 @@ class FakeNgrams final : public RowSource {
     open_ = open;
     changed_.notify_all();
   }
-  // Waits until a read has begun.
-  void await_read() const {
+  // Waits until so many reads have begun.
+  void await_reads(size_t count) const {
     std::unique_lock lock(mutex_);
-    REQUIRE(changed_.wait_for(lock, kLong, [this] { return !log_.read.empty(); }));
+    REQUIRE(changed_.wait_for(lock, kLong, [this, count] { return log_.read.size() >= count; }));
   }
+  void await_read() const { await_reads(1); }
 
  private:
+  const bool waits_;
   const std::thread::id caller_ = std::this_thread::get_id();
   mutable std::mutex mutex_;
   mutable std::condition_variable changed_;
@@ -150,8 +154,10 @@ std::vector<uint64_t> distinct_indices(std::span<const int32_t> sequence, size_t
 }
 
 TEST_CASE("prefetcher: rows of n-grams equal the naive reading, wherever in the sequence they begin") {
-  for (const bool asynchronous : {false, true}) {
-    const auto source = std::make_shared<const FakeNgrams>();
+  for (const int kind : {0, 1, 2}) {
+    const bool asynchronous = kind > 0;
+    const bool side_by_side = kind > 1;
+    const auto source = std::make_shared<const FakeNgrams>(side_by_side);
     Prefetcher prefetcher(source, kMaxTokens, 2, asynchronous);
     std::mt19937 random(1);
     uint64_t requests = 0;
@@ -168,7 +174,8 @@ TEST_CASE("prefetcher: rows of n-grams equal the naive reading, wherever in the 
       CHECK(holds(request, sequence, first, width));
       // Each once, in the order of the file, and the system was told of all before.
       const std::vector<uint64_t> expected = distinct_indices(sequence, first);
-      const FakeNgrams::Log log = source->take_log();
+      FakeNgrams::Log log = source->take_log();
+      if (side_by_side) std::sort(log.read.begin(), log.read.end());
       CHECK(log.read == expected);
       CHECK(std::set<uint64_t>(log.advised.begin(), log.advised.end()) ==
             std::set<uint64_t>(expected.begin(), expected.end()));
@@ -177,6 +184,19 @@ TEST_CASE("prefetcher: rows of n-grams equal the naive reading, wherever in the 
       CHECK(prefetcher.counters().bytes == 3 * requests);
     }
   }
+}
+
+TEST_CASE("prefetcher: where reads wait for storage, those of a token do it side by side") {
+  const auto source = std::make_shared<const FakeNgrams>(true);
+  const std::vector<int32_t> sequence = {4, 5, 6};
+  Prefetcher prefetcher(source, kMaxTokens, 2, true);
+  source->set_gate(false);
+  RowRequest request = test::request(prefetcher, sequence, 2);
+  source->await_reads(distinct_indices(sequence, 2).size());  // all of them, and none has ended
+  CHECK(prefetcher.counters().requests == 0);
+  source->set_gate(true);
+  request.wait();
+  CHECK(holds(request, sequence, 2, 1));
 }
 
 TEST_CASE("prefetcher: storage is told of all parts of a single token by the thread that requests it") {
