@@ -72,7 +72,7 @@ float naive_half(uint16_t half) {
   return static_cast<float>(sign * std::ldexp(1024 + fraction, exponent - 25));
 }
 
-RomImage::RomImage(const RomShape& rom_shape, uint32_t seed) : shape(rom_shape) {
+RomImage::RomImage(const RomShape& rom_shape, uint32_t seed, uint64_t stride_unit) : shape(rom_shape) {
   if (shape.row_type == kInt8) group = shape.row_dim;
   if (shape.row_type == kInt4) group = 32;
   groups = group == 0 ? 0 : (uint64_t{shape.row_dim} + group - 1) / group;
@@ -81,7 +81,7 @@ RomImage::RomImage(const RomShape& rom_shape, uint32_t seed) : shape(rom_shape) 
   if (shape.row_type == kInt4) row_bytes = (uint64_t{shape.row_dim} + 1) / 2;
   if (shape.row_type == kFloat32) row_bytes = 4 * uint64_t{shape.row_dim};
   bundle_bytes = shape.layers * (2 * groups + row_bytes) + 4;
-  stride = round_up(bundle_bytes, 64);
+  stride = round_up(bundle_bytes, stride_unit);
   bytes.resize(round_up(kHeaderBytes + shape.vocab_size * stride, 4096));
 
   const std::string_view magic = "MEKIROM\n";

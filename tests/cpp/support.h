@@ -64,7 +64,8 @@ struct RomShape {
 // A ROM file in memory, as docs/rom-format.md has it: a valid header and random bundles.
 class RomImage {
  public:
-  RomImage(const RomShape& shape, uint32_t seed);
+  // stride_unit: what the distance of two bundles is a multiple of, 64 or 4.
+  RomImage(const RomShape& shape, uint32_t seed, uint64_t stride_unit = 64);
 
   RomShape shape;
   uint32_t group = 0;   // values that share a scale

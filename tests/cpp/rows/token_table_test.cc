@@ -32,6 +32,7 @@ using test::TempDir;
 
 constexpr RomAccess kAccesses[] = {RomAccess::mmap, RomAccess::pread, RomAccess::direct};
 constexpr uint32_t kRowTypes[] = {kFloat16, kInt8, kInt4, kFloat32};
+constexpr uint64_t kStrideUnits[] = {64, 4};
 
 RomHeader parse(const RomImage& image) {
   return RomHeader::parse(std::as_bytes(std::span(image.bytes)).first<RomHeader::kBytes>(), "some.rom");
@@ -54,18 +55,20 @@ bool same_bytes(std::span<const std::byte> got, std::span<const uint8_t> expecte
 
 TEST_CASE("rom header: the fields of a valid one") {
   for (const uint32_t row_type : kRowTypes) {
-    const RomImage image({.vocab_size = 5, .layers = 3, .row_dim = 33, .row_type = row_type}, 1);
-    const RomHeader header = parse(image);
-    CHECK(header.entries == 5);
-    CHECK(header.layers == 3);
-    CHECK(header.row_dim == 33);
-    CHECK(static_cast<uint32_t>(header.row_type) == row_type);
-    CHECK(header.group == image.group);
-    CHECK(header.bundle_bytes == image.bundle_bytes);
-    CHECK(header.bundle_stride == image.stride);
-    CHECK(header.data_offset == 4096);
-    CHECK(header.file_bytes == image.bytes.size());
-    CHECK(header.content_id == RomImage::kContentId);
+    for (const uint64_t unit : kStrideUnits) {
+      const RomImage image({.vocab_size = 5, .layers = 3, .row_dim = 33, .row_type = row_type}, 1, unit);
+      const RomHeader header = parse(image);
+      CHECK(header.entries == 5);
+      CHECK(header.layers == 3);
+      CHECK(header.row_dim == 33);
+      CHECK(static_cast<uint32_t>(header.row_type) == row_type);
+      CHECK(header.group == image.group);
+      CHECK(header.bundle_bytes == image.bundle_bytes);
+      CHECK(header.bundle_stride == image.stride);
+      CHECK(header.data_offset == 4096);
+      CHECK(header.file_bytes == image.bytes.size());
+      CHECK(header.content_id == RomImage::kContentId);
+    }
   }
 }
 
@@ -95,6 +98,7 @@ TEST_CASE("rom header: a wrong field is refused even with the right checksum") {
     const RomImage good({.vocab_size = 5, .layers = 3, .row_dim = 40, .row_type = row_type}, 1);
     const uint64_t size = good.bytes.size();
     const uint64_t end = 4096 + 5 * good.stride;  // not rounded up
+    const uint64_t packed = (good.bundle_bytes + 3) / 4 * 4;
     const Field fields[] = {
         {0, 8, "magic", {0, 0x0A4D4F52494B454DULL + 1}},
         {8, 4, "version", {0, 2, 0xFFFFFFFF}},
@@ -108,7 +112,11 @@ TEST_CASE("rom header: a wrong field is refused even with the right checksum") {
         {32, 4, "group", {row_type == kInt8 ? kInt4 : kInt8}},
         {36, 4, "group", {1, 31, 33, 41, 0xFFFFFFFF}},
         {40, 8, "bundle_bytes", {0, good.bundle_bytes - 1, good.bundle_bytes + 1, kMax}},
-        {48, 8, "bundle_stride", {0, good.stride - 64, good.stride + 64, good.bundle_bytes, kMax}},
+        {48,
+         8,
+         "bundle_stride",
+         {0, good.stride - 64, good.stride - 1, good.stride + 4, good.stride + 64, packed - 4, packed + 1, packed + 4,
+          kMax}},
         {56, 8, "data_offset", {0, 4095, 8192, kMax}},
         {64, 8, "file_bytes", {0, size - 4096, size + 4096, end, kMax}},
     };
@@ -221,24 +229,29 @@ TEST_CASE("rom: every access mode reads the same bytes, first bundle to last") {
   // at and beyond a block's end.
   const RomShape shapes[] = {
       {1, 1, 1, kFloat16}, {64, 1, 30, kFloat16}, {65, 1, 31, kFloat16},  {130, 7, 33, kInt4},
-      {9, 3, 2047, kInt8}, {5, 2, 4096, kInt4},   {3, 4, 5000, kFloat16},
+      {9, 3, 2047, kInt8}, {5, 2, 4096, kInt4},   {3, 4, 5000, kFloat16}, {700, 1, 16, kInt8},
   };
   for (const RomShape& shape : shapes) {
-    const TempDir dir;
-    const RomImage image(shape, 2);
-    test::write_file(dir / "memory.rom", image.bytes);
-    for (const RomAccess access : kAccesses) {
-      const auto rom = open(dir / "memory.rom", access);
-      const AlignedBuffer scratch(rom->scratch_bytes());
-      std::vector<float> rows(size_t{shape.layers} * shape.row_dim);
-      for (uint32_t token = 0; token < shape.vocab_size; ++token) {
-        CAPTURE(token);
-        rom->advise(token);
-        CHECK(same_bytes(rom->fetch(token, scratch.span()).stored, image.payload(token)));
-        const uint64_t begin = image.offset(token);
-        const uint64_t blocks = (begin + image.bundle_bytes + 4095) / 4096 - begin / 4096;
-        CHECK(rom->read(token, scratch.span(), rows.data(), shape.row_dim) ==
-              (rom->access() == "direct" ? blocks * 4096 : image.bundle_bytes));
+    for (const uint64_t unit : kStrideUnits) {
+      const TempDir dir;
+      const RomImage image(shape, 2, unit);
+      test::write_file(dir / "memory.rom", image.bytes);
+      for (const RomAccess access : kAccesses) {
+        const auto rom = open(dir / "memory.rom", access);
+        const AlignedBuffer scratch(rom->scratch_bytes());
+        std::vector<float> rows(size_t{shape.layers} * shape.row_dim);
+        for (uint32_t token = 0; token < shape.vocab_size; ++token) {
+          CAPTURE(token);
+          CAPTURE(unit);
+          rom->advise(token);
+          CHECK(same_bytes(rom->fetch(token, scratch.span()).stored, image.payload(token)));
+          const uint64_t begin = image.offset(token);
+          const uint64_t blocks = (begin + image.bundle_bytes + 4095) / 4096 - begin / 4096;
+          CHECK(rom->read(token, scratch.span(), rows.data(), shape.row_dim) ==
+                (rom->access() == "direct" ? blocks * 4096 : image.bundle_bytes));
+          CHECK(std::equal(rows.begin(), rows.end(),
+                           image.rows(std::vector<int32_t>{static_cast<int32_t>(token)}).begin()));
+        }
       }
     }
   }
