@@ -160,8 +160,8 @@ FetchedPart TokenTable::fetch(uint64_t token, std::span<std::byte> scratch) cons
   const size_t got = access_ == RomAccess::mmap ? copy_mapped(wanted, scratch.data())
                                                 : file_.read(wanted.offset, scratch.first(wanted.bytes), path_);
   if (got != wanted.bytes) {
-    throw PackageError(path_.string() + ": the bundle of token " + std::to_string(token) + " gave " +
-                       std::to_string(got) + " of " + std::to_string(wanted.bytes) +
+    throw PackageError(path_.string() + ": bundle " + std::to_string(token) + " gave " + std::to_string(got) + " of " +
+                       std::to_string(wanted.bytes) +
                        " bytes; the file shrank or its storage failed: restore it and open the model again");
   }
   const auto bundle = scratch.subspan(wanted.skip, header_.bundle_bytes);
@@ -170,9 +170,8 @@ FetchedPart TokenTable::fetch(uint64_t token, std::span<std::byte> scratch) cons
   std::memcpy(&expected, bundle.data() + payload.size(), kChecksumBytes);
   const uint32_t found = crc32c(payload);
   if (found != expected) {
-    throw PackageError(path_.string() + ": the bundle of token " + std::to_string(token) + " has checksum " +
-                       std::to_string(found) + ", expected " + std::to_string(expected) +
-                       "; the file is damaged: restore it");
+    throw PackageError(path_.string() + ": bundle " + std::to_string(token) + " has checksum " + std::to_string(found) +
+                       ", expected " + std::to_string(expected) + "; the file is damaged: restore it");
   }
   return {payload, wanted.bytes};
 }

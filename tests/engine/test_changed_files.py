@@ -84,7 +84,7 @@ def test_rows_that_were_read_outlive_the_rom(copy: Callable[[str], Path]) -> Non
     before = engine.logits([5, 6, 7])
     os.truncate(package / "memory.rom", 8192)
     np.testing.assert_array_equal(engine.logits([5, 6, 7]), before)
-    with pytest.raises(PackageError, match=r"token 200 .*shrank"):
+    with pytest.raises(PackageError, match=r"bundle 200 .*shrank"):
         engine.logits([5, 200, 7])
 
 

@@ -59,7 +59,7 @@ def test_every_byte_of_the_rom_header_counts(package: Path) -> None:
 
 
 @pytest.mark.parametrize("access", ["mmap", "pread", "direct"])
-def test_a_damaged_bundle_names_its_token(package: Path, access: str) -> None:
+def test_a_damaged_bundle_is_named(package: Path, access: str) -> None:
     rom = package / "memory.rom"
     info = _core.Rom(str(rom)).info
     with rom.open("r+b") as file:
@@ -69,7 +69,7 @@ def test_a_damaged_bundle_names_its_token(package: Path, access: str) -> None:
         file.write(bytes([byte ^ 4]))
     engine = Engine(package, rom_access=access)
     engine.logits([76, 78])
-    with pytest.raises(PackageError, match="token 77 has checksum"):
+    with pytest.raises(PackageError, match="bundle 77 has checksum"):
         engine.logits([76, 77, 78])
 
 

@@ -44,7 +44,7 @@ TEST_CASE("session: a ROM error in a decode step comes from next(), and the sess
       CHECK(made == Ids(expected.begin(), expected.begin() + static_cast<std::ptrdiff_t>(good) + 1));
       const Ids tokens = tokens_of(session);
       for (int attempt = 0; attempt < 2; ++attempt) {
-        check_names(error_of<PackageError>([&] { session.next(); }), "token " + std::to_string(bad));
+        check_names(error_of<PackageError>([&] { session.next(); }), "bundle " + std::to_string(bad));
         CHECK(tokens_of(session) == tokens);
         CHECK(session.finish_reason() == FinishReason::running);
       }
@@ -69,11 +69,11 @@ TEST_CASE("session: a ROM error in a prompt keeps the chunks before it") {
     std::vector<float> logits(prompt.size() * FakeModel::kVocab);
     check_names(
         error_of<PackageError>([&] { session.logits(session.tokens().size() - session.pending(), logits.data()); }),
-        "token 8");
+        "bundle 8");
     CHECK(session.pending() == 4);
     check_names(
         error_of<PackageError>([&] { session.logits(session.tokens().size() - session.pending(), logits.data()); }),
-        "token 8");
+        "bundle 8");
     CHECK(session.pending() == 4);
     model.repair(8);
     CHECK(pending_logits(session) == expected_logits(model, prompt, 6));

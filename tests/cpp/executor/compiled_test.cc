@@ -177,7 +177,7 @@ TEST_CASE("compiled: a ROM error keeps what was computed before it") {
     std::vector<float> logits(prompt.size() * FakeCompiledModel::kVocab);
     check_names(
         error_of<PackageError>([&] { session.logits(session.tokens().size() - session.pending(), logits.data()); }),
-        "token 8");
+        "bundle 8");
     CHECK(session.pending() == 6);
     model.repair(8);
     CHECK(pending_logits(session) == expected_logits(model, prompt, 4));

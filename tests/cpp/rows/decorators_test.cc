@@ -65,7 +65,7 @@ TEST_CASE("faulty rows: only what is damaged fails, and only until it is repaire
   const FaultyRows faulty(rom);
   CHECK(reads(fixture, faulty, *rom, 7));
   faulty.damage(7);
-  check_names(error_of<PackageError>([&] { reads(fixture, faulty, *rom, 7); }), "token 7");
+  check_names(error_of<PackageError>([&] { reads(fixture, faulty, *rom, 7); }), "bundle 7");
   CHECK(reads(fixture, faulty, *rom, 8));
   faulty.repair(7);
   CHECK(reads(fixture, faulty, *rom, 7));

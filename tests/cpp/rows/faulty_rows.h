@@ -27,7 +27,7 @@ class FaultyRows final : public RowDecorator {
   FetchedPart fetch(uint64_t index, std::span<std::byte> scratch) const override {
     {
       const std::lock_guard lock(mutex_);
-      if (damaged_.contains(index)) throw PackageError("token " + std::to_string(index) + " is damaged");
+      if (damaged_.contains(index)) throw PackageError("bundle " + std::to_string(index) + " is damaged");
     }
     return RowDecorator::fetch(index, scratch);
   }

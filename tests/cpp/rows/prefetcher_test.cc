@@ -188,7 +188,7 @@ TEST_CASE("prefetcher: a read error reaches the waiter of its request alone, and
       RowRequest other = test::request(prefetcher, good);
       pause(random);
       for (int attempt = 0; attempt < 2; ++attempt) {
-        check_names(error_of<PackageError>([&] { failing.wait(); }), "token 30");
+        check_names(error_of<PackageError>([&] { failing.wait(); }), "bundle 30");
       }
       other.wait();
       CHECK(fixture.holds(other, good));

@@ -197,7 +197,7 @@ TEST_CASE("row cache: what could not be read is not there, what was read stays g
   float out[3];
   faulty->damage(7);
   for (int tries = 0; tries < 2; ++tries) {
-    check_names(error_of<PackageError>([&] { cache->read(7, scratch, out, 3); }), "token 7");
+    check_names(error_of<PackageError>([&] { cache->read(7, scratch, out, 3); }), "bundle 7");
     CHECK(numbers->fetched == 0);
   }
   faulty->repair(7);

@@ -316,7 +316,7 @@ TEST_CASE("rom: all 65,536 float16 patterns widen, as values and as scales") {
   }
 }
 
-TEST_CASE("rom: any damaged byte of a bundle is an error that names the token") {
+TEST_CASE("rom: any damaged byte of a bundle is an error that names the bundle") {
   const TempDir dir;
   const auto path = dir / "memory.rom";
   const RomImage image({.vocab_size = 70, .layers = 2, .row_dim = 9, .row_type = kInt4}, 3);
@@ -331,7 +331,7 @@ TEST_CASE("rom: any damaged byte of a bundle is an error that names the token") 
       test::patch_file(path, image.offset(kToken) + i, bad);
       const std::string message = error_of<PackageError>([&] { rom->fetch(kToken, scratch.span()); });
       check_names(message, path.string());
-      check_names(message, "token 37");
+      check_names(message, "bundle 37");
       for (const uint32_t neighbour : {kToken - 1, kToken + 1}) CHECK_NOTHROW(rom->fetch(neighbour, scratch.span()));
       test::patch_file(path, image.offset(kToken) + i, std::span(&good, 1));
     }
