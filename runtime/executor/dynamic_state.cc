@@ -53,11 +53,11 @@ std::vector<std::byte> DynamicState::snapshot() const {
 }
 
 void DynamicState::restore(std::span<const std::byte> snapshot, size_t length) {
-  const size_t seen = convolutions_.bytes(std::min(length, convolutions_.context()));
-  if (length > convolutions_.context() || seen > snapshot.size()) {
-    throw bad_snapshot(snapshot.size(), kv_cache_.bytes(length) + convolutions_.bytes(length), length);
+  const size_t expected = kv_cache_.bytes(length) + convolutions_.bytes(length);
+  if (length > convolutions_.context() || snapshot.size() != expected) {
+    throw bad_snapshot(snapshot.size(), expected, length);
   }
-  const auto keys_and_values = snapshot.first(snapshot.size() - seen);
+  const auto keys_and_values = snapshot.first(kv_cache_.bytes(length));
   kv_cache_.restore(keys_and_values, length);
   convolutions_.copy_from(snapshot.data() + keys_and_values.size(), length);
   length_ = length;

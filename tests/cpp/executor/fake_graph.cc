@@ -67,6 +67,11 @@ class FakeBinding final : public Binding {
         rows_ = static_cast<const float*>(tensor.data);
       } else if (name.starts_with("past.")) {
         bind_cache(tensor, rest);
+      } else if (name.starts_with("past_convolution.")) {
+        expect(tensor, ElementType::uint8, {tensor.shape.at(0), kHidden * sizeof(uint32_t)});
+        expect_in_place(tensor, rest);
+        seen_ = static_cast<uint32_t*>(tensor.data);
+        seen_capacity_ = tensor.shape.at(0);
       } else {
         expect(tensor, ElementType::float32, {1, tokens_, kHidden});
         hidden_in_ = static_cast<const float*>(tensor.data);
@@ -90,6 +95,7 @@ class FakeBinding final : public Binding {
     if (fault_ != nullptr && fault_->on_run) fault_->on_run(tokens_, total);
     const int64_t start = total - tokens_;
     require(start >= 0 && total <= capacity_, "a step beyond the cache");
+    require(seen_ == nullptr || total <= seen_capacity_, "a step beyond the convolution's cache");
     for (int64_t t = 0; t < tokens_; ++t) {
       const uint32_t input = input_of(t);
       for (const Cache& cache : caches_) {
@@ -101,6 +107,7 @@ class FakeBinding final : public Binding {
           }
         }
       }
+      for (uint32_t i = 0; seen_ != nullptr && i < kHidden; ++i) seen_[(start + t) * kHidden + i] = mix(input, i);
       for (uint32_t i = 0; hidden_out_ != nullptr && i < kHidden; ++i) {
         hidden_out_[t * kHidden + i] = number(mix(prefix(start + t), i));
       }
@@ -125,13 +132,18 @@ class FakeBinding final : public Binding {
     require(tensor.type == type && tensor.shape == shape, " has another type or shape", tensor.name);
   }
 
+  // Takes the output "present..." of an input "past..." from `outputs`.
+  static void expect_in_place(const Tensor& tensor, std::map<std::string, Tensor>& outputs) {
+    const auto present = outputs.extract("present" + tensor.name.substr(4));
+    require(!present.empty() && present.mapped().data == tensor.data && present.mapped().shape == tensor.shape,
+            " is not bound to the memory of its output", tensor.name);
+  }
+
   void bind_cache(const Tensor& tensor, std::map<std::string, Tensor>& outputs) {
     constexpr int64_t kBlock = 64;  // positions; what the engine must think a block of a float32 cache to be
     capacity_ = tensor.shape.at(0) * kBlock;
     expect(tensor, ElementType::uint8, {tensor.shape.at(0), kHeads, 2 * kBlock * kHeadDim * sizeof(float)});
-    const auto present = outputs.extract("present" + tensor.name.substr(4));
-    require(!present.empty() && present.mapped().data == tensor.data && present.mapped().shape == tensor.shape,
-            " is not bound to the memory of its output", tensor.name);
+    expect_in_place(tensor, outputs);
     const auto layer = static_cast<uint32_t>(std::stoul(tensor.name.substr(5)));
     caches_.push_back({static_cast<float*>(tensor.data), layer});
   }
@@ -155,7 +167,7 @@ class FakeBinding final : public Binding {
     return state;
   }
 
-  // The cache of positions 0 to `position`, as one number.
+  // The caches of positions 0 to `position`, as one number.
   uint32_t prefix(int64_t position) const {
     uint32_t state = kSeed;
     for (int64_t p = 0; p <= position; ++p) {
@@ -168,6 +180,7 @@ class FakeBinding final : public Binding {
           }
         }
       }
+      for (uint32_t i = 0; seen_ != nullptr && i < kHidden; ++i) state = mix(state, seen_[p * kHidden + i]);
     }
     return state;
   }
@@ -186,6 +199,8 @@ class FakeBinding final : public Binding {
   float* hidden_out_ = nullptr;
   float* logits_ = nullptr;
   std::vector<Cache> caches_;
+  uint32_t* seen_ = nullptr;  // of the stage's convolution, [seen_capacity_, kHidden]; null: it has none
+  int64_t seen_capacity_ = 0;
 };
 
 }  // namespace
@@ -225,12 +240,16 @@ FakeModel::FakeModel(Kind kind, std::vector<int32_t> eos_token_ids)
     rows = open_rows(manifest, RomAccess::mmap);
   }
   std::map<std::string, std::pair<std::vector<std::string>, std::vector<std::string>>> graphs;
+  size_t convolutions = 0;
   for (size_t index = 0; index < stages_.size(); ++index) {
     const Layers& stage = stages_[index];
     std::vector<std::string> inputs = {"total_sequence_length"};
     std::vector<std::string> outputs;
     inputs.push_back(index == 0 ? "token_ids" : "hidden" + std::to_string(index - 1));
-    if (stage.rows) inputs.push_back("rows");
+    if (stage.rows) {
+      inputs.insert(inputs.end(), {"rows", "past_convolution." + std::to_string(convolutions)});
+      outputs.push_back("present_convolution." + std::to_string(convolutions++));
+    }
     for (uint32_t layer = stage.first; layer < stage.last; ++layer) {
       inputs.push_back("past." + std::to_string(layer));
       outputs.push_back("present." + std::to_string(layer));
@@ -284,6 +303,7 @@ std::vector<float> FakeModel::logits(std::span<const int64_t> tokens) const {
           }
         }
       }
+      for (uint32_t i = 0; stage.rows && i < kHidden; ++i) prefixes[index] = mix(prefixes[index], mix(input, i));
     }
   }
   std::vector<float> out;

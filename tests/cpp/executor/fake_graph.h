@@ -1,8 +1,9 @@
 #pragma once
 
 // A fake at the seam runtime/graph/graph.h: stages whose logits depend, in integers, on every token and memory row of
-// the sequence and on their order, through a KV cache and through hidden tensors. A wrong row, position, length, cache
-// or chunk gives other logits, and a plain recurrence without cache, stages or chunks gives the expected ones.
+// the sequence and on their order, through a KV cache, what convolutions have seen and hidden tensors. A wrong row,
+// position, length, cache or chunk gives other logits, and a plain recurrence without cache, stages or chunks gives the
+// expected ones.
 
 #include <atomic>
 #include <functional>

@@ -26,14 +26,21 @@ struct Names2 {
   bool first_rows = false;
   bool second_rows = true;
 
-  Names check() const {
+  std::vector<Stage> stages() const {
     const auto rows = [](bool some) { return some ? std::optional(LayerRange{0, 2}) : std::nullopt; };
     std::vector<Stage> stages;
     stages.push_back({std::make_unique<FakeGraph>(first.inputs, first.outputs), rows(first_rows), "package/a.onnx"});
     stages.push_back({std::make_unique<FakeGraph>(second.inputs, second.outputs), rows(second_rows), "package/b.onnx"});
-    return check_stages(kDynamicNames, stages, 2);
+    return stages;
   }
+  Names check() const { return check_stages(kDynamicNames, stages(), 2); }
 };
+
+// A convolution's cache as an input and an output.
+void add_convolution(GraphNames& names, const std::string& layer) {
+  names.inputs.push_back("past_convolution." + layer);
+  names.outputs.push_back("present_convolution." + layer);
+}
 
 void replace(Names& names, const std::string& name, const Names& by) {
   REQUIRE(std::erase(names, name) == 1);
@@ -50,12 +57,17 @@ TEST_CASE("stages: names tell what an input or output is") {
   CHECK(kDynamicNames.output("logits").kind == IoKind::logits);
   CHECK(kDynamicNames.output("present.3").kind == IoKind::cache);
   CHECK(kDynamicNames.output("present.3").layer == 3);
-  for (const std::string name : {"logits", "present.0", "past.x", "past.", "past.1.key", "past1", "past.-1",
-                                 "past.99999999999", "past.1 ", "Rows", ""}) {
+  CHECK(kDynamicNames.input("past_convolution.4").kind == IoKind::convolution);
+  CHECK(kDynamicNames.input("past_convolution.4").layer == 4);
+  CHECK(kDynamicNames.output("present_convolution.5").kind == IoKind::convolution);
+  CHECK(kDynamicNames.output("present_convolution.5").layer == 5);
+  for (const std::string name :
+       {"logits", "present.0", "past.x", "past.", "past.1.key", "past1", "past.-1", "past.99999999999", "past.1 ",
+        "Rows", "", "present_convolution.0", "past_convolution.", "past_convolution.x", "past_convolution"}) {
     CAPTURE(name);
     CHECK(kDynamicNames.input(name).kind == IoKind::hidden);
   }
-  for (const std::string name : {"rows", "token_ids", "past.0", "present.0.key", "present."}) {
+  for (const std::string name : {"rows", "token_ids", "past.0", "present.0.key", "present.", "past_convolution.0"}) {
     CAPTURE(name);
     CHECK(kDynamicNames.output(name).kind == IoKind::hidden);
   }
@@ -63,6 +75,26 @@ TEST_CASE("stages: names tell what an input or output is") {
 
 TEST_CASE("stages: those that fit give the names that pass between them") {
   CHECK(Names2().check() == Names{"middle"});
+}
+
+TEST_CASE("stages: the memory's first layers may have convolutions, in whatever stage") {
+  const auto count = [](const Names2& names) {
+    CHECK(names.check() == Names{"middle"});
+    CHECK(count_states(kDynamicNames, names.stages(), IoKind::cache) == 2);
+    return count_states(kDynamicNames, names.stages(), IoKind::convolution);
+  };
+  CHECK(count({}) == 0);
+  for (const bool swapped : {false, true}) {
+    Names2 names;
+    add_convolution(swapped ? names.second : names.first, "0");
+    CHECK(count(names) == 1);
+    add_convolution(swapped ? names.first : names.second, "1");
+    CHECK(count(names) == 2);
+  }
+  Names2 names;
+  add_convolution(names.second, "1");
+  add_convolution(names.second, "0");
+  CHECK(count(names) == 2);
 }
 
 TEST_CASE("stages: graphs that do not fit are errors that name the file") {
@@ -109,6 +141,28 @@ TEST_CASE("stages: graphs that do not fit are errors that name the file") {
        [](Names2& n) {
          n.second.inputs.push_back("past.01");
          n.second.outputs.push_back("present.01");
+       }},
+      {"a convolution without one before it", ".onnx", [](Names2& n) { add_convolution(n.second, "1"); }},
+      {"a convolution of a layer that is not there", "a.onnx",
+       [](Names2& n) {
+         for (const char* layer : {"0", "1", "2"}) add_convolution(n.first, layer);
+       }},
+      {"no convolution out", "b.onnx", [](Names2& n) { n.second.inputs.push_back("past_convolution.0"); }},
+      {"no convolution in", "b.onnx", [](Names2& n) { n.second.outputs.push_back("present_convolution.0"); }},
+      {"a convolution that one stage reads and another one writes", ".onnx",
+       [](Names2& n) {
+         n.first.inputs.push_back("past_convolution.0");
+         n.second.outputs.push_back("present_convolution.0");
+       }},
+      {"a convolution of two stages", "b.onnx",
+       [](Names2& n) {
+         add_convolution(n.first, "0");
+         add_convolution(n.second, "0");
+       }},
+      {"one convolution under two names", "b.onnx",
+       [](Names2& n) {
+         add_convolution(n.second, "0");
+         add_convolution(n.second, "00");
        }},
       {"no logits", "b.onnx", [](Names2& n) { std::erase(n.second.outputs, "logits"); }},
       {"logits of two stages", ".onnx", [](Names2& n) { n.first.outputs.push_back("logits"); }},
