@@ -48,15 +48,16 @@ std::vector<int32_t> read_canonical(const Manifest& manifest) {
   const NgramHash& hash = manifest.memory->ngrams;
   if (hash.canonical.empty()) return {};
   const std::filesystem::path path = manifest.directory / hash.canonical;
-  std::vector<int32_t> canonical(manifest.architecture.vocab_size);
-  const auto bytes = std::as_writable_bytes(std::span(canonical));
   const File file(path, O_NONBLOCK);
   const uint64_t size = file.size(path);
-  if (size != bytes.size() || file.read(0, bytes, path) != bytes.size()) {
-    throw PackageError(path.string() + ": " + std::to_string(size) + " bytes, expected " +
-                       std::to_string(bytes.size()) +
+  const uint64_t expected = manifest.architecture.vocab_size * sizeof(int32_t);
+  if (size != expected) {  // before memory is taken for a vocabulary that is not there
+    throw PackageError(path.string() + ": " + std::to_string(size) + " bytes, expected " + std::to_string(expected) +
                        ", an integer for each token; the file belongs to another package");
   }
+  std::vector<int32_t> canonical(manifest.architecture.vocab_size);
+  const auto bytes = std::as_writable_bytes(std::span(canonical));
+  file.read(0, bytes, path);  // of a file that shrank meanwhile the checksum is wrong
   if (const uint32_t found = crc32c(bytes); found != hash.canonical_crc32c) {
     throw PackageError(path.string() + ": has checksum " + std::to_string(found) + ", the manifest says " +
                        std::to_string(hash.canonical_crc32c) + "; the file is damaged: restore it");

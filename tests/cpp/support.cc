@@ -209,6 +209,33 @@ nlohmann::json write_package_files(const std::filesystem::path& directory) {
   return manifest;
 }
 
+nlohmann::json write_ngram_package_files(const std::filesystem::path& directory) {
+  nlohmann::json manifest = write_package_files(directory);
+  const RomImage rom({.vocab_size = 40, .layers = 1, .row_dim = 4, .row_type = kInt8}, 2, 4);
+  write_file(directory / "memory.rom", rom.bytes);
+  std::vector<uint8_t> canonical(64 * sizeof(int32_t));
+  for (uint32_t token = 0; token < 64; ++token) put(canonical, token * sizeof(int32_t), token / 2);
+  write_file(directory / "canonical_ids.bin", canonical);
+
+  nlohmann::json& memory = manifest["memory"];
+  memory["kind"] = "engram";
+  memory["layers"] = 2;
+  memory["address"] = nlohmann::json::parse(R"({
+    "kind": "ngram_hash", "ngram": 3, "heads": 2, "pad": 1, "reset": [0, 63], "canonical": {"file": "canonical_ids.bin"},
+    "layers": [
+      {"multipliers": [5, 7, 11], "primes": [3, 5, 7, 11], "offsets": [0, 3, 8, 15]},
+      {"multipliers": [13, 17, 144115188075855871], "primes": [2, 3, 5, 7], "offsets": [26, 28, 31, 33]}
+    ]
+  })");
+  memory["address"]["canonical"]["crc32c"] = naive_crc32c(canonical);
+  manifest["stages"][1]["rows"] = {0, 2};
+  for (const char* name : {"memory.rom", "canonical_ids.bin"}) {
+    manifest["files"][name] = {{"bytes", std::filesystem::file_size(directory / name)},
+                               {"sha256", std::string(64, '0')}};
+  }
+  return manifest;
+}
+
 void write_manifest(const std::filesystem::path& directory, const nlohmann::json& manifest) {
   write_file(directory / "manifest.json", std::string_view(manifest.dump(2)));
 }

@@ -107,6 +107,9 @@ class AlignedBuffer {
 // Writes the files of a small valid package (graphs and weights are not graphs: nothing here loads them) and returns
 // its manifest, which write_manifest puts beside them.
 nlohmann::json write_package_files(const std::filesystem::path& directory);
+// The same of a package whose rows hashed n-grams tell: 2 lengths of 2 heads of 4 values, in 2 layers, over a ROM of 40
+// bundles. Canonical ids are the tokens' halves, rounded down.
+nlohmann::json write_ngram_package_files(const std::filesystem::path& directory);
 void write_manifest(const std::filesystem::path& directory, const nlohmann::json& manifest);
 
 // The message of the Error that `work` throws. The test fails if it throws nothing; anything else passes through and
