@@ -25,6 +25,27 @@ void check_stages(const std::vector<StageInfo>& stages, const Manifest& manifest
   }
 }
 
+// What hashed_ngrams.cc trusts, in arithmetic that cannot overflow.
+void check_ngrams(const NgramHash& hash, const Manifest& manifest) {
+  __extension__ using Wide = unsigned __int128;
+  const uint64_t vocab_size = manifest.architecture.vocab_size;
+  require(hash.ngram >= 2 && hash.ngram <= NgramHash::kMaxNgram && hash.heads >= 1, "an n-gram has tokens and heads");
+  require(hash.layers.size() == manifest.memory->layers, "numbers for each layer");
+  require(Wide{hash.layers.size()} * hash.heads_per_token() <= NgramHash::kMaxRowsPerToken, "few rows a token");
+  require(hash.pad < vocab_size, "a padding of the vocabulary");
+  for (const int32_t id : hash.reset) require(id >= 0 && static_cast<uint64_t>(id) < vocab_size, "so are resets");
+  require(hash.canonical.empty() || (is_plain(hash.canonical) && manifest.files.contains(hash.canonical)),
+          "the canonical ids are a file of the package");
+  for (const NgramHash::Layer& layer : hash.layers) {
+    require(layer.multipliers.size() == hash.ngram, "a multiplier for each token");
+    require(layer.primes.size() == hash.heads_per_token() && layer.offsets.size() == layer.primes.size(),
+            "a table for each head");
+    for (const uint64_t number : layer.multipliers) require(Wide{number} * vocab_size <= INT64_MAX, "no overflow");
+    for (const uint64_t number : layer.primes) require(number >= 1 && number <= INT32_MAX, "nothing modulo 0");
+    for (const uint64_t number : layer.offsets) require(number <= INT32_MAX, "rows that a table may have");
+  }
+}
+
 void check_target(const std::string& chip, const QnnTarget& target, const Manifest& manifest) {
   require(is_plain(chip) && target.directory == manifest.directory / "qnn" / chip, "a target's files are below it");
   require(target.context >= 1 && target.context <= manifest.architecture.context, "no context beyond the model's");
@@ -58,6 +79,7 @@ void check_manifest(std::string_view text) {
   check_stages(manifest.stages, manifest, manifest.files);
   check_stages(manifest.dense_stages, manifest, manifest.files);
   require(!manifest.memory || manifest.files.contains(manifest.memory->file), "the memory is a file of the package");
+  if (manifest.memory && manifest.memory->address == "ngram_hash") check_ngrams(manifest.memory->ngrams, manifest);
   for (const auto& [name, bytes] : manifest.files) require(is_plain(name), "plain file names");
   for (const auto& entry : manifest.qnn) {
     const std::string& chip = entry.first;

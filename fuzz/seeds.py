@@ -83,6 +83,12 @@ def manifests() -> Iterator[tuple[str, bytes]]:
     manifest["tokenizer"]["chat_template"] = template
     manifest["files"]["chat_template.jinja"] = {"bytes": 1, "sha256": "0" * 64}
     yield "compiled", json.dumps({**manifest, "qnn": {"sm8750": target(STAGES)}}).encode()
+    numbers = {"multipliers": [3, 5, 7], "primes": [2, 3, 5, 7], "offsets": [0, 2, 5, 10]}
+    address = {"kind": "ngram_hash", "ngram": 3, "heads": 2, "pad": 0, "reset": [0], "layers": [numbers] * 8,
+               "canonical": {"file": "canonical_ids.bin", "crc32c": 0}}  # fmt: skip
+    files = {**manifest["files"], "canonical_ids.bin": {"bytes": 1, "sha256": "0" * 64}}
+    memory = {**manifest["memory"], "kind": "engram", "address": address}
+    yield "n-grams", json.dumps({**manifest, "memory": memory, "files": files}).encode()
     dense = {**manifest, "memory": None, "dense_stages": None, "stages": [{"file": "dense.onnx", "rows": None}]}
     yield "dense", json.dumps(dense).encode()
 
