@@ -101,13 +101,14 @@ class Architecture(Dimensions, ABC):
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
         }
+        fields = {name: value for name, value in values.items() if name in cls.RULES and name != "ffn_kind"}
+        check(cls.RULES, fields)
         memories = [kind.from_settings(values) for kind in MEMORIES.values()]
         memories = [memory for memory in memories if memory.dim != 0]
         if len(memories) > 1:
             kinds = " and ".join(next(iter(memory.SETTINGS)) for memory in memories)
             raise ConfigError(f"{kinds} are not 0: a model has one memory; set all others to 0")
         memory = memories[0] if memories else None
-        fields = {name: value for name, value in values.items() if name in cls.RULES and name != "ffn_kind"}
         try:
             return cls(**fields, feed_forward=ffn.from_settings(values), memory=memory)
         except TypeError as error:

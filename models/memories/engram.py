@@ -28,6 +28,7 @@ _TABLE = "embedding.weight"
 _CANONICAL = "canonical_ids"
 _CANONICAL_FILE = "canonical_ids.bin"
 _ROWS_PER_TOKEN = 4096
+_ROWS = 2**31 - 1
 """That the package format holds."""
 _EXACT = 1 << 24
 """Ids below it are exact in float32, in which checkpoints are read."""
@@ -175,14 +176,21 @@ class EngramConfig(Memory):
         own = {name: _tuples(settings[name]) for name in cls.SETTINGS if name in settings}
         check(cls.RULES, own)
         memory = super().from_settings(own)
-        if not memory.dim or not memory.at:
+        if not (memory.dim and memory.at and "vocab_size" in settings):
             return memory
+        heads = len(memory.at) * memory.heads_per_token
+        if heads > _ROWS_PER_TOKEN:
+            raise ConfigError(f"a token has {heads} rows, at most {_ROWS_PER_TOKEN} are supported")
         made: dict[str, Any] = {}
         if not memory.multipliers:
             made["engram_multipliers"] = random_multipliers(len(memory.at), memory.ngram, settings["vocab_size"])
         if not memory.primes:
             if not memory.rows:
                 raise ConfigError("engram_rows is 0: give the least number of rows of a head, or engram_primes")
+            if heads * memory.rows > _ROWS:
+                raise ConfigError(
+                    f"engram_rows: {heads} heads of {memory.rows} rows, at most {_ROWS} in all are supported"
+                )
             made["engram_primes"] = primes_from(memory.rows, len(memory.at), memory.heads_per_token)
         return super().from_settings({**own, **made})
 
@@ -207,17 +215,13 @@ class EngramConfig(Memory):
             )
         if self.dim % heads:
             raise ConfigError(f"engram_dim is {self.dim}, expected a multiple of {heads}: (ngram - 1) * heads")
-        if layers * heads > _ROWS_PER_TOKEN:
-            raise ConfigError(f"a token has {layers * heads} rows, at most {_ROWS_PER_TOKEN} are supported")
         for name, numbers, count in (("multipliers", self.multipliers, self.ngram), ("primes", self.primes, heads)):
             if [len(row) for row in numbers] != [count] * layers:
                 raise ConfigError(f"engram_{name}: expected {count} numbers for each of the {layers} engram_layers")
         if max(map(max, self.multipliers)) * config.vocab_size >= 2**63:
             raise ConfigError("engram_multipliers: times a token id, one is beyond 63 bits")
-        if sum(map(sum, self.primes)) >= 2**31:
-            raise ConfigError(
-                f"engram_primes: {sum(map(sum, self.primes))} rows in all, at most 2^31 - 1 are supported"
-            )
+        if sum(map(sum, self.primes)) > _ROWS:
+            raise ConfigError(f"engram_primes: {sum(map(sum, self.primes))} rows, at most {_ROWS} in all are supported")
         for name, ids in (("pad", (self.pad,)), ("reset", self.reset)):
             if max(ids, default=0) >= config.vocab_size:
                 raise ConfigError(f"engram_{name}: {max(ids)} is no token of {config.vocab_size}")
