@@ -26,7 +26,7 @@ _FILES = "run.json", "power.txt", "run.pid"
 @dataclass(frozen=True)
 class Variant:
     memory: str
-    """"meki" or "dense"."""
+    """The kind, or "dense"."""
     rom: str | None
     """"warm" or "cold"; None for dense."""
 

@@ -61,14 +61,17 @@ def find_target(manifest: dict[str, Any], package: Path, phone: Phone, soc: str 
 
 
 def package_items(package: Path, manifest: dict[str, Any], target: Target | None, remote: str) -> list[Item]:
-    """The package's files that a run reads: what is compiled for `target` and the ROM, or without one everything.
+    """The package's files that a run reads: what is compiled for `target` and where its rows are, or without one all.
 
     Sizes and sums are the manifest's; nobody has compared the files with them.
     """
     files: dict[str, dict[str, Any]] = dict(manifest["files"])
     if target:
-        rom = manifest["memory"] and manifest["memory"]["file"]
-        files = {rom: files[rom]} if rom else {}
+        memory = manifest["memory"]
+        rows = [memory["file"]] if memory else []
+        if memory and (canonical := memory["address"].get("canonical")):
+            rows.append(canonical["file"])
+        files = {name: files[name] for name in rows}
         compiled = target_directory(Path(), target.soc)
         files |= {str(compiled / name): entry for name, entry in target.members["files"].items()}
     items = [Item(package / name, f"{remote}/{name}", entry["bytes"], entry["sha256"]) for name, entry in files.items()]

@@ -64,10 +64,11 @@ class Job:
 
 
 def find_variants(manifest: dict[str, Any], target: Target | None) -> list[Variant]:
-    dense, meki = Variant("dense", None), [Variant("meki", "warm"), Variant("meki", "cold")]
-    if manifest["memory"] is None:
+    dense, memory = Variant("dense", None), manifest["memory"]
+    if memory is None:
         return [dense]
-    return meki if target and target.members["dense_decode"] is None else [dense, *meki]
+    variants = [Variant(memory["kind"], "warm"), Variant(memory["kind"], "cold")]
+    return variants if target and target.members["dense_decode"] is None else [dense, *variants]
 
 
 def check_lengths(args: argparse.Namespace, context: int) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.android.bench import REPETITIONS, Run, Variant, order, parse_power
 from benchmarks.android.device import AndroidError, Phone, State
-from benchmarks.android.files import check_elf, qnn_libraries
-from benchmarks.android.measure import main
+from benchmarks.android.files import Target, check_elf, package_items, qnn_libraries
+from benchmarks.android.measure import find_variants, main
 from benchmarks.android.report import make_report, to_markdown
 from meki.cli.output import SIMULATED
 
@@ -24,6 +24,32 @@ LIBRARIES = ["libonnxruntime_providers_qnn.so", "libQnnHtp.so", "libQnnSystem.so
 
 
 # Files
+
+
+@pytest.mark.parametrize(
+    ("address", "rows"),
+    [
+        ({"kind": "token"}, {"memory.rom"}),
+        ({"kind": "ngram_hash", "canonical": None}, {"memory.rom"}),
+        ({"kind": "ngram_hash", "canonical": {"file": "canonical_ids.bin"}}, {"memory.rom", "canonical_ids.bin"}),
+    ],
+)
+def test_a_compiled_package_goes_with_what_its_rows_need(
+    tmp_path: Path, address: dict[str, Any], rows: set[str]
+) -> None:
+    (tmp_path / "manifest.json").write_text("{}", "utf-8")
+    files = {name: {"bytes": 4, "sha256": ""} for name in ("memory.rom", "canonical_ids.bin", "stage0.onnx")}
+    manifest = {"memory": {"address": address, "file": "memory.rom"}, "files": files}
+    target = Target("sm8750", {"files": {"head.onnx": {"bytes": 4, "sha256": ""}}})
+    sent = {item.remote for item in package_items(tmp_path, manifest, target, "there")}
+    assert sent == {f"there/{name}" for name in (*rows, "manifest.json", "qnn/sm8750/head.onnx")}
+
+
+def test_what_is_measured_is_named_after_the_memory() -> None:
+    engram = [Variant("engram", "warm"), Variant("engram", "cold")]
+    assert find_variants({"memory": {"kind": "engram"}}, None) == [DENSE, *engram]
+    assert find_variants({"memory": {"kind": "engram"}}, Target("sm8750", {"dense_decode": None})) == engram
+    assert find_variants({"memory": None}, None) == [DENSE]
 
 
 @pytest.mark.parametrize(
