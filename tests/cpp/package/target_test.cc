@@ -213,6 +213,13 @@ TEST_CASE("target: each run checks the files that it needs, and no others") {
   const Manifest manifest = Manifest::open(package->dir.path());
   check_names(error_of<PackageError>([&] { manifest.check_files(); }), "memory.rom");
   check_names(error_of<PackageError>([&] { manifest.check_target_files("sm0001"); }), "memory.rom");
+  const Compiled canonical;
+  Manifest ngrams = Manifest::open(canonical.dir.path());
+  ngrams.memory->ngrams.canonical = "canonical_ids.bin";
+  ngrams.files["canonical_ids.bin"] = 4;
+  check_names(error_of<PackageError>([&] { ngrams.check_target_files("sm0001"); }), "canonical_ids.bin");
+  test::write_file(canonical.dir / "canonical_ids.bin", std::string_view("four"));
+  CHECK_NOTHROW(ngrams.check_target_files("sm0001"));
   const Compiled other;
   test::write_file(other.file("head.onnx"), std::string_view("longer than it was"));
   check_names(error_of<PackageError>([&] { Manifest::open(other.dir.path()).check_target_files("sm0001"); }),
