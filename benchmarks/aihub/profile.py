@@ -150,7 +150,7 @@ def result(target: Target, graph: str, figures: dict[str, dict[str, Any]]) -> di
     names = [stage.name for stage in parts]
     return {
         "test": test,
-        "memory": "dense" if dense else "meki",
+        "memory": "dense" if dense else target.manifest["memory"]["kind"],
         "depth": target.entry["context"],
         "tokens": 1 if test == "decode" else target.entry["chunk"],
         "stages": names,

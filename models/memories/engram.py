@@ -38,7 +38,7 @@ Numbers = tuple[tuple[int, ...], ...]
 
 def _numbers(value: object) -> bool:
     return isinstance(value, tuple) and all(
-        isinstance(row, tuple) and all(type(number) is int and number > 0 for number in row) for row in value
+        isinstance(row, list | tuple) and all(type(number) is int and number > 0 for number in row) for row in value
     )
 
 

@@ -8,10 +8,18 @@
 #include "runtime/base/error.h"
 
 namespace meki {
+namespace {
+
+NgramHash with_sorted_resets(NgramHash hash) {
+  std::sort(hash.reset.begin(), hash.reset.end());
+  return hash;
+}
+
+}  // namespace
 
 HashedNgrams::HashedNgrams(std::shared_ptr<const RowSource> table, NgramHash hash, std::vector<int32_t> canonical,
                            uint64_t entries, const std::string& where)
-    : RowDecorator(std::move(table)), hash_(std::move(hash)), canonical_(std::move(canonical)) {
+    : RowDecorator(std::move(table)), hash_(with_sorted_resets(std::move(hash))), canonical_(std::move(canonical)) {
   for (const NgramHash::Layer& layer : hash_.layers) {
     for (size_t head = 0; head < layer.primes.size(); ++head) {
       const uint64_t end = layer.offsets[head] + layer.primes[head];
@@ -32,7 +40,7 @@ void HashedNgrams::keys(std::span<const int32_t> sequence, std::span<RowKey> out
   for (size_t back = 0; back < hash_.ngram; ++back) {
     open = open && back < sequence.size();
     const int32_t token = open ? sequence[sequence.size() - 1 - back] : 0;
-    if (back > 0) open = open && std::find(hash_.reset.begin(), hash_.reset.end(), token) == hash_.reset.end();
+    if (back > 0) open = open && !std::binary_search(hash_.reset.begin(), hash_.reset.end(), token);
     const int32_t id = canonical_.empty() || !open ? token : canonical_[static_cast<size_t>(token)];
     window[back] = open ? static_cast<uint64_t>(id) : hash_.pad;
   }

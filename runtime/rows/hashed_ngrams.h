@@ -24,7 +24,7 @@ class HashedNgrams final : public RowDecorator {
   void keys(std::span<const int32_t> sequence, std::span<RowKey> out) const override;
 
  private:
-  const NgramHash hash_;
+  const NgramHash hash_;  // its resets ascending
   const std::vector<int32_t> canonical_;
 };
 

@@ -35,6 +35,10 @@ SOC, CONTEXT, CHUNK = "sm8750", 96, 32
 SMALL: dict[str, dict[str, Any]] = {
     "small": {},
     "ple": {"memory_dim": 0, "ple_dim": 32, "ple_vocab_size": 100},
+    "n-grams": {
+        **{"memory_dim": 0, "engram_dim": 32, "engram_layers": (1,), "engram_heads": 2, "engram_rows": 50},
+        **{"engram_kernel": 0, "engram_reset": (0,)},
+    },
     "after attention": {"memory_position": "after_attention", "memory_fusion": "multiply_silu"},
 }
 """Random models of two layers."""
@@ -137,7 +141,7 @@ def test_small_model_prefill_and_decode_with_and_without_memory(compiled: Callab
     assert np.abs(with_memory - expected).max() > 0.5 * scale  # or the comparison would prove nothing about rows
 
 
-@pytest.mark.parametrize("name", ["ple", "after attention"])
+@pytest.mark.parametrize("name", ["ple", "n-grams", "after attention"])
 def test_other_memories(name: str, compiled: Callable[[str], Path]) -> None:
     steps = [list(range(90, 90 + CHUNK + 3)), [250], [7], [99]]
     on_npu, on_cpu = logits(compiled(name), steps, "qnn"), logits(compiled(name), steps, "cpu", kv_type="float32")
