@@ -93,5 +93,15 @@ def chat_package(
 
 
 @pytest.fixture(scope="session")
+def ngrams_chat_package(
+    make_package: Callable[..., Path], with_template: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same with hashed n-grams, whose convolution has a state of its own. The end of a turn resets them."""
+    engram = {"engram_dim": 64, "engram_layers": (0, 2), "engram_heads": 2, "engram_rows": 50, "engram_reset": (0,)}
+    package = make_package(context=1024, memory_dim=0, **engram)
+    return copy_package(package, tmp_path_factory.mktemp("package") / "chat", with_template())
+
+
+@pytest.fixture(scope="session")
 def chat_engine(chat_package: Path) -> Engine:
     return Engine(chat_package, threads=1, kv_type="float32")

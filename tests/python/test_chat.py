@@ -109,13 +109,17 @@ MOVES = st.lists(
 
 
 @pytest.mark.parametrize("kv_type", ["float32", "int8"])
-@settings(deadline=None, max_examples=40)
+@pytest.mark.parametrize("package", ["chat_package", "ngrams_chat_package"])
+@settings(deadline=None, max_examples=20)
 @given(moves=MOVES)
 def test_any_conversations_give_what_fresh_sessions_give(
-    chat_package: Path, kv_type: str, moves: list[tuple[int, str, str]]
+    request: pytest.FixtureRequest, package: str, kv_type: str, moves: list[tuple[int, str, str]]
 ) -> None:
     """To the last bit, so that sampled tokens are equal, too."""
-    engine = OPEN.get(kv_type) or OPEN.setdefault(kv_type, Engine(chat_package, threads=1, kv_type=kv_type))
+    key = (package, kv_type)
+    if key not in OPEN:
+        OPEN[key] = Engine(request.getfixturevalue(package), threads=1, kv_type=kv_type)
+    engine = OPEN[key]
     session = one_by_one(engine)
     messages: list[Message] = []
     options: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 4, "seed": 5}
@@ -147,7 +151,7 @@ def test_any_conversations_give_what_fresh_sessions_give(
         messages.append(assistant(result.text))
 
 
-OPEN: dict[str, Engine] = {}
+OPEN: dict[tuple[str, str], Engine] = {}
 
 
 @pytest.fixture(scope="module", autouse=True)
