@@ -55,7 +55,13 @@ def measure(base: Package, other: Package, arguments: argparse.Namespace, progre
         _core.measure(engines, plan, advance, BANDWIDTH_BYTES),
         parts=[],
         environment=describe(other, engines[0]),
-        protocol={"synthetic_depth": True, "depths": [], "rom": None, "rom_delay_ms": 0, "row_cache_mib": 0},
+        protocol={
+            "synthetic_depth": True,
+            "depths": plan.depths,
+            "rom": arguments.rom if other.has_memory else None,
+            "rom_delay_ms": arguments.rom_delay_ms,
+            "row_cache_mib": arguments.row_cache if other.has_memory else 0,
+        },
     )
     ours, dense = report["results"][::2], report["results"][1::2]
     for its, theirs, compared in zip(ours, dense, report["compare"], strict=True):
@@ -73,7 +79,8 @@ def measure(base: Package, other: Package, arguments: argparse.Namespace, progre
             "-" if its["row_hit_rate"] is None else f"{its['row_hit_rate']:.0%}",
             f"{its['weight_bytes'] / 1e6:.1f}",
         ]
-    progress.write(f"{other.path.name}: read bandwidth {report['read_bandwidth_gb_s']:.1f} GB/s", file=sys.stderr)
+    for label in [f"read bandwidth {report['read_bandwidth_gb_s']:.1f} GB/s", *report["labels"]]:
+        progress.write(f"{other.path.name}: {label}", file=sys.stderr)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -83,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
         "rom_delay_ms": arguments.rom_delay_ms,
         "row_cache": arguments.row_cache,
     }
-    base, *others = [Package.open(package, options) for package in arguments.packages]
+    base, *others = [Package.open(package, options) for package in (arguments.base, *arguments.packages)]
     print("\n".join(head(COLUMNS, "ll")), flush=True)
     with tqdm(unit="run", leave=False, disable=None) as progress:
         for other in others:
@@ -95,14 +102,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, 1 failure, 2 usage, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="side_by_side", description="Decode of packages beside a dense backbone.")
     add = parser.add_argument
-    add("packages", type=path, nargs="+", metavar="PACKAGE", help="the first one is the backbone")
+    add("base", type=path, metavar="BASE", help="the package whose dense backbone the others are measured beside")
+    add("packages", type=path, nargs="+", metavar="PACKAGE", help="with its memory, or experts")
     add("--depths", type=token_counts, default=(0, 10_240), metavar="N,...", help="tokens in the KV cache")
     add("--tokens", type=integer(1), default=32, metavar="N", help="decode steps of each in a round (default: 32)")
     add("--repetitions", type=integer(1), default=5, metavar="N", help="rounds (default: 5)")
     add("--rom", choices=("warm", "cold"), default="warm", help="cold: dropped from the page cache before every step")
-    add("--rom-access", choices=("pread", "mmap", "direct"), default="pread")
-    add("--rom-delay-ms", type=number("milliseconds", 10_000), default=0.0, metavar="MS")
-    add("--row-cache", type=integer(0), default=16, metavar="MIB")
+    add("--rom-access", choices=("pread", "mmap", "direct"), default="pread", help="how memory rows are read")
+    add("--rom-delay-ms", type=number("ms", 10_000), default=0.0, metavar="MS", help="added to every read of the ROM")
+    add("--row-cache", type=integer(0), default=16, metavar="MIB", help="memory for rows that were read (default: 16)")
     add("--threads", type=int, default=0, metavar="N", help="compute threads (default: one per available core)")
     return run_command(parser.prog, lambda: run(parser.parse_args(argv)))
 

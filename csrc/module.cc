@@ -95,22 +95,24 @@ void rom_verify(const TokenTable& rom, uint64_t first, uint64_t count) {
 }
 
 // Numbers of the parts that each of the tokens needs, int64 [tokens, parts].
-py::array_t<int64_t> row_indices(const Engine& engine, const std::vector<int32_t>& token_ids) {
-  if (engine.rows() == nullptr) throw std::invalid_argument("the model has no memory and so no rows");
+py::array_t<int64_t> row_indices(const Engine& engine, const std::vector<int64_t>& token_ids) {
+  if (engine.rows() == nullptr) throw std::invalid_argument("the model runs without a memory and so without rows");
   const RowSource& rows = *engine.rows();
-  const auto limit = static_cast<int32_t>(engine.manifest().architecture.vocab_size);
-  for (const int32_t id : token_ids) {
+  const auto limit = static_cast<int64_t>(engine.manifest().architecture.vocab_size);
+  std::vector<int32_t> ids;
+  for (const int64_t id : token_ids) {
     if (id < 0 || id >= limit) {
       throw std::invalid_argument("token id " + std::to_string(id) + " is outside the vocabulary, expected 0 to " +
                                   std::to_string(limit - 1));
     }
+    ids.push_back(static_cast<int32_t>(id));
   }
   std::vector<RowKey> keys(rows.keys_per_token());
   py::array_t<int64_t> indices({token_ids.size(), keys.size()});
   int64_t* out = indices.mutable_data();
   const py::gil_scoped_release release;
-  for (size_t token = 0; token < token_ids.size(); ++token) {
-    rows.keys(std::span(token_ids).first(token + 1), keys);
+  for (size_t token = 0; token < ids.size(); ++token) {
+    rows.keys(std::span(ids).first(token + 1), keys);
     for (const RowKey& key : keys) *out++ = static_cast<int64_t>(key.index);
   }
   return indices;
@@ -281,7 +283,8 @@ void bind_engine(py::module_& m) {
           "rom_bytes", [](const Stats& stats) { return stats.rows.bytes; },
           "Bytes read: bundles without their padding (with O_DIRECT, the blocks around them).");
 
-  py::class_<Snapshot>(m, "Snapshot", "What a session was at one moment: see Session.snapshot. Immutable.");
+  const py::class_<Snapshot> snapshot(m, "Snapshot",
+                                      "What a session was at one moment: see Session.snapshot. Immutable.");
 
   py::class_<GuardedSession>(
       m, "Session",

@@ -126,10 +126,10 @@ def export_package(
         }
         memory = None
         if table and layout:
+            extra = table.files(config, source.weights)  # may fail: before the rows, which take long
             report = functools.partial(progress, "memory rows")
             summary = write_rom(directory / "memory.rom", layout, source.row_blocks(), report)
             file = {"file": "memory.rom", "row_type": rows, "content_id": summary.content_id}
-            extra = table.files(config, source.weights)
             for file_name, data in extra.items():
                 (directory / file_name).write_bytes(data)
             memory = {**table.manifest(config, extra), **file}

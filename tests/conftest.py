@@ -52,6 +52,9 @@ def random_model(config: LlamaConfig, seed: int = 7) -> Decoder:
                 parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
             else:  # norms, alpha and beta
                 parameter.uniform_(0.5, 1.5, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("canonical_ids"):
+                buffer.copy_(torch.arange(len(buffer)) // 3)
     return model
 
 

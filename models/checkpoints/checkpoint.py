@@ -99,6 +99,13 @@ def make_config(
             raise CheckpointError(
                 f"{path}: the checkpoint does not say what {name} is; give it with --set {name}=VALUE"
             )
+    for memory in MEMORIES.values():
+        missing = [name for name in memory.STATED if not merged.get(name)]
+        if merged.get(next(iter(memory.SETTINGS))) and missing:
+            raise CheckpointError(
+                f"{path}: the checkpoint does not say what {missing[0]} is; expected the numbers that its rows were "
+                f"trained with: give them with --set {missing[0]}=VALUE"
+            )
     try:
         config = architecture.from_settings(merged)
     except ConfigError as error:

@@ -76,6 +76,8 @@ class Memory(ABC):
     """Its fields, `dim` first, by what `--set` and config.json call them, beside the decoder's."""
     RULES: ClassVar[Mapping[str, Rule]]
     """Of its settings; with `dim` 0 a decoder does not have this memory."""
+    STATED: ClassVar[tuple[str, ...]] = ()
+    """Settings that a checkpoint must give, though a new model makes them: its rows were trained with them."""
     KEPT: ClassVar[tuple[str, ...]]
     """The weights that stay at inference; all others go into the rows."""
     RESIDUAL: ClassVar[tuple[str, ...]]

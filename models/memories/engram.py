@@ -159,6 +159,7 @@ class EngramConfig(Memory):
         "engram_multipliers": _HASHES,
         "engram_primes": _HASHES,
     }
+    STATED = ("engram_multipliers", "engram_primes")
     KEPT = (
         "key_proj.weight",
         "value_proj.weight",
@@ -310,15 +311,23 @@ class EngramConfig(Memory):
                 yield read(f"layers.{layer}.engram.{table}", rows)[None]
 
     def files(self, config: Any, weights: Weights) -> dict[str, bytes]:
-        """The canonical ids, which all layers share. ConfigError if they do not, or are no tokens."""
+        """The canonical ids, which all layers share. ValueError if they do not, or are no tokens."""
         if not self.canonical:
             return {}
-        first, *others = [weights(f"layers.{layer}.engram.{_CANONICAL}") for layer in self.at]
-        if not all(np.array_equal(first, other) for other in others):
-            raise ConfigError(f"{_CANONICAL} of layers {list(self.at)} differ, expected the same in all")
-        ids = first.astype("<i4")
-        if not np.array_equal(ids, first) or ids.min() < 0 or ids.max() >= config.vocab_size:
-            raise ConfigError(f"{_CANONICAL}: expected integers from 0 to {config.vocab_size - 1}")
+        names = [f"layers.{layer}.engram.{_CANONICAL}" for layer in self.at]
+        first, *others = [weights(name) for name in names]
+        limit = config.vocab_size
+        with np.errstate(invalid="ignore"):
+            ids = first.astype("<i4")
+        wrong = np.flatnonzero((ids != first) | (first < 0) | (first >= limit))
+        if wrong.size:
+            raise ValueError(
+                f"{names[0]}: token {wrong[0]} has {first[wrong[0]]:g}, expected an integer from 0 to {limit - 1}; "
+                "the tensor belongs to another model"
+            )
+        for name, other in zip(names[1:], others, strict=True):
+            if not np.array_equal(first, other):
+                raise ValueError(f"{name}: differs from {names[0]}, expected the same in all layers; store it in each")
         return {_CANONICAL_FILE: ids.tobytes()}
 
     def fixed(self, config: Any, name: str) -> Floats | None:

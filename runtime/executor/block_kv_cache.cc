@@ -22,10 +22,14 @@ BlockKvCache::BlockKvCache(const KvLayout& layout, size_t layers, size_t context
 
 // A layer's blocks lie in the order of their positions: the first bytes(n) are those of the first n tokens.
 std::vector<std::byte> BlockKvCache::snapshot() const {
-  const size_t used = layout_.bytes(length_);
-  std::vector<std::byte> copy(layers_ * used);
-  for (size_t index = 0; index < layers_; ++index) std::copy_n(layer(index), used, copy.data() + index * used);
+  std::vector<std::byte> copy(bytes(length_));
+  copy_to(copy.data());
   return copy;
+}
+
+void BlockKvCache::copy_to(std::byte* snapshot) const {
+  const size_t used = layout_.bytes(length_);
+  for (size_t index = 0; index < layers_; ++index) std::copy_n(layer(index), used, snapshot + index * used);
 }
 
 void BlockKvCache::restore(std::span<const std::byte> snapshot, size_t length) {

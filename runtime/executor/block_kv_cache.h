@@ -17,6 +17,8 @@ class BlockKvCache final : public SequenceState {
   void append(size_t tokens) override { length_ += tokens; }
   void truncate(size_t length) override { length_ = length; }
   std::vector<std::byte> snapshot() const override;
+  // Writes the snapshot to bytes(length()) bytes.
+  void copy_to(std::byte* snapshot) const;
   void restore(std::span<const std::byte> snapshot, size_t length) override;
   size_t bytes(size_t tokens) const override { return layers_ * layout_.bytes(tokens); }
   void append_noise(size_t tokens) override;

@@ -1,7 +1,6 @@
 #include "runtime/executor/dynamic_state.h"
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "runtime/base/checked.h"
@@ -45,9 +44,9 @@ void DynamicState::truncate(size_t length) {
 }
 
 std::vector<std::byte> DynamicState::snapshot() const {
-  std::vector<std::byte> copy = kv_cache_.snapshot();
-  const size_t keys_and_values = copy.size();
-  copy.resize(keys_and_values + convolutions_.bytes(length_));
+  const size_t keys_and_values = kv_cache_.bytes(length_);
+  std::vector<std::byte> copy(keys_and_values + convolutions_.bytes(length_));
+  kv_cache_.copy_to(copy.data());
   convolutions_.copy_to(copy.data() + keys_and_values, length_);
   return copy;
 }

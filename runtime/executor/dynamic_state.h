@@ -18,7 +18,7 @@ class ConvolutionCache {
   size_t context() const { return context_; }
 
   // uint8 [context, token_bytes].
-  Tensor tensor(const std::string& name, size_t layer) const;
+  Tensor tensor(const std::string& name, size_t index) const;
 
  private:
   std::byte* layer(size_t index) const { return memory_.data() + index * token_bytes_ * context_; }

@@ -27,7 +27,7 @@ std::shared_ptr<const TokenTable> open_table(const Manifest& manifest, RomAccess
   const RomHeader& header = table->header();
   const auto require = [&path](const char* name, const std::string& got, const std::string& expected) {
     if (got != expected) {
-      throw PackageError(path.string() + ": its " + name + " is " + got + ", the manifest says " + expected +
+      throw PackageError(path.string() + ": its " + name + " is " + got + ", expected " + expected +
                          "; the file belongs to another package");
     }
   };

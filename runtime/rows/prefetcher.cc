@@ -1,7 +1,5 @@
 #include "runtime/rows/prefetcher.h"
 
-#include <pthread.h>
-#include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -146,9 +144,7 @@ RowCounters Prefetcher::counters() const {
 }
 
 void Prefetcher::serve() {
-  // A thread of this class takes a core that is free, or its turn, but never interrupts a compute thread by waking up.
-  const sched_param none{};
-  ::pthread_setschedparam(::pthread_self(), SCHED_BATCH, &none);
+  give_way_to_compute();
   std::unique_lock lock(sync_->mutex);
   for (;;) {
     Buffer* next = nullptr;

@@ -1,10 +1,17 @@
 #include "runtime/rows/readers.h"
 
+#include <pthread.h>
+#include <sched.h>
 #include <unistd.h>
 
 #include <utility>
 
 namespace meki {
+
+void give_way_to_compute() {
+  const sched_param none{};
+  ::pthread_setschedparam(::pthread_self(), SCHED_BATCH, &none);
+}
 
 Readers::Readers(size_t count) : process_(::getpid()) {
   try {
@@ -71,6 +78,7 @@ void Readers::take_pieces(size_t reader, std::unique_lock<std::mutex>& lock) {
 }
 
 void Readers::serve(size_t reader) {
+  give_way_to_compute();
   std::unique_lock lock(sync_->mutex);
   for (;;) {
     sync_->begin.wait(lock, [this] { return stop_ || next_ < pieces_; });

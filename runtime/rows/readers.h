@@ -13,6 +13,10 @@
 
 namespace meki {
 
+// For threads that bring rows: they take a core that is free, or their turn, but never interrupt a compute thread by
+// waking up.
+void give_way_to_compute();
+
 // Threads that wait for storage together, asleep whenever there is nothing to read. One caller at a time has them; a
 // second one that comes meanwhile works alone. Thread-safe.
 class Readers {

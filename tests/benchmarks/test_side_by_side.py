@@ -21,7 +21,11 @@ def test_a_line_for_each(make_package: Callable[..., Path], capsys: pytest.Captu
         make_package("int8", name="mixture", **MIXTURE),
     ]
     assert main([*map(str, packages), "--depths", "0,16", "--tokens", "8", "--repetitions", "1"]) == 0
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    out, err = capsys.readouterr()
+    for name in ("small", "engram", "mixture"):
+        assert f"{name}: read bandwidth " in err and f"{name}: random weights: " in err
+    assert "engram: row cache of 16 MiB" in err and "mixture: row cache" not in err
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
     assert [line[:3] for line in lines[2:]] == [
         [name, memory, depth]
         for name, memory in (("small", "meki"), ("engram", "engram"), ("mixture", "dense"))
@@ -33,6 +37,12 @@ def test_a_line_for_each(make_package: Callable[..., Path], capsys: pytest.Captu
         assert line[8:10] == reads[line[1]]
         assert (line[6] == line[7] == line[10] == "-") == (line[1] == "dense")
         assert float(line[3]) > 0 and float(line[4]) > 0 and 0 < float(line[5].split()[0]) < 100
+
+
+def test_one_package_is_nothing_to_compare(make_package: Callable[..., Path], capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([str(make_package("int8"))])
+    assert "PACKAGE" in capsys.readouterr().err
 
 
 def test_a_depth_beyond_the_context(make_package: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,9 @@ import torch
 
 from meki import Engine, _core
 from meki.models.architectures.llama import Decoder
+from meki.models.checkpoints import open_checkpoint
+from meki.models.checkpoints.checkpoint import CheckpointError
+from meki.models.checkpoints.huggingface import save_pretrained
 from meki.models.memories.engram import Engram, EngramConfig
 
 VOCAB, EOS = 300, 7
@@ -168,6 +172,36 @@ def test_logits_are_pytorchs_however_they_are_computed(
         session = _core.Session(engine._core, _core.SessionOptions(chunk=chunk))
         session.append(IDS)
         np.testing.assert_allclose(session.logits(), once, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("missing", ["engram_multipliers", "engram_primes"])
+def test_a_checkpoint_without_its_numbers(make_model: Callable[..., Decoder], tmp_path: Path, missing: str) -> None:
+    """They are never made again: rows of other numbers would be wrong."""
+    save_pretrained(tmp_path / "saved", make_model(**ENGRAM), provenance={})
+    file = tmp_path / "saved" / "config.json"
+    file.write_text(
+        json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != missing})
+    )
+    with pytest.raises(CheckpointError, match=f"does not say what {missing} is; expected the numbers"):
+        open_checkpoint(tmp_path / "saved", {})
+
+
+@pytest.mark.parametrize(
+    ("token", "value", "layer", "message"),
+    [
+        (3, 300.0, 0, "layers.0.engram.canonical_ids: token 3 has 300, expected an integer from 0 to 299"),
+        (0, -1.0, 0, "token 0 has -1, expected"),
+        (9, 2.5, 0, "token 9 has 2.5, expected"),
+        (9, np.nan, 0, "token 9 has nan, expected"),
+        (5, 4.0, 2, "layers.2.engram.canonical_ids: differs from layers.0.engram.canonical_ids"),
+    ],
+)
+def test_canonical_ids_that_are_none(token: int, value: float, layer: int, message: str) -> None:
+    ids = {f"layers.{number}.engram.canonical_ids": np.arange(VOCAB, dtype=np.float32) for number in (0, 2)}
+    ids[f"layers.{layer}.engram.canonical_ids"][token] = value
+    memory = config(engram_canonical=True)
+    with pytest.raises(ValueError, match=message):
+        memory.files(SimpleNamespace(vocab_size=VOCAB), ids.__getitem__)
 
 
 @pytest.mark.parametrize("weights", ["float32", "int8", "int4"])

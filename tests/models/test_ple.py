@@ -62,7 +62,7 @@ def test_tokens_beyond_the_table_read_its_first_row(
 
 @pytest.mark.parametrize(
     ("vocab_size", "message"),
-    [(99, "its vocabulary size is 100, the manifest says 99"), (301, "an integer from 1 to 300"), (0, "from 1 to 300")],
+    [(99, "its vocabulary size is 100, expected 99"), (301, "an integer from 1 to 300"), (0, "from 1 to 300")],
 )
 def test_a_table_of_another_size(
     make_package: Callable[..., Path], tmp_path: Path, vocab_size: int, message: str

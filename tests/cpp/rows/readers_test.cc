@@ -65,14 +65,25 @@ TEST_CASE("readers: what a piece throws comes out of run(), once, and the next r
 
 TEST_CASE("readers: a second caller does its work meanwhile, alone") {
   Readers readers(3);
-  std::atomic<int> done = 0;
-  const auto call = [&] {
-    for (int round = 0; round < 200; ++round) readers.run(10, [&](size_t, size_t) { ++done; });
-  };
-  std::thread other(call);
-  call();
-  other.join();
-  CHECK(done == 2 * 200 * 10);
+  std::atomic<int> held = 0;
+  std::atomic<bool> released = false;
+  std::thread first([&] {
+    readers.run(3, [&](size_t, size_t) {
+      ++held;
+      while (!released) std::this_thread::yield();
+    });
+  });
+  while (held < 3) std::this_thread::yield();
+  int done = 0;
+  bool alone = true;
+  readers.run(10, [&](size_t, size_t reader) {
+    ++done;
+    alone = alone && reader == 0;
+  });
+  CHECK(done == 10);
+  CHECK(alone);
+  released = true;
+  first.join();
 }
 
 }  // namespace

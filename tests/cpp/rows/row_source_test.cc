@@ -3,6 +3,9 @@
 
 #include "runtime/rows/row_source.h"
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -197,6 +200,26 @@ TEST_CASE("prefetcher: where reads wait for storage, those of a token do it side
   source->set_gate(true);
   request.wait();
   CHECK(holds(request, sequence, 2, 1));
+}
+
+TEST_CASE("prefetcher: destruction in a forked child, where its readers are not") {
+  const auto source = std::make_shared<const FakeNgrams>(true);
+  const std::vector<int32_t> sequence = {4, 5, 6};
+  auto prefetcher = std::make_unique<Prefetcher>(source, kMaxTokens, 2, true);
+  RowRequest request = test::request(*prefetcher, sequence, 2);
+  request.wait();
+  const pid_t child = ::fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    ::alarm(10);  // a destructor that waits for a thread waits for ever
+    request = {};
+    prefetcher.reset();
+    ::_exit(0);
+  }
+  int status = -1;
+  REQUIRE(::waitpid(child, &status, 0) == child);
+  CHECK(status == 0);
+  CHECK(holds(request, sequence, 2, 1));  // the parent has not noticed
 }
 
 TEST_CASE("prefetcher: storage is told of all parts of a single token by the thread that requests it") {
