@@ -159,7 +159,14 @@ def configs() -> Iterator[tuple[str, bytes]]:
     yield "qwen-moe", files({**CONFIG, "model_type": "qwen3_moe", **mixture, "mlp_only_layers": []})
     own = {"model_type": "meki", "qk_norm": True, "qkv_bias": False, "memory_dim": 4, "projector_norm": False}
     yield "meki", files({**CONFIG, **own, "rope_factors": [1.5]})
-    numbers = {"engram_dim": 4, "engram_layers": [0], "engram_ngram": 2, "engram_heads": 1, "engram_rows": 3}
+    numbers = {
+        "engram_dim": 4,
+        "engram_layers": [0],
+        "engram_ngram": 2,
+        "engram_heads": 1,
+        "engram_multipliers": [[5, 7]],
+        "engram_primes": [[3]],
+    }
     yield "engram", files({**CONFIG, **own, "memory_dim": 0, **numbers, "engram_reset": [2]})
     for kind in ("linear", "llama3"):
         yield f"huge-head-{kind}", files({**CONFIG, "head_dim": 10**12, "rope_scaling": {**scaling, "rope_type": kind}})
