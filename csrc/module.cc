@@ -218,7 +218,7 @@ void bind_rom(py::module_& m) {
            "path"_a, "PackageError if the file is not a valid ROM.")
       .def_property_readonly("info", &TokenTable::header, py::return_value_policy::copy)
       .def("verify", &rom_verify, "first"_a, "count"_a,
-           "Checks the checksums of `count` bundles from `first` on. PackageError names the first bad token.");
+           "Checks the checksums of `count` bundles from `first` on. PackageError names the first bad bundle.");
 }
 
 void bind_engine(py::module_& m) {

@@ -76,16 +76,16 @@ class RomLayout:
         return padded + struct.pack("<I", crc32c(padded))
 
     def bundles(self, codes: Codes, scales: np.ndarray) -> Codes:
-        """Bundles as they stand in the file, uint8 [tokens, bundle_stride].
+        """Bundles as they stand in the file, uint8 [n, bundle_stride].
 
-        codes: uint8 [tokens, layers, row_bytes]; scales: float16 [tokens, layers, groups].
+        codes: uint8 [n, layers, row_bytes]; scales: float16 [n, layers, groups].
         """
-        tokens = len(codes)
+        count = len(codes)
         payload = np.concatenate(
-            (scales.astype("<f2").reshape(tokens, -1).view(np.uint8), codes.reshape(tokens, -1)), axis=1
+            (scales.astype("<f2").reshape(count, -1).view(np.uint8), codes.reshape(count, -1)), axis=1
         )
         sums = np.array([crc32c(bundle) for bundle in payload], dtype="<u4")
-        bundles = np.zeros((tokens, self.bundle_stride), np.uint8)
+        bundles = np.zeros((count, self.bundle_stride), np.uint8)
         bundles[:, : self.bundle_bytes - 4] = payload
         bundles[:, self.bundle_bytes - 4 : self.bundle_bytes] = sums[:, None].view(np.uint8)
         return bundles
@@ -104,30 +104,31 @@ def write_rom(
 ) -> RomSummary:
     """Writes a ROM under a temporary name and renames it when it is complete.
 
-    blocks: float32 [layers, n, row_dim] each, the rows of the next n tokens; together all tokens in order. Only one
-    block is in memory. progress: called with (tokens written, tokens in all). ValueError if the blocks do not fit the
-    layout, or if a value is not finite or beyond the row type's range.
+    blocks: float32 [layers, n, row_dim] each, the rows of the next n bundles; together all bundles in order. Only
+    one block is in memory. progress: called with (bundles written, bundles in all). ValueError if the blocks do not fit
+    the layout, or if a value is not finite or beyond the row type's range.
     """
     digest = hashlib.sha256()
-    token, squared_error, squared_sum = 0, 0.0, 0.0
+    first, squared_error, squared_sum = 0, 0.0, 0.0
     with replace_file(path) as partial, partial.open("wb") as file:
         file.write(bytes(DATA_OFFSET))
         for block in blocks:
-            last = token + block.shape[1]
+            last = first + block.shape[1]
             if block.shape[0] != layout.layers or block.shape[2] != layout.row_dim or last > layout.entries:
-                raise ValueError(f"{path}: rows {block.shape} of tokens {token} to {last - 1} do not fit {layout}")
+                raise ValueError(f"{path}: rows {block.shape} of bundles {first} to {last - 1} do not fit {layout}")
             rows = np.ascontiguousarray(block.transpose(1, 0, 2), dtype=np.float32)
-            codes, scales, values = quantize_rows(rows, layout.row_type, f"memory rows of tokens {token} to {last - 1}")
+            where = f"memory rows of bundles {first} to {last - 1}"
+            codes, scales, values = quantize_rows(rows, layout.row_type, where)
             squared_error += float(np.square(rows - values, dtype=np.float64).sum())
             squared_sum += float(np.square(rows, dtype=np.float64).sum())
             bundles = layout.bundles(codes, scales)
             digest.update(bundles.data)
             file.write(bundles.data)
-            token = last
+            first = last
             if progress:
-                progress(token, layout.entries)
-        if token != layout.entries:
-            raise ValueError(f"{path}: got rows of {token} tokens, expected {layout.entries}")
+                progress(first, layout.entries)
+        if first != layout.entries:
+            raise ValueError(f"{path}: got rows of {first} bundles, expected {layout.entries}")
         tail = bytes(layout.file_bytes - file.tell())
         digest.update(tail)
         file.write(tail)

@@ -32,7 +32,8 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int, std: float = 0.02) -> Self:
-        """Normal initialisation; what writes to the residual stream shrinks with depth, norms before it included."""
+        """Normal initialisation; what writes to the residual stream shrinks with depth, norms before it included.
+        Convolutions begin at 0, as Engram's do."""
         generator = torch.Generator().manual_seed(seed)
         shrunk = (2 * self.config.layers) ** -0.5
         for name, parameter in self.named_parameters():

@@ -194,7 +194,7 @@ class NpuGraph(Primitives):
     def convolution(self, x: Value, number: int, norm: str, name: str, dilation: int) -> Value:
         raise CompileError(
             f"{name}: a convolution over earlier tokens, whose inputs compiled stages do not keep; run the model on "
-            "the CPU, or one without it (engram_kernel=0)"
+            "the CPU, or convert a model that was trained without one (engram_kernel=0)"
         )
 
     def selected(self, x: Value) -> Value:

@@ -111,7 +111,7 @@ class Rom:
         """
     def verify(self, first: typing.SupportsInt | typing.SupportsIndex, count: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
-        Checks the checksums of `count` bundles from `first` on. PackageError names the first bad token.
+        Checks the checksums of `count` bundles from `first` on. PackageError names the first bad bundle.
         """
     @property
     def info(self) -> RomInfo:

@@ -64,10 +64,10 @@ struct StageNames {
   Io output(std::string_view name) const;
 };
 
-// Checks that stages fit the manifest and each other: each state of all `layers` (of a convolution: of the first so
-// many) in exactly one stage, every hidden
-// input made by an earlier stage or one of `entering`, no output made twice, rows where the manifest says. Returns the
-// hidden tensors' names, those that enter first. Throws PackageError that names the stage.
+// Checks that stages fit the manifest and each other: each state of all `layers` in exactly one stage (convolutions:
+// numbered from 0 on, perhaps fewer), every hidden input made by an earlier stage or one of `entering`, no output made
+// twice, rows where the manifest says. Returns the hidden tensors' names, those that enter first. Throws PackageError
+// that names the stage.
 std::vector<std::string> check_stages(const StageNames& names, const std::vector<Stage>& stages, uint32_t layers,
                                       std::vector<std::string> entering = {});
 

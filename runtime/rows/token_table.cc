@@ -95,8 +95,8 @@ bool TokenTable::use_direct(std::byte* probe) const {
   return false;
 }
 
-TokenTable::Window TokenTable::window(uint64_t token) const noexcept {
-  const uint64_t offset = header_.data_offset + token * header_.bundle_stride;
+TokenTable::Window TokenTable::window(uint64_t index) const noexcept {
+  const uint64_t offset = header_.data_offset + index * header_.bundle_stride;
   if (access_ != RomAccess::direct) return {offset, header_.bundle_bytes, 0};
   const uint64_t begin = round_down(offset, RomHeader::kAlignment);
   const uint64_t end = round_up(offset + header_.bundle_bytes, RomHeader::kAlignment);  // within the file
@@ -139,8 +139,8 @@ void TokenTable::keys(std::span<const int32_t> sequence, std::span<RowKey> out) 
   out.front() = {token < header_.entries ? token : 0, 0, 0};
 }
 
-void TokenTable::advise(uint64_t token) const noexcept {
-  const Window wanted = window(token);
+void TokenTable::advise(uint64_t index) const noexcept {
+  const Window wanted = window(index);
   if (access_ == RomAccess::mmap) {
     will_need(wanted);
   } else if (access_ == RomAccess::pread) {
@@ -155,12 +155,12 @@ void TokenTable::drop_cache() const noexcept {
   ::posix_fadvise(file_.descriptor(), 0, 0, POSIX_FADV_DONTNEED);
 }
 
-FetchedPart TokenTable::fetch(uint64_t token, std::span<std::byte> scratch) const {
-  const Window wanted = window(token);
+FetchedPart TokenTable::fetch(uint64_t index, std::span<std::byte> scratch) const {
+  const Window wanted = window(index);
   const size_t got = access_ == RomAccess::mmap ? copy_mapped(wanted, scratch.data())
                                                 : file_.read(wanted.offset, scratch.first(wanted.bytes), path_);
   if (got != wanted.bytes) {
-    throw PackageError(path_.string() + ": bundle " + std::to_string(token) + " gave " + std::to_string(got) + " of " +
+    throw PackageError(path_.string() + ": bundle " + std::to_string(index) + " gave " + std::to_string(got) + " of " +
                        std::to_string(wanted.bytes) +
                        " bytes; the file shrank or its storage failed: restore it and open the model again");
   }
@@ -170,7 +170,7 @@ FetchedPart TokenTable::fetch(uint64_t token, std::span<std::byte> scratch) cons
   std::memcpy(&expected, bundle.data() + payload.size(), kChecksumBytes);
   const uint32_t found = crc32c(payload);
   if (found != expected) {
-    throw PackageError(path_.string() + ": bundle " + std::to_string(token) + " has checksum " + std::to_string(found) +
+    throw PackageError(path_.string() + ": bundle " + std::to_string(index) + " has checksum " + std::to_string(found) +
                        ", expected " + std::to_string(expected) + "; the file is damaged: restore it");
   }
   return {payload, wanted.bytes};

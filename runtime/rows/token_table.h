@@ -44,8 +44,8 @@ struct RomHeader {
   static RomHeader parse(std::span<const std::byte, kBytes> bytes, const std::filesystem::path& path);
 };
 
-// A ROM file: a bundle a token, which holds its rows of all layers. A key's index is the token's id, 0 for tokens
-// beyond the table.
+// A ROM file. By itself a bundle is what a token id names, with the token's rows of all layers: a key's index is that
+// id, 0 for tokens beyond the table. Who has keys of its own (HashedNgrams) passes any bundle's number as index.
 class TokenTable final : public RowSource {
  public:
   // Opens `path` and checks its header and size. Where the file system or the system refuses `access`, falls back to
@@ -61,10 +61,10 @@ class TokenTable final : public RowSource {
   void keys(std::span<const int32_t> sequence, std::span<RowKey> out) const override;
   size_t part_bytes() const override { return header_.bundle_bytes - kChecksumBytes; }
   size_t scratch_bytes() const override { return scratch_bytes_; }
-  void advise(uint64_t token) const noexcept override;
+  void advise(uint64_t index) const noexcept override;
   bool waits() const override { return access_ == RomAccess::direct; }
   // Throws PackageError if the file shrank, cannot be read, or the checksum is wrong.
-  FetchedPart fetch(uint64_t token, std::span<std::byte> scratch) const override;
+  FetchedPart fetch(uint64_t index, std::span<std::byte> scratch) const override;
   void widen(std::span<const std::byte> bundle, float* out, size_t layer_stride) const noexcept override;
   // Pages in use elsewhere stay cached.
   void drop_cache() const noexcept override;
@@ -76,7 +76,7 @@ class TokenTable final : public RowSource {
     size_t bytes;
     size_t skip;  // from its begin to the bundle
   };
-  Window window(uint64_t token) const noexcept;
+  Window window(uint64_t index) const noexcept;
   bool use_direct(std::byte* probe) const;
   void will_need(const Window& window) const noexcept;
   size_t copy_mapped(const Window& window, std::byte* out) const noexcept;

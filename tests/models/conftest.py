@@ -28,7 +28,7 @@ def crc32c_bitwise(data: bytes) -> int:
 
 
 def read_rom(data: bytes) -> tuple[dict[str, Any], np.ndarray]:
-    """The header's fields and all rows, float32 [layers, vocab_size, row_dim], element by element; checks nothing."""
+    """The header's fields and all rows, float32 [layers, entries, row_dim], element by element; checks nothing."""
     names = "version mark entries layers row_dim row_type group bundle_bytes bundle_stride data_offset file_bytes"
     header: dict[str, Any] = dict(zip(names.split(), struct.unpack_from("<IIQIIIIQQQQ", data, 8), strict=True))
     header.update(magic=data[:8], content_id=data[72:88], reserved=data[88:4092], checksum=data[4092:4096])

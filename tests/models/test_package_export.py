@@ -189,7 +189,7 @@ def test_weights_that_are_not_finite(
     model = make_model()
     with torch.no_grad():
         model.get_parameter(name).view(-1)[0] = float("nan")
-    with pytest.raises(ValueError, match="memory rows of tokens" if "embeddings" in name else name):
+    with pytest.raises(ValueError, match="memory rows of bundles" if "embeddings" in name else name):
         export(model, weights=weights)
     assert list(tmp_path.iterdir()) == []
 

@@ -102,8 +102,8 @@ def test_progress_ends_at_the_vocabulary(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((2, 9, 3), "got rows of 9 tokens, expected 10"),
-        ((2, 11, 3), "tokens 0 to 10 do not fit"),
+        ((2, 9, 3), "got rows of 9 bundles, expected 10"),
+        ((2, 11, 3), "bundles 0 to 10 do not fit"),
         ((1, 10, 3), "do not fit"),
         ((2, 10, 4), "do not fit"),
     ],
@@ -114,10 +114,10 @@ def test_rows_that_do_not_fit(tmp_path: Path, shape: tuple[int, ...], message: s
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bad_value_names_the_tokens_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_bad_value_names_the_bundles_and_leaves_nothing(tmp_path: Path) -> None:
     rows = np.ones((2, 10, 3), np.float32)
     rows[1, 6, 0] = np.nan
-    with pytest.raises(ValueError, match="memory rows of tokens 4 to 7"):
+    with pytest.raises(ValueError, match="memory rows of bundles 4 to 7"):
         write_rom(tmp_path / "r", RomLayout(10, 2, 3, "int8"), blocks_of(rows, 4))
     assert list(tmp_path.iterdir()) == []
 
