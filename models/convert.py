@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,8 @@ from meki.cli.errors import report, run_command
 from meki.package import bundled_models
 from meki.package.files import MANIFEST, check_target
 
-from .config import ConfigError, check
+from .arguments import UsageError, setting
+from .config import ConfigError
 from .progress import ProgressBars
 from .quantize import ROW_TYPES, WEIGHT_TYPES
 from .sizes import SIZES
@@ -31,31 +31,6 @@ if TYPE_CHECKING:
 
 # PyTorch takes seconds to load: what needs it is imported where it is used.
 PROGRAM = "meki-convert"
-
-
-class UsageError(ValueError):
-    """The command line asks for what cannot be."""
-
-
-def setting(text: str) -> tuple[str, Any]:
-    """FIELD=VALUE: a setting and a JSON value."""
-    from .architectures import SETTINGS
-
-    name, equals, value = text.partition("=")
-    if name not in SETTINGS or not equals:
-        raise UsageError(
-            f"argument --set: expected FIELD=VALUE with a FIELD out of {', '.join(SETTINGS)}; got {text!r}"
-        )
-    try:
-        parsed = json.loads(value)
-    except (ValueError, RecursionError):
-        parsed = value
-    parsed = tuple(parsed) if isinstance(parsed, list) else parsed
-    try:
-        check(SETTINGS, {name: parsed})
-    except ConfigError as error:
-        raise UsageError(f"argument --set: {error}") from error
-    return name, parsed
 
 
 def open_source(args: argparse.Namespace) -> tuple[Source, TokenizerSpec, dict[str, str]]:

@@ -32,7 +32,7 @@ from meki.models.checkpoints.huggingface import load_model
 from meki.models.package import export_package
 from meki.models.quantize import ROW_TYPES, WEIGHT_TYPES
 from meki.models.tokenizer import END_OF_STORY, parse_tokenizer, read_tokenizer
-from meki.models.train import read_stories
+from meki.models.train.data import documents
 from meki.package.files import write_file
 
 Logits = Callable[[list[int]], NDArray[np.float32]]
@@ -56,7 +56,7 @@ class HeldOut:
 def load_held_out(path: Path, tokenizer: Tokenizer, context: int, stories: int | None) -> HeldOut:
     end: int = tokenizer.get_vocab()[END_OF_STORY]
     windows, size = [], 0
-    for story in read_stories(path)[:stories]:
+    for story in itertools.islice((text for text, _ in documents(path, END_OF_STORY)), stories):
         ids = [*tokenizer.encode(story).ids, end]
         windows += [[end, *ids[i : i + context - 1]] for i in range(0, len(ids), context - 1)]
         size += len(story.encode()) + 1

@@ -27,7 +27,10 @@ def test_with_it_the_command_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no-such-checkpoint.safetensors" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["cli.run", "cli.info", "cli.bench", "models.convert", "models.qnn.compile"])
+COMMANDS = ["cli.run", "cli.info", "cli.bench", "models.convert", "models.qnn.compile", "models.train.command"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_waits_for_nothing_large(command: str) -> None:
     code = f"import sys, meki.{command} as command\ntry: command.main(['--help'])\nfinally: print(*sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -1,125 +1,361 @@
-"""The training recipe: data, schedule, and that a resumed run is the run that was not interrupted."""
+"""Training: text and its order, the steps of a plain loop, runs that are stopped and go on, and the command."""
 
 from __future__ import annotations
 
+import gzip
 import itertools
+import json
+import lzma
 import math
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
 
-from meki.models import train
+from meki import Engine
+from meki.models import convert
 from meki.models.architectures.llama import Decoder, LlamaConfig
 from meki.models.checkpoints.huggingface import load_model
-from meki.models.memories.meki import MeKiConfig
-from meki.models.tokenizer import END_OF_STORY, train_tokenizer
+from meki.models.tokenizer import END_OF_STORY, TokenizerSpec, train_tokenizer
+from meki.models.train import command, data
+from meki.models.train.optimizer import learning_rate, make_optimizer
+from meki.models.train.trainer import Recipe, Trainer
 
 STORIES = [
     "The baker's dog\n\nA dog lived with a baker, and every morning it carried a loaf to the miller.",
     "The miller's cat\n\nThe cat of the miller did not like the dog, but it liked the loaf.",
     "The loaf\n\nOne morning there was no loaf. The dog sat before the oven, and the cat sat beside it.",
 ] * 4
+SMALL: dict[str, Any] = {
+    **{"vocab_size": 300, "layers": 2, "hidden": 32, "ffn": 32, "heads": 2, "kv_heads": 1, "head_dim": 16},
+    **{"context": 16, "memory_dim": 16},
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "meki": {},
+    "dense": {"memory_dim": 0},
+    "ple": {"memory_dim": 0, "ple_dim": 16},
+    "engram": {"memory_dim": 0, "engram_dim": 32, "engram_layers": (1,), "engram_heads": 2, "engram_rows": 50},
+    "experts": {"memory_dim": 0, "ffn_kind": "moe", "experts": 3, "experts_per_token": 2},
+}
 
-SMALL = LlamaConfig(
-    vocab_size=300, layers=2, hidden=32, ffn=32, heads=2, kv_heads=1, head_dim=16, context=16, memory=MeKiConfig(16)
-)
+
+def recipe(steps: int, **changes: Any) -> Recipe:
+    values = {"batch": 4, "micro_batch": 4, "length": 16, "rate": 2e-3, "last_rate": 2e-4, "warmup": 3, **changes}
+    return Recipe(tokens=steps * values["batch"] * values["length"], **values)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> TokenizerSpec:
+    return TokenizerSpec(train_tokenizer(STORIES, 300).to_str().encode(), eos_token_ids=(0,))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "stories.txt"
+    path.write_text(f"\n{END_OF_STORY}\n".join(STORIES))
+    return path
 
 
 @pytest.fixture
-def corpus(tmp_path: Path) -> list[str]:
-    """The arguments that name a small corpus."""
-    for name in ("train", "valid"):
-        (tmp_path / f"{name}.txt").write_text(train.SEPARATOR.join(STORIES))
-    return ["--train", str(tmp_path / "train.txt"), "--valid", str(tmp_path / "valid.txt"), "--config", "small"]
+def tokens(text: Path, tokenizer: TokenizerSpec, tmp_path: Path) -> data.TokenFile:
+    return data.write_tokens(tmp_path / "train.tokens", [text], train_tokenizer(STORIES, 300), 0)
 
 
-@pytest.fixture(autouse=True)
-def small_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(train.SIZES, "small", SMALL.settings())
+@pytest.fixture
+def trainer(tokens: data.TokenFile, tokenizer: TokenizerSpec, tmp_path: Path) -> Callable[..., Trainer]:
+    def make(name: str, its: Recipe, valid: bool = False, **overrides: Any) -> Trainer:
+        (tmp_path / name).mkdir(exist_ok=True)
+        config = LlamaConfig.from_settings({**SMALL, **overrides})
+        held_out = tokens if valid else None
+        return Trainer(
+            config, its, tokens, held_out, tmp_path / name, tokenizer=tokenizer, provenance={"data": "stories"}
+        )
+
+    return make
 
 
-def test_streams_hold_every_story_with_its_end(corpus: list[str]) -> None:
-    stories = train.read_stories(Path(corpus[1]))
-    assert stories == STORIES
-    tokenizer = train_tokenizer(stories, 300)
-    stream = train.tokenize(tokenizer, stories)
-    end = tokenizer.token_to_id(END_OF_STORY)
-    assert stream.dtype == np.uint16
-    assert (stream == end).sum() == len(STORIES)
-    ends = np.flatnonzero(stream == end)
-    assert tokenizer.decode(stream[: ends[0]].tolist()) == STORIES[0]
-    assert tokenizer.decode(stream[ends[0] + 1 : ends[1]].tolist()) == STORIES[1]
+# Text.
+
+LINES = st.lists(st.sampled_from(["one", "two words", "", "  indented", END_OF_STORY, "ünï"]), max_size=30)
+
+
+@settings(deadline=None)
+@given(lines=LINES, end=st.sampled_from(["\n", "\r\n"]), piece=st.sampled_from([1, 10, 1 << 20]))
+def test_documents_are_what_stands_between_separators(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], end: str, piece: int
+) -> None:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_bytes(end.join(lines).encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "PIECE", piece)
+        pieces = list(data.documents(path, END_OF_STORY))
+    got, document = [], ""
+    for text, ends in pieces:
+        document += text
+        if ends:
+            got.append(document.strip())
+            document = ""
+    assert document == ""
+    parts = "\n".join(lines).split(END_OF_STORY)  # the separator is nothing else here
+    assert got == [part.strip() for part in parts if part.strip()]
+
+
+@pytest.mark.parametrize(
+    "pack", [lambda b: ("txt", b), lambda b: ("txt.gz", gzip.compress(b)), lambda b: ("txt.xz", lzma.compress(b))]
+)
+def test_compressed_text(tmp_path: Path, pack: Callable[[bytes], tuple[str, bytes]]) -> None:
+    suffix, packed = pack(f"one\n{END_OF_STORY}\ntwo".encode())
+    (tmp_path / f"text.{suffix}").write_bytes(packed)
+    assert list(data.documents(tmp_path / f"text.{suffix}", END_OF_STORY)) == [("one", True), ("two", True)]
+
+
+def test_lines_of_json(tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "one\\n\\ntwo", "id": 1}\n\n{"text": "three"}\n')
+    assert list(data.documents(path, END_OF_STORY)) == [("one\n\ntwo", True), ("three", True)]
+    for line in ('{"txt": "x"}', '{"text": 5}', "[]", "{"):
+        path.write_text('{"text": "one"}\n' + line)
+        with pytest.raises(ValueError, match=r'text.jsonl: line 2 is no object with a "text"'):
+            list(data.documents(path, END_OF_STORY))
+
+
+def test_tokens_hold_every_document_with_its_end(tokens: data.TokenFile, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(STORIES, 300)
+    assert tokens.documents == len(STORIES) == (tokens.ids == 0).sum()
+    assert tokens.bytes == sum(len(story.encode()) + 1 for story in STORIES)
+    assert tokens.ids.dtype == np.uint16 and isinstance(tokens.ids, np.memmap)
+    ends = [-1, *np.flatnonzero(tokens.ids == 0)]
+    assert [tokenizer.decode(tokens.ids[a + 1 : b].tolist()) for a, b in itertools.pairwise(ends)] == STORIES
+
+
+def test_text_without_a_document(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(f"\n{END_OF_STORY}\n \n")
+    with pytest.raises(ValueError, match=r"empty.txt: no text; give files with at least one document"):
+        data.write_tokens(tmp_path / "t.tokens", [tmp_path / "empty.txt"], train_tokenizer(STORIES, 300), 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]  # nothing half-written
 
 
 def test_an_epoch_shows_every_window_once() -> None:
     length, batch = 8, 2
-    stream = np.arange(8 * 41 + 1, dtype=np.uint16)
-    per_epoch = (len(stream) - length - 1) // length
-    seen = torch.cat([train.batch_at(stream, step, batch, length, seed=3) for step in range(per_epoch // batch)])
+    ids = np.arange(8 * 41 + 1, dtype=np.uint16)
+    per_epoch = (len(ids) - length - 1) // length
+    seen = torch.cat([data.batch_at(ids, step, batch, length, seed=3) for step in range(per_epoch // batch)])
     assert seen.shape == (per_epoch, length + 1)
     for window in seen:
         assert window.tolist() == list(range(int(window[0]), int(window[0]) + length + 1))
     assert len({int(window[0]) for window in seen}) == per_epoch  # no window twice
-    again = train.batch_at(stream, 0, batch, length, seed=3)
+    again = data.batch_at(ids, 0, batch, length, seed=3)
     assert torch.equal(again, seen[:batch])
-    assert not torch.equal(again, train.batch_at(stream, 0, batch, length, seed=4))
+    assert not torch.equal(again, data.batch_at(ids, 0, batch, length, seed=4))
+
+
+# The optimizer.
 
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine() -> None:
-    rates = [train.learning_rate(step, 1000, 2e-3, 100) for step in range(1001)]
+    rates = [learning_rate(step, 1000, 2e-3, 2e-4, 100) for step in range(1001)]
     assert rates[0] == pytest.approx(2e-5)
     assert rates[99] == pytest.approx(2e-3)
     assert max(rates) == pytest.approx(2e-3)
     assert rates[1000] == pytest.approx(2e-4)
-    assert rates[550] == pytest.approx(2e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2))
+    assert rates[550] == pytest.approx(2e-4 + 1.8e-3 * (1 + math.cos(math.pi / 2)) / 2)
     assert all(a >= b for a, b in itertools.pairwise(rates[100:]))
 
 
-def test_tables_norms_and_scales_do_not_decay() -> None:
-    model = Decoder(SMALL)
-    decayed, others = train.make_optimizer(model, 1e-3).param_groups
+@pytest.mark.parametrize("kind", KINDS)
+def test_tables_norms_and_scales_do_not_decay(kind: str) -> None:
+    model = Decoder(LlamaConfig.from_settings({**SMALL, **KINDS[kind]}))
+    decayed, others = make_optimizer(model, 1e-3, 0.1).param_groups
     assert decayed["weight_decay"] > 0 == others["weight_decay"]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert len(decayed["params"]) + len(others["params"]) == len(names)
     for parameter in others["params"]:
-        assert "embed" in names[id(parameter)] or parameter.dim() < 2
+        assert "embed" in names[id(parameter)] or parameter.dim() != 2
     assert all(parameter.dim() == 2 for parameter in decayed["params"])
 
 
-def test_a_resumed_run_equals_an_unbroken_one(
-    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# The loop.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_are_those_of_a_plain_loop(kind: str, tokens: data.TokenFile, trainer: Callable[..., Trainer]) -> None:
+    steps = 20
+    run = trainer("run", recipe(steps), **KINDS[kind])
+    run.train(log_every=1)
+    logged = [json.loads(line)["loss"] for line in (run.out / "log.jsonl").read_text().splitlines()]
+
+    model = LlamaConfig.from_settings({**SMALL, **KINDS[kind]}).module().initialise(1)
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    rest = [p for p in model.parameters() if all(p is not other for other in matrices)]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.95)
+    )
+    ids = torch.from_numpy(np.array(tokens.ids, np.int64))
+    windows = (len(ids) - 17) // 16
+    losses = []
+    for step in range(steps):
+        rate = 2e-3 * (step + 1) / 3 if step < 3 else 2e-4 + 1.8e-3 * (1 + math.cos(math.pi * (step - 3) / 17)) / 2
+        batch = []
+        for index in range(4 * step, 4 * step + 4):
+            random = np.random.default_rng((1, index // windows))
+            start = random.integers(16) + random.permutation(windows)[index % windows] * 16
+            batch.append(ids[start : start + 17])
+        batch = torch.stack(batch)
+        loss = F.cross_entropy(model(batch[:, :-1]).reshape(-1, 300), batch[:, 1:].reshape(-1))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    # The fused optimizer rounds otherwise than the plain one: some ulp a step, amplified over 20 steps.
+    np.testing.assert_allclose(logged, losses, rtol=1e-4)
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_micro_batches_change_only_rounding(trainer: Callable[..., Trainer]) -> None:
+    losses = []
+    for size in (4, 2, 1):
+        run = trainer(f"run{size}", recipe(10, micro_batch=size))
+        run.train(log_every=1)
+        losses.append([json.loads(line)["loss"] for line in (run.out / "log.jsonl").read_text().splitlines()])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["meki", "engram"])
+def test_a_resumed_run_equals_an_unbroken_one(kind: str, trainer: Callable[..., Trainer]) -> None:
+    unbroken = trainer("unbroken", recipe(12), **KINDS[kind])
+    unbroken.train()
+    stops = itertools.count(1)
+    first = trainer("resumed", recipe(12), **KINDS[kind])
+    first.train(lambda: next(stops) == 5)
+    assert first.step == 5
+    second = trainer("resumed", recipe(12), **KINDS[kind])
+    assert second.step == 5
+    second.train()
+    for name, tensor in unbroken.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
+    (saved, provenance), (other, _) = (load_model(run.out / "model") for run in (unbroken, second))
+    assert provenance["tokens"] == str(12 * 4 * 16) and provenance["data"] == "stories"
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_another_run_is_not_gone_on_with(trainer: Callable[..., Trainer]) -> None:
+    stops = itertools.count(1)
+    trainer("run", recipe(12)).train(lambda: next(stops) == 2)
+    for message, its, overrides in (
+        ("recipe rate = 0.002, not 0.001; give the same to go on", recipe(12, rate=1e-3), {}),
+        ("config memory_dim = 16, not 32", recipe(12), {"memory_dim": 32}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer("run", its, **overrides)
+
+
+def test_held_out_loss_is_the_mean_of_windows(tokens: data.TokenFile, trainer: Callable[..., Trainer]) -> None:
+    run = trainer("run", recipe(4), valid=True)
+    starts = np.linspace(0, len(tokens.ids) - 17, 64).astype(int)
+    losses = []
+    with torch.no_grad():
+        for start in starts:
+            window = torch.from_numpy(np.array(tokens.ids[start : start + 17], np.int64))
+            losses.append(F.cross_entropy(run.model(window[None, :-1])[0], window[1:]).item())
+    assert run.held_out_loss() == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+# The command.
+
+
+@pytest.fixture
+def arguments(text: Path, tmp_path: Path) -> list[str]:
+    (tmp_path / "small.json").write_text(json.dumps(SMALL))
+    common = ["--data", str(text), "--valid", str(text), "-o", str(tmp_path / "run"), "--batch", "2", "--warmup", "2"]
+    return [str(tmp_path / "small.json"), *common, "--tokens", str(2 * 16 * 8)]
+
+
+def test_from_text_to_a_package(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "8 steps, 256 tokens" in out and "held-out loss" in out
+    assert convert.main([str(tmp_path / "run" / "model"), "-o", str(tmp_path / "package"), "--weights", "float32"]) == 0
+    engine = Engine(tmp_path / "package")
+    assert not engine.random_weights
+    assert len(engine.generate("The dog", max_new_tokens=4, ignore_eos=True).token_ids) == 4
+    assert engine.manifest["provenance"]["data"] == "stories.txt"
+    assert command.main(arguments) == 0  # done: nothing is left to do
+    text = Path(arguments[2])
+    other = tmp_path / "more.txt"
+    other.write_text(text.read_text() + "more")
+    assert command.main([arguments[0], "--data", str(other), *arguments[3:]]) == 2
+    assert "train.tokens: has the tokens of stories.txt as they were then, not of " in capsys.readouterr().err
+
+
+def test_ctrl_c_stops_after_a_step_and_the_same_command_goes_on(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = 12
-    common = [*corpus, "--batch", "2", "--warmup", "3", "--tokens", str(steps * 2 * SMALL.context)]
-    train.main([*common, "--out", str(tmp_path / "unbroken")])
+    step = Trainer._step
 
-    calls = 0
-    loss_of = train.loss_of
-
-    def interrupted(*arguments: object, **options: object) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 6:
-            raise KeyboardInterrupt
-        return loss_of(*arguments, **options)
+    def interrupted(self: Trainer) -> float:
+        loss = step(self)
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "loss_of", interrupted)
-        with pytest.raises(SystemExit, match=f"stopped at step 5 of {steps}"):
-            train.main([*common, "--out", str(tmp_path / "resumed")])
-    train.main([*common, "--out", str(tmp_path / "resumed")])
+        patch.setattr(Trainer, "_step", interrupted)
+        assert command.main(arguments) == 130
+    assert "note: stopped at step 3 of 8; the same command goes on" in capsys.readouterr().err
+    assert command.main(arguments) == 0
+    unbroken = [str(tmp_path / "other") if argument == str(tmp_path / "run") else argument for argument in arguments]
+    assert command.main(unbroken) == 0
+    (ours, _), (theirs, _) = (load_model(tmp_path / name / "model") for name in ("run", "other"))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
-    (unbroken, provenance), (resumed, _) = (load_model(tmp_path / run / "model") for run in ("unbroken", "resumed"))
-    assert provenance["tokens"] == str(steps * 2 * SMALL.context)
-    for name, tensor in unbroken.state_dict().items():
-        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        ({0: "no-size"}, 2, "no-size: neither a size (meki-tiny, "),
+        ({2: "absent.txt"}, 2, "absent.txt: no such file of text"),
+        ({-1: "20"}, 2, "--tokens is 20, one step has 32: 2 sequences of 16; give more"),
+        ({8: "3"}, 2, "--micro-batch is 2, expected a divisor of --batch 3"),
+        ({10: "-1"}, 2, "--warmup"),
+    ],
+)
+def test_what_cannot_be(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], change: dict[int, str], code: int, message: str
+) -> None:
+    changed = list(arguments)
+    for index, value in change.items():
+        changed[index] = value
+    try:
+        got = command.main([*changed, "--micro-batch", "2"])
+    except SystemExit as exit:
+        got = exit.code
+    assert got == code
+    assert message in capsys.readouterr().err
 
 
-def test_training_learns(corpus: list[str], tmp_path: Path) -> None:
-    train.main([*corpus, "--out", str(tmp_path / "run"), "--batch", "8", "--warmup", "5", "--tokens", str(60 * 8 * 16)])
-    model, _ = load_model(tmp_path / "run" / "model")
-    with np.load(tmp_path / "run" / "streams.npz") as streams:
-        loss = train.held_out_loss(model, streams["valid"], SMALL.context, 8)
-    assert loss < math.log(SMALL.vocab_size) - 1  # the corpus repeats itself: far better than uniform after 60 steps
+def test_files_that_are_no_settings_or_no_text(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.json").write_text("[")
+    assert command.main([str(tmp_path / "bad.json"), *arguments[1:]]) == 2
+    assert "bad.json: not valid JSON" in capsys.readouterr().err
+    (tmp_path / "bad.json").write_text('{"layers": 0}')
+    assert command.main([str(tmp_path / "bad.json"), *arguments[1:]]) == 2
+    assert "bad.json: layers must be an integer from 1" in capsys.readouterr().err
+    (tmp_path / "bad.jsonl").write_text("{}")
+    assert command.main([arguments[0], "--data", str(tmp_path / "bad.jsonl"), *arguments[3:]]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("meki-train: error: ") and 'line 1 is no object with a "text"' in error

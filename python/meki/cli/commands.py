@@ -24,6 +24,10 @@ def compile() -> int:
     return _main("meki.models.qnn.compile")
 
 
+def train() -> int:
+    return _main("meki.models.train.command")
+
+
 def _main(module: str) -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as by nohup
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,0 +1,1 @@
+"""Training from scratch: data, optimizer, the loop, and the command meki-train."""

@@ -1,0 +1,188 @@
+"""Trains a model from scratch on text, and resumes where it was stopped."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from meki.cli.arguments import Parser, integer, path
+from meki.cli.errors import report, run_command
+
+from ..arguments import UsageError, setting
+from ..sizes import SIZES
+
+if TYPE_CHECKING:  # importing these loads PyTorch
+    from ..architectures.base import Architecture
+    from ..tokenizer import TokenizerSpec
+    from .data import TokenFile
+
+PROGRAM = "meki-train"
+
+
+def read_config(args: argparse.Namespace) -> Architecture:
+    """The configuration that the command line names: a size, or a JSON file of settings, and --set."""
+    from ..architectures.llama import LlamaConfig
+    from ..config import ConfigError
+
+    settings: dict[str, Any] = dict(SIZES.get(args.config, {}))
+    if not settings:
+        file = Path(args.config)
+        if not file.is_file():
+            raise UsageError(f"{args.config}: neither a size ({', '.join(SIZES)}) nor a file of settings")
+        try:
+            settings = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise UsageError(f"{file}: not valid JSON: {error}; give an object of settings") from error
+        if not isinstance(settings, dict):
+            raise UsageError(f"{file}: {settings!r} is no object of settings")
+    try:
+        return LlamaConfig.from_settings({**settings, **dict(args.set)})
+    except ConfigError as error:
+        raise UsageError(f"{args.config}: {error}") from error
+
+
+def prepare_tokenizer(args: argparse.Namespace, config: Architecture) -> TokenizerSpec:
+    """The user's tokenizer, or one that is trained on the text, kept in the run's directory."""
+    from ..tokenizer import END_OF_STORY, read_tokenizer, train_tokenizer
+    from .data import documents
+
+    kept = args.output / "tokenizer.json"
+    if args.tokenizer is not None:
+        return read_tokenizer(args.tokenizer)
+    if not kept.exists():
+
+        def texts() -> Iterator[str]:
+            for source in args.data:
+                yield from (text for text, _ in documents(source, END_OF_STORY))
+
+        train_tokenizer(texts(), config.vocab_size).save(str(kept))
+    return read_tokenizer(kept)
+
+
+def prepare_tokens(name: str, sources: list[Path], tokenizer: TokenizerSpec, out: Path) -> TokenFile:
+    """The text as ids, which are in the run's directory after the first time."""
+    from ..tokenizer import parse_tokenizer
+    from .data import TokenFile, sizes_of, write_tokens
+
+    file = out / f"{name}.tokens"
+    if not file.with_suffix(".json").exists():
+        return write_tokens(file, sources, parse_tokenizer(tokenizer.json), tokenizer.eos_token_ids[0])
+    tokens = TokenFile.open(file)
+    if tokens.sources != sizes_of(sources):
+        raise UsageError(
+            f"{file}: has the tokens of {', '.join(name for name, _ in tokens.sources)} as they were then, not of "
+            f"{', '.join(map(str, sources))}; give the same files to go on, or another directory"
+        )
+    return tokens
+
+
+class Interrupt:
+    """Whether Ctrl-C came: a step is done or not, never half. A second one interrupts as usual."""
+
+    def __enter__(self) -> Self:
+        self.came = False
+        self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, *_: object) -> None:
+        self.came = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def train(args: argparse.Namespace) -> None:
+    from ..config import ConfigError
+    from ..package import check_tokenizer
+    from .trainer import Recipe, Trainer
+
+    for source in (*args.data, *args.valid):
+        if not source.is_file():
+            raise UsageError(f"{source}: no such file of text")
+    config = read_config(args)
+    length = args.length or config.context
+    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        tokenizer = prepare_tokenizer(args, config)
+        recipe = Recipe(
+            tokens=args.tokens,
+            batch=args.batch,
+            micro_batch=args.micro_batch or args.batch,
+            length=length,
+            rate=args.rate,
+            last_rate=args.rate / 10 if args.last_rate is None else args.last_rate,
+            warmup=args.warmup,
+            seed=args.seed,
+        )
+        if not tokenizer.eos_token_ids:
+            raise ConfigError(f"{args.tokenizer}: the tokenizer has no end token, which stands between two texts")
+        check_tokenizer(tokenizer, config.vocab_size)
+        trainer = Trainer(
+            config,
+            recipe,
+            prepare_tokens("train", args.data, tokenizer, args.output),
+            prepare_tokens("valid", args.valid, tokenizer, args.output) if args.valid else None,
+            args.output,
+            tokenizer=tokenizer,
+            provenance={"data": ", ".join(source.name for source in args.data)},
+            device=args.device,
+            compile=args.compile,
+        )
+    except ConfigError as error:
+        raise UsageError(error) from error
+    except UsageError:
+        raise
+    except ValueError as error:  # of the files that the arguments name
+        raise RuntimeError(error) from error
+    with Interrupt() as interrupt:
+        trainer.train(lambda: interrupt.came)
+    if interrupt.came:
+        report(PROGRAM, "note", f"stopped at step {trainer.step} of {recipe.steps}; the same command goes on")
+        raise KeyboardInterrupt
+    print(f"{args.output}: {recipe.steps} steps, {recipe.steps * recipe.batch * length:,} tokens")
+    if trainer.valid_file is not None:
+        loss = trainer.held_out_loss()
+        print(f"  held-out loss {loss:.4f} nats a token, {loss * trainer.valid_file.bits_per_nat:.4f} bits a byte")
+    print(f"  meki-convert {args.output / 'model'} -o PACKAGE")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0, 1 failure, 2 usage, 130 interrupted."""
+    parser = Parser(PROGRAM, description=__doc__, epilog="Reference: docs/cli.md")
+    add = parser.add_argument
+    add("config", metavar="CONFIG", help=f"a size ({', '.join(SIZES)}), or a JSON file of settings")
+    add(
+        "--data",
+        type=path,
+        nargs="+",
+        required=True,
+        metavar="TEXT",
+        help="what to learn: .txt or .jsonl, also .xz, .gz",
+    )
+    add("--valid", type=path, nargs="+", default=[], metavar="TEXT", help="held-out text")
+    add(
+        "-o",
+        "--output",
+        type=path,
+        required=True,
+        metavar="DIR",
+        help="directory of the run; one that is there goes on",
+    )
+    add("--set", action="append", type=setting, default=[], metavar="FIELD=VALUE", help="a field of the configuration")
+    add("--tokenizer", type=path, metavar="FILE", help="tokenizer.json (default: one that is trained on the text)")
+    add("--tokens", type=integer(1), required=True, metavar="N", help="tokens to see in all")
+    add("--batch", type=integer(1), default=4, metavar="N", help="sequences of a step (default: %(default)s)")
+    add("--micro-batch", type=integer(1), metavar="N", help="sequences computed at a time (default: all of a step)")
+    add("--length", type=integer(1), metavar="N", help="tokens of a sequence (default: the model's context)")
+    add("--rate", type=float, default=4e-4, help="peak learning rate (default: %(default)s)")
+    add("--last-rate", type=float, help="learning rate at the end (default: a tenth of the peak)")
+    add("--warmup", type=integer(0), default=200, metavar="N", help="steps of warm-up (default: %(default)s)")
+    add("--seed", type=integer(0), default=1, metavar="N", help="of weights and order (default: %(default)s)")
+    add("--device", default="cpu", help="cpu or cuda; bfloat16 on the latter (default: %(default)s)")
+    add("--compile", action="store_true", help="compile the step with torch.compile (on a CPU this needs g++)")
+    return run_command(PROGRAM, lambda: train(parser.parse_args(argv)), extras="[models]")
