@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from meki.cli.arguments import Parser, integer, path
+from meki.cli.arguments import Parser, integer, number, path
 from meki.cli.errors import report, run_command
+from meki.package.files import write_file
 
 from ..arguments import UsageError, setting
 from ..sizes import SIZES
@@ -35,12 +36,12 @@ def read_config(args: argparse.Namespace) -> Architecture:
             raise UsageError(f"{args.config}: neither a size ({', '.join(SIZES)}) nor a file of settings")
         try:
             settings = json.loads(file.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{file}: not valid JSON: {error}; give an object of settings") from error
         if not isinstance(settings, dict):
             raise UsageError(f"{file}: {settings!r} is no object of settings")
     try:
-        return LlamaConfig.from_settings({**settings, **dict(args.set)})
+        return LlamaConfig.from_settings({**settings, **dict(map(setting, args.set))})
     except ConfigError as error:
         raise UsageError(f"{args.config}: {error}") from error
 
@@ -53,31 +54,48 @@ def prepare_tokenizer(args: argparse.Namespace, config: Architecture) -> Tokeniz
     kept = args.output / "tokenizer.json"
     if args.tokenizer is not None:
         return read_tokenizer(args.tokenizer)
-    if not kept.exists():
+    if not (kept.exists() and (args.output / "train.json").exists()):  # without its tokens it may be of another text
+        if config.vocab_size <= 256:
+            raise UsageError(
+                f"vocab_size is {config.vocab_size}, expected at least 257, as a tokenizer that is trained on the text "
+                "has every byte and an end token; raise it, or give a --tokenizer"
+            )
 
         def texts() -> Iterator[str]:
             for source in args.data:
                 yield from (text for text, _ in documents(source, END_OF_STORY))
 
-        train_tokenizer(texts(), config.vocab_size).save(str(kept))
+        write_file(kept, train_tokenizer(texts(), config.vocab_size).to_str(pretty=True).encode())
     return read_tokenizer(kept)
 
 
 def prepare_tokens(name: str, sources: list[Path], tokenizer: TokenizerSpec, out: Path) -> TokenFile:
     """The text as ids, which are in the run's directory after the first time."""
     from ..tokenizer import parse_tokenizer
-    from .data import TokenFile, sizes_of, write_tokens
+    from .data import TokenFile, fingerprint, sizes_of, write_tokens
 
-    file = out / f"{name}.tokens"
+    file, parsed, end = out / f"{name}.tokens", parse_tokenizer(tokenizer.json), tokenizer.eos_token_ids[0]
     if not file.with_suffix(".json").exists():
-        return write_tokens(file, sources, parse_tokenizer(tokenizer.json), tokenizer.eos_token_ids[0])
+        return write_tokens(file, sources, parsed, end)
     tokens = TokenFile.open(file)
+    if tokens.tokenizer != fingerprint(parsed, end):
+        raise UsageError(f"{file}: has tokens of another tokenizer; give the same to go on, or another directory")
     if tokens.sources != sizes_of(sources):
         raise UsageError(
             f"{file}: has the tokens of {', '.join(name for name, _ in tokens.sources)} as they were then, not of "
             f"{', '.join(map(str, sources))}; give the same files to go on, or another directory"
         )
     return tokens
+
+
+def check_device(device: str) -> None:
+    """UsageError unless it is one that is here."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    here = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
+    if device not in here:
+        raise UsageError(f"--device is {device!r}, expected one that PyTorch finds here: {', '.join(here)}")
 
 
 class Interrupt:
@@ -96,6 +114,13 @@ class Interrupt:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"{path}: is no directory, nor can be one; choose another path") from error
+
+
 def train(args: argparse.Namespace) -> None:
     from ..config import ConfigError
     from ..package import check_tokenizer
@@ -104,11 +129,12 @@ def train(args: argparse.Namespace) -> None:
     for source in (*args.data, *args.valid):
         if not source.is_file():
             raise UsageError(f"{source}: no such file of text")
+    if args.tokenizer is not None and not args.tokenizer.is_file():
+        raise UsageError(f"{args.tokenizer}: no such tokenizer; give a tokenizer.json")
     config = read_config(args)
     length = args.length or config.context
-    args.output.mkdir(parents=True, exist_ok=True)
+    check_device(args.device)
     try:
-        tokenizer = prepare_tokenizer(args, config)
         recipe = Recipe(
             tokens=args.tokens,
             batch=args.batch,
@@ -119,8 +145,10 @@ def train(args: argparse.Namespace) -> None:
             warmup=args.warmup,
             seed=args.seed,
         )
+        make_directory(args.output)
+        tokenizer = prepare_tokenizer(args, config)
         if not tokenizer.eos_token_ids:
-            raise ConfigError(f"{args.tokenizer}: the tokenizer has no end token, which stands between two texts")
+            raise ValueError("tokenizer: has no end token, which stands between two texts; name one as its eos_token")
         check_tokenizer(tokenizer, config.vocab_size)
         trainer = Trainer(
             config,
@@ -173,14 +201,15 @@ def main(argv: list[str] | None = None) -> int:
         metavar="DIR",
         help="directory of the run; one that is there goes on",
     )
-    add("--set", action="append", type=setting, default=[], metavar="FIELD=VALUE", help="a field of the configuration")
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the configuration")
     add("--tokenizer", type=path, metavar="FILE", help="tokenizer.json (default: one that is trained on the text)")
-    add("--tokens", type=integer(1), required=True, metavar="N", help="tokens to see in all")
+    add("--tokens", type=integer(1, 10**18), required=True, metavar="N", help="tokens to see in all")
     add("--batch", type=integer(1), default=4, metavar="N", help="sequences of a step (default: %(default)s)")
     add("--micro-batch", type=integer(1), metavar="N", help="sequences computed at a time (default: all of a step)")
     add("--length", type=integer(1), metavar="N", help="tokens of a sequence (default: the model's context)")
-    add("--rate", type=float, default=4e-4, help="peak learning rate (default: %(default)s)")
-    add("--last-rate", type=float, help="learning rate at the end (default: a tenth of the peak)")
+    rate = number("a learning rate", 1)
+    add("--rate", type=rate, default=4e-4, metavar="R", help="peak learning rate (default: %(default)s)")
+    add("--last-rate", type=rate, metavar="R", help="learning rate at the end (default: a tenth of the peak)")
     add("--warmup", type=integer(0), default=200, metavar="N", help="steps of warm-up (default: %(default)s)")
     add("--seed", type=integer(0), default=1, metavar="N", help="of weights and order (default: %(default)s)")
     add("--device", default="cpu", help="cpu or cuda; bfloat16 on the latter (default: %(default)s)")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
-import io
+import hashlib
 import json
 import lzma
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -20,25 +22,31 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from meki.package.files import replace_file, write_file
+from meki.package.files import read_object, replace_file, write_file
 
 PIECE = 1 << 20
 """Characters of a document that are in memory at a time, and of documents that are tokenised together."""
 Ids = NDArray[np.unsignedinteger]
 
 
-def open_text(path: Path) -> io.TextIOBase:
-    """A UTF-8 text file, which may be compressed: .xz or .gz."""
+@contextlib.contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """A UTF-8 text file, which may be compressed: .xz or .gz. ValueError, naming it, where it turns out to be none."""
     opener: Any = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
-    file: io.TextIOBase = opener(path, "rt", encoding="utf-8")
-    return file
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error.reason}; convert it to UTF-8") from error
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: damaged or cut off: {error}; compress or download it again") from error
 
 
 def documents(path: Path, separator: str) -> Iterator[tuple[str, bool]]:
     """The documents of a file, in pieces of about PIECE that end with a line: (text, whether the document ends here).
 
     A .jsonl has one a line, its member "text"; another file has a line `separator` between two, and white space around
-    a document is none of it. ValueError for a line of JSON that is no such object.
+    a document is none of it. ValueError for a line of JSON that is no such object, and as `open_text`.
     """
     if ".jsonl" in path.suffixes:
         yield from _json_lines(path)
@@ -77,7 +85,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, bool]]:
                 text = json.loads(line)["text"]
                 if not isinstance(text, str):
                     raise TypeError("its text is no string")
-            except (ValueError, TypeError, KeyError) as error:
+                text.encode()  # JSON can name half a surrogate pair, which is no character
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise ValueError(
                     f'{path}: line {number} is no object with a "text": {error!r}; expected {{"text": "..."}}'
                 ) from error
@@ -95,6 +104,8 @@ class TokenFile:
     """Of the documents in UTF-8, and one for each end."""
     sources: list[tuple[str, int]]
     """What `sizes_of` said of the files."""
+    tokenizer: str
+    """What `fingerprint` said of the tokenizer."""
 
     @property
     def bits_per_nat(self) -> float:
@@ -103,9 +114,17 @@ class TokenFile:
 
     @classmethod
     def open(cls, path: Path) -> TokenFile:
-        about = json.loads(path.with_suffix(".json").read_text())
-        ids = np.memmap(path, np.dtype(about["dtype"]), "r") if about["tokens"] else np.empty(0, about["dtype"])
-        return cls(ids, about["documents"], about["bytes"], [(name, size) for name, size in about["sources"]])
+        """ValueError if it is not what `write_tokens` left there."""
+        try:
+            about = read_object(path.with_suffix(".json"))
+            ids = np.memmap(path, np.dtype(about["dtype"]), "r")
+            if len(ids) != about["tokens"]:
+                raise ValueError(f"it has {len(ids)} tokens, expected {about['tokens']}")
+            sources = [(name, size) for name, size in about["sources"]]
+            return cls(ids, about["documents"], about["bytes"], sources, about["tokenizer"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            remedy = f"remove {path.with_suffix('.json').name}, and the text is tokenised again"
+            raise ValueError(f"{path}: not as it was written: {error}; {remedy}") from error
 
 
 def sizes_of(sources: Sequence[Path]) -> list[tuple[str, int]]:
@@ -113,15 +132,23 @@ def sizes_of(sources: Sequence[Path]) -> list[tuple[str, int]]:
     return [(source.name, source.stat().st_size) for source in sources]
 
 
+def fingerprint(tokenizer: Tokenizer, end: int) -> str:
+    """What tells whether it is the tokenizer, and the token behind a document, that the ids come from."""
+    return hashlib.sha256(f"{end} {tokenizer.to_str()}".encode()).hexdigest()
+
+
 def write_tokens(path: Path, sources: Sequence[Path], tokenizer: Tokenizer, end: int) -> TokenFile:
     """Tokenises `sources` into `path`, with what is known about it beside it as .json; each is there when it is whole.
 
     end: id of the token behind every document, whose text is the separator of text files. Shows progress on stderr, if
-    that is a terminal. ValueError for texts without a document.
+    that is a terminal. ValueError for texts without a document, and for an end that the tokenizer does not have.
     """
-    dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32).newbyteorder("<")
-    about: dict[str, Any] = {"dtype": dtype.str, "tokens": 0, "documents": 0, "bytes": 0, "sources": sizes_of(sources)}
     separator = tokenizer.id_to_token(end)
+    if separator is None:
+        raise ValueError(f"tokenizer: has no token {end}, which is to end a text; correct the eos_token_id beside it")
+    dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32).newbyteorder("<")
+    about: dict[str, Any] = {"dtype": dtype.str, "tokens": 0, "documents": 0, "bytes": 0, "sources": sizes_of(sources)}
+    about["tokenizer"] = fingerprint(tokenizer, end)
     with (
         replace_file(path) as partial,
         partial.open("wb") as file,
@@ -139,13 +166,15 @@ def write_tokens(path: Path, sources: Sequence[Path], tokenizer: Tokenizer, end:
                 bar.update(len(ids))
 
         pieces: list[tuple[str, bool]] = []
+        size = 0
         for source in sources:
             bar.set_description(source.name)
             for piece in documents(source, separator):
                 pieces.append(piece)
-                if sum(len(text) for text, _ in pieces) > PIECE:
+                size += len(piece[0])
+                if size > PIECE:
                     flush(pieces)
-                    pieces = []
+                    pieces, size = [], 0
         flush(pieces)
         if not about["documents"]:
             raise ValueError(f"{', '.join(map(str, sources))}: no text; give files with at least one document")

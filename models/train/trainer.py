@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,10 +95,12 @@ class Trainer:
         compile: bool = False,
     ) -> None:
         """ConfigError if the directory has a run of another model or recipe, or if there are too few tokens."""
-        for name, file in (("training", train), ("held-out", valid)):
-            if file is not None and len(file.ids) < recipe.length + 2:
+        # An epoch begins anywhere in the first sequence; the target of a sequence's last token is the one behind it.
+        for name, file, least in (("training", train, 2 * recipe.length + 1), ("held-out", valid, recipe.length + 1)):
+            if file is not None and len(file.ids) < least:
                 raise ConfigError(
-                    f"the {name} text has {len(file.ids)} tokens, one sequence has {recipe.length}; give more text"
+                    f"the {name} text has {len(file.ids)} tokens, expected at least {least} for sequences of "
+                    f"{recipe.length}; give more text, or a smaller --length"
                 )
         self.config, self.recipe, self.train_file, self.valid_file, self.out = config, recipe, train, valid, out
         self.tokenizer, self.provenance, self.device = tokenizer, provenance, torch.device(device)
@@ -117,11 +120,17 @@ class Trainer:
         path = self.out / STATE
         if not path.exists():
             return
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            identity = state["identity"]
+        except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: cannot be read as the state of a run; if it is damaged, remove it, and the run begins anew"
+            ) from error
         ours = json.loads(json.dumps(self.identity))
         for part, values in ours.items():
             for name, value in values.items():
-                if (theirs := state["identity"][part].get(name)) != value:
+                if (theirs := identity[part].get(name)) != value:
                     raise ConfigError(
                         f"{path}: the run there has {part} {name} = {theirs!r}, not {value!r}; give the same to go on "
                         "with it, or another directory"
@@ -206,15 +215,7 @@ class Trainer:
         return sum(losses) / len(windows)
 
     def save(self) -> None:
-        """The state, then the model: either is whole, or as it was."""
-        state = {
-            "identity": json.loads(json.dumps(self.identity)),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-        }
-        with replace_file(self.out / STATE) as partial:
-            torch.save(state, partial)
+        """The model, then the state: either is whole, or as it was, and a run whose state is the last has its model."""
         seen = {"tokens": str(self.step * self.recipe.batch * self.recipe.length), "seed": str(self.recipe.seed)}
         # Float16 halves the file; its rounding is far below that of any quantised package.
         save_pretrained(
@@ -225,3 +226,11 @@ class Trainer:
             dtype=torch.float16,
             overwrite=True,
         )
+        state = {
+            "identity": json.loads(json.dumps(self.identity)),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+        }
+        with replace_file(self.out / STATE) as partial:
+            torch.save(state, partial)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import io
 import itertools
 import json
 import lzma
@@ -18,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 from torch.nn import functional as F
 
 from meki import Engine
@@ -121,7 +124,7 @@ def test_lines_of_json(tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "one\\n\\ntwo", "id": 1}\n\n{"text": "three"}\n')
     assert list(data.documents(path, END_OF_STORY)) == [("one\n\ntwo", True), ("three", True)]
-    for line in ('{"txt": "x"}', '{"text": 5}', "[]", "{"):
+    for line in ('{"txt": "x"}', '{"text": 5}', "[]", "{", '{"text": "\\ud800"}', "[" * 100_000):
         path.write_text('{"text": "one"}\n' + line)
         with pytest.raises(ValueError, match=r'text.jsonl: line 2 is no object with a "text"'):
             list(data.documents(path, END_OF_STORY))
@@ -141,6 +144,76 @@ def test_text_without_a_document(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"empty.txt: no text; give files with at least one document"):
         data.write_tokens(tmp_path / "t.tokens", [tmp_path / "empty.txt"], train_tokenizer(STORIES, 300), 0)
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]  # nothing half-written
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(f"{END_OF_STORY}\none", encoding="utf-8-sig")
+    assert list(data.documents(tmp_path / "text.txt", END_OF_STORY)) == [("one", True)]
+
+
+NOISE = np.random.default_rng(0).bytes(1000).hex().encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("latin.txt", "ü".encode("latin-1"), "not UTF-8: "),
+        ("latin.jsonl", '{"text": "ü"}'.encode("latin-1"), "not UTF-8: "),
+        ("latin.txt.gz", gzip.compress("ü".encode("latin-1"), mtime=0), "not UTF-8: "),
+        ("cut.txt.gz", gzip.compress(NOISE)[:-100], "damaged or cut off: "),
+        ("cut.txt.xz", lzma.compress(NOISE)[:-100], "damaged or cut off: "),
+        ("no.txt.gz", NOISE, "damaged or cut off: "),
+        ("no.txt.xz", NOISE, "damaged or cut off: "),
+        (
+            "decayed.txt.gz",
+            gzip.compress(NOISE)[:20] + b"\xff" * 100 + gzip.compress(NOISE)[120:],
+            "damaged or cut off",
+        ),
+        ("decayed.jsonl.xz", lzma.compress(NOISE)[:-100] + b"\0" * 100, "damaged or cut off"),
+    ],
+)
+def test_text_that_cannot_be_read(
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: bytes,
+    message: str,
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    for option in (2, 4):  # --data, --valid
+        changed = list(arguments)
+        changed[option] = str(tmp_path / name)
+        assert command.main(changed) == 1
+        assert capsys.readouterr().err.startswith(f"meki-train: error: {tmp_path / name}: {message}")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"tokenizer.json", "train.json", "train.tokens"}
+
+
+def test_an_end_that_the_tokenizer_does_not_have(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tokenizer: has no token 300, which is to end a text"):
+        data.write_tokens(tmp_path / "t.tokens", [text], train_tokenizer(STORIES, 300), 300)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ids_beyond_16_bits(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("ab")
+    sparse = Tokenizer(models.BPE({"end": 0, "a": 1, "b": 70_000}, []))  # three tokens, as far as their number goes
+    tokens = data.write_tokens(tmp_path / "t.tokens", [tmp_path / "text.txt"], sparse, 0)
+    assert tokens.ids.tolist() == [1, 70_000, 0]
+
+
+def test_tokens_that_are_not_as_they_were_written(tokens: data.TokenFile, tmp_path: Path) -> None:
+    path, about = tmp_path / "train.tokens", tmp_path / "train.json"
+    whole, known = path.read_bytes(), about.read_bytes()
+    for content, said in ((whole[:-2], known), (whole[:-1], known), (b"", known), (whole, b"{"), (whole, b"{}")):
+        path.write_bytes(content)
+        about.write_bytes(said)
+        with pytest.raises(ValueError, match=r"train.tokens: not as it was written: .*; remove train.json, and"):
+            data.TokenFile.open(path)
+    path.unlink()
+    about.write_bytes(known)
+    with pytest.raises(ValueError, match=r"train.tokens: not as it was written"):
+        data.TokenFile.open(path)
 
 
 def test_an_epoch_shows_every_window_once() -> None:
@@ -262,6 +335,57 @@ def test_another_run_is_not_gone_on_with(trainer: Callable[..., Trainer]) -> Non
             trainer("run", its, **overrides)
 
 
+def test_a_run_whose_model_was_not_written_goes_on(
+    trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("the disk is full")
+
+    run = trainer("run", recipe(3))
+    with monkeypatch.context() as patch:
+        patch.setattr("meki.models.train.trainer.save_pretrained", full)
+        with pytest.raises(OSError, match="full"):
+            run.train()
+    again = trainer("run", recipe(3))
+    again.train()
+    model, _ = load_model(run.out / "model")
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, run.model.state_dict()[name], rtol=2**-11, atol=2**-24)  # float16
+
+
+def test_a_damaged_state(trainer: Callable[..., Trainer]) -> None:
+    run = trainer("run", recipe(1))
+    run.train()
+    whole = (run.out / "state.pt").read_bytes()
+    other = io.BytesIO()
+    torch.save({}, other)
+    for content in (b"", b"x", b"no state at all", whole[:1000], whole[:-1000], other.getvalue()):
+        (run.out / "state.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"state.pt: cannot be read as the state of a run; if it"):
+            trainer("run", recipe(1))
+
+
+@pytest.mark.parametrize("length", [4, 16])
+def test_the_shortest_text(
+    length: int, text: Path, tokens: data.TokenFile, tokenizer: TokenizerSpec, tmp_path: Path
+) -> None:
+    def short(count: int) -> data.TokenFile:
+        return dataclasses.replace(tokens, ids=tokens.ids[:count])
+
+    def make(train: int, valid: int) -> Trainer:
+        config = LlamaConfig.from_settings(SMALL)
+        its, files = recipe(4, length=length), (short(train), short(valid))
+        return Trainer(config, its, *files, tmp_path, tokenizer=tokenizer, provenance={})
+
+    with pytest.raises(ValueError, match=f"training text has {2 * length} tokens, expected at least {2 * length + 1}"):
+        make(2 * length, length + 1)
+    with pytest.raises(ValueError, match=f"held-out text has {length} tokens, expected at least {length + 1}"):
+        make(2 * length + 1, length)
+    run = make(2 * length + 1, length + 1)
+    run.train()
+    assert run.step == 4
+
+
 def test_held_out_loss_is_the_mean_of_windows(tokens: data.TokenFile, trainer: Callable[..., Trainer]) -> None:
     run = trainer("run", recipe(4), valid=True)
     starts = np.linspace(0, len(tokens.ids) - 17, 64).astype(int)
@@ -330,11 +454,28 @@ def test_ctrl_c_stops_after_a_step_and_the_same_command_goes_on(
         ({-1: "20"}, 2, "--tokens is 20, one step has 32: 2 sequences of 16; give more"),
         ({8: "3"}, 2, "--micro-batch is 2, expected a divisor of --batch 3"),
         ({10: "-1"}, 2, "--warmup"),
+        ({9: "--rate", 10: "-1"}, 2, "argument --rate: expected a learning rate from 0 to 1, got '-1'"),
+        ({9: "--last-rate", 10: "nan"}, 2, "argument --last-rate: expected a learning rate from 0 to 1, got 'nan'"),
+        ({9: "--set", 10: "layer=3"}, 2, "argument --set: expected FIELD=VALUE with a FIELD out of "),
+        ({9: "--set", 10: "layers=0"}, 2, "argument --set: layers must be an integer from 1"),
+        ({9: "--set", 10: "vocab_size=256"}, 2, "vocab_size is 256, expected at least 257"),
+        ({9: "--tokenizer", 10: "absent.json"}, 2, "absent.json: no such tokenizer; give a tokenizer.json"),
+        ({9: "--device", 10: "gpu"}, 2, "--device is 'gpu', expected one that PyTorch finds here: cpu"),
+        ({9: "--device", 10: "cuda"}, 2, "--device is 'cuda', expected one that PyTorch finds here: cpu"),
+        ({6: "/dev/null"}, 2, "/dev/null: is no directory, nor can be one; choose another path"),
+        ({6: "/dev/null/run"}, 2, "/dev/null/run: is no directory, nor can be one; choose another path"),
     ],
 )
 def test_what_cannot_be(
-    arguments: list[str], capsys: pytest.CaptureFixture[str], change: dict[int, str], code: int, message: str
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[int, str],
+    code: int,
+    message: str,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     changed = list(arguments)
     for index, value in change.items():
         changed[index] = value
@@ -344,6 +485,7 @@ def test_what_cannot_be(
         got = exit.code
     assert got == code
     assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("run/*"))
 
 
 def test_files_that_are_no_settings_or_no_text(
@@ -359,3 +501,42 @@ def test_files_that_are_no_settings_or_no_text(
     assert command.main([arguments[0], "--data", str(tmp_path / "bad.jsonl"), *arguments[3:]]) == 1
     error = capsys.readouterr().err
     assert error.startswith("meki-train: error: ") and 'line 1 is no object with a "text"' in error
+
+
+def test_more_tokens_than_an_integer_of_32_bits_has(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    changed = [*arguments[:-1], str(10**10), "--tokenizer", "absent.json"]
+    assert command.main(changed) == 2
+    assert "absent.json" in capsys.readouterr().err  # which is looked for after the options are read
+
+
+def test_the_tokenizer_of_a_run(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {"one": train_tokenizer(STORIES, 300), "two": train_tokenizer(STORIES, 299), "large": None, "no": None}
+    files["large"] = train_tokenizer([*STORIES, "Many more words are in here than a small vocabulary can have"], 400)
+    files["endless"] = Tokenizer(models.BPE({"a": 0}, []))
+    for name, tokenizer in files.items():
+        (tmp_path / f"{name}.json").write_text("{}" if tokenizer is None else tokenizer.to_str())
+
+    def run(name: str) -> tuple[int, str]:
+        code = command.main([*arguments, "--tokenizer", str(tmp_path / f"{name}.json")])
+        return code, capsys.readouterr().err
+
+    for name, message in (
+        ("no", "no.json: tokenizer: not in the tokenizers library's JSON format"),
+        ("large", "tokenizer: its largest token id is "),
+        ("endless", "tokenizer: has no end token, which stands between two texts"),
+    ):
+        code, error = run(name)
+        assert code == 1 and message in error, error
+    assert not list((tmp_path / "run").iterdir())
+    assert run("one")[0] == 0
+    code, error = run("two")
+    assert code == 2 and "train.tokens: has tokens of another tokenizer; give the same to go on" in error
+    assert run("one")[0] == 0
+
+
+def test_a_tokenizer_of_text_that_came_to_nothing_is_not_kept(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    assert command.main([arguments[0], "--data", str(tmp_path / "empty.txt"), *arguments[3:]]) == 1
+    assert command.main(arguments) == 0
+    kept = (tmp_path / "run" / "tokenizer.json").read_text()
+    assert kept == train_tokenizer(STORIES, 300).to_str(pretty=True)

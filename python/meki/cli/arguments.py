@@ -57,9 +57,9 @@ def _argument(parse: Callable[[str], T], good: Callable[[T], bool], expected: st
     return read
 
 
-def integer(minimum: int) -> Callable[[str], int]:
-    """The type of an argument that is an integer from `minimum` to 2**31 - 1."""
-    return _argument(int, lambda value: minimum <= value < 2**31, f"expected an integer of at least {minimum}, got")
+def integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
+    """The type of an argument that is an integer from `minimum` to `maximum`."""
+    return _argument(int, lambda value: minimum <= value <= maximum, f"expected an integer of at least {minimum}, got")
 
 
 def number(unit: str, maximum: float) -> Callable[[str], float]:
