@@ -123,7 +123,7 @@ class Trainer:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             identity = state["identity"]
-        except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError) as error:
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}: cannot be read as the state of a run; if it is damaged, remove it, and the run begins anew"
             ) from error

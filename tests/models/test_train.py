@@ -357,9 +357,10 @@ def test_a_damaged_state(trainer: Callable[..., Trainer]) -> None:
     run = trainer("run", recipe(1))
     run.train()
     whole = (run.out / "state.pt").read_bytes()
+    cut = [whole[:size] for size in (1000, 8000, len(whole) - 1000)]  # of which PyTorch says different things
     other = io.BytesIO()
     torch.save({}, other)
-    for content in (b"", b"x", b"no state at all", whole[:1000], whole[:-1000], other.getvalue()):
+    for content in (b"", b"x", b"no state at all", *cut, other.getvalue()):
         (run.out / "state.pt").write_bytes(content)
         with pytest.raises(ValueError, match=r"state.pt: cannot be read as the state of a run; if it"):
             trainer("run", recipe(1))
