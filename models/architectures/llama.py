@@ -205,7 +205,7 @@ class Decoder(Model):
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed_tokens(ids)
         tokens = Tokens(ids, x, self.embed_tokens)
-        cos, sin = self.rope_tables(ids.shape[1])
+        cos, sin = (table.to(ids.device) for table in self.rope_tables(ids.shape[1]))
         for layer in self.layers:
             x = layer(x, cos, sin, tokens)
         head = self.lm_head if hasattr(self, "lm_head") else self.embed_tokens

@@ -295,6 +295,12 @@ def test_losses_are_those_of_a_plain_loop(kind: str, tokens: data.TokenFile, tra
     assert losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.parametrize("kind", ["dense", "ple", "engram"])  # the others look at values, which this device has none of
+def test_a_model_computes_on_the_device_of_its_weights(kind: str) -> None:
+    model = LlamaConfig.from_settings({**SMALL, **KINDS[kind]}).module().to("meta")
+    assert model(torch.zeros(2, 9, dtype=torch.int64, device="meta")).shape == (2, 9, 300)
+
+
 def test_micro_batches_change_only_rounding(trainer: Callable[..., Trainer]) -> None:
     losses = []
     for size in (4, 2, 1):
