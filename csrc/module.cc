@@ -283,8 +283,8 @@ void bind_engine(py::module_& m) {
           "rom_bytes", [](const Stats& stats) { return stats.rows.bytes; },
           "Bytes read: bundles without their padding (with O_DIRECT, the blocks around them).");
 
-  const py::class_<Snapshot> snapshot(m, "Snapshot",
-                                      "What a session was at one moment: see Session.snapshot. Immutable.");
+  const py::class_<Snapshot> snapshot_class(m, "Snapshot",
+                                            "What a session was at one moment: see Session.snapshot. Immutable.");
 
   py::class_<GuardedSession>(
       m, "Session",
