@@ -74,7 +74,7 @@ def golden_package(directory: Path, golden: dict[str, np.ndarray], hidden: np.nd
     manifest = {
         "format": "meki-package", "version": 4, "name": "golden", "architecture": config.manifest(),
         "memory": {
-            **memory.manifest(config), "file": "memory.rom", "row_type": row_type, "content_id": summary.content_id,
+            **memory.manifest(config, {}), "file": "memory.rom", "row_type": row_type, "content_id": summary.content_id,
         },
         "parameters": {"ram": config.ram_parameters, "rom": config.rom_parameters},
         "stages": [{"file": "stage0.onnx", "rows": None}, {"file": "stage1.onnx", "rows": [0, 1]}],
