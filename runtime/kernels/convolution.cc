@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "runtime/base/half.h"
+#include "runtime/kernels/each_token.h"
 #include "runtime/kernels/norm.h"
 
 namespace meki {
@@ -18,35 +19,26 @@ void store(float value, uint16_t& to) { to = float_to_half(value); }
 // T: of the cache.
 template <class T>
 void convolve_as(const ConvolutionArgs& args, const Parallel& parallel) {
-  constexpr size_t kTokens = 8;  // of a piece
   const size_t channels = args.channels;
-  const size_t pieces = (args.tokens + kTokens - 1) / kTokens;
   T* const cache = reinterpret_cast<T*>(args.cache);
-  const auto tokens_of = [&args](size_t piece, auto each) {
-    for (size_t t = piece * kTokens; t < std::min(args.tokens, (piece + 1) * kTokens); ++t) each(t);
-  };
-  parallel(pieces, [&](size_t piece) {
-    tokens_of(piece, [&](size_t t) {
-      const float* const x = args.x + t * channels;
-      T* const kept = cache + (args.past + t) * channels;
-      const float inverse = inverse_rms(x, channels, args.epsilon);
-      for (size_t i = 0; i < channels; ++i) store(x[i] * inverse * args.norm_weight[i], kept[i]);
-    });
+  each_token(args.tokens, parallel, [&](size_t t) {
+    const float* const x = args.x + t * channels;
+    T* const kept = cache + (args.past + t) * channels;
+    const float inverse = inverse_rms(x, channels, args.epsilon);
+    for (size_t i = 0; i < channels; ++i) store(x[i] * inverse * args.norm_weight[i], kept[i]);
   });
-  parallel(pieces, [&](size_t piece) {
-    tokens_of(piece, [&](size_t t) {
-      const float* const x = args.x + t * channels;
-      float* const out = args.out + t * channels;
-      std::fill_n(out, channels, 0.0F);
-      for (size_t tap = 0; tap < args.kernel; ++tap) {
-        const size_t back = (args.kernel - 1 - tap) * args.dilation;
-        if (back > args.past + t) continue;
-        const T* const seen = cache + (args.past + t - back) * channels;
-        const float* const weight = args.weight + tap * channels;
-        for (size_t i = 0; i < channels; ++i) out[i] += weight[i] * load(seen[i]);
-      }
-      for (size_t i = 0; i < channels; ++i) out[i] = x[i] + out[i] / (1 + std::exp(-out[i]));
-    });
+  each_token(args.tokens, parallel, [&](size_t t) {
+    const float* const x = args.x + t * channels;
+    float* const out = args.out + t * channels;
+    std::fill_n(out, channels, 0.0F);
+    for (size_t tap = 0; tap < args.kernel; ++tap) {
+      const size_t back = (args.kernel - 1 - tap) * args.dilation;
+      if (back > args.past + t) continue;
+      const T* const seen = cache + (args.past + t - back) * channels;
+      const float* const weight = args.weight + tap * channels;
+      for (size_t i = 0; i < channels; ++i) out[i] += weight[i] * load(seen[i]);
+    }
+    for (size_t i = 0; i < channels; ++i) out[i] = x[i] + out[i] / (1 + std::exp(-out[i]));
   });
 }
 

@@ -4,21 +4,12 @@
 #include <cmath>
 #include <numeric>
 
+#include "runtime/kernels/each_token.h"
 #include "runtime/kernels/norm.h"
 #include "runtime/kernels/scratch.h"
 
 namespace meki {
 namespace {
-
-constexpr size_t kTokens = 8;  // of one piece of what is not a matrix product
-
-// Calls work(t) for every token.
-template <class Work>
-void each_token(size_t tokens, const Parallel& parallel, const Work& work) {
-  parallel((tokens + kTokens - 1) / kTokens, [tokens, &work](size_t piece) {
-    for (size_t t = piece * kTokens; t < std::min(tokens, (piece + 1) * kTokens); ++t) work(t);
-  });
-}
 
 // out[t, n] = x[t] . weight[n], all float32; rows of x are `stride` apart.
 void multiply(const float* weight, size_t outputs, size_t inputs, const float* x, size_t stride, size_t tokens,
