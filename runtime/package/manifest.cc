@@ -133,9 +133,8 @@ Manifest Manifest::open(const std::filesystem::path& directory) {
   manifest.files = parse_files(files);
   for (const StageInfo& stage : manifest.stages) require_file(files, stage.file);
   for (const StageInfo& stage : manifest.dense_stages) require_file(files, stage.file);
-  if (manifest.memory) require_file(files, manifest.memory->file);
-  if (manifest.memory && !manifest.memory->ngrams.canonical.empty()) {
-    require_file(files, manifest.memory->ngrams.canonical);
+  if (manifest.memory) {
+    for (const std::string& file : manifest.memory->files()) require_file(files, file);
   }
   for (const std::string& file : parse_tokenizer_files(tokenizer)) require_file(files, file);
   if (json.contains("qnn")) manifest.qnn = parse_qnn(root.at("qnn").with_remedy(kCompileAgain), manifest);
@@ -148,9 +147,8 @@ void Manifest::check_files() const {
 
 void Manifest::check_target_files(const std::string& soc) const {
   const QnnTarget& target = qnn.at(find_target(soc));
-  if (memory) check_size(directory / memory->file, files.at(memory->file));
-  if (memory && !memory->ngrams.canonical.empty()) {
-    check_size(directory / memory->ngrams.canonical, files.at(memory->ngrams.canonical));
+  if (memory) {
+    for (const std::string& file : memory->files()) check_size(directory / file, files.at(file));
   }
   for (const auto& [file, bytes] : target.files) check_size(target.directory / file, bytes);
 }

@@ -32,6 +32,11 @@ struct MemoryInfo {
   std::string file;
   std::string row_type;
   std::string content_id;
+
+  // What a run reads of it.
+  std::vector<std::string> files() const {
+    return ngrams.canonical.empty() ? std::vector{file} : std::vector{file, ngrams.canonical};
+  }
 };
 
 // Memory rows that a stage takes: those of the memory's layers first .. last - 1.
