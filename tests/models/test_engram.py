@@ -31,24 +31,8 @@ ENGRAM: dict[str, Any] = {
 }
 
 
-def naive_rows(
-    ids: Sequence[int], multipliers: Sequence[int], primes: Sequence[int], heads: int, pad: int, reset: Sequence[int]
-) -> list[int]:
-    """Rows of the last token's heads in one layer's table, with Python's integers (spec: Engram)."""
-    window = []
-    for token in reversed(ids):
-        if window and token in reset:
-            break
-        window.append(token)
-    window += [pad] * len(multipliers)
-    rows, offset = [], 0
-    for index, prime in enumerate(primes):
-        mix = 0
-        for back in range(2 + index // heads):
-            mix ^= window[back] * multipliers[back]
-        rows.append(mix % prime + offset)
-        offset += prime
-    return rows
+Ngrams = Callable[[dict[str, Any], list[int]], list[list[int]]]
+"""`naive_ngrams` of conftest.py."""
 
 
 def config(**overrides: Any) -> EngramConfig:
@@ -95,7 +79,7 @@ def test_the_module_is_transformers(ngram: int) -> None:
 
 @pytest.mark.parametrize("canonical", [False, True])
 @pytest.mark.parametrize("reset", [(), (EOS,), (3, EOS, 250)])
-def test_pytorch_hashes_are_the_naive_ones(reset: tuple[int, ...], canonical: bool) -> None:
+def test_pytorch_hashes_are_the_naive_ones(ngrams: Ngrams, reset: tuple[int, ...], canonical: bool) -> None:
     memory = config(engram_reset=reset, engram_canonical=canonical, engram_ngram=4, engram_dim=288)
     ids = torch.randint(0, 12, (1, 200), generator=torch.Generator().manual_seed(1))
     for index in range(2):
@@ -110,11 +94,17 @@ def test_pytorch_hashes_are_the_naive_ones(reset: tuple[int, ...], canonical: bo
             marked = [int(c) if int(t) not in reset else -1 - int(c) for t, c in zip(ids[0], known[0], strict=True)]
             window = marked[:end]
             window[-1] = int(known[0, end - 1])
-            hashes = memory.multipliers[index], memory.primes[index]
-            assert rows == naive_rows(window, *hashes, 3, EOS, [token for token in window if token < 0])
+            hashes = {
+                "multipliers": memory.multipliers[index],
+                "primes": memory.primes[index],
+                "offsets": memory.offsets(index),
+            }
+            marks = [token for token in window if token < 0]
+            address = {"ngram": 4, "heads": 3, "pad": EOS, "reset": marks, "layers": [hashes]}
+            assert [rows] == ngrams(address, window)
 
 
-def test_hashes_of_a_million_windows(make_package: Callable[..., Path]) -> None:
+def test_hashes_of_a_million_windows(ngrams: Ngrams, make_package: Callable[..., Path]) -> None:
     engine = Engine(make_package(**ENGRAM))
     generator = np.random.default_rng(5)
     ids = np.where(generator.random(1_000_000) < 0.1, EOS, generator.integers(0, VOCAB, 1_000_000))
@@ -135,14 +125,8 @@ def test_hashes_of_a_million_windows(make_package: Callable[..., Path]) -> None:
                 rows = mix % np.uint64(layer["primes"][head]) + np.uint64(layer["offsets"][head])
                 np.testing.assert_array_equal(got[:, column], rows)
                 column += 1
-    base = [layer["offsets"][0] for layer in address["layers"]]
     for end in range(1, 2000):
-        naive = [
-            row + base[index]
-            for index, layer in enumerate(address["layers"])
-            for row in naive_rows(ids[:end].tolist(), layer["multipliers"], layer["primes"], 3, EOS, [EOS])
-        ]
-        assert got[end - 1].tolist() == naive
+        assert got[end - 1].tolist() == np.concatenate(ngrams(address, ids[:end].tolist())).tolist()
 
 
 IDS = [5, 17, 250, EOS, 3, 5, 17, 250, 250, 250, 9, EOS, EOS, 5, 17, 99, 120, 5, 17, 250] * 3
