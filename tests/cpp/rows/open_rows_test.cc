@@ -82,13 +82,13 @@ struct NgramPackage {
 TEST_CASE("open_rows: n-grams, with canonical ids and without") {
   NgramPackage package;
   const auto first_keys = [&package] {
-    const auto rows = open_rows(Manifest::open(package.dir.path()), RomAccess::mmap);
+    const auto rows = open_rows(Manifest::open(package.dir.path()), RomAccess::pread);
     REQUIRE(rows != nullptr);
     CHECK(rows->shape().layers == 2);
     CHECK(rows->shape().row_dim == 16);
     CHECK(rows->part().row_dim == 4);
     CHECK(rows->history() == 2);
-    CHECK(rows->access() == "mmap");
+    CHECK(rows->access() == "pread");
     std::vector<RowKey> keys(8);
     REQUIRE(rows->keys_per_token() == keys.size());
     rows->keys(std::vector<int32_t>{20, 31}, keys);
