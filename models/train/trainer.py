@@ -26,7 +26,7 @@ from ..checkpoints.huggingface import save_pretrained
 from ..config import ConfigError
 from ..tokenizer import TokenizerSpec
 from .data import TokenFile, batch_at
-from .optimizer import learning_rate, make_optimizer
+from .optimizer import Optimizer, learning_rate
 
 STATE, LOG, MODEL = "state.pt", "log.jsonl", "model"
 
@@ -105,7 +105,7 @@ class Trainer:
         self.config, self.recipe, self.train_file, self.valid_file, self.out = config, recipe, train, valid, out
         self.tokenizer, self.provenance, self.device = tokenizer, provenance, torch.device(device)
         self.model = config.module().initialise(recipe.seed).to(self.device)
-        self.optimizer = make_optimizer(self.model, recipe.rate, recipe.weight_decay)
+        self.optimizer = Optimizer(self.model, recipe.rate, recipe.weight_decay)
         self.step = 0
         self._computed: nn.Module | Callable[[Tensor], Tensor] = torch.compile(self.model) if compile else self.model
         self._resume()
@@ -179,8 +179,6 @@ class Trainer:
     def _step(self) -> float:
         """One step of the optimizer; its loss in nats a token."""
         recipe, total = self.recipe, 0.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(self.step)
         batch = batch_at(self.train_file.ids, self.step, recipe.batch, recipe.length, recipe.seed)
         for part in batch.split(recipe.micro_batch):
             with self._precision():
@@ -189,9 +187,7 @@ class Trainer:
             total += loss.item()
         if not math.isfinite(total):
             raise RuntimeError(f"step {self.step}: the loss is {total}; take a lower --rate or a longer --warmup")
-        nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step(self._rate(self.step), recipe.clip)
         return total
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
