@@ -51,6 +51,15 @@ class Tokens(NamedTuple):
 class MemoryLayer(nn.Module):
     """A layer's memory in PyTorch, in training form. x: the residual stream, [b, t, hidden], to which it adds."""
 
+    @property
+    def table(self) -> nn.Embedding | None:
+        """What becomes the rows, or the part of it that is a table."""
+        return next((child for child in self.children() if isinstance(child, nn.Embedding)), None)
+
+    def indices(self, ids: Tensor) -> Tensor:
+        """Rows of the table that tokens read. ids: int64 [b, t] -> int64 [b, t] or [b, t, rows a token]."""
+        return ids
+
     def before_attention(self, x: Tensor, tokens: Tokens) -> Tensor:
         return x
 

@@ -39,11 +39,14 @@ class PLE(MemoryLayer):
         self.projection = nn.Linear(row_dim, hidden, bias=False)
         self.post_norm = nn.RMSNorm(hidden, eps=eps)
 
+    def indices(self, ids: Tensor) -> Tensor:
+        """Ids beyond the table read its first row."""
+        return ids.where(ids < self.embed_tokens.num_embeddings, 0)
+
     def rows(self, ids: Tensor) -> Tensor:
-        """What the ROM has, [.., p]; ids beyond the table read its first row."""
+        """What the ROM has, [.., p]."""
         table = self.embed_tokens
-        ids = ids.where(ids < table.num_embeddings, 0)
-        return table(ids) * (table.embedding_dim / 2) ** 0.5
+        return table(self.indices(ids)) * (table.embedding_dim / 2) ** 0.5
 
     def inject(self, rows: Tensor, x: Tensor, words: Tensor) -> Tensor:
         """The part that stays at inference. rows: [.., p]; x and words: E[ids], [.., d] -> y [.., d]."""

@@ -1,15 +1,18 @@
-"""AdamW as the paper has it, its learning rate, and tables of which a step moves only the rows that it read."""
+"""AdamW as the paper has it, and its learning rate."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..architectures.base import Model
+from ..memories.base import MemoryLayer
+from .deferred import DeferredAdam
 
 BETAS = (0.9, 0.95)
 
@@ -22,48 +25,47 @@ def learning_rate(step: int, steps: int, peak: float, last: float, warmup: int) 
     return last + (peak - last) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def memory_tables(model: Model) -> list[nn.Embedding]:
-    """The tables of the memory: all but the word embedding, whose gradient is dense where it is the head too."""
-    return [module for module in model.modules() if isinstance(module, nn.Embedding) and module != model.embed_tokens]
-
-
 class Optimizer:
-    """AdamW; of the memory's tables Adam on the rows that a step read alone, as torch.optim.SparseAdam has it.
+    """AdamW. Of the memory's tables it touches only the rows that steps read, if `deferred`: `DeferredAdam`."""
 
-    A table of 150,000 rows, of which a step reads some thousand, would cost AdamW a pass over gradient, weights and
-    both moments. Rows that a step did not read keep their weights and moments.
-    """
-
-    def __init__(self, model: Model, rate: float, weight_decay: float) -> None:
+    def __init__(self, model: Model, rate: float, weight_decay: float, *, deferred: bool = True) -> None:
         """Weight decay on matrices that multiply; none on tables (a token that is not in the batch must not lose its
         rows), norms, scales and convolutions."""
-        tables = [table.weight for table in memory_tables(model)]
-        for table in memory_tables(model):
-            table.sparse = True
-        sparse = {id(table) for table in tables}
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        dense = [parameter for parameter in self.parameters if id(parameter) not in sparse]
-        decayed = [p for p in dense if p.dim() == 2 and p is not model.embed_tokens.weight]
-        others = [p for p in dense if p.dim() != 2 or p is model.embed_tokens.weight]
+        layers = [layer for layer in model.modules() if isinstance(layer, MemoryLayer)]
+        tables = {layer: table for layer in layers if (table := layer.table) is not None}
+        undecayed = {id(table.weight) for table in (*tables.values(), model.embed_tokens)}
+        self._layers = [*tables] if deferred else []
+        self._deferred = DeferredAdam([*tables.values()], BETAS) if self._layers else None
+        left = {id(table.weight) for table in tables.values()} if deferred else set()
+        dense = [parameter for parameter in self.parameters if id(parameter) not in left]
+        decayed = [p for p in dense if p.dim() == 2 and id(p) not in undecayed]
+        others = [p for p in dense if p.dim() != 2 or id(p) in undecayed]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self._optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True)]
-        if tables:
-            self._optimizers.append(torch.optim.SparseAdam(tables, lr=rate, betas=BETAS))
+        self._dense = torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True)
+
+    def before(self, ids: Tensor) -> None:
+        """Before the model reads ids, int64 [b, t]."""
+        for index, layer in enumerate(self._layers):
+            assert self._deferred is not None
+            self._deferred.read(index, layer.indices(ids))
 
     def step(self, rate: float, clip: float) -> None:
-        """One step at this learning rate; gradients whose norm is above `clip` are scaled down to it, and all are
-        gone then."""
+        """One step at this learning rate; gradients whose norm is above `clip` are scaled down to it. Then they are
+        gone."""
         self._clip(clip)
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        for group in self._dense.param_groups:
+            group["lr"] = rate
+        self._dense.step()
+        if self._deferred is not None:
+            self._deferred.step(rate)
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def _clip(self, most: float) -> None:
         gradients = list(self._gradients())
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
-        scale = (most / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        scale = (most / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_, which takes no sparse ones
         for gradient in gradients:
             gradient.mul_(scale)
 
@@ -78,9 +80,15 @@ class Optimizer:
             else:
                 yield parameter.grad
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        return [optimizer.state_dict() for optimizer in self._optimizers]
+    def current(self) -> contextlib.AbstractContextManager[None]:
+        """In the block, all weights are as they are now, rows that no step read lately included."""
+        return contextlib.nullcontext() if self._deferred is None else self._deferred.current()
 
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        for optimizer, state in zip(self._optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+    def state_dict(self) -> dict[str, Any]:
+        tables = None if self._deferred is None else self._deferred.state_dict()
+        return {"dense": self._dense.state_dict(), "tables": tables}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._dense.load_state_dict(state["dense"])
+        if self._deferred is not None:
+            self._deferred.load_state_dict(state["tables"])

@@ -105,7 +105,8 @@ class Trainer:
         self.config, self.recipe, self.train_file, self.valid_file, self.out = config, recipe, train, valid, out
         self.tokenizer, self.provenance, self.device = tokenizer, provenance, torch.device(device)
         self.model = config.module().initialise(recipe.seed).to(self.device)
-        self.optimizer = Optimizer(self.model, recipe.rate, recipe.weight_decay)
+        # A compiled step has no sparse gradients.
+        self.optimizer = Optimizer(self.model, recipe.rate, recipe.weight_decay, deferred=not compile)
         self.step = 0
         self._computed: nn.Module | Callable[[Tensor], Tensor] = torch.compile(self.model) if compile else self.model
         self._resume()
@@ -181,8 +182,10 @@ class Trainer:
         recipe, total = self.recipe, 0.0
         batch = batch_at(self.train_file.ids, self.step, recipe.batch, recipe.length, recipe.seed)
         for part in batch.split(recipe.micro_batch):
+            part = part.to(self.device)
+            self.optimizer.before(part[:, :-1])
             with self._precision():
-                loss = loss_of(self._computed, part.to(self.device)) * (len(part) / len(batch))
+                loss = loss_of(self._computed, part) * (len(part) / len(batch))
             loss.backward()
             total += loss.item()
         if not math.isfinite(total):
@@ -203,25 +206,25 @@ class Trainer:
         ids, length = self.valid_file.ids, self.recipe.length
         starts = np.linspace(0, len(ids) - length - 1, self.EVALUATED).astype(int)
         windows = torch.from_numpy(np.stack([ids[start : start + length + 1] for start in starts]).astype(np.int64))
-        with self._precision():
-            losses = [
-                loss_of(self.model, part.to(self.device)).item() * len(part)
-                for part in windows.split(self.recipe.micro_batch)
-            ]
-        return sum(losses) / len(windows)
+        total = 0.0
+        with self.optimizer.current(), self._precision():
+            for part in windows.to(self.device).split(self.recipe.micro_batch):
+                total += loss_of(self.model, part).item() * len(part)
+        return total / len(windows)
 
     def save(self) -> None:
         """The model, then the state: either is whole, or as it was, and a run whose state is the last has its model."""
         seen = {"tokens": str(self.step * self.recipe.batch * self.recipe.length), "seed": str(self.recipe.seed)}
         # Float16 halves the file; its rounding is far below that of any quantised package.
-        save_pretrained(
-            self.out / MODEL,
-            self.model,
-            self.tokenizer,
-            provenance={"weights": "trained from scratch with meki-train", **self.provenance, **seen},
-            dtype=torch.float16,
-            overwrite=True,
-        )
+        with self.optimizer.current():
+            save_pretrained(
+                self.out / MODEL,
+                self.model,
+                self.tokenizer,
+                provenance={"weights": "trained from scratch with meki-train", **self.provenance, **seen},
+                dtype=torch.float16,
+                overwrite=True,
+            )
         state = {
             "identity": json.loads(json.dumps(self.identity)),
             "model": self.model.state_dict(),
