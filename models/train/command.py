@@ -5,21 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from meki.cli.arguments import Parser, integer, number, path
 from meki.cli.errors import report, run_command
-from meki.package.files import write_file
 
 from ..arguments import UsageError, setting
 from ..sizes import SIZES
 
 if TYPE_CHECKING:  # importing these loads PyTorch
     from ..architectures.base import Architecture
-    from ..tokenizer import TokenizerSpec
-    from .data import TokenFile
 
 PROGRAM = "meki-train"
 
@@ -44,48 +40,6 @@ def read_config(args: argparse.Namespace) -> Architecture:
         return LlamaConfig.from_settings({**settings, **dict(map(setting, args.set))})
     except ConfigError as error:
         raise UsageError(f"{args.config}: {error}") from error
-
-
-def prepare_tokenizer(args: argparse.Namespace, config: Architecture) -> TokenizerSpec:
-    """The user's tokenizer, or one that is trained on the text, kept in the run's directory."""
-    from ..tokenizer import END_OF_STORY, read_tokenizer, train_tokenizer
-    from .data import documents
-
-    kept = args.output / "tokenizer.json"
-    if args.tokenizer is not None:
-        return read_tokenizer(args.tokenizer)
-    if not (kept.exists() and (args.output / "train.json").exists()):  # without its tokens it may be of another text
-        if config.vocab_size <= 256:
-            raise UsageError(
-                f"vocab_size is {config.vocab_size}, expected at least 257, as a tokenizer that is trained on the text "
-                "has every byte and an end token; raise it, or give a --tokenizer"
-            )
-
-        def texts() -> Iterator[str]:
-            for source in args.data:
-                yield from (text for text, _ in documents(source, END_OF_STORY))
-
-        write_file(kept, train_tokenizer(texts(), config.vocab_size).to_str(pretty=True).encode())
-    return read_tokenizer(kept)
-
-
-def prepare_tokens(name: str, sources: list[Path], tokenizer: TokenizerSpec, out: Path) -> TokenFile:
-    """The text as ids, which are in the run's directory after the first time."""
-    from ..tokenizer import parse_tokenizer
-    from .data import TokenFile, fingerprint, sizes_of, write_tokens
-
-    file, parsed, end = out / f"{name}.tokens", parse_tokenizer(tokenizer.json), tokenizer.eos_token_ids[0]
-    if not file.with_suffix(".json").exists():
-        return write_tokens(file, sources, parsed, end)
-    tokens = TokenFile.open(file)
-    if tokens.tokenizer != fingerprint(parsed, end):
-        raise UsageError(f"{file}: has tokens of another tokenizer; give the same to go on, or another directory")
-    if tokens.sources != sizes_of(sources):
-        raise UsageError(
-            f"{file}: has the tokens of {', '.join(name for name, _ in tokens.sources)} as they were then, not of "
-            f"{', '.join(map(str, sources))}; give the same files to go on, or another directory"
-        )
-    return tokens
 
 
 def check_device(device: str) -> None:
@@ -124,11 +78,10 @@ def make_directory(path: Path) -> None:
 def train(args: argparse.Namespace) -> None:
     from ..config import ConfigError
     from ..package import check_tokenizer
+    from .prepare import check_texts, prepare_tokenizer, prepare_tokens
     from .trainer import Recipe, Trainer
 
-    for source in (*args.data, *args.valid):
-        if not source.is_file():
-            raise UsageError(f"{source}: no such file of text")
+    check_texts([*args.data, *args.valid])
     if args.tokenizer is not None and not args.tokenizer.is_file():
         raise UsageError(f"{args.tokenizer}: no such tokenizer; give a tokenizer.json")
     config = read_config(args)
@@ -146,7 +99,7 @@ def train(args: argparse.Namespace) -> None:
             seed=args.seed,
         )
         make_directory(args.output)
-        tokenizer = prepare_tokenizer(args, config)
+        tokenizer = prepare_tokenizer(args.tokenizer, args.data, config.vocab_size, args.output)
         if not tokenizer.eos_token_ids:
             raise ValueError("tokenizer: has no end token, which stands between two texts; name one as its eos_token")
         check_tokenizer(tokenizer, config.vocab_size)
