@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from meki.chat import parse_template
 from meki.options import SAMPLING, GenerationOptions, check_options
@@ -233,3 +233,28 @@ def train_tokenizer(stories: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(stories, trainer)
     return tokenizer
+
+
+def canonical_ids(tokenizer: Tokenizer) -> list[int]:
+    """For each token the number of those that are alike but for case, accents, compatibility forms and the white space
+    around them, counted by their first tokens. Part of a character is alike to nothing else.
+
+    Source: "Conditional Memory via Scalable Lookup" (arXiv 2601.07372) and its published code.
+    """
+    normalizer = normalizers.Sequence(
+        [
+            *(normalizers.NFKC(), normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()),
+            normalizers.Replace(Regex(r"[ \t\r\n]+"), " "),
+        ]
+    )
+    numbers: dict[tuple[bool, str], int] = {}
+    ids = []
+    for token in range(tokenizer.get_vocab_size()):
+        text = tokenizer.decode([token], skip_special_tokens=False)
+        if "\ufffd" in text:
+            key = (False, tokenizer.id_to_token(token))
+        else:
+            alike = normalizer.normalize_str(text)
+            key = (True, alike.strip() or alike or text)  # white space alone is one space
+        ids.append(numbers.setdefault(key, len(numbers)))
+    return ids

@@ -56,6 +56,9 @@ class MemoryLayer(nn.Module):
         """What becomes the rows, or the part of it that is a table."""
         return next((child for child in self.children() if isinstance(child, nn.Embedding)), None)
 
+    def see_tokens(self, canonical: Callable[[], Sequence[int]]) -> None:
+        """Before training: what it has to know of the tokenizer. canonical: gives the tokens' canonical ids."""
+
     def indices(self, ids: Tensor) -> Tensor:
         """Rows of the table that tokens read. ids: int64 [b, t] -> int64 [b, t] or [b, t, rows a token]."""
         return ids

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -71,6 +71,11 @@ class Engram(MemoryLayer):
             self.conv1d = nn.Conv1d(hidden, hidden, config.kernel, groups=hidden, dilation=config.ngram, bias=False)
         if config.canonical:
             self.register_buffer(_CANONICAL, torch.arange(vocab_size, dtype=torch.int32))
+
+    def see_tokens(self, canonical: Callable[[], Sequence[int]]) -> None:
+        if self.memory.canonical:
+            ids = torch.tensor(canonical(), dtype=torch.int32)
+            self.canonical_ids[: len(ids)] = ids
 
     def indices(self, ids: Tensor) -> Tensor:
         """Rows of the table. ids: int64 [b, t] -> [b, t, heads of all n]."""

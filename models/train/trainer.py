@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import pickle
@@ -24,7 +25,8 @@ from meki.package.files import replace_file
 from ..architectures.base import Architecture
 from ..checkpoints.huggingface import save_pretrained
 from ..config import ConfigError
-from ..tokenizer import TokenizerSpec
+from ..memories.base import MemoryLayer
+from ..tokenizer import TokenizerSpec, canonical_ids, parse_tokenizer
 from .data import TokenFile, batch_at
 from .optimizer import Optimizer, learning_rate
 
@@ -104,7 +106,12 @@ class Trainer:
                 )
         self.config, self.recipe, self.train_file, self.valid_file, self.out = config, recipe, train, valid, out
         self.tokenizer, self.provenance, self.device = tokenizer, provenance, torch.device(device)
-        self.model = config.module().initialise(recipe.seed).to(self.device)
+        self.model = config.module().initialise(recipe.seed)
+        canonical = functools.cache(lambda: canonical_ids(parse_tokenizer(tokenizer.json)))
+        for module in self.model.modules():
+            if isinstance(module, MemoryLayer):
+                module.see_tokens(canonical)
+        self.model.to(self.device)
         # A compiled step has no sparse gradients.
         self.optimizer = Optimizer(self.model, recipe.rate, recipe.weight_decay, deferred=not compile)
         self.step = 0
@@ -157,15 +164,14 @@ class Trainer:
                 progress.update()
                 done = self.step == recipe.steps
                 if self.step % log_every == 0 or done:
-                    seconds, begun = time.monotonic() - begun, time.monotonic()
-                    speed = (self.step - since) * recipe.batch * recipe.length / seconds
-                    since = self.step
+                    speed = (self.step - since) * recipe.batch * recipe.length / (time.monotonic() - begun)
                     entry = {"step": self.step, "loss": loss, "rate": self._rate(self.step - 1), "tokens_per_s": speed}
                     if self.valid_file is not None and (self.step % evaluate_every == 0 or done):
                         entry["held_out_loss"] = self.held_out_loss()
                     with (self.out / LOG).open("a") as log:
                         log.write(json.dumps(entry) + "\n")
                     progress.set_postfix(loss=f"{loss:.4f}")
+                    begun, since = time.monotonic(), self.step
                 stopped = stop()
                 if done or stopped or time.monotonic() - saved_at > save_every:
                     self.save()
@@ -200,17 +206,21 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     @torch.no_grad()
-    def held_out_loss(self) -> float:
+    def held_out_loss(self, windows: int = EVALUATED) -> float:
         """Mean nats a token over windows evenly spread over the held-out text."""
-        assert self.valid_file is not None
-        ids, length = self.valid_file.ids, self.recipe.length
-        starts = np.linspace(0, len(ids) - length - 1, self.EVALUATED).astype(int)
-        windows = torch.from_numpy(np.stack([ids[start : start + length + 1] for start in starts]).astype(np.int64))
         total = 0.0
         with self.optimizer.current(), self._precision():
-            for part in windows.to(self.device).split(self.recipe.micro_batch):
+            for part in self.held_out_windows(windows).split(self.recipe.micro_batch):
                 total += loss_of(self.model, part).item() * len(part)
-        return total / len(windows)
+        return total / windows
+
+    def held_out_windows(self, count: int) -> Tensor:
+        """int64 [count, length + 1], evenly spread over the held-out text."""
+        assert self.valid_file is not None
+        ids, length = self.valid_file.ids, self.recipe.length
+        starts = np.linspace(0, len(ids) - length - 1, count).astype(int)
+        windows = np.stack([ids[start : start + length + 1] for start in starts]).astype(np.int64)
+        return torch.from_numpy(windows).to(self.device)
 
     def save(self) -> None:
         """The model, then the state: either is whole, or as it was, and a run whose state is the last has its model."""

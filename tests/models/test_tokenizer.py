@@ -9,9 +9,16 @@ from typing import Any
 
 import pytest
 import transformers
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
-from meki.models.tokenizer import END_OF_STORY, TokenizerSpec, read_tokenizer, without_unknown_ends
+from meki.models.tokenizer import (
+    END_OF_STORY,
+    TokenizerSpec,
+    canonical_ids,
+    read_tokenizer,
+    train_tokenizer,
+    without_unknown_ends,
+)
 
 
 @pytest.fixture
@@ -276,3 +283,40 @@ def test_a_key_that_is_there_twice(folder: Path) -> None:
     """The last one counts, as for everyone."""
     (folder / "generation_config.json").write_text('{"eos_token_id": 5, "eos_token_id": 6}')
     assert read_tokenizer(folder / "tokenizer.json").eos_token_ids == (6,)
+
+
+def test_canonical_ids_are_alike_but_for_case_accents_forms_and_space_around() -> None:
+    words = [
+        "the",
+        " the",
+        "The",
+        " THE\n",
+        "th e",
+        "cafe",
+        " Café",
+        "Cafe\u0301",
+        "ﬁne",
+        "fine",
+        " ",
+        "\n\n",
+        "\u0301",
+        "é",
+    ]
+    words += ["e", "\u00a0"]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="the"))
+    ids = canonical_ids(tokenizer)
+    alike = [{word for word, its in zip(words, ids, strict=True) if its == number} for number in range(max(ids) + 1)]
+    assert alike == [
+        *({"the", " the", "The", " THE\n"}, {"th e"}, {"cafe", " Café", "Cafe\u0301"}, {"ﬁne", "fine"}),
+        *({" ", "\n\n", "\u00a0"}, {"\u0301"}, {"é", "e"}),
+    ]
+
+
+def test_parts_of_characters_are_alike_to_nothing_else() -> None:
+    tokenizer = train_tokenizer(["éé the The"] * 4, 262)
+    ids = canonical_ids(tokenizer)
+    assert len(ids) == tokenizer.get_vocab_size() and max(ids) < len(ids)
+    for token, number in enumerate(ids):
+        if "\ufffd" in tokenizer.decode([token], skip_special_tokens=False):
+            assert ids.count(number) == 1
+    assert ids[tokenizer.token_to_id("A")] == ids[tokenizer.token_to_id("a")]

@@ -27,7 +27,7 @@ from meki import Engine
 from meki.models import convert
 from meki.models.architectures.llama import LlamaConfig
 from meki.models.checkpoints.huggingface import load_model
-from meki.models.tokenizer import END_OF_STORY, TokenizerSpec, train_tokenizer
+from meki.models.tokenizer import END_OF_STORY, TokenizerSpec, canonical_ids, parse_tokenizer, train_tokenizer
 from meki.models.train import command, data
 from meki.models.train.trainer import Recipe, Trainer
 
@@ -276,6 +276,15 @@ def test_losses_are_those_of_a_plain_loop(kind: str, tokens: data.TokenFile, tra
 def test_a_model_computes_on_the_device_of_its_weights(kind: str) -> None:
     model = LlamaConfig.from_settings({**SMALL, **KINDS[kind]}).module().to("meta")
     assert model(torch.zeros(2, 9, dtype=torch.int64, device="meta")).shape == (2, 9, 300)
+
+
+def test_canonical_ids_are_those_of_the_tokenizer(trainer: Callable[..., Trainer], tokenizer: TokenizerSpec) -> None:
+    expected = canonical_ids(parse_tokenizer(tokenizer.json))
+    run = trainer("run", recipe(2), **KINDS["engram"], engram_canonical=True)
+    run.train()
+    ids = load_model(run.out / "model")[0].layers[1].engram.canonical_ids
+    assert ids.tolist() == [*expected, *range(len(expected), 300)]
+    assert len(set(expected)) < len(expected)
 
 
 def test_micro_batches_change_only_rounding(trainer: Callable[..., Trainer]) -> None:
