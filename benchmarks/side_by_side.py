@@ -16,10 +16,9 @@ from collections.abc import Iterator, Sequence
 from tqdm import tqdm
 
 from meki import _core
+from meki.bench.beside import measure_beside
 from meki.bench.contender import Package
-from meki.bench.environment import describe
 from meki.bench.markdown import head, row
-from meki.bench.report import make_report
 from meki.cli.arguments import integer, number, path, token_counts
 from meki.cli.errors import run_command
 from meki.package import reads_per_token
@@ -43,26 +42,12 @@ def measure(base: Package, other: Package, arguments: argparse.Namespace, progre
         compare=True,
         cold=arguments.rom == "cold",
     )
-    engines = [other.engine(), base.engine(memory=False)]
 
     def advance(text: str) -> None:
         progress.set_description_str(f"{other.path.name}: {text}")
         progress.update()
 
-    report = make_report(
-        [other.contender(), base.contender(memory=False)],
-        plan,
-        _core.measure(engines, plan, advance, BANDWIDTH_BYTES),
-        parts=[],
-        environment=describe(other, engines[0]),
-        protocol={
-            "synthetic_depth": True,
-            "depths": plan.depths,
-            "rom": arguments.rom if other.has_memory else None,
-            "rom_delay_ms": arguments.rom_delay_ms,
-            "row_cache_mib": arguments.row_cache if other.has_memory else 0,
-        },
-    )
+    report = measure_beside(base, other, plan, advance, BANDWIDTH_BYTES, rom=arguments.rom)
     ours, dense = report["results"][::2], report["results"][1::2]
     for its, theirs, compared in zip(ours, dense, report["compare"], strict=True):
         interval, stall = compared["ci95"], its["stall_us"]

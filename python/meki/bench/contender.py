@@ -70,6 +70,6 @@ class Package:
         bundle_bytes = _core.Rom(str(rom)).info.bundle_bytes if rom else 0
         return Contender(
             memory=self.manifest["memory"]["kind"] if rom else "dense",
-            weight_bytes=weights["decode_bytes" if memory else "dense_decode_bytes"],
+            weight_bytes=weights["decode_bytes" if memory or not self.has_memory else "dense_decode_bytes"],
             row_bytes=bundle_bytes * reads_per_token(self.manifest),
         )

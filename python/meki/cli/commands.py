@@ -28,6 +28,10 @@ def train() -> int:
     return _main("meki.models.train.command")
 
 
+def study() -> int:
+    return _main("meki.models.study.command")
+
+
 def _main(module: str) -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as by nohup
         signal.signal(signal.SIGINT, signal.SIG_DFL)

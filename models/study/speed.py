@@ -1,0 +1,58 @@
+"""How fast a study's models decode through the engine, each in turns with the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from meki import _core
+from meki.bench.beside import measure_beside
+from meki.bench.contender import Package
+
+from ..checkpoints import open_checkpoint
+from ..checkpoints.checkpoint import checkpoint_source
+from ..package import export_package
+from .plan import WEIGHTS
+
+TOKENS, ROUNDS = 64, 10
+BANDWIDTH_BYTES = 1 << 26
+
+
+def measure_speeds(
+    checkpoints: Mapping[str, Path], baseline: str, out: Path, advance: Callable[[str], None]
+) -> dict[str, Any]:
+    """Decode from an empty cache, int8 weights and KV, float16 rows: by model `tokens_per_s`, `ratio` to the baseline
+    and its interval `ci95`; and where this was (`environment`). checkpoints: by model. out: where packages are made."""
+    options = {"row_cache": 0}
+    packages = {}
+    for name, checkpoint in checkpoints.items():
+        advance(f"{name}: package")
+        packages[name] = Package.open(_export(checkpoint, out / name), options)
+    plan = _core.Plan(depths=(0,), prefill=0, tokens=TOKENS, repetitions=ROUNDS, compare=True)
+    models, environment = {}, {}
+    for name, package in packages.items():
+        report = measure_beside(
+            packages[baseline], package, plan, lambda text, name=name: advance(f"{name}: {text}"), BANDWIDTH_BYTES
+        )
+        (compared,), environment = report["compare"], report["environment"]
+        speed = report["results"][0]["median"]
+        models[name] = {"tokens_per_s": speed, "ratio": compared["ratio"], "ci95": compared["ci95"]}
+    keys = ("cpu", "threads", "simd", "meki")
+    return {"models": models, "environment": {key: environment[key] for key in keys}}
+
+
+def _export(checkpoint: Path, out: Path) -> Path:
+    opened = open_checkpoint(checkpoint, {})
+    tokenizer = opened.read_tokenizer()
+    assert tokenizer is not None  # the trainer writes it
+    export_package(
+        checkpoint_source(opened),
+        tokenizer,
+        out,
+        name=out.name,
+        provenance=opened.provenance,
+        weights=WEIGHTS,
+        overwrite=True,
+    )
+    return out
