@@ -15,12 +15,18 @@ from meki.package.files import read_text
 from ..architectures.base import Architecture
 from ..architectures.llama import LlamaConfig
 from ..arguments import UsageError
-from ..config import ConfigError
+from ..config import POSITIVE, ConfigError, check, integer
 from ..package import check_exportable
 from ..train.trainer import Recipe
 
 WEIGHTS = "int8"
 """Of the packages that decode is measured with."""
+_COUNT = integer(1, 10**18)
+_RECIPE = {
+    **dict.fromkeys(("tokens", "batch", "length", "micro_batch"), _COUNT),
+    **dict.fromkeys(("rate", "last_rate", "weight_decay", "clip"), POSITIVE),
+    "warmup": integer(0, 10**18),
+}
 
 
 @dataclass(frozen=True)
@@ -77,9 +83,9 @@ class Plan:
                 check_exportable(models[str(name)], WEIGHTS)
             except ConfigError as error:
                 raise ConfigError(f"model {name}: {error}") from error
-        names = [field.name for field in dataclasses.fields(Recipe) if field.name != "seed"]
         needed = ("tokens", "batch", "length", "rate", "warmup")
-        recipe = _object("recipe", values["recipe"], needed, [name for name in names if name not in needed])
+        recipe = _object("recipe", values["recipe"], needed, [name for name in _RECIPE if name not in needed])
+        check(_RECIPE, recipe)
         recipe = {"micro_batch": recipe["batch"], "last_rate": recipe["rate"] / 10, **recipe}
         plan = cls(
             title=str(values["title"]),
@@ -91,12 +97,12 @@ class Plan:
         )
         named = [name for section in plan.sections for name in section.models]
         compared = [name for claim in plan.claims for name in (claim.better, *claim.than)]
-        for name in (plan.baseline, *compared):
-            if name not in named:
-                raise ValueError(f"model {name!r} is compared but in no section; sections have {', '.join(named)}")
         for name in named:
             if name not in models:
                 raise ValueError(f"a section names model {name!r}, which is none of {', '.join(models)}")
+        for name in (plan.baseline, *compared):
+            if name not in named:
+                raise ValueError(f"model {name!r} is compared but in no section; sections have {', '.join(named)}")
         if unused := sorted(models.keys() - set(named)):
             raise ValueError(f"no section has {', '.join(unused)}; add one or leave the models out")
         if len({model.vocab_size for model in models.values()}) > 1:
