@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import warnings
+from collections.abc import Iterator
 from typing import Any
+
+from meki.cli.errors import report
 
 from .config import ConfigError, check
 
 
 class UsageError(ValueError):
     """The command line asks for what cannot be."""
+
+
+@contextlib.contextmanager
+def reported_warnings(program: str) -> Iterator[None]:
+    """Shows a warning to the user as `program` shows an error."""
+    with warnings.catch_warnings(action="always", category=UserWarning):
+        warnings.showwarning = lambda message, *_: report(program, "warning", message)
+        yield
 
 
 def setting(text: str) -> tuple[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from meki.cli.errors import report, run_command
 from meki.package import bundled_models
 from meki.package.files import MANIFEST, check_target
 
-from .arguments import UsageError, setting
+from .arguments import UsageError, reported_warnings, setting
 from .config import ConfigError
 from .progress import ProgressBars
 from .quantize import ROW_TYPES, WEIGHT_TYPES
@@ -118,8 +117,7 @@ def summary(path: Path, manifest: dict[str, Any]) -> str:
 def run(args: argparse.Namespace) -> None:
     """Exports as the command line says and prints the summary."""
     try:
-        with warnings.catch_warnings(action="always", category=UserWarning):
-            warnings.showwarning = lambda message, *_: report(PROGRAM, "warning", message)
+        with reported_warnings(PROGRAM):
             manifest = convert(args)
     except KeyboardInterrupt:
         report(PROGRAM, "note", "interrupted, nothing written")

@@ -1,1 +1,1 @@
-"""Training from scratch: data, optimizer, the loop, and the command meki-train."""
+"""Training, from scratch or of a memory for an existing model: data, optimizer, the loop, the command meki-train."""

@@ -1,4 +1,4 @@
-"""Trains a model from scratch on text, and resumes where it was stopped."""
+"""Trains a model on text, from scratch or a memory for an existing one, and resumes where it was stopped."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any, Self
 from meki.cli.arguments import Parser, integer, number, path
 from meki.cli.errors import report, run_command
 
-from ..arguments import UsageError, setting
+from ..arguments import UsageError, reported_warnings, setting
 from ..sizes import SIZES
 
 if TYPE_CHECKING:  # importing these loads PyTorch
     from ..architectures.base import Architecture
+    from ..tokenizer import TokenizerSpec
+    from .base_model import BaseModel
+    from .trainer import Trainer
 
 PROGRAM = "meki-train"
 
@@ -40,6 +43,21 @@ def read_config(args: argparse.Namespace) -> Architecture:
         return LlamaConfig.from_settings({**settings, **dict(map(setting, args.set))})
     except ConfigError as error:
         raise UsageError(f"{args.config}: {error}") from error
+
+
+def open_model(args: argparse.Namespace) -> tuple[Architecture, BaseModel | None, TokenizerSpec | None]:
+    """The configuration, and for `--base` what it begins with and its tokenizer."""
+    if args.base is None:
+        if args.freeze or args.base_rate is not None:
+            raise UsageError("--freeze and --base-rate are for the model of --base; name one, or omit them")
+        return read_config(args), None, None
+    if not args.freeze and args.base_rate is None:
+        raise UsageError("--base: are its weights to change? give --freeze, or --base-rate R")
+    from .base_model import open_base
+
+    with reported_warnings(PROGRAM):
+        base, config, tokenizer = open_base(args, dict(map(setting, args.set)))
+    return config, base, tokenizer
 
 
 def check_device(device: str) -> None:
@@ -75,6 +93,14 @@ def make_directory(path: Path) -> None:
         raise UsageError(f"{path}: is no directory, nor can be one; choose another path") from error
 
 
+def show_held_out(trainer: Trainer, before: str) -> None:
+    if trainer.valid_file is not None:
+        loss = trainer.held_out_loss()
+        print(
+            f"{before} held-out loss {loss:.4f} nats a token, {loss * trainer.valid_file.bits_per_nat:.4f} bits a byte"
+        )
+
+
 def train(args: argparse.Namespace) -> None:
     from ..config import ConfigError
     from ..package import check_tokenizer
@@ -84,10 +110,10 @@ def train(args: argparse.Namespace) -> None:
     check_texts([*args.data, *args.valid])
     if args.tokenizer is not None and not args.tokenizer.is_file():
         raise UsageError(f"{args.tokenizer}: no such tokenizer; give a tokenizer.json")
-    config = read_config(args)
-    length = args.length or config.context
     check_device(args.device)
     try:
+        config, base, tokenizer = open_model(args)
+        length = args.length or config.context
         recipe = Recipe(
             tokens=args.tokens,
             batch=args.batch,
@@ -99,7 +125,7 @@ def train(args: argparse.Namespace) -> None:
             seed=args.seed,
         )
         make_directory(args.output)
-        tokenizer = prepare_tokenizer(args.tokenizer, args.data, config.vocab_size, args.output)
+        tokenizer = tokenizer or prepare_tokenizer(args.tokenizer, args.data, config.vocab_size, args.output)
         if not tokenizer.eos_token_ids:
             raise ValueError("tokenizer: has no end token, which stands between two texts; name one as its eos_token")
         check_tokenizer(tokenizer, config.vocab_size)
@@ -111,6 +137,7 @@ def train(args: argparse.Namespace) -> None:
             args.output,
             tokenizer=tokenizer,
             provenance={"data": ", ".join(source.name for source in args.data)},
+            base=base,
             device=args.device,
             compile=args.compile,
         )
@@ -120,23 +147,29 @@ def train(args: argparse.Namespace) -> None:
         raise
     except ValueError as error:  # of the files that the arguments name
         raise RuntimeError(error) from error
+    if base and not trainer.step:
+        show_held_out(trainer, f"{args.base}:")
     with Interrupt() as interrupt:
         trainer.train(lambda: interrupt.came)
     if interrupt.came:
         report(PROGRAM, "note", f"stopped at step {trainer.step} of {recipe.steps}; the same command goes on")
         raise KeyboardInterrupt
     print(f"{args.output}: {recipe.steps} steps, {recipe.steps * recipe.batch * length:,} tokens")
-    if trainer.valid_file is not None:
-        loss = trainer.held_out_loss()
-        print(f"  held-out loss {loss:.4f} nats a token, {loss * trainer.valid_file.bits_per_nat:.4f} bits a byte")
+    show_held_out(trainer, " ")
     print(f"  meki-convert {args.output / 'model'} -o PACKAGE")
 
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 1 failure, 2 usage, 130 interrupted."""
     parser = Parser(PROGRAM, description=__doc__, epilog="Reference: docs/cli.md")
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("config", metavar="CONFIG", nargs="?", help=f"a size ({', '.join(SIZES)}), or a JSON file of settings")
+    add("--base", type=path, metavar="MODEL", help="add a memory to this model: what meki-convert reads, without one")
+    rate = number("a learning rate", 1)
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--freeze", action="store_true", help="train the memory alone, not the model of --base")
+    add("--base-rate", type=rate, metavar="R", help="peak learning rate of the model of --base")
     add = parser.add_argument
-    add("config", metavar="CONFIG", help=f"a size ({', '.join(SIZES)}), or a JSON file of settings")
     add(
         "--data",
         type=path,
@@ -155,12 +188,16 @@ def main(argv: list[str] | None = None) -> int:
         help="directory of the run; one that is there goes on",
     )
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the configuration")
-    add("--tokenizer", type=path, metavar="FILE", help="tokenizer.json (default: one that is trained on the text)")
+    add(
+        "--tokenizer",
+        type=path,
+        metavar="FILE",
+        help="tokenizer.json (default: the base's own, or one that is trained on the text)",
+    )
     add("--tokens", type=integer(1, 10**18), required=True, metavar="N", help="tokens to see in all")
     add("--batch", type=integer(1), default=4, metavar="N", help="sequences of a step (default: %(default)s)")
     add("--micro-batch", type=integer(1), metavar="N", help="sequences computed at a time (default: all of a step)")
     add("--length", type=integer(1), metavar="N", help="tokens of a sequence (default: the model's context)")
-    rate = number("a learning rate", 1)
     add("--rate", type=rate, default=4e-4, metavar="R", help="peak learning rate (default: %(default)s)")
     add("--last-rate", type=rate, metavar="R", help="learning rate at the end (default: a tenth of the peak)")
     add("--warmup", type=integer(0), default=200, metavar="N", help="steps of warm-up (default: %(default)s)")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..architectures.base import Model
 from ..memories.base import MemoryLayer
@@ -50,12 +50,20 @@ class Optimizer:
             assert self._deferred is not None
             self._deferred.read(index, layer.indices(ids))
 
+    def set_relative_rate(self, parameters: Iterable[nn.Parameter], factor: float) -> None:
+        """From now on the rate of these, of which none is a memory's table, is `factor` times that of a step."""
+        its, optimizer = {id(parameter) for parameter in parameters}, self._dense
+        for group in list(optimizer.param_groups):
+            moved = [parameter for parameter in group["params"] if id(parameter) in its]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in its]
+            optimizer.add_param_group({**group, "params": moved, "relative_rate": factor})
+
     def step(self, rate: float, clip: float) -> None:
         """One step at this learning rate; gradients whose norm is above `clip` are scaled down to it. Then they are
         gone."""
         self._clip(clip)
         for group in self._dense.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("relative_rate", 1.0)
         self._dense.step()
         if self._deferred is not None:
             self._deferred.step(rate)

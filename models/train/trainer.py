@@ -27,6 +27,7 @@ from ..checkpoints.huggingface import save_pretrained
 from ..config import ConfigError
 from ..memories.base import MemoryLayer
 from ..tokenizer import TokenizerSpec, canonical_ids, parse_tokenizer
+from .base_model import BaseModel
 from .data import TokenFile, batch_at
 from .optimizer import Optimizer, learning_rate
 
@@ -93,10 +94,12 @@ class Trainer:
         *,
         tokenizer: TokenizerSpec,
         provenance: dict[str, str],
+        base: BaseModel | None = None,
         device: str = "cpu",
         compile: bool = False,
     ) -> None:
-        """ConfigError if the directory has a run of another model or recipe, or if there are too few tokens."""
+        """base: the model that `config` adds a memory to; None: all is trained from scratch. ConfigError if the
+        directory has a run of another model or recipe, or if there are too few tokens."""
         # An epoch begins anywhere in the first sequence; the target of a sequence's last token is the one behind it.
         for name, file, least in (("training", train, 2 * recipe.length + 1), ("held-out", valid, recipe.length + 1)):
             if file is not None and len(file.ids) < least:
@@ -106,7 +109,8 @@ class Trainer:
                 )
         self.config, self.recipe, self.train_file, self.valid_file, self.out = config, recipe, train, valid, out
         self.tokenizer, self.provenance, self.device = tokenizer, provenance, torch.device(device)
-        self.model = config.module().initialise(recipe.seed)
+        self.model, self.base = config.module().initialise(recipe.seed), base
+        self._base_weights = base.enter(self.model) if base else None
         canonical = functools.cache(lambda: canonical_ids(parse_tokenizer(tokenizer.json)))
         for module in self.model.modules():
             if isinstance(module, MemoryLayer):
@@ -114,6 +118,8 @@ class Trainer:
         self.model.to(self.device)
         # A compiled step has no sparse gradients.
         self.optimizer = Optimizer(self.model, recipe.rate, recipe.weight_decay, deferred=not compile)
+        if base:
+            base.set_rate(self.model, self.optimizer, recipe.rate)
         self.step = 0
         self._computed: nn.Module | Callable[[Tensor], Tensor] = torch.compile(self.model) if compile else self.model
         self._resume()
@@ -122,7 +128,14 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on."""
         data = {"tokens": len(self.train_file.ids), "bytes": self.train_file.bytes}
-        return {"config": self.config.settings(), "recipe": dataclasses.asdict(self.recipe), "data": data}
+        base = {"base": self._base_weights, "base_rate": self.base and self.base.rate}
+        recipe = {**dataclasses.asdict(self.recipe), **base}
+        return {"config": self.config.settings(), "recipe": recipe, "data": data}
+
+    def _trained(self) -> dict[str, Tensor]:
+        """The model's state but for what is frozen, which its base has."""
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in frozen}
 
     def _resume(self) -> None:
         path = self.out / STATE
@@ -143,7 +156,7 @@ class Trainer:
                         f"{path}: the run there has {part} {name} = {theirs!r}, not {value!r}; give the same to go on "
                         "with it, or another directory"
                     )
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict({**self.model.state_dict(), **state["model"]})
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
 
@@ -225,19 +238,20 @@ class Trainer:
     def save(self) -> None:
         """The model, then the state: either is whole, or as it was, and a run whose state is the last has its model."""
         seen = {"tokens": str(self.step * self.recipe.batch * self.recipe.length), "seed": str(self.recipe.seed)}
-        # Float16 halves the file; its rounding is far below that of any quantised package.
+        known = self.base.provenance if self.base else {"weights": "trained from scratch with meki-train"}
+        # Float16 halves the file; its rounding is far below that of any quantised package. A base stays as it is.
         with self.optimizer.current():
             save_pretrained(
                 self.out / MODEL,
                 self.model,
                 self.tokenizer,
-                provenance={"weights": "trained from scratch with meki-train", **self.provenance, **seen},
-                dtype=torch.float16,
+                provenance={**known, **self.provenance, **seen},
+                dtype=torch.float32 if self.base else torch.float16,
                 overwrite=True,
             )
         state = {
             "identity": json.loads(json.dumps(self.identity)),
-            "model": self.model.state_dict(),
+            "model": self._trained(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
         }
