@@ -16,8 +16,9 @@ from meki.package.files import locked, write_file
 
 from ..tokenizer import TokenizerSpec
 from ..train.data import TokenFile
+from ..train.log import read_log
 from ..train.prepare import prepare_tokenizer, prepare_tokens
-from ..train.trainer import LOG, Trainer
+from ..train.trainer import Trainer
 from .logit_lens import divergences
 from .plan import Plan
 
@@ -111,7 +112,7 @@ class Runs:
         trainer.train(stop, log_every=every, evaluate_every=every)
         if trainer.step < recipe.steps:
             return
-        log = _log(directory)
+        log = read_log(directory)
         with trainer.optimizer.current():
             logit_lens = divergences(trainer.model, trainer.held_out_windows(LENS_WINDOWS))
         loss = trainer.held_out_loss(len(self.text.valid.ids) // recipe.length)
@@ -132,12 +133,6 @@ class Runs:
         }
         write_file(directory / "result.json", json.dumps(result).encode())
         self.results[name, seed] = result
-
-
-def _log(directory: Path) -> list[dict[str, Any]]:
-    """A line for each step; a run that was killed has some twice, of which the last counts."""
-    entries = [json.loads(line) for line in (directory / LOG).read_text().splitlines()]
-    return sorted({entry["step"]: entry for entry in entries}.values(), key=lambda entry: entry["step"])
 
 
 def _seconds(log: Sequence[dict[str, Any]], tokens_of_a_step: int) -> list[float]:

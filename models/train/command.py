@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from meki.cli.arguments import Parser, integer, number, path
 from meki.cli.errors import report, run_command
+from meki.package.files import locked
 
 from ..arguments import UsageError, reported_warnings, setting
 from ..sizes import SIZES
@@ -18,6 +20,7 @@ if TYPE_CHECKING:  # importing these loads PyTorch
     from ..architectures.base import Architecture
     from ..tokenizer import TokenizerSpec
     from .base_model import BaseModel
+    from .distributed import World
     from .trainer import Trainer
 
 PROGRAM = "meki-train"
@@ -93,53 +96,54 @@ def make_directory(path: Path) -> None:
         raise UsageError(f"{path}: is no directory, nor can be one; choose another path") from error
 
 
-def show_held_out(trainer: Trainer, before: str) -> None:
+def show_held_out(trainer: Trainer, before: str, world: World) -> None:
     if trainer.valid_file is not None:
-        loss = trainer.held_out_loss()
-        print(
-            f"{before} held-out loss {loss:.4f} nats a token, {loss * trainer.valid_file.bits_per_nat:.4f} bits a byte"
-        )
+        loss = trainer.held_out_loss()  # of which every process computes its part, if weights are spread
+        bits = loss * trainer.valid_file.bits_per_nat
+        world.rank or print(f"{before} held-out loss {loss:.4f} nats a token, {bits:.4f} bits a byte")
 
 
-def train(args: argparse.Namespace) -> None:
+def make_trainer(args: argparse.Namespace, world: World) -> Trainer:
+    """What the command line asks for. UsageError; RuntimeError for bad files that it names."""
     from ..config import ConfigError
     from ..package import check_tokenizer
-    from .prepare import check_texts, prepare_tokenizer, prepare_tokens
+    from .prepare import prepare_tokenizer, prepare_tokens
     from .trainer import Recipe, Trainer
 
-    check_texts([*args.data, *args.valid])
-    if args.tokenizer is not None and not args.tokenizer.is_file():
-        raise UsageError(f"{args.tokenizer}: no such tokenizer; give a tokenizer.json")
-    check_device(args.device)
     try:
         config, base, tokenizer = open_model(args)
-        length = args.length or config.context
         recipe = Recipe(
             tokens=args.tokens,
             batch=args.batch,
             micro_batch=args.micro_batch or args.batch,
-            length=length,
+            length=args.length or config.context,
             rate=args.rate,
             last_rate=args.rate / 10 if args.last_rate is None else args.last_rate,
             warmup=args.warmup,
             seed=args.seed,
         )
-        make_directory(args.output)
-        tokenizer = tokenizer or prepare_tokenizer(args.tokenizer, args.data, config.vocab_size, args.output)
-        if not tokenizer.eos_token_ids:
-            raise ValueError("tokenizer: has no end token, which stands between two texts; name one as its eos_token")
-        check_tokenizer(tokenizer, config.vocab_size)
-        trainer = Trainer(
+        with world.first_alone():
+            tokenizer = tokenizer or prepare_tokenizer(args.tokenizer, args.data, config.vocab_size, args.output)
+            if not tokenizer.eos_token_ids:
+                raise ValueError(
+                    "tokenizer: has no end token, which stands between two texts; name one as its eos_token"
+                )
+            check_tokenizer(tokenizer, config.vocab_size)
+            tokens = prepare_tokens("train", args.data, tokenizer, args.output)
+            held_out = prepare_tokens("valid", args.valid, tokenizer, args.output) if args.valid else None
+        return Trainer(
             config,
             recipe,
-            prepare_tokens("train", args.data, tokenizer, args.output),
-            prepare_tokens("valid", args.valid, tokenizer, args.output) if args.valid else None,
+            tokens,
+            held_out,
             args.output,
             tokenizer=tokenizer,
             provenance={"data": ", ".join(source.name for source in args.data)},
             base=base,
-            device=args.device,
+            device=world.device(args.device),
             compile=args.compile,
+            world=world,
+            shard=args.shard,
         )
     except ConfigError as error:
         raise UsageError(error) from error
@@ -147,16 +151,39 @@ def train(args: argparse.Namespace) -> None:
         raise
     except ValueError as error:  # of the files that the arguments name
         raise RuntimeError(error) from error
-    if base and not trainer.step:
-        show_held_out(trainer, f"{args.base}:")
+
+
+def train(args: argparse.Namespace) -> None:
+    from .distributed import World
+    from .prepare import check_texts
+
+    check_texts([*args.data, *args.valid])
+    if args.tokenizer is not None and not args.tokenizer.is_file():
+        raise UsageError(f"{args.tokenizer}: no such tokenizer; give a tokenizer.json")
+    check_device(args.device)
+    with World.join(args.device) as world, contextlib.ExitStack() as stack:
+        if args.shard and world.size == 1:
+            raise UsageError("--shard spreads weights over several processes, this is one; start them with torchrun")
+        make_directory(args.output)
+        if world.rank == 0:
+            stack.enter_context(locked(args.output))
+        run(args, make_trainer(args, world), world)
+
+
+def run(args: argparse.Namespace, trainer: Trainer, world: World) -> None:
+    recipe = trainer.recipe
+    if args.base and not trainer.step:
+        show_held_out(trainer, f"{args.base}:", world)
     with Interrupt() as interrupt:
         trainer.train(lambda: interrupt.came)
-    if interrupt.came:
-        report(PROGRAM, "note", f"stopped at step {trainer.step} of {recipe.steps}; the same command goes on")
+    if trainer.step < recipe.steps:
+        world.rank or report(
+            PROGRAM, "note", f"stopped at step {trainer.step} of {recipe.steps}; the same command goes on"
+        )
         raise KeyboardInterrupt
-    print(f"{args.output}: {recipe.steps} steps, {recipe.steps * recipe.batch * length:,} tokens")
-    show_held_out(trainer, " ")
-    print(f"  meki-convert {args.output / 'model'} -o PACKAGE")
+    world.rank or print(f"{args.output}: {recipe.steps} steps, {recipe.steps * recipe.batch * recipe.length:,} tokens")
+    show_held_out(trainer, " ", world)
+    world.rank or print(f"  meki-convert {args.output / 'model'} -o PACKAGE")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -196,12 +223,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     add("--tokens", type=integer(1, 10**18), required=True, metavar="N", help="tokens to see in all")
     add("--batch", type=integer(1), default=4, metavar="N", help="sequences of a step (default: %(default)s)")
-    add("--micro-batch", type=integer(1), metavar="N", help="sequences computed at a time (default: all of a step)")
+    add("--micro-batch", type=integer(1), metavar="N", help="sequences computed at a time by a process (default: all)")
     add("--length", type=integer(1), metavar="N", help="tokens of a sequence (default: the model's context)")
     add("--rate", type=rate, default=4e-4, metavar="R", help="peak learning rate (default: %(default)s)")
     add("--last-rate", type=rate, metavar="R", help="learning rate at the end (default: a tenth of the peak)")
     add("--warmup", type=integer(0), default=200, metavar="N", help="steps of warm-up (default: %(default)s)")
     add("--seed", type=integer(0), default=1, metavar="N", help="of weights and order (default: %(default)s)")
     add("--device", default="cpu", help="cpu or cuda; bfloat16 on the latter (default: %(default)s)")
+    add("--shard", action="store_true", help="spread weights and moments over the processes of torchrun (FSDP2)")
     add("--compile", action="store_true", help="compile the step with torch.compile (on a CPU this needs g++)")
     return run_command(PROGRAM, lambda: train(parser.parse_args(argv)), extras="[models]")

@@ -27,11 +27,14 @@ from ..checkpoints.huggingface import save_pretrained
 from ..config import ConfigError
 from ..memories.base import MemoryLayer
 from ..tokenizer import TokenizerSpec, canonical_ids, parse_tokenizer
+from . import distributed
 from .base_model import BaseModel
 from .data import TokenFile, batch_at
+from .distributed import ALONE, World
+from .log import Log
 from .optimizer import Optimizer, learning_rate
 
-STATE, LOG, MODEL = "state.pt", "log.jsonl", "model"
+STATE, MODEL = "state.pt", "model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +100,14 @@ class Trainer:
         base: BaseModel | None = None,
         device: str = "cpu",
         compile: bool = False,
+        world: World = ALONE,
+        shard: bool = False,
     ) -> None:
-        """base: the model that `config` adds a memory to; None: all is trained from scratch. ConfigError if the
-        directory has a run of another model or recipe, or if there are too few tokens."""
+        """base: the model that `config` adds a memory to; None: all is trained from scratch. world: processes that
+        each compute their share of a step, `micro_batch` sequences at a time; shard: weights and moments are spread
+        over them. ConfigError if the directory has a run of another model or recipe, or if there are too few tokens."""
+        if recipe.batch % world.size:
+            raise ConfigError(f"--batch is {recipe.batch}, expected a multiple of the {world.size} processes")
         # An epoch begins anywhere in the first sequence; the target of a sequence's last token is the one behind it.
         for name, file, least in (("training", train, 2 * recipe.length + 1), ("held-out", valid, recipe.length + 1)):
             if file is not None and len(file.ids) < least:
@@ -116,12 +124,19 @@ class Trainer:
             if isinstance(module, MemoryLayer):
                 module.see_tokens(canonical)
         self.model.to(self.device)
-        # A compiled step has no sparse gradients.
-        self.optimizer = Optimizer(self.model, recipe.rate, recipe.weight_decay, deferred=not compile)
+        self._world, self._how = world, {"compile": compile, "shard": shard}
+        if shard:
+            distributed.shard(self.model, world)
+        # A compiled step and sharded tables have no sparse gradients.
+        deferred = not (compile or shard)
+        self.optimizer = Optimizer(self.model, recipe.rate, recipe.weight_decay, deferred=deferred, world=world)
         if base:
             base.set_rate(self.model, self.optimizer, recipe.rate)
         self.step = 0
-        self._computed: nn.Module | Callable[[Tensor], Tensor] = torch.compile(self.model) if compile else self.model
+        self._parallel: nn.Module = self.model
+        if world.size > 1 and not shard:
+            self._parallel = distributed.replicate(self.model, self.optimizer.tables)
+        self._computed = torch.compile(self._parallel) if compile else self._parallel
         self._resume()
 
     @property
@@ -129,13 +144,14 @@ class Trainer:
         """What must be the same for a run to go on."""
         data = {"tokens": len(self.train_file.ids), "bytes": self.train_file.bytes}
         base = {"base": self._base_weights, "base_rate": self.base and self.base.rate}
-        recipe = {**dataclasses.asdict(self.recipe), **base}
+        recipe = {**dataclasses.asdict(self.recipe), **base, **self._how}
         return {"config": self.config.settings(), "recipe": recipe, "data": data}
 
-    def _trained(self) -> dict[str, Tensor]:
-        """The model's state but for what is frozen, which its base has."""
-        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
-        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in frozen}
+    def _state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Whole weights and moments, in the first process; all have to ask if they are spread."""
+        if self._how["shard"]:
+            return distributed.whole_state(self.model, self.optimizer.dense)
+        return self.model.state_dict(), self.optimizer.state_dict()
 
     def _resume(self) -> None:
         path = self.out / STATE
@@ -156,8 +172,11 @@ class Trainer:
                         f"{path}: the run there has {part} {name} = {theirs!r}, not {value!r}; give the same to go on "
                         "with it, or another directory"
                     )
-        self.model.load_state_dict({**self.model.state_dict(), **state["model"]})
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self._how["shard"]:
+            distributed.load_whole_state(self.model, self.optimizer.dense, state["model"], state["optimizer"])
+        else:
+            self.model.load_state_dict({**self.model.state_dict(), **state["model"]})
+            self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
 
     def train(
@@ -169,7 +188,11 @@ class Trainer:
     ) -> None:
         """To the end, or to the first step after which `stop` says so; saves then, and every so many seconds."""
         recipe, saved_at = self.recipe, time.monotonic()
-        with tqdm(total=recipe.steps, initial=self.step, unit="step", disable=None) as progress:
+        shown = None if self._world.rank == 0 else True
+        with (
+            tqdm(total=recipe.steps, initial=self.step, unit="step", disable=shown) as progress,
+            Log(self.out, self.step) if self._world.rank == 0 else contextlib.nullcontext() as log,
+        ):
             begun, since = time.monotonic(), self.step
             while self.step < recipe.steps:
                 loss = self._step()
@@ -181,12 +204,13 @@ class Trainer:
                     entry = {"step": self.step, "loss": loss, "rate": self._rate(self.step - 1), "tokens_per_s": speed}
                     if self.valid_file is not None and (self.step % evaluate_every == 0 or done):
                         entry["held_out_loss"] = self.held_out_loss()
-                    with (self.out / LOG).open("a") as log:
-                        log.write(json.dumps(entry) + "\n")
+                    if log:
+                        log.write(entry)
                     progress.set_postfix(loss=f"{loss:.4f}")
                     begun, since = time.monotonic(), self.step
-                stopped = stop()
-                if done or stopped or time.monotonic() - saved_at > save_every:
+                overdue = time.monotonic() - saved_at > save_every
+                stopped, overdue = map(bool, self._world.sums([stop(), overdue], self.device))  # all, or none
+                if done or stopped or overdue:
                     self.save()
                     saved_at = time.monotonic()
                 if stopped:
@@ -199,14 +223,18 @@ class Trainer:
     def _step(self) -> float:
         """One step of the optimizer; its loss in nats a token."""
         recipe, total = self.recipe, 0.0
-        batch = batch_at(self.train_file.ids, self.step, recipe.batch, recipe.length, recipe.seed)
-        for part in batch.split(recipe.micro_batch):
+        whole = batch_at(self.train_file.ids, self.step, recipe.batch, recipe.length, recipe.seed)
+        batch = self._world.share(whole)
+        parts = batch.split(recipe.micro_batch)
+        for number, part in enumerate(parts, 1):
             part = part.to(self.device)
             self.optimizer.before(part[:, :-1])
-            with self._precision():
-                loss = loss_of(self._computed, part) * (len(part) / len(batch))
-            loss.backward()
+            with distributed.accumulating(self._parallel, last=number == len(parts)):
+                with self._precision():
+                    loss = loss_of(self._computed, part) * (len(part) / len(batch))
+                loss.backward()
             total += loss.item()
+        total = self._world.sums([total], self.device)[0] / self._world.size
         if not math.isfinite(total):
             raise RuntimeError(f"step {self.step}: the loss is {total}; take a lower --rate or a longer --warmup")
         self.optimizer.step(self._rate(self.step), recipe.clip)
@@ -237,22 +265,35 @@ class Trainer:
 
     def save(self) -> None:
         """The model, then the state: either is whole, or as it was, and a run whose state is the last has its model."""
-        seen = {"tokens": str(self.step * self.recipe.batch * self.recipe.length), "seed": str(self.recipe.seed)}
+        weights, moments = self._state()
+        with self._world.first_alone():
+            if self._world.rank == 0:
+                self._write(weights, moments)
+
+    def _write(self, weights: dict[str, Any], moments: dict[str, Any]) -> None:
+        recipe, model = self.recipe, self.model
         known = self.base.provenance if self.base else {"weights": "trained from scratch with meki-train"}
+        seen = {"tokens": str(self.step * recipe.batch * recipe.length), "seed": str(recipe.seed)}
+        if self._how["shard"]:
+            with torch.device("meta"):
+                model = self.config.module()
+            model.load_state_dict(weights, assign=True)
         # Float16 halves the file; its rounding is far below that of any quantised package. A base stays as it is.
         with self.optimizer.current():
             save_pretrained(
                 self.out / MODEL,
-                self.model,
+                model,
                 self.tokenizer,
                 provenance={**known, **self.provenance, **seen},
                 dtype=torch.float32 if self.base else torch.float16,
                 overwrite=True,
             )
+        # What is frozen, its base has.
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
         state = {
             "identity": json.loads(json.dumps(self.identity)),
-            "model": self._trained(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": {name: tensor for name, tensor in weights.items() if name not in frozen},
+            "optimizer": moments,
             "step": self.step,
         }
         with replace_file(self.out / STATE) as partial:

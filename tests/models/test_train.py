@@ -29,6 +29,7 @@ from meki.models.architectures.llama import LlamaConfig
 from meki.models.checkpoints.huggingface import load_model
 from meki.models.tokenizer import END_OF_STORY, TokenizerSpec, canonical_ids, parse_tokenizer, train_tokenizer
 from meki.models.train import command, data
+from meki.models.train.log import Log, read_log
 from meki.models.train.trainer import Recipe, Trainer
 
 STORIES = [
@@ -533,3 +534,33 @@ def test_a_tokenizer_of_text_that_came_to_nothing_is_not_kept(arguments: list[st
     assert command.main(arguments) == 0
     kept = (tmp_path / "run" / "tokenizer.json").read_text()
     assert kept == train_tokenizer(STORIES, 300).to_str(pretty=True)
+
+
+# What is logged.
+
+
+def test_tensorboard_has_what_the_lines_have(trainer: Callable[..., Trainer]) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    stops = itertools.count(1)
+    trainer("run", recipe(6), valid=True).train(lambda: next(stops) == 3, log_every=1, evaluate_every=2)
+    run = trainer("run", recipe(6), valid=True)
+    run.train(log_every=1, evaluate_every=2)
+    entries = read_log(run.out)
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6]
+    events = accumulator.EventAccumulator(str(run.out / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"loss", "rate", "tokens_per_s", "held_out_loss"}
+    for name in events.Tags()["scalars"]:
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        logged = [(entry["step"], pytest.approx(entry[name])) for entry in entries if name in entry]
+        assert shown == logged
+
+
+def test_steps_that_were_done_twice_are_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meki.models.train.log.find_spec", lambda _: None)
+    for begin in (0, 1):  # killed after step 3, whose last state was that of step 1
+        with Log(tmp_path, begin) as log:
+            for step in range(begin, 3):
+                log.write({"step": step + 1, "loss": 1.0 + begin})
+    assert [(entry["step"], entry["loss"]) for entry in read_log(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 2.0)]
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
