@@ -252,7 +252,7 @@ def canonical_ids(tokenizer: Tokenizer) -> list[int]:
     for token in range(tokenizer.get_vocab_size()):
         text = tokenizer.decode([token], skip_special_tokens=False)
         if "\ufffd" in text:
-            key = (False, tokenizer.id_to_token(token))
+            key = (False, str(tokenizer.id_to_token(token)))
         else:
             alike = normalizer.normalize_str(text)
             key = (True, alike.strip() or alike or text)  # white space alone is one space

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import ConfigError, Rule, check
 from ..ffns import FFNS
@@ -21,14 +21,20 @@ from ..graph.primitives import Dimensions, Primitives
 from ..memories import MEMORIES, Memory
 
 
-class Model(nn.Module):
+class Model(nn.Module, ABC):
     """A decoder in PyTorch, in training form. Token ids int64 [b, t] -> logits [b, t, vocab]."""
 
     embed_tokens: nn.Embedding
+    layers: nn.ModuleList
+    """Each takes the residual stream, [b, t, hidden], and gives the next."""
 
     def __init__(self, config: Architecture) -> None:
         super().__init__()
         self.config = config
+
+    @abstractmethod
+    def logits(self, x: Tensor) -> Tensor:
+        """What the model says of a residual stream. x: [b, t, hidden] -> [b, t, vocab]."""
 
     @torch.no_grad()
     def initialise(self, seed: int, std: float = 0.02) -> Self:

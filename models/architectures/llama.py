@@ -208,8 +208,8 @@ class Decoder(Model):
         cos, sin = (table.to(ids.device) for table in self.rope_tables(ids.shape[1]))
         for layer in self.layers:
             x = layer(x, cos, sin, tokens)
-        return F.linear(self.norm(x), self.head.weight)
+        return self.logits(x)
 
-    @property
-    def head(self) -> nn.Linear | nn.Embedding:
-        return self.lm_head if hasattr(self, "lm_head") else self.embed_tokens
+    def logits(self, x: Tensor) -> Tensor:
+        head = self.lm_head if hasattr(self, "lm_head") else self.embed_tokens
+        return F.linear(self.norm(x), head.weight)

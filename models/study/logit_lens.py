@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..architectures.llama import Decoder
+from ..architectures.base import Model
 
 
 @torch.no_grad()
-def divergences(model: Decoder, ids: Tensor) -> list[float]:
-    """KL(last || layer) in nats, of each layer, averaged over tokens: of the distributions that the final norm and the
-    head make of the residual stream. ids: int64 [b, t + 1]; the last column is not read. The last layer's is 0.
+def divergences(model: Model, ids: Tensor) -> list[float]:
+    """KL(last || layer) in nats, of each layer, averaged over tokens: of what the model says of the residual stream
+    behind it and in the end. ids: int64 [b, t + 1]; the last column is not read. The last layer's is 0.
 
     Source: "interpreting GPT: the logit lens" (nostalgebraist, 2020); section 5 of the MeKi paper has it by layer.
     """
@@ -24,7 +24,7 @@ def divergences(model: Decoder, ids: Tensor) -> list[float]:
             streams.clear()
             last = F.log_softmax(model(row[None, :-1]).float(), dim=-1)
             for layer, stream in enumerate(streams):
-                logits = F.log_softmax(F.linear(model.norm(stream), model.head.weight).float(), dim=-1)
+                logits = F.log_softmax(model.logits(stream).float(), dim=-1)
                 sums[layer] += F.kl_div(logits, last, reduction="sum", log_target=True).item()
     finally:
         for hook in hooks:

@@ -160,7 +160,7 @@ def _lines(outcomes: Outcomes, command: str, plots: Mapping[str, str]) -> Iterat
         if models := outcomes.models(section):
             yield from ("", f"## {section.title}", "")
             yield from head([column.format(plan.baseline) for column in COLUMNS], "l")
-            yield from (row(_cells(outcomes, model)) for model in models)
+            yield from (row([*_cells(outcomes, model)]) for model in models)
             if section.line and (line := section_line(outcomes, section)):
                 yield from ("", _fitted(line))
     if outcomes.speeds:

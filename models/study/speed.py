@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,17 @@ def measure_speeds(
     plan = _core.Plan(depths=(0,), prefill=0, tokens=TOKENS, repetitions=ROUNDS, compare=True)
     models, environment = {}, {}
     for name, package in packages.items():
-        report = measure_beside(
-            packages[baseline], package, plan, lambda text, name=name: advance(f"{name}: {text}"), BANDWIDTH_BYTES
-        )
+        say = functools.partial(_say, advance, name)
+        report = measure_beside(packages[baseline], package, plan, say, BANDWIDTH_BYTES)
         (compared,), environment = report["compare"], report["environment"]
         speed = report["results"][0]["median"]
         models[name] = {"tokens_per_s": speed, "ratio": compared["ratio"], "ci95": compared["ci95"]}
     keys = ("cpu", "threads", "simd", "meki")
     return {"models": models, "environment": {key: environment[key] for key in keys}}
+
+
+def _say(advance: Callable[[str], None], name: str, text: str) -> None:
+    advance(f"{name}: {text}")
 
 
 def _export(checkpoint: Path, out: Path) -> Path:

@@ -100,7 +100,8 @@ def show_held_out(trainer: Trainer, before: str, world: World) -> None:
     if trainer.valid_file is not None:
         loss = trainer.held_out_loss()  # of which every process computes its part, if weights are spread
         bits = loss * trainer.valid_file.bits_per_nat
-        world.rank or print(f"{before} held-out loss {loss:.4f} nats a token, {bits:.4f} bits a byte")
+        if world.rank == 0:
+            print(f"{before} held-out loss {loss:.4f} nats a token, {bits:.4f} bits a byte")
 
 
 def make_trainer(args: argparse.Namespace, world: World) -> Trainer:
@@ -177,13 +178,14 @@ def run(args: argparse.Namespace, trainer: Trainer, world: World) -> None:
     with Interrupt() as interrupt:
         trainer.train(lambda: interrupt.came)
     if trainer.step < recipe.steps:
-        world.rank or report(
-            PROGRAM, "note", f"stopped at step {trainer.step} of {recipe.steps}; the same command goes on"
-        )
+        if world.rank == 0:
+            report(PROGRAM, "note", f"stopped at step {trainer.step} of {recipe.steps}; the same command goes on")
         raise KeyboardInterrupt
-    world.rank or print(f"{args.output}: {recipe.steps} steps, {recipe.steps * recipe.batch * recipe.length:,} tokens")
+    if world.rank == 0:
+        print(f"{args.output}: {recipe.steps} steps, {recipe.steps * recipe.batch * recipe.length:,} tokens")
     show_held_out(trainer, " ", world)
-    world.rank or print(f"  meki-convert {args.output / 'model'} -o PACKAGE")
+    if world.rank == 0:
+        print(f"  meki-convert {args.output / 'model'} -o PACKAGE")
 
 
 def main(argv: list[str] | None = None) -> int:

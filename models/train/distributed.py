@@ -101,7 +101,7 @@ def _padded(tensor: Tensor, length: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(length - len(tensor), *tensor.shape[1:])])
 
 
-def replicate(model: Model, tables: Sequence[nn.Parameter]) -> DistributedDataParallel:
+def replicate(model: Model, tables: Sequence[Tensor]) -> DistributedDataParallel:
     """The model, whose gradients are averaged while they are computed; those of `tables` are left to `mean_rows`."""
     ids = {id(table) for table in tables}
     names = [name for name, parameter in model.named_parameters() if id(parameter) in ids]
@@ -115,7 +115,7 @@ def shard(model: Model, world: World) -> None:
     computed. Scalars stay whole in each process, their gradients are left to `World.mean`."""
     mesh = init_device_mesh(model.embed_tokens.weight.device.type, (world.size,))
     scalars = {parameter for parameter in model.parameters() if parameter.dim() == 0}
-    for module in (*model.layers, model):
+    for module in [*model.layers, model]:
         fully_shard(module, mesh=mesh, ignored_params=scalars)
 
 
