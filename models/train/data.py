@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gzip
 import hashlib
 import json
-import lzma
 import math
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,24 +18,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from meki.package.files import read_object, replace_file, write_file
+from meki.package.files import open_text, read_object, replace_file, write_file
 
 PIECE = 1 << 20
 """Characters of a document that are in memory at a time, and of documents that are tokenised together."""
 Ids = NDArray[np.unsignedinteger]
-
-
-@contextlib.contextmanager
-def open_text(path: Path) -> Iterator[TextIO]:
-    """A UTF-8 text file, which may be compressed: .xz or .gz. ValueError, naming it, where it turns out to be none."""
-    opener: Any = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
-    try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            yield file
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error.reason}; convert it to UTF-8") from error
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: damaged or cut off: {error}; compress or download it again") from error
 
 
 def documents(path: Path, separator: str) -> Iterator[tuple[str, bool]]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gzip
 import hashlib
 import json
+import lzma
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 20
@@ -145,6 +148,19 @@ def read_text(path: Path) -> str:
         return decode_text(path.read_bytes())
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8: {error}; download it again") from error
+
+
+@contextlib.contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """A UTF-8 text file, which may be compressed: .xz or .gz. ValueError, naming it, where it turns out to be none."""
+    opener: Any = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error.reason}; convert it to UTF-8") from error
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: damaged or cut off: {error}; compress or download it again") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
