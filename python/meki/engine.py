@@ -306,8 +306,7 @@ class Session:
                 "leave out early messages or choose a larger context"
             )
         # The last token is computed in any case: the answer begins with its logits.
-        pairs = zip(self._core.tokens, token_ids[:-1], strict=False)
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        shared = common_prefix(self._core.tokens, token_ids[:-1])
         self._core.rewind(shared)
         self._core.append(token_ids[shared:])
         return self._generate(checked, prompt_tokens=len(token_ids), shared_tokens=shared)
@@ -322,6 +321,12 @@ class Session:
         self._core.append(token_ids)
         self._begin()
         return self._core.logits(first)
+
+    def rewind(self, length: int) -> None:
+        """Keeps the first `length` tokens of the sequence, and what is computed of them; ends an earlier stream of this
+        session. ValueError if there are fewer."""
+        self._core.rewind(check_integer("length", length, len(self._core.tokens)))
+        self._begin()
 
     def _generate(self, options: CheckedOptions, *, prompt_tokens: int, shared_tokens: int) -> TextStream:
         """Begins a generation after the sequence, which ends with the prompt."""
@@ -343,6 +348,11 @@ class Session:
         if self._stream is not None:
             self._stream.close()
         self._core.reset_stats()
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def find_onnxruntime() -> Path:

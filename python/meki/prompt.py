@@ -55,12 +55,15 @@ class PromptEncoder:
             return check_token_ids("prompt, if it is not a str,", prompt)
         if not first:
             return self._encode_further(prompt)
-        ids = self._tokenize(prompt, add_special_tokens=True)
-        if self._bos is not None and ids[:1] != [self._bos]:
-            return [self._bos, *ids]
+        ids = self.encode_text(prompt, special=True)
         if not ids and not self._eos:
             raise ValueError("the prompt is empty and the model has no token that begins a text; give a prompt")
         return ids or self._eos[:1]
+
+    def encode_text(self, text: str, *, special: bool) -> list[int]:
+        """The tokens of a text alone; special: with those that begin a sequence. ValueError if it is not Unicode."""
+        ids = self._tokenize(text, add_special_tokens=special)
+        return [self._bos, *ids] if special and self._bos is not None and ids[:1] != [self._bos] else ids
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> list[int]:
         """The tokens of a conversation, up to where the answer begins; nothing is added to what the template writes.
