@@ -32,6 +32,10 @@ def study() -> int:
     return _main("meki.models.study.command")
 
 
+def eval() -> int:
+    return _main("meki.cli.eval")
+
+
 def _main(module: str) -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as by nohup
         signal.signal(signal.SIGINT, signal.SIG_DFL)
