@@ -150,7 +150,7 @@ def tokenizer_errors(refusal: Callable[[BaseException], Exception]) -> Iterator[
     """Whatever the tokenizers library raises, be it a panic, which is no Exception, becomes `refusal(error)`."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    except (GeneratorExit, KeyboardInterrupt, SystemExit, MemoryError):  # the first: Ctrl-C as the block begins
         raise
     except BaseException as error:
         raise refusal(error) from error

@@ -211,3 +211,40 @@ def test_tokenizer_on_real_text(tokenizer: Tokenizer, reference_tokenizer: Any) 
         assert tokenizer.encode(text).ids == reference_tokenizer(text, add_special_tokens=False).input_ids
     # Digits one by one: the two spaces before stay together. Read off the published pre-tokenizer's definition.
     assert tokenizer.encode("x  42").tokens == ["x", "ĠĠ", "4", "2"]
+
+
+@pytest.fixture(scope="module")
+def harness_model(reference: Any, reference_tokenizer: Any) -> Any:
+    """The harness's own model of the same weights. Its softmax is in float64: PyTorch's in float32 is off by 1.7e-5."""
+    pytest.importorskip("lm_eval", reason="needs the harness: pip install 'meki[eval]'")
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(
+        pretrained=reference, tokenizer=reference_tokenizer, device="cpu", batch_size=1, softmax_dtype=torch.float64
+    )
+
+
+def test_evaluation_is_the_harness_s_own(exact: Engine, harness_model: Any) -> None:
+    from lm_eval.api.instance import Instance
+
+    from meki.evaluation.harness import MekiLM
+
+    def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
+        return [Instance(request_type=kind, doc={}, arguments=each, idx=0) for each in arguments]
+
+    prose = PROSE.read_text(encoding="utf-8")
+    shots = "Question: What burns?\nAnswer: wood\n\nQuestion: What swims?\nAnswer: a fish\n\n"
+    contexts = [f"{shots}Question: What floats?\nAnswer:", f"{shots}Question: What flies?\nAnswer:", prose[:300], "  "]
+    choices = [" a boat on the water", " a stone", " iron", f" {prose[300:700]}"]
+    pairs = [(context, choice) for context in contexts for choice in choices]
+    model = MekiLM(exact, context=256)
+    ask = requests("loglikelihood", *pairs)
+    found, expected = model.loglikelihood(ask, disable_tqdm=True), harness_model.loglikelihood(ask, disable_tqdm=True)
+    # Some 100 tokens, each within 5e-6: measured 7e-5.
+    np.testing.assert_allclose([score for score, _ in found], [score for score, _ in expected], rtol=0, atol=1e-3)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+    ask = requests(
+        "generate_until", (contexts[0], {"until": ["\n"], "max_gen_toks": 12}), (prose[:80], {"max_gen_toks": 12})
+    )
+    assert model.generate_until(ask, disable_tqdm=True) == harness_model.generate_until(ask, disable_tqdm=True)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import shutil
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -105,3 +106,29 @@ def ngrams_chat_package(
 @pytest.fixture(scope="session")
 def chat_engine(chat_package: Path) -> Engine:
     return Engine(chat_package, threads=1, kv_type="float32")
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hub, and an error where somebody reaches for one all the same."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    def refuse(_socket: socket.socket, address: object) -> None:
+        raise AssertionError(f"a connection to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tasks that the harness has are those of ARC and PIQA: it takes half a minute to read all."""
+    import lm_eval.tasks
+
+    from meki.evaluation import tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    few = {"include_defaults": False, "include_path": [root / "arc", root / "piqa"]}
+    monkeypatch.setattr(tasks, "TaskManager", lambda **arguments: lm_eval.tasks.TaskManager(**{**few, **arguments}))

@@ -246,6 +246,19 @@ def test_logits_from_a_position_on(endless: Engine) -> None:
     assert session.tokens == ids
 
 
+def test_a_rewound_session_goes_on_from_there(endless: Engine) -> None:
+    session = endless.session()
+    stream = session.stream([5, 6, 7, 8], max_new_tokens=9, temperature=0)
+    next(stream)
+    session.rewind(3)
+    assert session.tokens == [5, 6, 7]
+    assert list(stream) == []  # it has ended
+    np.testing.assert_allclose(session.logits([9]), endless.logits([5, 6, 7, 9], start=3), rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="length must be from 0 to 4, got 5"):
+        session.rewind(5)
+    assert session.tokens == [5, 6, 7, 9]
+
+
 @pytest.mark.parametrize("start", [-1, 3, 2**40])
 def test_logits_from_an_impossible_position(engine: Engine, start: int) -> None:
     session = engine.session()

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meki.prompt import PromptEncoder
+from meki.prompt import PromptEncoder, tokenizer_errors
 
 from .tokenizers_of_kinds import EXACT, KINDS, SPECIAL
 
@@ -103,3 +103,10 @@ def test_an_encoder_leaves_no_memory_behind(tmp_path: Path, kind: str) -> None:
     before = rounds(20)
     # 300 words in the library's cache are more than 20,000 bytes.
     assert rounds(100) - before < 100 * 2_000
+
+
+def test_an_interrupt_before_the_block_of_a_guard_is_no_fault_of_the_tokenizer() -> None:
+    """Ctrl-C between entering and the block closes the guard's generator: it is not to raise anything of its own."""
+    guard = tokenizer_errors(lambda error: AssertionError(f"told as the tokenizer's: {error!r}"))
+    guard.__enter__()
+    guard.gen.close()  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections.abc import Sequence
@@ -52,16 +53,22 @@ def load_tasks(names: Sequence[str], *, num_fewshot: int | None = None, director
 
 
 def _manager(names: Sequence[str]) -> TaskManager:
-    """One that knows the tasks. Parsing all of the harness's 14,000 files takes it up to a minute; searching them for
-    names takes a second. All are parsed for a group or tag of tasks, or a name that is neither."""
-    root = Path(lm_eval.tasks.__file__).parent
-    found: dict[str, Path] = {}
-    for file in root.rglob("*.yaml"):
-        if match := _NAME.search(file.read_bytes()):
-            found.setdefault(match[1].decode(), file.parent)
+    """One that knows the tasks, if there are such. Parsing the harness's 14,000 files takes it half a minute: they are
+    for a group or tag of tasks alone, and a name that is neither."""
+    found = _task_directories()
     if set(names) <= found.keys():
         return TaskManager(include_defaults=False, include_path=sorted({found[name] for name in names}))
     return TaskManager()
+
+
+@functools.cache
+def _task_directories() -> dict[str, Path]:
+    """Where each of the harness's tasks is said, found without parsing."""
+    found: dict[str, Path] = {}
+    for file in Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"):
+        if match := _NAME.search(file.read_bytes()):
+            found.setdefault(match[1].decode(), file.parent)
+    return found
 
 
 def _hub_tasks(manager: TaskManager, name: str) -> list[Any]:
@@ -102,10 +109,21 @@ def _local_task(manager: TaskManager, name: str, num_fewshot: int | None, direct
             "or the plain form (docs/evaluation.md)"
         ) from error
     shots = task.get_config("num_fewshot") if num_fewshot is None else num_fewshot
-    split = task.fewshot_cfg.split or task.config.training_split or "train"
-    if shots and find_file(directory, f"{name}.{split}") is None:
+    if shots:
+        _check_examples(task, shots, directory, splits)
+    return task
+
+
+def _check_examples(task: ConfigurableTask, shots: int, directory: Path, splits: _Splits) -> None:
+    """No question is among its own examples, and there are enough of them."""
+    name, split = task.task_name, task.fewshot_cfg.split or task.config.training_split or "train"
+    if find_file(directory, f"{name}.{split}") is None:
         raise FileNotFoundError(
             f"{directory}: has no {name}.{split}.jsonl, of which {name} takes its {shots} examples; put it there, or "
             "give --num-fewshot 0"
         )
-    return task
+    if len(splits[split]) <= shots:
+        raise ValueError(
+            f"{directory}: {name}.{split}.jsonl has {len(splits[split])} lines, expected more than the {shots} "
+            "examples before a question; add some, or give a smaller --num-fewshot"
+        )
