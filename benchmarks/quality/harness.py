@@ -35,8 +35,8 @@ def reference(gguf: Path, package: Path) -> HFLM:
     model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32).eval()
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(package / "tokenizer.json"))
     tokenizer.eos_token_id = read_manifest(package)["tokenizer"]["eos_token_ids"][0]
-    # PyTorch's log_softmax in float32 is 1.7e-5 too large for every token of this vocabulary: over a long answer that is
-    # more than the logits are off.
+    # PyTorch's log_softmax in float32 is 1.7e-5 too large for each token (of 49,152): over a long answer, more than its
+    # logits are off.
     return HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=1, softmax_dtype=torch.float64)
 
 

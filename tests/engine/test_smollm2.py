@@ -234,7 +234,7 @@ def test_evaluation_is_the_harness_s_own(exact: Engine, harness_model: Any) -> N
 
     prose = PROSE.read_text(encoding="utf-8")
     shots = "Question: What burns?\nAnswer: wood\n\nQuestion: What swims?\nAnswer: a fish\n\n"
-    contexts = [f"{shots}Question: What floats?\nAnswer:", f"{shots}Question: What flies?\nAnswer:", prose[:300], "  "]
+    contexts = [f"{shots}Question: What floats?\nAnswer:", f"{shots}Question: What flies?\nAnswer:", prose[:300], "A"]
     choices = [" a boat on the water", " a stone", " iron", f" {prose[300:700]}"]
     pairs = [(context, choice) for context in contexts for choice in choices]
     model = MekiLM(exact, context=256)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ["run", "info", "bench", "convert", "compile"]
+COMMANDS = ["run", "info", "bench", "eval", "convert", "compile"]
 CALL = "import sys; from meki.cli import commands; sys.exit(commands."
 ONE_LINE = ["--seed", "7", "--max-new-tokens", "12", "--temperature", "0"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -264,3 +265,12 @@ def test_a_group_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         "arc_easy": "Question: A question of ARC-Easy?\nAnswer:",
         "arc_challenge": "Question: A question of ARC-Challenge?\nAnswer:",
     }
+
+
+def test_the_lines_that_the_documentation_shows(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    rows = re.findall(r"^\| `(\w+)`.*\| `(\{.*\})` \|$", text, re.MULTILINE)
+    assert {name for name, _ in rows} == FORMS.keys() - {"arc_challenge"}
+    for name, line in rows:
+        (document,) = read_documents(write_lines(tmp_path / f"{name}.jsonl", json.loads(line)), name)
+        assert document.keys() == FORMS[name][0].keys() - {"id"}
