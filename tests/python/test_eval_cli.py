@@ -66,9 +66,10 @@ def test_accuracy_of_a_task(package: Path, data: Path, capsys: pytest.CaptureFix
         right.append(int(np.argmax(scores)) == line["gold"])
     found = json.loads((data / "out.json").read_text())
     assert found["results"]["piqa"]["acc,none"] == pytest.approx(np.mean(right))
-    assert (found["model_name"], found["kv_type"], found["limit"]) == ("small", "float32", None)
+    about = {"model_name": "small", "random_weights": True, "kv_type": "float32", "max_length": 128, "limit": None}
+    assert {name: found[name] for name in about} == about
     assert f"{np.mean(right):.4f}" in printed.out and "piqa" in printed.out
-    assert printed.out.startswith("|")  # the table alone
+    assert printed.out.startswith("small: float32 KV cache, at most 128 tokens\n\n|")  # the table alone
 
 
 @needs_harness
@@ -85,7 +86,17 @@ def test_a_request_longer_than_the_context(package: Path, data: Path, capsys: py
     assert lengths[1] < lengths[2]
     context = lengths[2] - 2  # the last token is predicted only
     assert evaluate(package, data, "--context", str(context)) == 0
-    assert f"meki-eval: note: 4 of 6 requests are longer than the context of {context} " in capsys.readouterr().err
+    assert f"meki-eval: note: 4 of 6 requests do not fit the context of {context} " in capsys.readouterr().err
+
+
+@needs_harness
+def test_a_question_that_the_task_fails_on(package: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = {"premise": "The dog slept.", "question": "cause", "choice1": "It ran.", "choice2": "It sat.", "label": 0}
+    (data / "copa.jsonl").write_text(f"{json.dumps(line)}\n{json.dumps({**line, 'question': 'why'})}\n")
+    assert evaluate(package, data, tasks="copa") == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines()[-1] == "meki-eval: error: copa: the harness fails on its data: KeyError('why')"
 
 
 def refusals(harness: bool) -> dict[str, tuple[list[str], int, str]]:

@@ -139,8 +139,8 @@ def test_requests_longer_than_the_context_lose_their_beginning(exact: Engine) ->
     )
     expected = [naive(exact, long[-14:], [7, 8, 9]), naive(exact, short, [7, 8, 9]), naive(exact, long[:14], [7, 8, 9])]
     assert_answers(found, expected)  # 16 tokens are given, and a 17th is predicted
-    assert notes == ["1 of 3 requests are longer than the context of 16 tokens: their beginnings were left out"]
-    with pytest.warns(UserWarning, match="1 of 1 requests are longer"):
+    assert notes == ["1 of 3 requests do not fit the context of 16 tokens: their beginnings were left out"]
+    with pytest.warns(UserWarning, match="1 of 1 requests do not fit"):
         MekiLM(exact, context=16)._loglikelihood_tokens([(None, long, [7])])
 
 

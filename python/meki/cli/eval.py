@@ -87,6 +87,7 @@ def _evaluate(arguments: argparse.Namespace, program: str) -> dict[str, Any]:
     """Prints the harness's table; what else it says goes to stderr."""
     os.environ["DISABLE_MULTIPROC"] = "1"  # resamples would fork a process that has threads
     import lm_eval
+    from jinja2 import TemplateError
     from lm_eval.utils import make_table
 
     from ..evaluation.harness import MekiLM
@@ -95,10 +96,16 @@ def _evaluate(arguments: argparse.Namespace, program: str) -> dict[str, Any]:
     for library in ("lm_eval", "huggingface_hub"):  # they warn of defaults and of every try
         logging.getLogger(library).setLevel(logging.ERROR)
     with contextlib.redirect_stdout(sys.stderr):
-        tasks = load_tasks(arguments.tasks, num_fewshot=arguments.num_fewshot, directory=arguments.task_data)
-        engine = _open(arguments)
-        model = MekiLM(engine, context=arguments.context, note=lambda text: report(program, "note", text))
-        found = lm_eval.evaluate(model, tasks, limit=arguments.limit, bootstrap_iters=_BOOTSTRAP, log_samples=False)
+        try:
+            tasks = load_tasks(arguments.tasks, num_fewshot=arguments.num_fewshot, directory=arguments.task_data)
+            engine = _open(arguments)
+            model = MekiLM(engine, context=arguments.context, note=lambda text: report(program, "note", text))
+            found = lm_eval.evaluate(model, tasks, limit=arguments.limit, bootstrap_iters=_BOOTSTRAP, log_samples=False)
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, TemplateError) as error:
+            # Of the templates and functions of a task, on data that is not as they want it.
+            raise RuntimeError(f"{', '.join(arguments.tasks)}: the harness fails on its data: {error!r}") from error
+    first = "" if arguments.limit is None else f", the first {arguments.limit:,} questions of each task"
+    print(f"{engine.name}: {engine.kv_type} KV cache, at most {model.max_length:,} tokens{first}\n")
     results: dict[str, Any] = {**model.get_model_info(), "limit": arguments.limit, **found}
     for kind in ("results", "groups"):
         if results.get(kind):
@@ -120,7 +127,8 @@ def _perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
         f"{found.bits_per_byte:.4f} bits a byte"
     )
     return {
-        "model": engine.name,
+        "model_name": engine.name,
+        "random_weights": engine.random_weights,
         "file": str(arguments.perplexity),
         "context": size,
         "kv_type": engine.kv_type,

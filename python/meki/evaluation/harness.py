@@ -54,7 +54,12 @@ class MekiLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness notes beside the results."""
-        return {"model_name": self.engine.name, "kv_type": self.engine.kv_type, "max_length": self.max_length}
+        return {
+            "model_name": self.engine.name,
+            "random_weights": self.engine.random_weights,
+            "kv_type": self.engine.kv_type,
+            "max_length": self.max_length,
+        }
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """With the tokens that begin a text unless it begins with them itself, or `add_special_tokens` says no."""
@@ -129,7 +134,7 @@ class MekiLM(TemplateLM):
         longer = sum(len(tokens) > room for tokens, room in zip(sequences, rooms, strict=True))
         if longer:
             self._note(
-                f"{longer:,} of {len(sequences):,} requests are longer than the context of {self.max_length:,} tokens: "
+                f"{longer:,} of {len(sequences):,} requests do not fit the context of {self.max_length:,} tokens: "
                 "their beginnings were left out"
             )
         return [tokens[-room:] for tokens, room in zip(sequences, rooms, strict=True)]
@@ -153,9 +158,7 @@ def _generation_options(arguments: dict[str, Any], seed: int) -> GenerationOptio
     """The engine's options for the harness's. ValueError for one that it does not have."""
     given: dict[str, Any] = dict(normalize_gen_kwargs(arguments, _DEFAULT_NEW_TOKENS))
     most, until = given.pop("max_gen_toks"), given.pop("until")
-    if given.pop("do_sample"):
-        given = {"top_k": 50, **given}  # the default of transformers, which the harness's figures are of
-    else:
+    if not given.pop("do_sample"):
         given = {name: value for name, value in given.items() if name not in ("temperature", "top_k", "top_p", "min_p")}
     if unknown := sorted(given.keys() - set(SAMPLING)):
         raise ValueError(f"generation option {unknown[0]!r} is none of the engine's: {', '.join(SAMPLING)}")
