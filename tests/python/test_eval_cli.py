@@ -150,6 +150,11 @@ def test_without_the_harness(package: Path, capsys: Any, monkeypatch: pytest.Mon
     assert_refused(package, capsys, (["--tasks", "piqa"], 1, "pip install 'meki[eval]'"))
 
 
+@needs_harness
+def test_no_such_model_is_told_before_data_is_loaded(tmp_path: Path, capsys: Any) -> None:
+    assert_refused(tmp_path / "nowhere", capsys, (["--tasks", "piqa"], 2, "nowhere"))
+
+
 def test_perplexity(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT)

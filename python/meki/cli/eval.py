@@ -15,6 +15,7 @@ from typing import Any
 from ..bench.output import check_writable
 from ..engine import Engine
 from ..evaluation.perplexity import HeldOut, engine_score, measure, windows
+from ..package import find_model
 from ..package.files import open_text, write_file
 from .arguments import Parser, add_engine_options, engine_options, integer, path
 from .errors import note, report, run_command
@@ -71,6 +72,7 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
             raise ValueError(f"--{option.replace('_', '-')} is about tasks; omit it with --perplexity")
     if arguments.output is not None:
         check_writable(arguments.output)
+    find_model(arguments.model)  # who names none is told before data is loaded
     results = _perplexity(arguments) if arguments.tasks is None else _evaluate(arguments, program)
     if arguments.output is not None:
         write_file(arguments.output, (json.dumps(results, indent=2, default=str) + "\n").encode())
