@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # importing these loads PyTorch
     from .runs import Runs
 
 PROGRAM = "meki-study"
+RESULTS = "results.json"
 
 
 def study(args: argparse.Namespace, command: str) -> None:
@@ -40,11 +41,10 @@ def study(args: argparse.Namespace, command: str) -> None:
     check_device(args.device)
     for directory in (args.runs, args.output.parent):
         make_directory(directory)
-    kept = args.output.with_suffix("") / "results.json"
-    earlier = read_object(kept) if kept.exists() else {}
     try:
         text = Text.prepare(plan, args.data, args.valid, args.runs)
-        runs = Runs(plan, text, args.runs, earlier.get("results", []), device=args.device, compile=args.compile)
+        earlier = _earlier(args.output).get("results", [])
+        runs = Runs(plan, text, args.runs, earlier, device=args.device, compile=args.compile)
         with Interrupt() as interrupt:
             others = runs.train(lambda: interrupt.came, lambda its: say(PROGRAM, "note", its))
     except ConfigError as error:
@@ -55,22 +55,31 @@ def study(args: argparse.Namespace, command: str) -> None:
     for name, seed in others:
         say(PROGRAM, "note", f"{name}, seed {seed}: another process is at it")
     with locked(args.output, wait=True):
-        write_report(plan, runs, earlier.get("speeds"), args.output, command)
+        write_report(plan, runs, args.output, command)
     print(f"{args.output}: {len(runs.results)} of {len(plan.runs)} runs")
 
 
-def write_report(plan: Plan, runs: Runs, speeds: dict[str, Any] | None, out: Path, command: str) -> None:
-    """The report, with plots and results in a directory beside it. Speeds are measured once all runs are done."""
+def _earlier(out: Path) -> dict[str, Any]:
+    """What the directory of an earlier report says."""
+    kept = out.with_suffix("") / RESULTS
+    return read_object(kept) if kept.exists() else {}
+
+
+def write_report(plan: Plan, runs: Runs, out: Path, command: str) -> None:
+    """The report, with plots and results in a directory beside it. Decode is measured once all runs are done."""
     from .plots import plots
     from .report import Outcomes, markdown
 
-    if speeds is None and len(runs.results) == len(plan.runs):
+    runs.collect()
+    results = [runs.results[run] for run in plan.runs if run in runs.results]
+    earlier = _earlier(out)
+    speeds = earlier["speeds"] if earlier.get("results") == results else None
+    if speeds is None and len(results) == len(plan.runs):
         speeds = _speeds(plan, runs)
     outcomes = Outcomes(plan, runs.results, speeds)
     beside = out.with_suffix("")
     beside.mkdir(exist_ok=True)
-    results = [runs.results[run] for run in plan.runs if run in runs.results]
-    write_file(beside / "results.json", json.dumps({"results": results, "speeds": speeds}, indent=1).encode())
+    write_file(beside / RESULTS, json.dumps({"results": results, "speeds": speeds}, indent=1).encode())
     drawn = plots(outcomes)
     for name, (_, image) in drawn.items():
         write_file(beside / f"{name}.svg", image)

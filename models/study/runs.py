@@ -26,6 +26,7 @@ POINTS = 20
 """Held-out losses of a run, along its way."""
 LENS_WINDOWS = 16
 """Held-out sequences that LogitLens looks at."""
+RESULT = "result.json"
 Result = dict[str, Any]
 
 
@@ -59,9 +60,13 @@ class Runs:
         self.plan, self.text, self.out, self._how = plan, text, out, how
         its = {(result["model"], result["seed"]): result for result in results}
         self.results = {run: its[run] for run in plan.runs if run in its and its[run]["of"] == self._of(*run)}
-        for name, seed in plan.runs:
+        self.collect()
+
+    def collect(self) -> None:
+        """Takes in what other processes have done by now."""
+        for name, seed in self.plan.runs:
             with contextlib.suppress(FileNotFoundError):
-                result = json.loads((self.directory(name, seed) / "result.json").read_bytes())
+                result = json.loads((self.directory(name, seed) / RESULT).read_bytes())
                 if result["of"] == self._of(name, seed):
                     self.results.setdefault((name, seed), result)
 
@@ -84,20 +89,22 @@ class Runs:
         for name, seed in self.plan.runs:
             if (name, seed) in self.results or stop():
                 continue
-            directory = self.directory(name, seed)
-            directory.mkdir(exist_ok=True)
             with contextlib.ExitStack() as stack:
                 try:
-                    stack.enter_context(locked(directory))
+                    stack.enter_context(locked(self.directory(name, seed)))
                 except RuntimeError:
                     others.append((name, seed))
                     continue
-                say(f"{name}, seed {seed}")
-                self._train(name, seed, stop)
-        return others
+                self.collect()
+                if (name, seed) not in self.results:
+                    say(f"{name}, seed {seed}")
+                    self._train(name, seed, stop)
+        self.collect()
+        return [run for run in others if run not in self.results]
 
     def _train(self, name: str, seed: int, stop: Callable[[], bool]) -> None:
         config, recipe, directory = self.plan.models[name], self.plan.recipe_of(seed), self.directory(name, seed)
+        directory.mkdir(exist_ok=True)
         trainer = Trainer(
             config,
             recipe,
@@ -131,7 +138,7 @@ class Runs:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
-        write_file(directory / "result.json", json.dumps(result).encode())
+        write_file(directory / RESULT, json.dumps(result).encode())
         self.results[name, seed] = result
 
 

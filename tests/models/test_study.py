@@ -44,6 +44,8 @@ TEXT = "\n<|story|>\n".join(
     f"The dog of baker {number} sat before the oven, and the cat beside it." for number in range(40)
 )
 
+ENVIRONMENT = {"cpu": "A processor", "threads": 2, "simd": "avx2", "meki": "1.0"}
+
 
 @pytest.fixture
 def write_plan(tmp_path: Path) -> Callable[..., Path]:
@@ -188,7 +190,7 @@ def test_a_report_of_what_there_is() -> None:
     assert "0 of 6 runs are done" in markdown(fabricated({}), "meki-study plan.yaml", {})
     speeds = {
         "models": {"m32": {"ratio": 0.9912, "ci95": [0.98, 1.0], "tokens_per_s": 100.0}},
-        "environment": {"cpu": "A processor", "threads": 2, "simd": "avx2", "meki": "1.0"},
+        "environment": ENVIRONMENT,
     }
     losses = {("dense", 1): 4.0, ("dense", 2): 4.2, ("m32", 1): 3.9, ("m32", 2): 4.0, ("m64", 1): 3.8}
     text = markdown(fabricated(losses, speeds=speeds), "meki-study plan.yaml", {"Curves": "study/curves.svg"})
@@ -275,10 +277,13 @@ def test_from_plan_to_report(
 
     # Another recipe: those results do not count.
     monkeypatch.undo()
-    monkeypatch.setattr(speed, "measure_speeds", lambda *_: kept["speeds"])
+    measured = {**kept["speeds"], "models": {"m32": {"tokens_per_s": 1.0, "ratio": 1.5, "ci95": None}}}
+    monkeypatch.setattr(speed, "measure_speeds", lambda *_: measured)
     write_plan(recipe={**PLAN["recipe"], "tokens": 128})
     assert command.main(arguments) == 0
-    other = json.loads((tmp_path / "study/results.json").read_text())["results"]
+    again = json.loads((tmp_path / "study/results.json").read_text())
+    assert again["speeds"] == measured  # nor do the speeds
+    other = again["results"]
     assert all(its["curve"][-1][0] == 4 for its in other) and len(other) == 6
 
 
@@ -307,6 +312,25 @@ def test_ctrl_c_and_a_run_that_another_process_has(
     assert "5 of 6 runs are done" in text and "Decode:" not in text
     curve = json.loads((tmp_path / "runs/m32-1/result.json").read_text())["curve"]
     assert [point[0] for point in curve] == list(range(1, 9))
+
+
+def test_what_another_process_has_done_meanwhile(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = runs.Runs._train
+
+    def meanwhile(self: runs.Runs, name: str, seed: int, stop: Any) -> None:
+        train(self, name, seed, stop)
+        if (name, seed) == ("dense", 1):
+            other = runs.Runs(self.plan, self.text, self.out, [], device="cpu", compile=False)
+            train(other, "m32", 1, stop)
+            train(other, "m64", 1, stop)
+
+    monkeypatch.setattr(runs.Runs, "_train", meanwhile)
+    monkeypatch.setattr(speed, "measure_speeds", lambda *_: {"models": {}, "environment": ENVIRONMENT})
+    assert command.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert "6 of 6 runs" in out and "m96, seed 1" in err and "m32, seed 1" not in err and "m64, seed 1" not in err
 
 
 def test_what_is_missing(
