@@ -101,6 +101,7 @@ def test_step_0_is_the_base_to_the_bit(
         with torch.no_grad():
             logits.append(self.model(ids))
         assert self.config.memory and self.config.memory.kind == kind
+        self.step = STEPS
 
     monkeypatch.setattr(Trainer, "train", run)
     sets = [part for setting in MEMORIES[kind] for part in ("--set", setting)]
@@ -166,7 +167,7 @@ def test_a_base_with_a_rate_of_its_own(
     made = trainers(monkeypatch)
     both = [argument for argument in arguments if argument != "--freeze"]
     assert command.main([*both, "--base-rate", "1e-3"]) == 0
-    groups = {id(parameter): group for group in made[0].optimizer._dense.param_groups for parameter in group["params"]}
+    groups = {id(parameter): group for group in made[0].optimizer.dense.param_groups for parameter in group["params"]}
     weights = base.state_dict()
     for name, parameter in made[0].model.named_parameters():
         rate = 1e-3 if name in weights else 5e-3
