@@ -49,13 +49,13 @@ def study(args: argparse.Namespace, command: str) -> None:
             others = runs.train(lambda: interrupt.came, lambda its: say(PROGRAM, "note", its))
     except ConfigError as error:
         raise UsageError(error) from error
-    if interrupt.came:
-        say(PROGRAM, "note", f"stopped with {len(runs.results)} of {len(plan.runs)} runs; the same command goes on")
-        raise KeyboardInterrupt
     for name, seed in others:
         say(PROGRAM, "note", f"{name}, seed {seed}: another process is at it")
     with locked(args.output, wait=True):
         write_report(plan, runs, args.output, command)
+    if interrupt.came:
+        say(PROGRAM, "note", f"stopped with {len(runs.results)} of {len(plan.runs)} runs; the same command goes on")
+        raise KeyboardInterrupt
     print(f"{args.output}: {len(runs.results)} of {len(plan.runs)} runs")
 
 

@@ -87,7 +87,9 @@ class Runs:
         """Trains what is left and no other process is at; gives the runs that others have. `stop`: after this step?"""
         others = []
         for name, seed in self.plan.runs:
-            if (name, seed) in self.results or stop():
+            if stop():
+                break
+            if (name, seed) in self.results:
                 continue
             with contextlib.ExitStack() as stack:
                 try:

@@ -20,7 +20,7 @@ from meki.models.train import command, data
 from meki.models.train.distributed import ALONE
 from meki.models.train.log import read_log
 
-from .test_train import KINDS, SMALL, STORIES
+from .small import KINDS, SMALL, STORIES
 from .together import STEPS, trainer
 
 

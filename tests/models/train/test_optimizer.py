@@ -15,7 +15,7 @@ from meki.models.memories.base import MemoryLayer
 from meki.models.train.deferred import DeferredAdam
 from meki.models.train.optimizer import BETAS, Optimizer, learning_rate
 
-from .test_train import KINDS, SMALL
+from .small import KINDS, SMALL
 
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine() -> None:
