@@ -36,6 +36,8 @@ def study(args: argparse.Namespace, command: str) -> None:
     from .plan import Plan
     from .runs import Runs, Text
 
+    if args.output.suffix != ".md":
+        raise UsageError(f"-o is {args.output}, expected a .md: its plots go into a directory of that name without it")
     plan = Plan.read(args.plan)
     check_texts([*args.data, *args.valid])
     check_device(args.device)

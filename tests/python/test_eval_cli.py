@@ -111,7 +111,7 @@ def refusals(harness: bool) -> dict[str, tuple[list[str], int, str]]:
         "no names": (["--tasks", ","], 2, "expected names with commas between them"),
         "limit 0": (["--tasks", "piqa", "--limit", "0"], 2, "expected an integer of at least 1, got '0'"),
         "limit of a text": (["--perplexity", "text", "--limit", "1"], 2, "--limit is about tasks; omit it"),
-        "no text": (["--perplexity", "text"], 1, "No such file or directory: 'text'"),
+        "no text": (["--perplexity", "text"], 2, "text: no such file of text"),
         "empty text": (["--perplexity", "empty"], 2, "empty: has no text"),
         "no place": (["--perplexity", "empty", "-o", "nowhere/out.json"], 2, "nowhere"),
     }

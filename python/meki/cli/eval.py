@@ -70,6 +70,8 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
     for option in ("task_data", "limit", "num_fewshot"):
         if arguments.perplexity is not None and getattr(arguments, option) is not None:
             raise ValueError(f"--{option.replace('_', '-')} is about tasks; omit it with --perplexity")
+    if arguments.perplexity is not None and not arguments.perplexity.is_file():
+        raise ValueError(f"{arguments.perplexity}: no such file of text")
     if arguments.output is not None:
         check_writable(arguments.output)
     find_model(arguments.model)  # who names none is told before data is loaded

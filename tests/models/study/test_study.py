@@ -345,6 +345,8 @@ def test_what_is_missing(
     (tmp_path / "short.txt").write_text("Short.")
     assert command.main([arguments[0], "--data", str(tmp_path / "short.txt"), *arguments[3:]]) == 2
     assert "the training text has" in capsys.readouterr().err
+    assert command.main([*arguments, "-o", str(tmp_path / "report")]) == 2
+    assert "report, expected a .md" in capsys.readouterr().err and not (tmp_path / "report").exists()
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == "scipy" else True)
     assert command.main(arguments) == 2
     assert "needs scipy, not installed; run pip install 'meki[study]'" in capsys.readouterr().err
