@@ -10,7 +10,7 @@ from typing import Any
 
 from meki.cli.errors import report
 
-from .config import ConfigError, check
+from .config import ConfigError, check, frozen
 
 
 class UsageError(ValueError):
@@ -38,7 +38,7 @@ def setting(text: str) -> tuple[str, Any]:
         parsed = json.loads(value)
     except (ValueError, RecursionError):
         parsed = value
-    parsed = tuple(parsed) if isinstance(parsed, list) else parsed
+    parsed = frozen(parsed)
     try:
         check(SETTINGS, {name: parsed})
     except ConfigError as error:

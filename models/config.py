@@ -51,6 +51,11 @@ def as_number(value: Any) -> Any:
     return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
+def frozen(value: Any) -> Any:
+    """With tuples for lists, at any depth: as JSON and YAML give it, to what a configuration, a value, can have."""
+    return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
+
+
 def check(rules: Mapping[str, Rule], settings: Mapping[str, object]) -> None:
     """ConfigError for the first setting that breaks its rule."""
     for name, value in settings.items():

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ..config import ConfigError, Rule, check
+from ..config import ConfigError, Rule, check, frozen
 from ..ffns import FFNS
 from ..ffns.base import FFN
 from ..ffns.swiglu import SwiGLUConfig
@@ -105,9 +105,7 @@ class Architecture(Dimensions, ABC):
         known = [*cls.RULES, *ffn.RULES, *(name for kind in MEMORIES.values() for name in kind.SETTINGS)]
         if unknown := sorted(settings.keys() - set(known)):
             raise ConfigError(f"unknown configuration keys {unknown}; known with ffn_kind {ffn_kind}: {sorted(known)}")
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
-        }
+        values = {name: frozen(value) for name, value in settings.items()}
         fields = {name: value for name, value in values.items() if name in cls.RULES and name != "ffn_kind"}
         check(cls.RULES, fields)
         memories = [kind.from_settings(values) for kind in MEMORIES.values()]

@@ -97,7 +97,7 @@ class Memory(ABC):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
-        """settings: any; those of other kinds, and of the decoder, do not matter."""
+        """settings: any, `frozen`; those of other kinds, and of the decoder, do not matter."""
         fields = {field: settings[name] for name, field in cls.SETTINGS.items() if name in settings}
         return cls(**{"dim": 0, **fields})
 

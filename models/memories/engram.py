@@ -38,7 +38,7 @@ Numbers = tuple[tuple[int, ...], ...]
 
 def _numbers(value: object) -> bool:
     return isinstance(value, tuple) and all(
-        isinstance(row, list | tuple) and all(type(number) is int and number > 0 for number in row) for row in value
+        isinstance(row, tuple) and all(type(number) is int and number > 0 for number in row) for row in value
     )
 
 
@@ -179,7 +179,7 @@ class EngramConfig(Memory):
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
         """Numbers that nobody gave are made of the others."""
-        own = {name: _tuples(settings[name]) for name in cls.SETTINGS if name in settings}
+        own = {name: settings[name] for name in cls.SETTINGS if name in settings}
         check(cls.RULES, own)
         memory = super().from_settings(own)
         if not (memory.dim and memory.at and "vocab_size" in settings):
@@ -338,10 +338,6 @@ class EngramConfig(Memory):
     def fixed(self, config: Any, name: str) -> Floats | None:
         """Canonical ids of random weights: themselves."""
         return np.arange(config.vocab_size, dtype=np.float32) if name.endswith(_CANONICAL) else None
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def random_multipliers(layers: int, ngram: int, vocab_size: int, seed: int = 0) -> Numbers:

@@ -17,6 +17,7 @@ from meki.models.architectures.llama import Decoder
 from meki.models.checkpoints import open_checkpoint
 from meki.models.checkpoints.checkpoint import CheckpointError
 from meki.models.checkpoints.huggingface import save_pretrained
+from meki.models.config import frozen
 from meki.models.memories.engram import Engram, EngramConfig
 
 VOCAB, EOS = 300, 7
@@ -36,7 +37,8 @@ Ngrams = Callable[[dict[str, Any], list[int]], list[list[int]]]
 
 
 def config(**overrides: Any) -> EngramConfig:
-    return EngramConfig.from_settings({**ENGRAM, "vocab_size": VOCAB, **overrides})
+    settings = {name: frozen(value) for name, value in overrides.items()}
+    return EngramConfig.from_settings({**ENGRAM, "vocab_size": VOCAB, **settings})
 
 
 @torch.no_grad()
