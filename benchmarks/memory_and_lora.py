@@ -33,7 +33,7 @@ from meki.models.checkpoints import open_checkpoint
 from meki.models.checkpoints.checkpoint import checkpoint_source
 from meki.models.checkpoints.huggingface import load_model
 from meki.models.tokenizer import parse_tokenizer, read_tokenizer
-from meki.models.train.data import TokenFile, batch_at, write_tokens
+from meki.models.train.data import TokenFile, batch_at, spread_windows, write_tokens
 from meki.models.train.optimizer import Optimizer, learning_rate
 from meki.models.train.trainer import MODEL, STATE, Recipe, loss_of
 
@@ -80,8 +80,7 @@ def train(model: Model, recipe: Recipe, tokens: TokenFile, rate: float) -> None:
 def bits(model: Model, tokens: TokenFile, length: int, windows: int) -> NDArray[np.float64]:
     """Bits a byte of windows evenly spread over the text."""
     most = (len(tokens.ids) - 1) // length
-    starts = np.linspace(0, len(tokens.ids) - length - 1, min(windows, most)).astype(int)
-    pieces = [torch.from_numpy(tokens.ids[start : start + length + 1].astype(np.int64)) for start in starts]
+    pieces = spread_windows(tokens.ids, min(windows, most), length)
     losses = [loss_of(model, piece[None]).item() for piece in tqdm(pieces, unit="window", leave=False, disable=None)]
     return np.array(losses) * tokens.bits_per_nat
 

@@ -183,3 +183,9 @@ def batch_at(ids: Ids, step: int, batch: int, length: int, seed: int) -> Tensor:
         start = offset + int(order[position]) * length
         rows.append(ids[start : start + length + 1])
     return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def spread_windows(ids: Ids, count: int, length: int) -> Tensor:
+    """int64 [count, length + 1], evenly spread over the ids."""
+    starts = np.linspace(0, len(ids) - length - 1, count).astype(int)
+    return torch.from_numpy(np.stack([ids[start : start + length + 1] for start in starts]).astype(np.int64))

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,7 +28,7 @@ from ..memories.base import MemoryLayer
 from ..tokenizer import TokenizerSpec, canonical_ids, parse_tokenizer
 from . import distributed
 from .base_model import BaseModel
-from .data import TokenFile, batch_at
+from .data import TokenFile, batch_at, spread_windows
 from .distributed import ALONE, World
 from .log import Log
 from .optimizer import Optimizer, learning_rate
@@ -258,10 +257,7 @@ class Trainer:
     def held_out_windows(self, count: int) -> Tensor:
         """int64 [count, length + 1], evenly spread over the held-out text."""
         assert self.valid_file is not None
-        ids, length = self.valid_file.ids, self.recipe.length
-        starts = np.linspace(0, len(ids) - length - 1, count).astype(int)
-        windows = np.stack([ids[start : start + length + 1] for start in starts]).astype(np.int64)
-        return torch.from_numpy(windows).to(self.device)
+        return spread_windows(self.valid_file.ids, count, self.recipe.length).to(self.device)
 
     def save(self) -> None:
         """The model, then the state: either is whole, or as it was, and a run whose state is the last has its model."""
