@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from meki.cli.arguments import integer, number, path
 from meki.cli.errors import run_command
 from meki.models.architectures.base import Model
 from meki.models.checkpoints import open_checkpoint
-from meki.models.checkpoints.checkpoint import checkpoint_source
+from meki.models.checkpoints.checkpoint import checkpoint_model
 from meki.models.checkpoints.huggingface import load_model
 from meki.models.tokenizer import parse_tokenizer, read_tokenizer
 from meki.models.train.data import TokenFile, batch_at, spread_windows, write_tokens
@@ -38,16 +37,6 @@ from meki.models.train.optimizer import Optimizer, learning_rate
 from meki.models.train.trainer import MODEL, STATE, Recipe, loss_of
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def read_model(file: Path) -> Model:
-    """What `open_checkpoint` finds, in PyTorch, float32."""
-    source = checkpoint_source(open_checkpoint(file, {}))
-    with torch.device("meta"):
-        model = source.config.module()
-    state = {name: torch.from_numpy(source.weights(name)) for name in model.state_dict()}
-    model.load_state_dict(state, assign=True)
-    return model
 
 
 def add_lora(model: Model, rank: int, seed: int) -> dict[str, Tensor]:
@@ -90,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     fields = Recipe.__dataclass_fields__
     recipe = Recipe(**{name: value for name, value in identity["recipe"].items() if name in fields})
     spec = read_tokenizer(args.run / MODEL / "tokenizer.json")
-    base, (with_memory, _) = read_model(args.base), load_model(args.run / MODEL)
+    base, (with_memory, _) = checkpoint_model(open_checkpoint(args.base, {})), load_model(args.run / MODEL)
     memory = with_memory.config.ram_parameters - base.config.ram_parameters
     rank = rank_of(base, memory)
     texts = {}

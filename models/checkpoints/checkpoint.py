@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from meki.package.files import check_downloaded
 
 from ..architectures import ARCHITECTURES
-from ..architectures.base import Architecture
+from ..architectures.base import Architecture, Model
 from ..config import ConfigError, check
 from ..memories import MEMORIES
 from ..memories.base import ALL
@@ -147,6 +148,20 @@ def checkpoint_source(checkpoint: Checkpoint) -> Source:
         return values
 
     return lazy_source(checkpoint.config, read, checkpoint.folded)
+
+
+def checkpoint_model(checkpoint: Checkpoint) -> Model:
+    """The model in PyTorch, float32, in training form. CheckpointError."""
+    if checkpoint.folded:
+        raise CheckpointError(
+            f"{checkpoint.path}: the memories are folded, which cannot be undone; give the training form"
+        )
+    source = checkpoint_source(checkpoint)
+    with torch.device("meta"):
+        model = checkpoint.config.module()
+    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}  # not all are float32: ids are not
+    model.load_state_dict({name: torch.from_numpy(source.weights(name)).to(types[name]) for name in types}, assign=True)
+    return model
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:

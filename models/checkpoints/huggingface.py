@@ -22,7 +22,14 @@ from ..ffns.swiglu import SwiGLUConfig
 from ..memories.base import ALL
 from ..source import model_source
 from ..tokenizer import TokenizerSpec, parse_tokenizer, read_tokenizer
-from .checkpoint import Checkpoint, CheckpointError, Part, check_fetched, checkpoint_source, make_config
+from .checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Part,
+    check_fetched,
+    checkpoint_model,
+    make_config,
+)
 from .huggingface_config import FEATURES, FIELDS, MIXTURE_FIELDS, OWN, OWN_FIELDS, config_fields, language_model
 
 CONFIG = "config.json"
@@ -240,11 +247,4 @@ def _save_tokenizer(directory: Path, tokenizer: TokenizerSpec) -> None:
 def load_model(path: Path) -> tuple[Model, dict[str, str]]:
     """The model of a folder in PyTorch, float32, in training form, and its provenance. CheckpointError."""
     checkpoint = open_huggingface(path, {})
-    if checkpoint.folded:
-        raise CheckpointError(f"{path}: the memories are folded, which cannot be undone; give the training form")
-    source = checkpoint_source(checkpoint)
-    with torch.device("meta"):
-        model = checkpoint.config.module()
-    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}  # not all are float32: ids are not
-    model.load_state_dict({name: torch.from_numpy(source.weights(name)).to(types[name]) for name in types}, assign=True)
-    return model, checkpoint.provenance
+    return checkpoint_model(checkpoint), checkpoint.provenance
