@@ -90,13 +90,13 @@ def write_report(plan: Plan, runs: Runs, out: Path, command: str) -> None:
 
 
 def _speeds(plan: Plan, runs: Runs) -> dict[str, Any] | None:
-    """None if a model of the plan was trained elsewhere and is not here."""
+    """Of any seed that is here; None if a model of the plan was trained elsewhere with all its seeds."""
     from ..train.trainer import MODEL
     from .speed import measure_speeds
 
-    seeds = {name: seed for name, seed in reversed(plan.runs)}  # the first of each
-    checkpoints = {name: runs.directory(name, seed) / MODEL for name, seed in seeds.items()}
-    if missing := [name for name, checkpoint in checkpoints.items() if not checkpoint.is_dir()]:
+    here = {run: runs.directory(*run) / MODEL for run in plan.runs}
+    checkpoints = {name: checkpoint for (name, _), checkpoint in here.items() if checkpoint.is_dir()}
+    if missing := [name for name in plan.models if name not in checkpoints]:
         say(PROGRAM, "note", f"decode is not measured: {', '.join(missing)} was trained elsewhere")
         return None
     with tqdm(unit="run", leave=False, disable=None) as progress:

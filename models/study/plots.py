@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .plan import Section
-from .report import Outcomes, section_line
+from .report import Outcomes, section_line, sizes_and_losses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,9 +21,10 @@ def plots(outcomes: Outcomes) -> dict[str, tuple[str, bytes]]:
     files = {}
     if any(map(outcomes.models, outcomes.plan.sections)):
         files["weights"] = ("Held-out loss against weights", _draw(lambda *axes: _weights(outcomes, axes), 2))
-    if outcomes.models(first):
-        files["curves"] = ("Held-out loss while training", _draw(lambda axes: _curves(outcomes, first, axes)))
-        files["logit_lens"] = ("LogitLens", _draw(lambda axes: _logit_lens(outcomes, first, axes)))
+    if models := outcomes.models(first):
+        shown = outcomes.within(first)
+        files["curves"] = ("Held-out loss while training", _draw(lambda axes: _curves(shown, models, axes)))
+        files["logit_lens"] = ("LogitLens", _draw(lambda axes: _logit_lens(shown, models, axes)))
     for index, section in enumerate(outcomes.plan.sections):
         if section.line and section_line(outcomes, section):
             files[f"line{index}"] = (section.title, _draw(lambda axes, section=section: _line(outcomes, section, axes)))
@@ -56,9 +57,9 @@ def _weights(outcomes: Outcomes, panels: Sequence[Axes]) -> None:
     panels[0].set_ylabel("held-out loss, nats a token")
 
 
-def _curves(outcomes: Outcomes, section: Section, axes: Axes) -> None:
+def _curves(outcomes: Outcomes, models: Sequence[str], axes: Axes) -> None:
     tokens = outcomes.plan.recipe.batch * outcomes.plan.recipe.length
-    for model in outcomes.models(section):
+    for model in models:
         curves = np.array([result["curve"] for result in outcomes.of(model)])
         axes.plot(curves[0, :, 0] * tokens / 1e6, curves[:, :, 1].mean(axis=0), label=model)
     axes.set_xlabel("million tokens")
@@ -67,8 +68,8 @@ def _curves(outcomes: Outcomes, section: Section, axes: Axes) -> None:
     axes.legend()
 
 
-def _logit_lens(outcomes: Outcomes, section: Section, axes: Axes) -> None:
-    for model in outcomes.models(section):
+def _logit_lens(outcomes: Outcomes, models: Sequence[str], axes: Axes) -> None:
+    for model in models:
         means = np.mean([result["logit_lens"] for result in outcomes.of(model)], axis=0)
         axes.plot(range(1, len(means) + 1), means, marker="o", label=model)
     axes.set_xlabel("layer")
@@ -80,9 +81,8 @@ def _logit_lens(outcomes: Outcomes, section: Section, axes: Axes) -> None:
 def _line(outcomes: Outcomes, section: Section, axes: Axes) -> None:
     line = section_line(outcomes, section)
     assert line is not None
-    results = [result for model in section.models for result in outcomes.of(model)]
-    sizes = np.array([result["rom_weights"] for result in results], np.float64)
-    axes.plot(sizes / 1e6, [result["loss"] for result in results], "o")
+    sizes, losses = map(np.asarray, sizes_and_losses(outcomes, section))
+    axes.plot(sizes / 1e6, losses, "o")
     at = np.geomspace(sizes.min(), sizes.max(), 50)
     middle, half = line.predict(at)
     axes.plot(at / 1e6, middle)

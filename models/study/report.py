@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,9 +35,13 @@ class Outcomes:
         """In the order of the seeds."""
         return [self.results[run] for run in sorted(self.results) if run[0] == model]
 
+    def within(self, section: Section) -> Outcomes:
+        """Those of the section's seeds: what it shows side by side saw the same."""
+        return replace(self, results={run: its for run, its in self.results.items() if run[1] in section.seeds})
+
     def models(self, section: Section) -> list[str]:
         """Those that there are results of."""
-        return [model for model in section.models if self.of(model)]
+        return [model for model in section.models if self.within(section).of(model)]
 
     def loss(self, model: str) -> float:
         """The mean over the seeds."""
@@ -105,8 +109,13 @@ def fit_line(sizes: Sequence[float], losses: Sequence[float]) -> Line | None:
 
 
 def section_line(outcomes: Outcomes, section: Section) -> Line | None:
-    results = [result for model in section.models for result in outcomes.of(model)]
-    return fit_line([result["rom_weights"] for result in results], [result["loss"] for result in results])
+    return fit_line(*sizes_and_losses(outcomes, section))
+
+
+def sizes_and_losses(outcomes: Outcomes, section: Section) -> tuple[list[int], list[float]]:
+    """Weights in ROM and held-out loss of every run of a section."""
+    results = [result for model in section.models for result in outcomes.within(section).of(model)]
+    return [result["rom_weights"] for result in results], [result["loss"] for result in results]
 
 
 def verdict(outcomes: Outcomes, claim: Claim) -> str:
@@ -145,7 +154,7 @@ def _lines(outcomes: Outcomes, command: str, plots: Mapping[str, str]) -> Iterat
         f"tokens, the same in the same order for a seed: {recipe.steps:,} steps of {recipe.batch} sequences of "
         f"{recipe.length}; AdamW, learning rate {recipe.rate:g} to {recipe.last_rate:g}. The backbone: {base.layers} "
         f"layers of width {base.hidden}, vocabulary {base.vocab_size:,}. Losses are nats a token over the whole "
-        "held-out text, means over seeds; lower is better."
+        f"held-out text, means over seeds; lower is better. {_trained_on([*results.values()])}"
     )
     if claims := plan.claims:
         yield from ("", "## What the paper claims, and what these runs say", "")
@@ -160,13 +169,23 @@ def _lines(outcomes: Outcomes, command: str, plots: Mapping[str, str]) -> Iterat
         if models := outcomes.models(section):
             yield from ("", f"## {section.title}", "")
             yield from head([column.format(plan.baseline) for column in COLUMNS], "l")
-            yield from (row([*_cells(outcomes, model)]) for model in models)
+            yield from (row([*_cells(outcomes.within(section), model)]) for model in models)
             if section.line and (line := section_line(outcomes, section)):
                 yield from ("", _fitted(line))
     if outcomes.speeds:
         yield from ("", _how_decoded(plan.baseline, outcomes.speeds["environment"]))
     for title, path in plots.items():
         yield from ("", f"![{title}]({path})")
+
+
+def _trained_on(results: Sequence[Result]) -> str:
+    """What trained the runs: losses of other numbers differ a little, so it says of which seeds."""
+    devices = dict.fromkeys(result["device"] for result in results)
+    parts = []
+    for device in devices:
+        seeds = sorted(result["seed"] for result in results if result["device"] == device)
+        parts.append(f"{device} ({len(seeds)} runs; seeds {', '.join(map(str, dict.fromkeys(seeds)))})")
+    return f"Trained on: {'; '.join(parts)}." if parts else ""
 
 
 def _fitted(line: Line) -> str:

@@ -138,10 +138,16 @@ class Runs:
             "logit_lens": logit_lens,
             "minutes": sum(_seconds(log, recipe.batch * recipe.length)) / 60,
             "threads": torch.get_num_threads(),
+            "device": _device(trainer.device),
             "torch": torch.__version__,
         }
         write_file(directory / RESULT, json.dumps(result).encode())
         self.results[name, seed] = result
+
+
+def _device(device: torch.device) -> str:
+    """What trained, and in which numbers matrices were multiplied."""
+    return "CPU, float32" if device.type == "cpu" else f"{torch.cuda.get_device_name(device)}, bfloat16"
 
 
 def _seconds(log: Sequence[dict[str, Any]], tokens_of_a_step: int) -> list[float]:
