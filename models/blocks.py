@@ -30,6 +30,11 @@ class BlockType:
     """Inputs that share a scale."""
 
     @property
+    def zero(self) -> int:
+        """What a code of 0 is stored as: codes are unsigned in a package."""
+        return 128 if self.bits == 8 else -self.range[0]
+
+    @property
     def range(self) -> tuple[int, int]:
         """Least and greatest code."""
         if self.bits == 4:
@@ -70,8 +75,46 @@ class Blocks:
 
     def values(self) -> Floats:
         """What they stand for, float32 [n, k]."""
-        rows, inputs = self.codes.shape
-        grouped = self.codes.reshape(rows, self.scales.shape[1], -1) * self.scales[..., None]
+        group = BLOCK_TYPES[self.type].group
+        grouped = self.codes.reshape(*self.scales.shape, group) * self.scales[..., None]
         if self.minimums is not None:
             grouped += self.minimums[..., None]
-        return grouped.reshape(rows, inputs)
+        return grouped.reshape(self.codes.shape)
+
+    def rows(self, rows: slice) -> Blocks:
+        """Some of the matrix."""
+        minimums = None if self.minimums is None else self.minimums[rows]
+        return Blocks(self.type, self.codes[rows], self.scales[rows], minimums)
+
+
+def pack_blocks(blocks: Blocks) -> Codes:
+    """Panels as docs/package-format.md has them, uint8 [ceil(n / 16), k / 32, bytes of a block]. What fills the last
+    panel is zero."""
+    its, missing = BLOCK_TYPES[blocks.type], -len(blocks.codes) % PANEL
+    codes = np.pad(blocks.codes, ((0, missing), (0, 0)))
+    panels, groups = len(codes) // PANEL, codes.shape[1] // BLOCK
+    # Four inputs of a row stand together, the unit of a dot product instruction; 4 bits pair two halves of a block.
+    fours = codes.reshape(panels, PANEL, groups, BLOCK // 4, 4).transpose(0, 2, 3, 1, 4)
+    stored = fours.view(np.uint8) + np.uint8(its.zero)  # modulo 256
+    if its.bits == 4:
+        stored = np.bitwise_or(stored[:, :, :4], stored[:, :, 4:] << 4)
+    parts = [stored.reshape(panels, groups, -1)]
+    for halves in (blocks.scales, blocks.minimums):
+        if halves is not None:
+            padded = np.pad(halves.astype("<f2"), ((0, missing), (0, 0))).reshape(panels, PANEL, groups, -1)
+            parts.append(np.ascontiguousarray(padded.transpose(0, 2, 3, 1)).view(np.uint8).reshape(panels, groups, -1))
+    return np.concatenate(parts, axis=-1)
+
+
+def unpack_blocks(packed: Codes, type: str, rows: int) -> Blocks:
+    """The inverse, for the first `rows` rows."""
+    its, (panels, groups, _) = BLOCK_TYPES[type], packed.shape
+    codes, halves = np.split(packed, [PANEL * BLOCK * its.bits // 8], axis=-1)
+    if its.bits == 4:
+        codes = np.concatenate((codes & 15, codes >> 4), axis=-1)
+    fours = codes.reshape(panels, groups, BLOCK // 4, PANEL, 4).transpose(0, 3, 1, 2, 4)
+    whole = (fours - np.uint8(its.zero)).view(np.int8).reshape(panels * PANEL, groups * BLOCK)
+    floats = np.ascontiguousarray(halves).view("<f2").astype(np.float32).reshape(panels, groups, -1, PANEL)
+    by_row = floats.transpose(0, 3, 1, 2).reshape(panels * PANEL, groups, -1)
+    scales = by_row[:rows, :, : BLOCK // its.group].reshape(rows, -1)
+    return Blocks(type, whole[:rows], scales, by_row[:rows, :, -1] if its.minimum else None)

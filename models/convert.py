@@ -21,7 +21,7 @@ from meki.package.files import MANIFEST, check_target
 from .arguments import UsageError, reported_warnings, setting
 from .config import ConfigError
 from .progress import ProgressBars
-from .quantize import ROW_TYPES, WEIGHT_TYPES
+from .quantize import ROW_TYPES, SOURCE, WEIGHT_TYPES
 from .sizes import SIZES
 from .tokenizer import TokenizerSpec, read_tokenizer, without_unknown_ends
 
@@ -91,7 +91,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
             tokenizer,
             args.output,
             name=name,
-            weights=args.weights,
+            weights=args.weights or (SOURCE if source.blocks else "int8"),
             rows=args.rows or "float16",
             provenance=provenance,
             card=args.card.read_text(encoding="utf-8") if args.card else None,
@@ -148,7 +148,11 @@ def main(argv: list[str] | None = None) -> int:
         help="a field of the configuration, in place of what the source says, as in context=8192; may be repeated",
     )
     parser.add_argument("--name", help="the model's name (default: the name of the directory)")
-    parser.add_argument("--weights", choices=WEIGHT_TYPES, default="int8", help="dense weights (default: %(default)s)")
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHT_TYPES,
+        help="dense weights; source: as a quantised checkpoint has them (default: source if it is one, else int8)",
+    )
     parser.add_argument(
         "--rows", choices=tuple(ROW_TYPES), help="memory rows (default: float16); not for a model without a memory"
     )

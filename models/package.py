@@ -12,17 +12,18 @@ from meki.chat import parse_template
 from meki.package.files import MANIFEST, check_target, list_files, replace_directory
 
 from .architectures.base import Architecture, Model
+from .blocks import BLOCK
 from .config import ConfigError
 from .graph.cpu import CpuGraph, PackedGraph
 from .graph.tensors import TensorFile
-from .graph.weights import WEIGHTS_FILE, Progress, Weights, WeightStore
-from .quantize import WEIGHT_BLOCK, WEIGHT_TYPES
+from .graph.weights import WEIGHTS_FILE, Progress, WeightStore
+from .quantize import SOURCE, WEIGHT_TYPES
 from .rom import RomLayout, write_rom
 from .source import Source, model_source
 from .tokenizer import TokenizerSpec, parse_tokenizer
 
 FORMAT = "meki-package"
-VERSION = 4
+VERSION = 5
 _HEAD_DIM_MULTIPLE = 16  # of heads that the runtime's attention takes
 
 PhaseProgress = Callable[[str, int, int], object]
@@ -44,21 +45,24 @@ def check_exportable(config: Architecture, weight_type: str) -> None:
         )
     memory = {next(iter(config.memory.SETTINGS)): config.memory.dim} if config.memory else {}
     for name, size in {**config.widths(), **memory}.items():
-        if size % WEIGHT_BLOCK and weight_type != "float32":
+        if size % BLOCK and weight_type not in ("float32", SOURCE):
             raise ConfigError(
-                f"{name} is {size}: {weight_type} weights need a multiple of {WEIGHT_BLOCK}; use float32 weights"
+                f"{name} is {size}: {weight_type} weights need a multiple of {BLOCK}; use float32 weights"
             )
 
 
 def write_graphs(
-    config: Architecture, weights: Weights, weight_type: str, directory: Path, progress: Progress | None = None
+    source: Source, weight_type: str, directory: Path, progress: Progress | None = None
 ) -> tuple[CpuGraph, CpuGraph | None]:
     """Writes the stages and their weights file into `directory`, of a model with a memory also those without it.
 
     ValueError for weights that are not finite.
     """
+    config = source.config
     with (directory / WEIGHTS_FILE).open("wb") as file:
-        store = WeightStore(weights, weight_type, TensorFile(file), config.ram_parameters, progress)
+        store = WeightStore(
+            source.weights, weight_type, TensorFile(file), config.ram_parameters, progress, source.blocks
+        )
         kind = CpuGraph if weight_type == "float32" else PackedGraph
         graph, dense = kind(config, store), None
         config.program(graph)
@@ -102,7 +106,7 @@ def export_package(
 ) -> dict[str, Any]:
     """Writes `model` (a `Model`: float32, training form) as the package `out` and returns its manifest.
 
-    weights: float32, int8 or int4; rows: float32, float16, int8 or int4; card: the text of the README. Nothing is at
+    weights: of WEIGHT_TYPES; rows: float32, float16, int8 or int4; card: the text of the README. Nothing is at
     `out` before the package is complete. FileExistsError for an existing target (see `replace_directory`), ConfigError
     or ValueError for a model that cannot be exported so: shapes, tokenizer, or weights that are not finite.
     """
@@ -110,6 +114,8 @@ def export_package(
     config = source.config
     check_target(out, MANIFEST, overwrite)
     check_exportable(config, weights)
+    if weights == SOURCE and source.blocks is None:
+        raise ConfigError(f"weights: {SOURCE!r} keeps the quantised matrices of a checkpoint, this one has none")
     table = config.memory
     layout = RomLayout(*table.bundles(config), rows) if table else None
     check_tokenizer(tokenizer, config.vocab_size)
@@ -117,9 +123,7 @@ def export_package(
         parse_template(tokenizer.chat_template)
 
     with replace_directory(out, MANIFEST, overwrite) as directory:
-        graph, dense = write_graphs(
-            config, source.weights, weights, directory, functools.partial(progress, "dense weights")
-        )
+        graph, dense = write_graphs(source, weights, directory, functools.partial(progress, "dense weights"))
         errors = graph.store.errors
         quantization_error: dict[str, Any] = {
             "weights": {"overall": errors.overall, "worst": errors.worst, "worst_tensor": errors.worst_tensor}
@@ -158,7 +162,8 @@ def export_package(
             "dense_stages": dense and [{"file": "dense.onnx"}],
             "weights": {
                 "type": weights,
-                "block": None if weights == "float32" else WEIGHT_BLOCK,
+                "block": None if weights == "float32" else BLOCK,
+                "types": graph.store.types,
                 "decode_bytes": graph.decode_bytes,
                 "dense_decode_bytes": dense and dense.decode_bytes,
             },

@@ -10,17 +10,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Codes = NDArray[np.uint8]
+from .blocks import BLOCK, BLOCK_TYPES, Blocks, Codes, Floats
 
-WEIGHT_BITS = {"int8": 8, "int4": 4}
-WEIGHT_TYPES = ("float32", *WEIGHT_BITS)
-PRECISIONS = {"float16": None, **WEIGHT_BITS}
+SOURCE = "source"
+WEIGHT_TYPES = ("float32", "int8", "int4", SOURCE)
+"""Of a package: all matrices of one type, or as the checkpoint has them."""
+PRECISIONS = {"float16": None, "int8": 8, "int4": 4}
 """On an NPU: bits of a weight in blocks of 32 with a float16 scale; None: float16 itself."""
-WEIGHT_BLOCK = 32
-"""Weights that share one scale: consecutive ones along the input dimension."""
-PANEL = 16
-"""Rows of a matrix that are packed together."""
 ROW_TYPES = {"float16": 1, "int8": 2, "int4": 3, "float32": 4}
 """Row types and their codes in a ROM's header."""
 ROW_GROUP = 32
@@ -88,43 +84,16 @@ def _pack_nibbles(q: NDArray[np.int8]) -> Codes:
     return packed
 
 
-def quantize_weight(weight: Floats, bits: int, what: str) -> tuple[Codes, Floats]:
-    """A matrix as docs/package-format.md packs it for the operators Linear and Embedding.
+def quantize_weight(weight: Floats, type: str, what: str) -> Blocks:
+    """A matrix float32 [n, k], k inputs, in blocks.
 
-    weight: float32 [n, k], k inputs -> panels uint8 [ceil(n / 16), k / 32, block bytes], and the float32 values [n, k]
-    that they stand for. ValueError if k is not a multiple of 32 or a weight is not finite; `what` names the tensor.
+    type: int8 or int4. ValueError if k is not a multiple of 32 or a weight is not finite; `what` names the tensor.
     """
     rows, inputs = weight.shape
-    if inputs % WEIGHT_BLOCK:
-        raise ValueError(f"{what}: input dimension {inputs} is not a multiple of the quantisation block {WEIGHT_BLOCK}")
-    q, scales = _quantize(weight.reshape(rows, -1, WEIGHT_BLOCK), bits, what)
-    values = (q * scales[..., None]).reshape(rows, inputs)
-    if missing := -rows % PANEL:
-        q = np.concatenate((q, np.zeros((missing, *q.shape[1:]), np.int8)))
-        scales = np.concatenate((scales, np.zeros((missing, *scales.shape[1:]), np.float32)))
-    panels, groups = len(q) // PANEL, inputs // WEIGHT_BLOCK
-    # Four columns of a row stand together, the unit of a dot product instruction; 4 bits pair two halves of a block.
-    fours = q.reshape(panels, PANEL, groups, WEIGHT_BLOCK // 4, 4).transpose(0, 2, 3, 1, 4)
-    if bits == 8:
-        codes = (fours ^ np.int8(-128)).view(np.uint8)
-    else:
-        nibbles = (fours + np.int8(8)).view(np.uint8)
-        codes = np.bitwise_or(nibbles[:, :, :4], nibbles[:, :, 4:] << 4)
-    halves = scales.astype("<f2").reshape(panels, PANEL, groups).transpose(0, 2, 1)
-    packed = (codes.reshape(panels, groups, -1), np.ascontiguousarray(halves).view(np.uint8))
-    return np.concatenate(packed, axis=-1), values
-
-
-def unpack_weight(packed: Codes, bits: int, rows: int) -> tuple[NDArray[np.int8], Floats]:
-    """The inverse of `quantize_weight`: q int8 [rows, k / 32, 32] and scales float32 [rows, k / 32]."""
-    panels, groups, _ = packed.shape
-    codes, halves = np.split(packed, [PANEL * WEIGHT_BLOCK * bits // 8], axis=-1)
-    if bits == 4:
-        codes = np.concatenate((codes & 15, codes >> 4), axis=-1)
-    fours = codes.reshape(panels, groups, WEIGHT_BLOCK // 4, PANEL, 4).transpose(0, 3, 1, 2, 4)
-    q = (fours.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8).reshape(panels * PANEL, groups, WEIGHT_BLOCK)
-    scales = np.ascontiguousarray(halves).view("<f2").astype(np.float32).transpose(0, 2, 1)
-    return q[:rows], scales.reshape(panels * PANEL, groups)[:rows]
+    if inputs % BLOCK:
+        raise ValueError(f"{what}: input dimension {inputs} is not a multiple of the quantisation block {BLOCK}")
+    q, scales = _quantize(weight.reshape(rows, -1, BLOCK), BLOCK_TYPES[type].bits, what)
+    return Blocks(type, q.reshape(rows, inputs), scales)
 
 
 def row_group(row_type: str, row_dim: int) -> int:

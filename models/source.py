@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .architectures.base import Architecture, Model
-from .graph.weights import Weights
+from .graph.weights import StoredBlocks, Weights
 from .memories.base import ALL, Read
 from .quantize import Floats
 
@@ -22,6 +22,8 @@ class Source:
     weights: Weights
     row_blocks: Callable[[], Iterator[Floats]]
     """The rows of a model with memory: float32 [rows of a bundle, n, width] of the next n bundles, until the last."""
+    blocks: StoredBlocks | None = None
+    """Of a checkpoint that has quantised matrices."""
 
 
 def lazy_source(config: Architecture, read: Read, folded: bool = False) -> Source:

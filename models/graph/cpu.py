@@ -13,12 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import TensorProto
 
-from ..quantize import WEIGHT_BITS, Floats
+from ..blocks import BLOCK_TYPES, Floats
 from .primitives import Dimensions, KeyBias, Lazy, Matrix, Norm, Primitives, Row, Tables, Value
 from .tensors import tensor_bytes
 from .weights import Weights, WeightStore
 
 _DOMAIN = "meki"
+_TYPES_OF_INPUTS = {("Injection", 3): "gate_proj_type", ("Injection", 5): "out_proj_type"}
+"""Attributes that have the type of a packed input, by operator and input."""
+_FLOAT32 = 0
+"""In place of the number of a block type."""
 
 
 def key_offsets(weights: Weights, bias: KeyBias, kv_heads: int) -> Floats:
@@ -89,9 +93,10 @@ class CpuGraph(Primitives):
         name, experts, chosen = mixture.name, mixture.experts, mixture.experts_per_token
         assert isinstance(mixture.h, Norm)
         inputs: list[Value] = [mixture.h.x, self.vector(f"{mixture.h.name}.weight"), self.vector(f"{name}.gate.weight")]
+        types = {}
         for matrix, parts in (("gate_up", ("gate", "up")), ("down", ("down",))):
             weights = [f"{name}.experts.{expert}.{part}_proj.weight" for expert in range(experts) for part in parts]
-            stacked = self.stacked(f"{name}.experts.{matrix}", weights)
+            stacked, types[f"{matrix}_type"] = self.stacked(f"{name}.experts.{matrix}", weights)
             self.mixtures[stacked] = chosen, experts
             inputs.append(stacked)
         return self.op(
@@ -102,8 +107,8 @@ class CpuGraph(Primitives):
             experts=experts,
             experts_per_token=chosen,
             norm_topk_prob=int(mixture.norm_topk_prob),
-            bits=WEIGHT_BITS.get(self.store.weight_type, 32),
             epsilon=self.config.norm_eps,
+            **types,
         )
 
     def attention(
@@ -192,9 +197,9 @@ class CpuGraph(Primitives):
         weights = [f"{matrix.name}.weight" for matrix in matrices]
         return self.op("MatMul", [x, self.array(name, lambda: self.store.joined(weights).T)], f"{name}.out")
 
-    def stacked(self, name: str, weights: Sequence[str]) -> str:
-        """Matrices one below the other, as they are stored."""
-        return self.vector(name, weights)
+    def stacked(self, name: str, weights: Sequence[str]) -> tuple[str, int]:
+        """Matrices one below the other, and the number of their type."""
+        return self.vector(name, weights), _FLOAT32
 
     def vector(self, name: str, parts: Sequence[str] = ()) -> str:
         return self.array(name, lambda: self.store.joined(parts or [name]))
@@ -237,6 +242,8 @@ class PackedGraph(CpuGraph):
         return SwiGLU(x, name)
 
     def product(self, x: Value, matrices: Sequence[Matrix], name: str) -> Value:
+        if not self.store.is_packed([f"{matrix.name}.weight" for matrix in matrices]):
+            return super().product(x, matrices, name)
         return Product(x, tuple(matrices), name)
 
     def add(self, a: Value, b: Value, name: str) -> Value:
@@ -257,24 +264,35 @@ class PackedGraph(CpuGraph):
                 case Norm(x, norm):
                     passed += [x, self.vector(f"{norm}.weight")]
                 case Matrix():
-                    passed.append(self._panels(value.name, [value.name]))
+                    weight, attributes[_TYPES_OF_INPUTS[kind, len(passed)]] = self._matrix(value.name)
+                    passed.append(weight)
                 case Row(layer):
                     passed.append("rows")
                     attributes["layer"] = layer - self._stage_rows().start
                 case _:
                     passed.append(value)
-        return self._own(kind, passed, output, epsilon=self.config.norm_eps, **attributes)
+        return self.op(kind, passed, output, domain=_DOMAIN, epsilon=self.config.norm_eps, **attributes)
 
     def table(self, name: str) -> str:
-        return self._panels(name, [name])
+        return self._matrix(name)[0] if self.store.is_packed([f"{name}.weight"]) else super().table(name)
 
-    def stacked(self, name: str, weights: Sequence[str]) -> str:
-        return self._constant(self.store.packed(f"{name}.panels", weights))
+    def stacked(self, name: str, weights: Sequence[str]) -> tuple[str, int]:
+        if not self.store.is_packed(weights):
+            return super().stacked(name, weights)
+        panels = self._constant(self.store.packed(f"{name}.panels", weights, alike=True))
+        ((type, _),) = self.store.parts[panels]
+        return panels, BLOCK_TYPES[type].code
 
     def lookup(self, ids: str, table: str) -> Value:
-        return self._own("Embedding", [ids, table], "embedding", outputs=self.config.vocab_size)
+        if table not in self.store.parts:
+            return super().lookup(ids, table)
+        ((type, rows),) = self.store.parts[table]
+        code = BLOCK_TYPES[type].code
+        return self.op("Embedding", [ids, table], "embedding", domain=_DOMAIN, outputs=rows, type=code)
 
     def multiply_table(self, x: Value, table: str, name: str) -> Value:
+        if table not in self.store.parts:
+            return super().multiply_table(x, table, name)
         return self.linear(x, Matrix(name, self.config.vocab_size))
 
     def _linear(self, product: Product, residual: Value = "") -> str:
@@ -284,15 +302,15 @@ class PackedGraph(CpuGraph):
                 x, weight = normed, self.vector(f"{norm}.weight")
             case SwiGLU(both):
                 x = both
-        inputs = [x, self._panels(product.name, [matrix.name for matrix in product.matrices]), weight, residual]
+        parts = [f"{matrix.name}.weight" for matrix in product.matrices]
+        panels = self._constant(self.store.packed(f"{product.name}.panels", parts))
+        its = [[BLOCK_TYPES[type].code, rows] for type, rows in self.store.parts[panels]]
+        inputs = [x, panels, self.array(f"{product.name}.parts", lambda: np.array(its, np.int64)), weight, residual]
         while not inputs[-1]:
             inputs.pop()
-        outputs = sum(matrix.outputs for matrix in product.matrices)
         out, epsilon = f"{product.name}.out", self.config.norm_eps
-        return self._own("Linear", inputs, out, outputs=outputs, swiglu=int(swiglu), epsilon=epsilon)
+        return self.op("Linear", inputs, out, domain=_DOMAIN, swiglu=int(swiglu), epsilon=epsilon)
 
-    def _own(self, kind: str, inputs: Sequence[Value], output: str, **attributes: float) -> str:
-        return self.op(kind, inputs, output, domain=_DOMAIN, bits=WEIGHT_BITS[self.store.weight_type], **attributes)
-
-    def _panels(self, name: str, matrices: Sequence[str]) -> str:
-        return self.stacked(name, [f"{matrix}.weight" for matrix in matrices])
+    def _matrix(self, name: str) -> tuple[str, int]:
+        """One packed matrix, and the number of its type."""
+        return self.stacked(name, [f"{name}.weight"])

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from ..blocks import BLOCK, BLOCK_TYPES, Blocks, Codes, Floats
 from ..config import CompileError
-from ..quantize import PRECISIONS, WEIGHT_BLOCK, Codes, Floats
+from ..quantize import PRECISIONS
 from .builder import GraphBuilder
 from .primitives import Dimensions, KeyBias, Lazy, Matrix, Primitives, Row, Tables, Value
 from .tensors import TensorFile
@@ -50,8 +51,14 @@ class StoredWeights(Protocol):
     def float16(self, name: str, rows: int) -> Halves:
         """[n, k]. CompileError if float16 does not hold them."""
 
-    def codes(self, name: str, rows: int) -> tuple[NDArray[np.int8], Floats]:
-        """int8 [n, k / 32, 32], and a scale each block, float32 [n, k / 32]; of a packed matrix."""
+    def parts(self, name: str) -> list[tuple[str, int]]:
+        """Type and rows of packed matrices, one below the other; none, if they are float32."""
+
+    def inputs(self, name: str) -> int:
+        """k, of packed matrices."""
+
+    def blocks(self, name: str) -> list[Blocks]:
+        """Of packed matrices, one below the other."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +107,15 @@ class NpuGraph(Primitives):
             graph = GraphBuilder("meki")
             ids = graph.input("token_ids", [1, "T"], TensorProto.INT64)
             out = graph.output("embedding", [1, "T", config.hidden])
-            if weights.type == "float32":
+            if not weights.parts(name):
                 table = graph.constant(tensors.store(name, to_float16(weights.vector(f"{name}.weight"), name)))
                 found = graph.op("Gather", [table, ids], "embedding.float16")
                 graph.op("Cast", [found], out, to=TensorProto.FLOAT)  # the next stage rounds it to float16 all the same
             else:
                 table = graph.constant(tensors.store(name, np.asarray(weights.panels(name))))
-                bits = PRECISIONS[weights.type]
-                graph.op("Embedding", [ids, table], out, domain="meki", outputs=config.vocab_size, bits=bits)
+                ((type, _),) = weights.parts(name)
+                code = BLOCK_TYPES[type].code
+                graph.op("Embedding", [ids, table], out, domain="meki", outputs=config.vocab_size, type=code)
         graph.save(path)
 
     def begin_layer(self, layer: int) -> None:
@@ -118,22 +126,22 @@ class NpuGraph(Primitives):
         bits, out, rows = PRECISIONS[self.shape.precision], f"{name}.out", sum(matrix.outputs for matrix in matrices)
         if bits is None:
             return self.op("MatMul", [x, self.array(name, lambda: self.weights.float16(name, rows).T)], out)
-        stored = functools.cache(lambda: self.weights.codes(name, rows))
+        stored = functools.cache(lambda: self.weights.blocks(name)[0])  # all of one type: they are one
 
         def codes() -> Codes:
-            unsigned = (stored()[0].astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
+            unsigned = (stored().codes.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8).reshape(rows, -1, BLOCK)
             return unsigned if bits == 8 else unsigned[..., ::2] | (unsigned[..., 1::2] << 4)
 
-        scales = lambda: stored()[1].astype(np.float16).reshape(-1)  # noqa: E731
+        scales = lambda: stored().scales.astype(np.float16).reshape(-1)  # noqa: E731
         return self.op(
             "MatMulNBits",
             [x, self.array(name, codes), self.array(f"{name}.scales", scales)],
             out,
             domain=self.DOMAIN,
-            K=self.weights.panels(name).shape[1] * WEIGHT_BLOCK,
+            K=self.weights.inputs(name),
             N=rows,
             bits=bits,
-            block_size=WEIGHT_BLOCK,
+            block_size=BLOCK,
         )
 
     def experts(self, h: Value, name: str, experts: int, experts_per_token: int, norm_topk_prob: bool) -> Value:

@@ -7,11 +7,13 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from onnx import TensorProto
 
-from ..quantize import PANEL, WEIGHT_BITS, Codes, Floats, quantize_weight, require_finite
+from ..blocks import PANEL, Blocks, Codes, Floats, pack_blocks
+from ..quantize import SOURCE, quantize_weight, require_finite
 from .tensors import TensorFile
 
 WEIGHTS_FILE = "weights.bin"
@@ -44,13 +46,26 @@ class WeightErrors:
             self.worst, self.worst_tensor = error, name
 
 
-def _quantize_rows(weight: Floats, bits: int, name: str, rows: slice) -> tuple[Codes, float, float]:
+def _pack_rows(exact: Floats, blocks: Callable[[slice], Blocks], rows: slice) -> tuple[Codes, float, float]:
     """The panels of some rows, their squared error and their squared sum."""
-    exact = weight[rows]
-    packed, values = quantize_weight(exact, bits, name)
+    its, values = blocks(rows), exact[rows]
     # Sums in float64 of squares in float32: the error is of interest to a few digits.
-    squared_error = float(np.square(exact - values).sum(dtype=np.float64))
-    return packed, squared_error, float(np.square(exact).sum(dtype=np.float64))
+    squared_error = float(np.square(values - its.values()).sum(dtype=np.float64))
+    return pack_blocks(its), squared_error, float(np.square(values).sum(dtype=np.float64))
+
+
+def _quantized(weight: Floats, type: str, name: str, rows: slice) -> Blocks:
+    return quantize_weight(weight[rows], type, name)
+
+
+class StoredBlocks(Protocol):
+    """Matrices that a source has in blocks, by their names in the PyTorch model."""
+
+    def type(self, name: str) -> str | None:
+        """Of BLOCK_TYPES; None: it has other values."""
+
+    def read(self, name: str) -> Blocks:
+        """Of a matrix that has a type."""
 
 
 @dataclass
@@ -63,11 +78,18 @@ class WeightStore:
 
     weights: Weights
     weight_type: str
+    """Of WEIGHT_TYPES."""
     tensors: TensorFile
     parameters: int
     """Of the whole model, for `progress`."""
     progress: Progress | None = None
+    stored: StoredBlocks | None = None
+    """What of the matrices the source has in blocks; for SOURCE."""
     errors: WeightErrors = field(default_factory=WeightErrors)
+    parts: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
+    """By name of a packed tensor, the type and the rows of each matrix in it; those of one type are one."""
+    types: dict[str, int] = field(default_factory=dict)
+    """Weights of matrices, by the type that they have now."""
     _tensors: dict[str, TensorProto] = field(default_factory=dict)
     _done: int = 0
 
@@ -82,33 +104,62 @@ class WeightStore:
         arrays = [self._fetch(part) for part in parts]
         for part, array in zip(parts, arrays, strict=True):
             require_finite(array, part)
+            if array.ndim == 2:
+                self._count("float32", array)
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
-    def packed(self, name: str, parts: Sequence[str]) -> TensorProto:
-        """Weights [n, k] one below the other in the panels of `quantize_weight`.
+    def is_packed(self, parts: Sequence[str]) -> bool:
+        """Whether matrices that belong together are packed; else they stay as they are, float32."""
+        return self.weight_type != SOURCE or None not in map(self._stored_type, parts)
 
-        Every n but the last must be a multiple of a panel's 16 rows.
+    def packed(self, name: str, parts: Sequence[str], alike: bool = False) -> TensorProto:
+        """Weights [n, k] one below the other in panels, uint8 [bytes]; what each is, `parts` has.
+
+        As the source has them if that is asked for, else quantised. alike: all are to have one type, int8 if they come
+        with several; every n but the last must be a multiple of a panel's 16 rows then.
         """
         if name in self._tensors:
             return self._tensors[name]
-        bits, offset, outputs, shape = WEIGHT_BITS[self.weight_type], self.tensors.align(), 0, (0, 0)
+        offset, its = self.tensors.align(), list[tuple[str, int]]()
+        types = [self._stored_type(part) for part in parts] if self.weight_type == SOURCE else [self.weight_type]
+        kept = self.weight_type == SOURCE and None not in types and not (alike and len(set(types)) > 1)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for part in parts:
-                assert outputs % PANEL == 0, part
                 weight = self._fetch(part)
-                outputs += len(weight)
-                squared_error = squared_sum = 0.0
-                step = max(1, _WEIGHTS_AT_ONCE // (PANEL * weight.shape[1])) * PANEL
-                slices = [slice(start, start + step) for start in range(0, len(weight), step)]
-                for packed, *squares in pool.map(functools.partial(_quantize_rows, weight, bits, part), slices):
-                    self.tensors.file.write(packed.data)
-                    squared_error += squares[0]
-                    squared_sum += squares[1]
-                    shape = packed.shape[1:]
-                self.errors.add(part, squared_error, squared_sum)
-        tensor = self.tensors.external(name, TensorProto.UINT8, (-(-outputs // PANEL), *shape), offset)
-        self._tensors[name] = tensor
+                if kept:
+                    assert self.stored is not None
+                    blocks = self.stored.read(part)
+                    type, of_rows = blocks.type, blocks.rows
+                else:
+                    type = "int8" if self.weight_type == SOURCE else self.weight_type
+                    of_rows = functools.partial(_quantized, weight, type, part)
+                self._write(pool, part, weight, of_rows)
+                self._count(type, weight)
+                if its and its[-1][0] == type and its[-1][1] % PANEL == 0:
+                    its[-1] = (type, its[-1][1] + len(weight))
+                else:
+                    its.append((type, len(weight)))
+        assert not alike or len(its) == 1, name
+        self.parts[name] = its
+        size = self.tensors.file.tell() - offset
+        self._tensors[name] = tensor = self.tensors.external(name, TensorProto.UINT8, (size,), offset)
         return tensor
+
+    def _count(self, type: str, weight: Floats) -> None:
+        self.types[type] = self.types.get(type, 0) + weight.size
+
+    def _stored_type(self, part: str) -> str | None:
+        return None if self.stored is None else self.stored.type(part)
+
+    def _write(self, pool: ThreadPoolExecutor, name: str, weight: Floats, of_rows: Callable[[slice], Blocks]) -> None:
+        step = max(1, _WEIGHTS_AT_ONCE // (PANEL * weight.shape[1])) * PANEL
+        slices = [slice(start, start + step) for start in range(0, len(weight), step)]
+        squared_error = squared_sum = 0.0
+        for packed, *squares in pool.map(functools.partial(_pack_rows, weight, of_rows), slices):
+            self.tensors.file.write(packed.data)
+            squared_error += squares[0]
+            squared_sum += squares[1]
+        self.errors.add(name, squared_error, squared_sum)
 
     def _fetch(self, name: str) -> Floats:
         array = self.weights(name)

@@ -28,7 +28,7 @@ void run_expert(const Simd& simd, const ExpertsArgs& args, size_t expert, const 
                 float* out, const Parallel& parallel) {
   const ExpertMatrices& gate_up = args.gate_up;
   const ExpertMatrices& down = args.down;
-  if (gate_up.bits != 32) {
+  if (gate_up.type != WeightType::float32) {
     linear(simd, gate_up.packed(expert), {.x = x, .stride = gate_up.inputs}, nullptr, tokens, both, parallel);
     const LinearInput gated{.kind = LinearInput::Kind::swiglu, .x = both, .stride = gate_up.outputs};
     linear(simd, down.packed(expert), gated, nullptr, tokens, out, parallel);

@@ -8,16 +8,16 @@
 
 namespace meki {
 
-// A matrix [outputs, inputs] of each expert, one below the other: packed (outputs is a multiple of 16), or, if `bits`
-// is 32, float32. Passive data.
+// A matrix [outputs, inputs] of each expert, one below the other: packed (outputs is a multiple of 16), or
+// float32. Passive data.
 struct ExpertMatrices {
   const std::byte* data = nullptr;
   size_t outputs = 0;
   size_t inputs = 0;
-  int bits = 32;  // or 4, or 8
+  WeightType type = WeightType::float32;
 
   PackedWeight packed(size_t expert) const {
-    PackedWeight weight{data, outputs, inputs, bits};
+    PackedWeight weight{data, outputs, inputs, type};
     weight.panels += expert * weight.bytes();
     return weight;
   }

@@ -2,9 +2,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "runtime/base/parallel.h"
 #include "runtime/kernels/simd/simd.h"
+#include "runtime/kernels/weight_type.h"
 
 namespace meki {
 
@@ -14,10 +16,10 @@ struct PackedWeight {
   const std::byte* panels = nullptr;
   size_t outputs = 0;
   size_t inputs = 0;  // a multiple of 32
-  int bits = 4;       // or 8
+  WeightType type = WeightType::int8;
 
   size_t panel_count() const { return (outputs + 15) / 16; }
-  size_t panel_bytes() const { return inputs / 32 * (64 * static_cast<size_t>(bits) + 32); }
+  size_t panel_bytes() const { return inputs / 32 * block_bytes(type); }
   size_t bytes() const { return panel_count() * panel_bytes(); }
 };
 
@@ -35,11 +37,16 @@ struct LinearInput {
   float epsilon = 0;
 };
 
-// out[t, n] = residual[t, n] + input[t] . weight[n]; out and residual (null: zeros) are float32 [tokens, outputs]. The
-// input is rounded to 8 bits in blocks of 32. Reads the weight once for up to a few hundred tokens. Thread-safe. Throws
-// std::bad_alloc.
-void linear(const Simd& simd, const PackedWeight& weight, const LinearInput& input, const float* residual,
+// out[t, n] = residual[t, n] + input[t] . weight[n], weight being matrices of as many inputs one below the other; out
+// and residual (null: zeros) are float32 [tokens, outputs of all]. The input is rounded to 8 bits in blocks of 32.
+// Reads the weights once for up to a few hundred tokens. Thread-safe. Throws std::bad_alloc.
+void linear(const Simd& simd, std::span<const PackedWeight> weights, const LinearInput& input, const float* residual,
             size_t tokens, float* out, const Parallel& parallel);
+// Of one matrix.
+inline void linear(const Simd& simd, const PackedWeight& weight, const LinearInput& input, const float* residual,
+                   size_t tokens, float* out, const Parallel& parallel) {
+  linear(simd, std::span(&weight, 1), input, residual, tokens, out, parallel);
+}
 
 // out[t] = weight[ids[t]], float32 [tokens, inputs]. Every id is below weight.outputs.
 void embedding(const PackedWeight& weight, const int64_t* ids, size_t tokens, float* out);

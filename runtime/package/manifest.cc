@@ -18,7 +18,7 @@ namespace {
 using Json = Node::Json;
 
 constexpr size_t kMaxManifestBytes = 16 << 20;
-constexpr uint64_t kVersion = 4;
+constexpr uint64_t kVersion = 5;
 constexpr int kMaxDepth = 64;  // of nested JSON values; the format needs 4
 
 constexpr uint64_t kMaxLayers = 65'535;

@@ -99,7 +99,11 @@ def floats(*shape: int) -> np.ndarray:
 
 
 def packed(outputs: int, inputs: int, bits: int = 8) -> np.ndarray:
-    return np.zeros((-(-outputs // 16), inputs // 32, 64 * bits + 32), np.uint8)
+    return np.zeros(-(-outputs // 16) * (inputs // 32) * (64 * bits + 32), np.uint8)
+
+
+def parts(*its: tuple[int, int]) -> np.ndarray:
+    return np.array(its, np.int64)
 
 
 def cache(blocks: int = 1, heads: int = 2, block_bytes: int = 2 * 64 * (16 + 4)) -> np.ndarray:
@@ -109,6 +113,9 @@ def cache(blocks: int = 1, heads: int = 2, block_bytes: int = 2 * 64 * (16 + 4))
 NOT_POSITIVE = "an attribute is not a positive integer"
 NOT_QKV = r"qkv is not \[1, tokens, \(heads \+ 2 \* kv_heads\) \* head_dim\]"
 OTHER_WEIGHT = "a packed weight has another shape"
+NOT_PACKED = "a packed weight has no packed type"
+UNKNOWN_TYPE = "a weight has a type that is not known"
+NOT_PARTS = r"parts are not \[1 to 64, 2\]"
 OTHER_WIDTH = "x and the weight have different widths"
 OTHER_RESIDUAL = "the residual has another shape than the output"
 OTHER_NORM = "a vector of weights has another length"
@@ -122,23 +129,21 @@ SHORT = "the sequence is shorter than this step"
 NOT_X, NOT_H, NOT_ROWS = "x is not", "h has another shape than x", "rows are not"
 
 ATTRIBUTES = [
-    (QKV, "outputs", 144, OTHER_WEIGHT),
-    (QKV, "outputs", 112, OTHER_WEIGHT),
-    (QKV, "outputs", 0, NOT_POSITIVE),
-    (QKV, "outputs", -128, NOT_POSITIVE),
-    (QKV, "outputs", 2**40, NOT_POSITIVE),
-    (QKV, "outputs", 128.0, "type"),
-    (QKV, "bits", 5, "bits is neither 4 nor 8"),
-    (QKV, "bits", -8, "bits is neither 4 nor 8"),
-    (QKV, "bits", 4, OTHER_WEIGHT),
     (QKV, "swiglu", 2, "an attribute is neither 0 nor 1"),
     (QKV, "swiglu", 1, "both a norm and swiglu"),
     (DOWN, "swiglu", 0, OTHER_WIDTH),
     (EMBEDDING, "outputs", 320, OTHER_WEIGHT),
-    (EMBEDDING, "bits", 4, OTHER_WEIGHT),
-    (EMBEDDING, "bits", 16, "bits is neither 4 nor 8"),
-    (INJECTED, "bits", 5, "bits is neither 4 nor 8"),
-    (INJECTED, "bits", 4, OTHER_WEIGHT),
+    (EMBEDDING, "outputs", 0, NOT_POSITIVE),
+    (EMBEDDING, "outputs", -300, NOT_POSITIVE),
+    (EMBEDDING, "outputs", 2**40, NOT_POSITIVE),
+    (EMBEDDING, "outputs", 300.0, "type"),
+    (EMBEDDING, "type", 2, OTHER_WEIGHT),
+    (EMBEDDING, "type", 0, NOT_PACKED),
+    (EMBEDDING, "type", 6, UNKNOWN_TYPE),
+    (EMBEDDING, "type", -1, UNKNOWN_TYPE),
+    (INJECTED, "gate_proj_type", 6, UNKNOWN_TYPE),
+    (INJECTED, "gate_proj_type", 2, OTHER_WEIGHT),
+    (INJECTED, "out_proj_type", 0, NOT_PACKED),
     (INJECTED, "layer", 3, NOT_ROWS),
     (INJECTED, "layer", 2**31 - 1, NOT_ROWS),
     (INJECTED, "layer", -1, "an attribute is negative"),
@@ -150,10 +155,10 @@ ATTRIBUTES = [
     (ATTENTION, "kv_heads", 0, NOT_POSITIVE),
     (ATTENTION, "heads", 2**31 - 2, NOT_QKV),
     (ATTENTION, "kv_heads", 4, NOT_QKV),
-    *[(output, name, None, name) for output in (QKV, EMBEDDING) for name in ("outputs", "bits")],
+    *[(EMBEDDING, name, None, name) for name in ("outputs", "type")],
     *[(QKV, name, None, name) for name in ("swiglu", "epsilon")],
     *[(ATTENTION, name, None, name) for name in ("heads", "kv_heads", "epsilon")],
-    *[(INJECTED, name, None, name) for name in ("bits", "epsilon", "layer")],
+    *[(INJECTED, name, None, name) for name in ("gate_proj_type", "out_proj_type", "epsilon", "layer")],
 ]
 
 
@@ -179,22 +184,33 @@ INPUTS: dict[str, tuple[str, Inputs, str]] = {
     "x-of-five-axes": (QKV, {0: floats(1, 1, 1, 1, 64)}, "more than 4 dimensions"),
     "x-scalar": (QKV, {0: floats()}, "x is a scalar"),
     "weight-of-fewer-panels": (QKV, {1: packed(112, 64)}, OTHER_WEIGHT),
-    "weight-wider": (QKV, {1: packed(128, 96), 2: ""}, OTHER_WIDTH),
+    "weight-wider": (QKV, {1: packed(128, 96), 3: ""}, OTHER_WIDTH),
     "weight-of-4-bits": (QKV, {1: packed(128, 64, 4)}, OTHER_WEIGHT),
-    "weight-flat": (QKV, {1: packed(128, 64).reshape(-1)}, OTHER_WEIGHT),
-    "weight-of-one-panel-too-few-axes": (QKV, {1: packed(128, 64)[0]}, OTHER_WEIGHT),
+    "weight-of-two-axes": (QKV, {1: packed(128, 64).reshape(8, -1)}, OTHER_WEIGHT),
     "weight-empty": (QKV, {1: packed(0, 64)}, OTHER_WEIGHT),
+    "parts-of-more-outputs": (QKV, {2: parts((1, 144))}, OTHER_WEIGHT),
+    "parts-of-another-type": (QKV, {2: parts((2, 128))}, OTHER_WEIGHT),
+    "parts-of-half-another-type": (QKV, {2: parts((1, 64), (2, 64))}, OTHER_WEIGHT),
+    "parts-of-floats": (QKV, {2: parts((0, 128))}, "a part has no packed type"),
+    "parts-of-an-unknown-type": (QKV, {2: parts((6, 128))}, "a part has no packed type"),
+    "parts-without-outputs": (QKV, {2: parts((1, 128), (1, 0))}, "a part has no outputs"),
+    "parts-of-negative-outputs": (QKV, {2: parts((1, -128))}, "a part has no outputs"),
+    "parts-of-enormous-outputs": (QKV, {2: parts(*[(1, 2**31 - 1)] * 64)}, OTHER_WEIGHT),
+    "parts-of-nothing": (QKV, {2: np.zeros((0, 2), np.int64)}, NOT_PARTS),
+    "parts-of-65": (QKV, {2: parts(*[(1, 2)] * 65)}, NOT_PARTS),
+    "parts-of-rank-1": (QKV, {2: np.array([1, 128], np.int64)}, NOT_PARTS),
+    "parts-that-are-computed": (QKV, {2: "token_ids"}, NOT_CONSTANT),
     "weight-that-is-computed": (QKV, {1: "past.1"}, NOT_CONSTANT),
-    "norm-longer": (QKV, {2: floats(65)}, OTHER_NORM),
-    "norm-scalar": (QKV, {2: floats()}, OTHER_NORM),
-    "norm-of-rank-2": (QKV, {2: floats(1, 64)}, OTHER_NORM),
-    "norm-that-is-computed": (QKV, {2: "layers.0.injected"}, NOT_CONSTANT),
-    "norm-with-swiglu": (DOWN, {2: floats(96)}, "both a norm and swiglu"),
-    "residual-wider": (DOWN, {3: floats(1, 1, 65)}, OTHER_RESIDUAL),
-    "residual-of-more-tokens": (DOWN, {3: floats(1, 2, 64)}, OTHER_RESIDUAL),
-    "residual-of-no-tokens": (DOWN, {3: floats(1, 0, 64)}, OTHER_RESIDUAL),
-    "residual-of-rank-2": (DOWN, {3: floats(1, 64)}, OTHER_RESIDUAL),
-    "residual-scalar": (DOWN, {3: floats()}, OTHER_RESIDUAL),
+    "norm-longer": (QKV, {3: floats(65)}, OTHER_NORM),
+    "norm-scalar": (QKV, {3: floats()}, OTHER_NORM),
+    "norm-of-rank-2": (QKV, {3: floats(1, 64)}, OTHER_NORM),
+    "norm-that-is-computed": (QKV, {3: "layers.0.injected"}, NOT_CONSTANT),
+    "norm-with-swiglu": (DOWN, {3: floats(96)}, "both a norm and swiglu"),
+    "residual-wider": (DOWN, {4: floats(1, 1, 65)}, OTHER_RESIDUAL),
+    "residual-of-more-tokens": (DOWN, {4: floats(1, 2, 64)}, OTHER_RESIDUAL),
+    "residual-of-no-tokens": (DOWN, {4: floats(1, 0, 64)}, OTHER_RESIDUAL),
+    "residual-of-rank-2": (DOWN, {4: floats(1, 64)}, OTHER_RESIDUAL),
+    "residual-scalar": (DOWN, {4: floats()}, OTHER_RESIDUAL),
     "ids-of-rank-1": (EMBEDDING, {0: np.zeros(1, np.int64)}, "ids are not"),
     "id-beyond-the-vocabulary": (EMBEDDING, {0: np.full((1, 1), 300, np.int64)}, "out of the vocabulary"),
     "id-negative": (EMBEDDING, {0: np.full((1, 1), -1, np.int64)}, "out of the vocabulary"),
@@ -256,7 +272,7 @@ def test_inputs(package: Path, case: str) -> None:
 
 
 OTHER_EXPERTS = "the matrices of the experts have another shape"
-OTHER_TYPE = "bits and the type of the experts do not go together"
+OTHER_TYPE = "the type of the experts is another than said"
 NOT_ROUTER = r"the router is not \[experts, hidden\]"
 
 
@@ -274,10 +290,14 @@ NOT_ROUTER = r"the router is not \[experts, hidden\]"
         ("experts_per_token", 6, "experts_per_token is more than experts"),
         ("experts_per_token", 2**40, NOT_POSITIVE),
         ("norm_topk_prob", 2, "an attribute is neither 0 nor 1"),
-        ("bits", 4, OTHER_EXPERTS),
-        ("bits", 16, "bits is neither 4 nor 8"),
-        ("bits", 32, OTHER_TYPE),
-        *[(name, None, name) for name in ("experts", "experts_per_token", "norm_topk_prob", "bits", "epsilon")],
+        ("gate_up_type", 2, OTHER_WEIGHT),
+        ("down_type", 2, OTHER_WEIGHT),
+        ("gate_up_type", 6, UNKNOWN_TYPE),
+        ("down_type", 0, OTHER_TYPE),
+        *[
+            (name, None, name)
+            for name in ("experts", "experts_per_token", "norm_topk_prob", "gate_up_type", "down_type", "epsilon")
+        ],
     ],
 )
 def test_attributes_of_experts(mixture: Path, name: str, value: int | None, message: str) -> None:
@@ -296,18 +316,18 @@ EXPERTS_INPUTS: dict[str, tuple[Inputs, str]] = {
     "router-narrower": ({2: floats(5, 32)}, NOT_ROUTER),
     "router-flat": ({2: floats(320)}, NOT_ROUTER),
     "router-that-is-computed": ({2: "layers.0.injected"}, NOT_CONSTANT),
-    "gate-and-up-of-4-experts": ({3: packed(256, 64)}, OTHER_EXPERTS),
-    "gate-and-up-of-a-panel-more": ({3: packed(336, 64)}, OTHER_EXPERTS),
+    "gate-and-up-of-4-experts": ({3: packed(256, 64)}, OTHER_WEIGHT),
+    "gate-and-up-of-a-panel-more": ({3: packed(336, 64)}, OTHER_WEIGHT),
     "gate-and-up-wider": ({3: packed(320, 96)}, "gate_up and down have different widths"),
-    "gate-and-up-of-4-bits": ({3: packed(320, 64, 4)}, OTHER_EXPERTS),
-    "gate-and-up-flat": ({3: packed(320, 64).reshape(-1)}, OTHER_EXPERTS),
+    "gate-and-up-of-4-bits": ({3: packed(320, 64, 4)}, OTHER_WEIGHT),
+    "gate-and-up-of-two-axes": ({3: packed(320, 64).reshape(20, -1)}, OTHER_WEIGHT),
     "gate-and-up-of-floats": ({3: floats(320, 64)}, OTHER_TYPE),
     "gate-and-up-of-integers": ({3: np.zeros((320, 64), np.int64)}, OTHER_TYPE),
     "gate-and-up-that-are-computed": ({3: "past.1"}, NOT_CONSTANT),
-    "down-of-4-experts": ({4: packed(256, 32)}, OTHER_EXPERTS),
-    "down-wider": ({4: packed(320, 64)}, OTHER_EXPERTS),
-    "down-without-columns": ({4: packed(320, 0)}, OTHER_EXPERTS),
-    "nothing-of-experts": ({3: packed(0, 64), 4: packed(0, 32)}, OTHER_EXPERTS),
+    "down-of-4-experts": ({4: packed(256, 32)}, OTHER_WEIGHT),
+    "down-wider": ({4: packed(320, 64)}, OTHER_WEIGHT),
+    "down-without-columns": ({4: packed(320, 0)}, OTHER_WEIGHT),
+    "nothing-of-experts": ({3: packed(0, 64), 4: packed(0, 32)}, OTHER_WEIGHT),
     "hidden-of-nothing": ({0: floats(1, 1, 0), 1: floats(0), 2: floats(5, 0)}, NOT_ROUTER),
     "residual-wider": ({5: floats(1, 1, 65)}, OTHER_RESIDUAL),
     "residual-of-more-tokens": ({5: floats(1, 2, 64)}, OTHER_RESIDUAL),

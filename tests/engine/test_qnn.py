@@ -19,7 +19,7 @@ from meki.models.checkpoints.checkpoint import checkpoint_source
 from meki.models.package import export_package
 from meki.models.qnn.package import compile_package
 from meki.models.qnn.stages import Options
-from meki.models.quantize import WEIGHT_BITS, quantize_weight
+from meki.models.quantize import quantize_weight
 from meki.models.tokenizer import read_tokenizer
 from meki.package import bundled_models
 
@@ -109,7 +109,7 @@ def dequantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
         def values(name: str) -> np.ndarray:
             weight = source.weights(name)
-            return quantize_weight(weight, WEIGHT_BITS[weights], name)[1] if weight.ndim == 2 else weight
+            return quantize_weight(weight, weights, name).values() if weight.ndim == 2 else weight
 
         package = tmp_path_factory.mktemp("dequantised") / weights
         tokenizer = read_tokenizer(MODELS / "packages" / "meki-tiny" / "tokenizer.json")

@@ -54,29 +54,46 @@ def read_rom(data: bytes) -> tuple[dict[str, Any], np.ndarray]:
     return header, rows
 
 
-def unpack_weight(weight: np.ndarray, bits: int, outputs: int) -> np.ndarray:
-    """A packed matrix as float32 [outputs, k], element by element; checks the padding of the last panel."""
-    panels, groups, block_bytes = weight.shape
-    assert weight.dtype == np.uint8 and panels == -(-outputs // 16) and block_bytes == {4: 288, 8: 544}[bits]
-    values = np.zeros((panels * 16, groups * 32), np.float32)
-    for n in range(panels * 16):
+# By the numbers of docs/package-format.md: bits, what a code of 0 is stored as, scales of a block, minimums of it.
+PACKED_TYPES = {1: (8, 128, 1, 0), 2: (4, 8, 1, 0), 3: (4, 0, 1, 1), 4: (8, 128, 1, 1), 5: (8, 128, 2, 0)}
+
+
+def unpack_weight(weight: np.ndarray, code: int, outputs: int) -> np.ndarray:
+    """A packed matrix, uint8 [bytes], as float32 [outputs, k], element by element; checks the padding of the last
+    panel."""
+    bits, zero, scales, minimums = PACKED_TYPES[code]
+    panels, block_bytes = -(-outputs // 16), 64 * bits + 32 * (scales + minimums)
+    assert weight.dtype == np.uint8 and weight.ndim == 1 and weight.size % (panels * block_bytes) == 0
+    weight = weight.reshape(panels, -1, block_bytes)
+    values = np.zeros((panels * 16, weight.shape[1] * 32), np.float32)
+    for n, k in np.ndindex(values.shape):
         panel, r = divmod(n, 16)
-        for k in range(groups * 32):
-            block, column = weight[panel, k // 32].tobytes(), k % 32
-            scale = struct.unpack_from("<e", block, block_bytes - 32 + 2 * r)[0]
-            if bits == 8:
-                q = block[64 * (column // 4) + 4 * r + column % 4] - 128
-            else:
-                high, column = divmod(column, 16)
-                q = (block[64 * (column // 4) + 4 * r + column % 4] >> 4 * high & 15) - 8
-            assert n < outputs or (q == 0 and scale == 0)
-            values[n, k] = np.float32(scale) * np.float32(q)
+        block, column = weight[panel, k // 32].tobytes(), k % 32
+        scale, minimum = (
+            struct.unpack_from("<e", block, 64 * bits + 32 * place + 2 * r)[0]
+            for place in (column * scales // 32, scales + minimums - 1)
+        )
+        high, place = divmod(column, 16) if bits == 4 else (0, column)
+        byte = block[64 * (place // 4) + 4 * r + place % 4]
+        q = (byte if bits == 8 else byte >> 4 * high & 15) - zero
+        assert n < outputs or (q == 0 and scale == 0)
+        values[n, k] = np.float32(scale) * np.float32(q) + (np.float32(minimum) if minimums else 0)
     return values[:outputs]
 
 
 @functools.cache
-def unpack_once(data: bytes, shape: tuple[int, ...], bits: int, outputs: int) -> np.ndarray:
-    return unpack_weight(np.frombuffer(data, np.uint8).reshape(shape), bits, outputs)
+def unpack_once(data: bytes, code: int, outputs: int) -> np.ndarray:
+    return unpack_weight(np.frombuffer(data, np.uint8), code, outputs)
+
+
+def unpack_parts(weight: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Matrices one below the other, of as many columns."""
+    sizes = [-(-rows // 16) * (64 * PACKED_TYPES[code][0] + 32 * sum(PACKED_TYPES[code][2:])) for code, rows in parts]
+    ends = np.cumsum(sizes) * (weight.size // sum(sizes))
+    pieces = np.split(weight, ends[:-1])
+    return np.concatenate(
+        [unpack_once(piece.tobytes(), int(code), int(rows)) for piece, (code, rows) in zip(pieces, parts, strict=True)]
+    )
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
@@ -92,21 +109,21 @@ class Linear(OpRun):
         self,
         x: np.ndarray,
         weight: np.ndarray,
+        parts: np.ndarray,
         norm: np.ndarray | None = None,
         residual: np.ndarray | None = None,
         *,
-        outputs: int,
-        bits: int,
         swiglu: int,
         epsilon: float,
     ) -> tuple[np.ndarray]:
         if norm is not None:
             x = rms_norm(x, norm, epsilon)
+        matrix = unpack_parts(weight, parts)
         if swiglu:
-            k = 32 * weight.shape[1]
+            k = matrix.shape[1]
             gate, up = x[..., :k], x[..., k : 2 * k]
             x = gate / (1 + np.exp(-gate)) * up
-        product = x @ unpack_once(weight.tobytes(), weight.shape, bits, outputs).T
+        product = x @ matrix.T
         return (product if residual is None else residual + product,)
 
 
@@ -124,14 +141,15 @@ class Injection(OpRun):
         rows: np.ndarray,
         out_proj: np.ndarray,
         post_norm: np.ndarray,
-        bits: int,
+        gate_proj_type: int,
+        out_proj_type: int,
         epsilon: float,
         layer: int,
         activation: int = 0,
         multiply: int = 0,
     ) -> tuple[np.ndarray]:
-        w_out = unpack_once(out_proj.tobytes(), out_proj.shape, bits, x.shape[-1])
-        w_gate = unpack_once(gate_proj.tobytes(), gate_proj.shape, bits, rows.shape[-1])
+        w_out = unpack_once(out_proj.tobytes(), out_proj_type, x.shape[-1])
+        w_gate = unpack_once(gate_proj.tobytes(), gate_proj_type, rows.shape[-1])
         gate = (h if norm is None else rms_norm(h, norm, epsilon)) @ w_gate.T
         opened = (
             1 / (1 + np.exp(-gate)),
@@ -159,17 +177,18 @@ class Experts(OpRun):
         experts: int,
         experts_per_token: int,
         norm_topk_prob: int,
-        bits: int,
+        gate_up_type: int,
+        down_type: int,
         epsilon: float,
     ) -> tuple[np.ndarray]:
-        def matrices(weight: np.ndarray, outputs: int) -> np.ndarray:
-            if bits != 32:
-                weight = unpack_once(weight.tobytes(), weight.shape, bits, experts * outputs)
+        def matrices(weight: np.ndarray, code: int, outputs: int) -> np.ndarray:
+            if code:
+                weight = unpack_once(weight.tobytes(), code, experts * outputs)
             return weight.reshape(experts, outputs, -1)
 
-        down = matrices(down, x.shape[-1])
+        down = matrices(down, down_type, x.shape[-1])
         width = down.shape[2]
-        gate_up = matrices(gate_up, 2 * width)
+        gate_up = matrices(gate_up, gate_up_type, 2 * width)
         out = np.zeros_like(x) if residual is None else residual.copy()
         for t, h in enumerate(rms_norm(x[0], norm, epsilon)):
             logits = router @ h
@@ -186,8 +205,8 @@ class Experts(OpRun):
 class Embedding(OpRun):
     op_domain = "meki"
 
-    def _run(self, ids: np.ndarray, weight: np.ndarray, outputs: int, bits: int) -> tuple[np.ndarray]:
-        return (unpack_once(weight.tobytes(), weight.shape, bits, outputs)[ids],)
+    def _run(self, ids: np.ndarray, weight: np.ndarray, outputs: int, type: int) -> tuple[np.ndarray]:
+        return (unpack_once(weight.tobytes(), type, outputs)[ids],)
 
 
 class Attention(OpRun):

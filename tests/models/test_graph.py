@@ -78,13 +78,13 @@ NOT_QUANTIZED = (
 )
 
 
-def with_quantized_weights(model: Decoder, bits: int) -> Decoder:
+def with_quantized_weights(model: Decoder, type: str) -> Decoder:
     """What a package has in blocks, every dense matrix that is left after folding, replaced by what it stands for."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and not re.search(NOT_QUANTIZED, name):
-                parameter.copy_(torch.from_numpy(quantize_weight(parameter.numpy(), bits, name)[1]))
+                parameter.copy_(torch.from_numpy(quantize_weight(parameter.numpy(), type, name).values()))
     return model
 
 
@@ -143,7 +143,7 @@ def test_quantized(
 ) -> None:
     package = make_package(weights=weights, **variant)
     session = reference_session(package)
-    model = with_quantized_weights(make_model(**variant), {"int8": 8, "int4": 4}[weights])
+    model = with_quantized_weights(make_model(**variant), weights)
     expected = reference(model, session.rows)
     # With activations in float32 the graph is the dequantised model, to float32 rounding.
     np.testing.assert_allclose(session.step(IDS), expected, rtol=0, atol=TOLERANCE)
@@ -170,7 +170,7 @@ def test_dense_graph(
     make_package: Callable[..., Path], make_model: Callable[..., Decoder], reference_session: Any, weights: str
 ) -> None:
     """The backbone without its memory is the model with nothing injected."""
-    model = make_model() if weights == "float32" else with_quantized_weights(make_model(), 4)
+    model = make_model() if weights == "float32" else with_quantized_weights(make_model(), "int4")
     for layer in model.layers:
         layer.meki.inject = lambda rows, h: torch.zeros_like(h)
     session = reference_session(make_package(weights=weights), stages="dense_stages")
@@ -268,6 +268,7 @@ def test_operators(make_package: Callable[..., Path], weights: str, qk_norm: boo
         }
         graph = load(package, name)
         assert {node.domain for node in graph.node} <= {"", "meki"}
+        parts = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name.endswith(".parts")}
         tensors = {t.name: (t.data_type, list(t.dims)) for t in graph.initializer}
         nodes = {kind: [n for n in graph.node if n.op_type == kind and n.domain == "meki"]
                  for kind in ("Attention", "Linear", "Embedding", "Injection")}  # fmt: skip
@@ -288,25 +289,30 @@ def test_operators(make_package: Callable[..., Path], weights: str, qk_norm: boo
         # qkv, o, gate and up, down; the head. With a norm before, a residual behind, or SwiGLU before.
         assert len(nodes["Linear"]) == 4 * layers + head
         assert sum(attributes(node)["swiglu"] for node in nodes["Linear"]) == layers
-        norms = [node.input[2] for node in nodes["Linear"] if len(node.input) > 2 and node.input[2]]
+        norms = [node.input[3] for node in nodes["Linear"] if len(node.input) > 3 and node.input[3]]
         assert len(norms) == 2 * layers + head and {tensors[norm][1][0] for norm in norms} == {64}
-        assert sum(len(node.input) == 4 for node in nodes["Linear"]) == 2 * layers
+        assert sum(len(node.input) == 5 for node in nodes["Linear"]) == 2 * layers
         packed = []
         for node in nodes["Linear"] + nodes["Embedding"]:
-            expected = {"outputs", "bits"} | ({"swiglu", "epsilon"} if node.op_type == "Linear" else set())
-            assert attributes(node).keys() == expected
-            packed.append((node, node.input[1], attributes(node)["outputs"]))
+            if node.op_type == "Linear":
+                assert attributes(node).keys() == {"swiglu", "epsilon"}
+                ((code, outputs),) = parts[node.input[2]]
+            else:
+                assert attributes(node).keys() == {"type", "outputs"}
+                code, outputs = attributes(node)["type"], attributes(node)["outputs"]
+            packed.append((code, node.input[1], outputs))
         assert len(nodes["Injection"]) == memory
         for node in nodes["Injection"]:
-            assert attributes(node).keys() == {"bits", "epsilon", "layer"}
+            assert attributes(node).keys() == {"gate_proj_type", "out_proj_type", "epsilon", "layer"}
             assert node.input[4] == "rows" and [tensors[node.input[i]][1] for i in (2, 6)] == [[64], [64]]
-            packed += [(node, node.input[3], 32), (node, node.input[5], 64)]
+            gate, out = attributes(node)["gate_proj_type"], attributes(node)["out_proj_type"]
+            packed += [(gate, node.input[3], 32), (out, node.input[5], 64)]
         assert [attributes(node)["layer"] for node in nodes["Injection"]] == list(range(memory))
         sizes = []
-        for node, name_of_weight, outputs in packed:
-            data_type, (panels, groups, block) = tensors[name_of_weight]
-            assert attributes(node)["bits"] == 4
-            assert (data_type, panels, block) == (onnx.TensorProto.UINT8, -(-outputs // 16), 288)
+        for code, name_of_weight, outputs in packed:
+            data_type, (size,) = tensors[name_of_weight]
+            groups, left = divmod(size, -(-outputs // 16) * 288)
+            assert (data_type, code, left) == (onnx.TensorProto.UINT8, 2, 0)
             sizes.append((outputs, 32 * groups))
         matrices = [(128, 64), (64, 64), (192, 64), (64, 96)] * layers + [(32, 64), (64, 32)] * memory
         assert sorted(sizes) == sorted(matrices + [(300, 64)] * (head + embeddings))
@@ -413,7 +419,7 @@ def test_quantization_error_is_the_weights(
     make_package: Callable[..., Path], make_model: Callable[..., Decoder]
 ) -> None:
     manifest = json.loads((make_package(weights="int4") / "manifest.json").read_text())
-    exact, quantized = make_model(), with_quantized_weights(make_model(), 4)
+    exact, quantized = make_model(), with_quantized_weights(make_model(), "int4")
     errors, sums = {}, {}
     for (name, w), (_, q) in zip(exact.named_parameters(), quantized.named_parameters(), strict=True):
         if not torch.equal(w, q):

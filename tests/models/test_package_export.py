@@ -50,7 +50,7 @@ def test_manifest(export: Callable[..., dict[str, Any]], make_model: Callable[..
     assert 0 < errors["weights"]["overall"] <= errors["weights"]["worst"] < 0.01 and 0 < errors["rows"] < 0.01
     assert manifest == {
         "format": "meki-package",
-        "version": 4,
+        "version": 5,
         "name": "p",
         "architecture": {
             **{"kind": "llama", "vocab_size": 300, "layers": 3, "hidden": 64, "ffn": 96, "heads": 4, "kv_heads": 2},

@@ -101,6 +101,12 @@ def _describe(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     return info
 
 
+def _shares(types: dict[str, int]) -> str:
+    """Of the weights, by type, the most first."""
+    whole = sum(types.values())
+    return ", ".join(f"{count / whole:.0%} {type}" for type, count in sorted(types.items(), key=lambda it: -it[1]))
+
+
 def _lines(info: dict[str, Any]) -> Iterator[str]:
     shape, memory, rom = info["architecture"], info["memory"], info["rom"]
     experts = f" x {shape['experts_per_token']} of {shape['experts']} experts" if "experts" in shape else ""
@@ -117,6 +123,7 @@ def _lines(info: dict[str, Any]) -> Iterator[str]:
         ),
         ("RAM parameters", f"{info['ram_parameters']:,}" + (f", {active:,} of them active a token" if active else "")),
         ("weight type", weights["type"] + (f", blocks of {weights['block']}" if weights.get("block") else "")),
+        *([("matrices", _shares(weights["types"]))] if len(weights["types"]) > 1 else []),
     ]
     reads = rom["reads_per_token"] if rom else 0
     if rom is None:

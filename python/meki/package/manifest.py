@@ -43,6 +43,9 @@ def read_manifest(directory: Path, provider: str = "cpu", soc: str = "") -> dict
     check(heads % kv_heads == 0, "architecture.heads", heads, f"a multiple of kv_heads, which is {kv_heads}")
     weights = manifest["weights"]
     check(isinstance(weights.get("type"), str), "weights.type", weights.get("type"), "a string")
+    types = weights.get("types")
+    good = isinstance(types, dict) and all(type(count) is int and count > 0 for count in types.values())
+    check(good, "weights.types", types, "an object of numbers of weights")
     check(isinstance(weights.get("block", 0), int | None), "weights.block", weights.get("block"), "an integer or null")
     got = manifest.get("sampling")
     check(isinstance(got, dict) and got.keys() <= set(SAMPLING), "sampling", got, f"an object of {', '.join(SAMPLING)}")

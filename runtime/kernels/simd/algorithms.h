@@ -8,15 +8,22 @@
 namespace meki {
 namespace {
 
-constexpr Simd make_path(std::string_view name, Simd::Panel panel4 = panel<4>, Simd::Panel panel8 = panel<8>) {
+// By WeightType.
+constexpr Simd::Panel kPanels[] = {nullptr,
+                                   panel<WeightType::int8>,
+                                   panel<WeightType::int4>,
+                                   panel<WeightType::int4_minimum>,
+                                   panel<WeightType::int8_minimum>,
+                                   panel<WeightType::int8_16>};
+
+constexpr Simd make_path(std::string_view name, const Simd::Panel (&panels)[kWeightTypes] = kPanels) {
   return {name,
           {scores_float<float>, scores_float<uint16_t>, scores_int8, scores_int4},
           {values_float<float>, values_float<uint16_t>, values_int8, values_int4},
           softmax,
           swiglu,
           quantize,
-          panel4,
-          panel8};
+          {panels[0], panels[1], panels[2], panels[3], panels[4], panels[5]}};
 }
 
 }  // namespace

@@ -187,8 +187,9 @@ struct Sums {
   Ints get(int q, int v) const { return sum[q][v]; }
 };
 
-template <int kBits, int T>
-void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const int32_t (&sums)[T], Ints (&out)[T][2]) {
+template <int kBits, int T, int G>
+void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const int32_t (&excess)[T][G],
+                    Ints (&out)[T][2][G]) {
   if constexpr (kBits == 4) {
     // Nibbles, 0 to 15, times inputs in 8 bits: eight pairs of products fit into 16 bits.
     const __m256i mask = _mm256_set1_epi8(15);
@@ -217,9 +218,9 @@ void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const 
       for (int i = 0; i < 4; ++i) add_columns(i);
     }
     for (int t = 0; t < T; ++t) {
-      const __m256i excess = _mm256_set1_epi32(8 * sums[t]);
       for (int h = 0; h < 2; ++h) {
-        out[t][h] = _mm256_sub_epi32(_mm256_madd_epi16(sum[t][h], _mm256_set1_epi16(1)), excess);
+        const __m256i wide = _mm256_madd_epi16(sum[t][h], _mm256_set1_epi16(1));
+        out[t][h][0] = _mm256_sub_epi32(wide, _mm256_set1_epi32(excess[t][0]));
       }
     }
   } else {
@@ -227,16 +228,21 @@ void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const 
     int16_t paired[T][32];
     for (int t = 0; t < T; ++t) {
       for (int i = 0; i < 32; i += 16) store_paired(load_wide(xs[t] + i), paired[t] + i);
-      out[t][0] = out[t][1] = _mm256_setzero_si256();
     }
+    for (int g = 0; g < G; ++g) {
+      Ints sum[T][2] = {};
 #pragma GCC unroll 1  // as above
-    for (int i = 0; i < 8; ++i) {
-      Code rows[2];
-      for (int h = 0; h < 2; ++h) rows[h] = unpack<0>(_mm256_xor_si256(load_bytes(codes + 64 * i + 32 * h), sign));
+      for (int i = 8 / G * g; i < 8 / G * (g + 1); ++i) {
+        Code rows[2];
+        for (int h = 0; h < 2; ++h) rows[h] = unpack<0>(_mm256_xor_si256(load_bytes(codes + 64 * i + 32 * h), sign));
+        for (int t = 0; t < T; ++t) {
+          const __m256i even = broadcast4(paired[t] + 4 * i);
+          const __m256i odd = broadcast4(paired[t] + 4 * i + 2);
+          for (int h = 0; h < 2; ++h) sum[t][h] = add_pair_products(sum[t][h], rows[h], even, odd);
+        }
+      }
       for (int t = 0; t < T; ++t) {
-        const __m256i even = broadcast4(paired[t] + 4 * i);
-        const __m256i odd = broadcast4(paired[t] + 4 * i + 2);
-        for (int h = 0; h < 2; ++h) out[t][h] = add_pair_products(out[t][h], rows[h], even, odd);
+        for (int h = 0; h < 2; ++h) out[t][h][g] = sum[t][h];
       }
     }
   }

@@ -158,10 +158,10 @@ struct Sums {
   Ints get(int q, int v) const { return _mm512_add_epi32(_mm512_slli_epi32(high[q][v], 7), low[q][v]); }
 };
 
-template <int kBits, int T>
-void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const int32_t (&sums)[T], Ints (&out)[T][1]) {
-  constexpr int kOffset = kBits == 4 ? 8 : 128;  // codes are the value + kOffset
-  __m512i row[8];                                // columns 4i .. 4i + 3 of all 16 rows
+template <int kBits, int T, int G>
+void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const int32_t (&excess)[T][G],
+                    Ints (&out)[T][1][G]) {
+  __m512i row[8];  // columns 4i .. 4i + 3 of all 16 rows
   for (int i = 0; i < kBits; ++i) {
     const __m512i bytes = load_bytes(codes + 64 * i);
     if constexpr (kBits == 4) {
@@ -172,13 +172,15 @@ void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const 
     }
   }
   for (int t = 0; t < T; ++t) {
-    __m512i even = _mm512_set1_epi32(-kOffset * sums[t]);
-    __m512i odd = _mm512_setzero_si512();
-    for (int i = 0; i < 8; i += 2) {
-      even = _mm512_dpbusd_epi32(even, row[i], broadcast4(xs[t] + 4 * i));
-      odd = _mm512_dpbusd_epi32(odd, row[i + 1], broadcast4(xs[t] + 4 * i + 4));
+    for (int g = 0; g < G; ++g) {
+      __m512i even = _mm512_set1_epi32(-excess[t][g]);
+      __m512i odd = _mm512_setzero_si512();
+      for (int i = 8 / G * g; i < 8 / G * (g + 1); i += 2) {
+        even = _mm512_dpbusd_epi32(even, row[i], broadcast4(xs[t] + 4 * i));
+        odd = _mm512_dpbusd_epi32(odd, row[i + 1], broadcast4(xs[t] + 4 * i + 4));
+      }
+      out[t][0][g] = add(even, odd);
     }
-    out[t][0] = add(even, odd);
   }
 }
 

@@ -25,7 +25,9 @@
 //   QueryNumbers, WeightNumbers     what Code is multiplied by: a query's 15 bits, 64 weights' 14 bits. unpack turns
 //                                   bytes into the code + kByteOffset of the numbers that it is for
 //   Sums<Q, V>        int32 sums of Q rows of numbers times V vectors of columns: start, add, get
-//   block_products    of one block of a panel with T tokens: int32 [T][kPanelVectors]
+//   block_products    of one block of a panel with T tokens, without the excess that the offset of its codes brings:
+//   int32
+//                     [T][kPanelVectors][groups of inputs with a scale of their own]
 //   k...Vectors, k...Queries, k...Tokens   what the registers hold at a time, of queries, tokens and vectors
 
 #include <cstddef>

@@ -3,6 +3,7 @@
 // Linear layers over vectors (common.h): the members of Simd that make, round and multiply their inputs.
 
 #include "runtime/kernels/simd/common.h"
+#include "runtime/kernels/weight_type.h"
 
 namespace meki {
 namespace {
@@ -27,38 +28,54 @@ inline void quantize(const float* x, size_t inputs, int8_t* codes, float* scales
     const Floats inverse = broadcast(quantizer(127, largest));
     Ints code[N];
     for (int v = 0; v < N; ++v) code[v] = round_level(mul(load(x + kLanes * v), inverse));
-    Ints sum = code[0];
-    for (int v = 1; v < N; ++v) sum = add(sum, code[v]);
     store_codes(code, codes);
     scales[b] = largest / 127;
-    sums[b] = sum_of(sum);
+    for (int half = 0; half < 2; ++half) {
+      Ints sum = code[half * N / 2];
+      for (int v = 1; v < N / 2; ++v) sum = add(sum, code[half * N / 2 + v]);
+      sums[2 * b + half] = sum_of(sum);
+    }
   }
 }
 
 // T tokens against a panel.
-template <int kBits, int T>
+template <WeightType kType, int T>
 void panel_tokens(const std::byte* panel, const Activations& x, size_t first, float* out, size_t stride) {
-  constexpr int kCodes = 64 * kBits;
+  constexpr int kBits = weight_bits(kType);
+  constexpr int kGroups = weight_groups(kType);
   constexpr int H = 16 / kLanes;
   const size_t blocks = x.inputs / 32;
   Floats total[T][H] = {};
-  for (size_t b = 0; b < blocks; ++b, panel += kCodes + 32) {
-    if constexpr (T == 1) prefetch(panel + 4096, kCodes + 32);  // decode: bound by memory
+  for (size_t b = 0; b < blocks; ++b, panel += block_bytes(kType)) {
+    if constexpr (T == 1) prefetch(panel + 4096, block_bytes(kType));  // decode: bound by memory
     const int8_t* xs[T];
-    int32_t sums[T];
+    int32_t excess[T][kGroups];  // what a code of 0 brings
+    float sum[T];
     for (int t = 0; t < T; ++t) {
-      xs[t] = x.codes + (first + t) * x.inputs + 32 * b;
-      sums[t] = x.sums[(first + t) * blocks + b];
+      const size_t at = (first + t) * blocks + b;
+      xs[t] = x.codes + 32 * at;
+      const int32_t* const halves = x.sums + 2 * at;
+      for (int g = 0; g < kGroups; ++g) {
+        excess[t][g] = code_offset(kType) * (kGroups == 2 ? halves[g] : halves[0] + halves[1]);
+      }
+      if constexpr (has_minimum(kType)) sum[t] = x.scales[at] * static_cast<float>(halves[0] + halves[1]);
     }
-    const auto* const row_scales = reinterpret_cast<const uint16_t*>(panel + kCodes);
+    const auto* const row_scales = reinterpret_cast<const uint16_t*>(panel + code_bytes(kType));
     for (int h = 0; h < H; h += kPanelVectors) {
-      Ints products[T][kPanelVectors];
-      block_products<kBits>(panel + 4 * kLanes * h, xs, sums, products);
+      Ints products[T][kPanelVectors][kGroups];
+      block_products<kBits>(panel + 4 * kLanes * h, xs, excess, products);
       for (int v = 0; v < kPanelVectors; ++v) {
-        const Floats row_scale = load(row_scales + kLanes * (h + v));
-        for (int t = 0; t < T; ++t) {
-          const Floats scale = mul(row_scale, broadcast(x.scales[(first + t) * blocks + b]));
-          total[t][h + v] = fma(to_floats(products[t][v]), scale, total[t][h + v]);
+        const uint16_t* const row = row_scales + kLanes * (h + v);
+        for (int g = 0; g < kGroups; ++g) {
+          const Floats row_scale = load(row + 16 * g);
+          for (int t = 0; t < T; ++t) {
+            const Floats scale = mul(row_scale, broadcast(x.scales[(first + t) * blocks + b]));
+            total[t][h + v] = fma(to_floats(products[t][v][g]), scale, total[t][h + v]);
+          }
+        }
+        if constexpr (has_minimum(kType)) {
+          const Floats minimum = load(row + 16 * kGroups);
+          for (int t = 0; t < T; ++t) total[t][h + v] = fma(minimum, broadcast(sum[t]), total[t][h + v]);
         }
       }
     }
@@ -68,14 +85,14 @@ void panel_tokens(const std::byte* panel, const Activations& x, size_t first, fl
   }
 }
 
-template <int kBits>
+template <WeightType kType>
 void panel(const std::byte* panel, const Activations& x, float* out, size_t stride) {
   size_t t = 0;
   if constexpr (kPanelTokens == 8) {
-    for (; t + 8 <= x.tokens; t += 8) panel_tokens<kBits, 8>(panel, x, t, out, stride);
+    for (; t + 8 <= x.tokens; t += 8) panel_tokens<kType, 8>(panel, x, t, out, stride);
   }
-  for (; t + 4 <= x.tokens; t += 4) panel_tokens<kBits, 4>(panel, x, t, out, stride);
-  for (; t < x.tokens; ++t) panel_tokens<kBits, 1>(panel, x, t, out, stride);
+  for (; t + 4 <= x.tokens; t += 4) panel_tokens<kType, 4>(panel, x, t, out, stride);
+  for (; t < x.tokens; ++t) panel_tokens<kType, 1>(panel, x, t, out, stride);
 }
 
 }  // namespace

@@ -123,10 +123,13 @@ struct WeightNumbers {
   }
 };
 
-template <int kBits, int T>
-void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const int32_t (&sums)[T], Ints (&out)[T][2]) {
-  // Nibbles are code + 8; bytes become signed by themselves.
-  for (int t = 0; t < T; ++t) out[t][0] = out[t][1] = vdupq_n_s32(kBits == 4 ? -8 * sums[t] : 0);
+template <int kBits, int T, int G>
+void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const int32_t (&excess)[T][G],
+                    Ints (&out)[T][2][G]) {
+  // Of nibbles; bytes become signed by themselves.
+  for (int t = 0; t < T; ++t) {
+    for (int g = 0; g < G; ++g) out[t][0][g] = out[t][1][g] = vdupq_n_s32(kBits == 4 ? -excess[t][g] : 0);
+  }
   for (int i = 0; i < kBits; ++i) {
     for (int v = 0; v < 2; ++v) {
       const int8x16_t bytes = load_bytes(codes + 64 * i + 16 * v);
@@ -134,12 +137,13 @@ void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const 
         const int8x16_t low = low_nibbles(bytes);
         const int8x16_t high = high_nibbles(bytes);
         for (int t = 0; t < T; ++t) {
-          out[t][v] = vdotq_s32(out[t][v], low, broadcast4(xs[t] + 4 * i));
-          out[t][v] = vdotq_s32(out[t][v], high, broadcast4(xs[t] + 16 + 4 * i));
+          out[t][v][0] = vdotq_s32(out[t][v][0], low, broadcast4(xs[t] + 4 * i));
+          out[t][v][0] = vdotq_s32(out[t][v][0], high, broadcast4(xs[t] + 16 + 4 * i));
         }
       } else {
         const int8x16_t rows = veorq_s8(bytes, vdupq_n_s8(-128));  // code + 128 to code
-        for (int t = 0; t < T; ++t) out[t][v] = vdotq_s32(out[t][v], rows, broadcast4(xs[t] + 4 * i));
+        const int g = i * G / 8;
+        for (int t = 0; t < T; ++t) out[t][v][g] = vdotq_s32(out[t][v][g], rows, broadcast4(xs[t] + 4 * i));
       }
     }
   }

@@ -162,32 +162,40 @@ void quantize(const float* x, size_t inputs, int8_t* codes, float* scales, int32
     const float largest = largest_magnitude(x + b * 32, 32);
     const float inverse = quantizer(127, largest);
     scales[b] = largest / 127;
-    sums[b] = 0;
+    sums[2 * b] = sums[2 * b + 1] = 0;
     for (size_t i = b * 32; i < (b + 1) * 32; ++i) {
       codes[i] = static_cast<int8_t>(std::clamp(round_to_int(x[i] * inverse), -127, 127));
-      sums[b] += codes[i];
+      sums[i / 16] += codes[i];
     }
   }
 }
 
-template <int kBits>
+template <WeightType kType>
 void panel(const std::byte* panel, const Activations& x, float* out, size_t stride) {
-  constexpr size_t kCodes = 64 * kBits;
+  constexpr bool kNibbles = weight_bits(kType) == 4;
+  constexpr size_t kGroupInputs = 32 / weight_groups(kType);
   const size_t blocks = x.inputs / 32;
   for (size_t t = 0; t < x.tokens; ++t) {
     float* const y = out + t * stride;
     std::fill_n(y, 16, 0.0F);
     for (size_t b = 0; b < blocks; ++b) {
-      const std::byte* const codes = panel + b * (kCodes + 32);
-      const auto* const scales = reinterpret_cast<const uint16_t*>(codes + kCodes);
+      const std::byte* const codes = panel + b * block_bytes(kType);
+      const auto* const scales = reinterpret_cast<const uint16_t*>(codes + code_bytes(kType));
       const int8_t* const xs = x.codes + t * x.inputs + b * 32;
+      const float x_scale = x.scales[t * blocks + b];
       for (size_t r = 0; r < 16; ++r) {
-        int32_t sum = 0;
-        for (size_t c = 0; c < 32; ++c) {
-          const std::byte byte = codes[(kBits == 4 ? c % 16 : c) / 4 * 64 + r * 4 + c % 4];
-          sum += xs[c] * (kBits == 4 ? nibble(byte, c >= 16) : std::to_integer<int>(byte) - 128);
+        int32_t whole = 0;
+        for (size_t g = 0; g < 32 / kGroupInputs; ++g) {
+          int32_t sum = 0;
+          for (size_t c = g * kGroupInputs; c < (g + 1) * kGroupInputs; ++c) {
+            const int byte = std::to_integer<int>(codes[(kNibbles ? c % 16 : c) / 4 * 64 + r * 4 + c % 4]);
+            const int code = kNibbles ? byte >> (c < 16 ? 0 : 4) & 15 : byte;
+            sum += xs[c] * (code - code_offset(kType));
+            whole += xs[c];
+          }
+          y[r] += static_cast<float>(sum) * (half_to_float(scales[16 * g + r]) * x_scale);
         }
-        y[r] += static_cast<float>(sum) * (half_to_float(scales[r]) * x.scales[t * blocks + b]);
+        if (has_minimum(kType)) y[r] += half_to_float(scales[16 + r]) * (x_scale * static_cast<float>(whole));
       }
     }
   }
@@ -201,7 +209,7 @@ const Simd kPortable = {"portable",
                         softmax,
                         swiglu,
                         quantize,
-                        panel<4>,
-                        panel<8>};
+                        {nullptr, panel<WeightType::int8>, panel<WeightType::int4>, panel<WeightType::int4_minimum>,
+                         panel<WeightType::int8_minimum>, panel<WeightType::int8_16>}};
 
 }  // namespace meki

@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "runtime/kernels/kv_cache.h"
+#include "runtime/kernels/weight_type.h"
 
 namespace meki {
 
@@ -28,7 +29,7 @@ struct Activations {
   size_t inputs = 0;              // a multiple of 32
   const int8_t* codes = nullptr;  // [tokens, inputs], -127 .. 127
   const float* scales = nullptr;  // [tokens, inputs / 32]
-  const int32_t* sums = nullptr;  // [tokens, inputs / 32], of the codes
+  const int32_t* sums = nullptr;  // [tokens, inputs / 16], of the codes
 };
 
 // What an instruction set must provide; everything else is shared. Pure functions without state. Integer parts are
@@ -62,9 +63,9 @@ struct Simd {
   void (*quantize)(const float* x, size_t inputs, int8_t* codes, float* scales, int32_t* sums);
 
   // out[t * stride + r] = x_t . row r for the 16 rows of one packed panel (docs/package-format.md) and all tokens.
+  // Indexed by WeightType; none for float32.
   using Panel = void (*)(const std::byte* panel, const Activations& x, float* out, size_t stride);
-  Panel panel4;
-  Panel panel8;
+  Panel panels[kWeightTypes];
 };
 
 // The paths that this CPU can run, best first; the last is "portable". Static data.

@@ -20,6 +20,8 @@ using test::Random;
 using test::Threads;
 using test::Weight;
 
+constexpr WeightType kTypes[] = {WeightType::int4, WeightType::int8, WeightType::int8_minimum, WeightType::float32};
+
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -27,27 +29,28 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 struct Matrices {
   size_t outputs;
   size_t inputs;
-  int bits;
+  WeightType type;
   std::vector<Weight> packed;
   std::vector<float> floats;
   test::Bytes bytes;
 
-  Matrices(size_t experts, size_t outputs_, size_t inputs_, int bits_, Random& random)
-      : outputs(outputs_), inputs(inputs_), bits(bits_) {
-    if (bits == 32) floats = random.floats(experts * outputs * inputs, -0.2F, 0.2F);
-    for (size_t e = 0; e < experts && bits != 32; ++e) {
-      packed.emplace_back(outputs, inputs, bits, random);
+  Matrices(size_t experts, size_t outputs_, size_t inputs_, WeightType type_, Random& random)
+      : outputs(outputs_), inputs(inputs_), type(type_) {
+    if (type == WeightType::float32) floats = random.floats(experts * outputs * inputs, -0.2F, 0.2F);
+    for (size_t e = 0; e < experts && type != WeightType::float32; ++e) {
+      packed.emplace_back(outputs, inputs, type, random);
       bytes.insert(bytes.end(), packed.back().packed.begin(), packed.back().packed.end());
     }
   }
 
   ExpertMatrices view() const {
-    return {bits == 32 ? reinterpret_cast<const std::byte*>(floats.data()) : bytes.data(), outputs, inputs, bits};
+    return {type == WeightType::float32 ? reinterpret_cast<const std::byte*>(floats.data()) : bytes.data(), outputs,
+            inputs, type};
   }
 
   // One row times an expert's matrix; the row's elements may be off by `errors`.
   Product times(size_t expert, const std::vector<double>& row, const std::vector<double>& errors) const {
-    if (bits != 32) return naive_linear(packed[expert], row, errors);
+    if (type != WeightType::float32) return naive_linear(packed[expert], row, errors);
     Product product{std::vector<double>(outputs), std::vector<double>(outputs)};
     for (size_t n = 0; n < outputs; ++n) {
       double magnitude = 0;
@@ -76,8 +79,8 @@ struct Inputs {
   Matrices down;
   std::vector<float> residual;
 
-  Inputs(size_t tokens_, size_t experts_, size_t experts_per_token_, int bits, Random& random, size_t hidden_ = 64,
-         size_t width = 96)
+  Inputs(size_t tokens_, size_t experts_, size_t experts_per_token_, WeightType type, Random& random,
+         size_t hidden_ = 64, size_t width = 96)
       : tokens(tokens_),
         hidden(hidden_),
         experts(experts_),
@@ -86,8 +89,8 @@ struct Inputs {
         x(random.floats(tokens * hidden, -3, 3)),
         norm_weight(random.floats(hidden, 0.5F, 1.5F)),
         router(random.floats(experts * hidden, -0.4F, 0.4F)),
-        gate_up(experts, 2 * width, hidden, bits, random),
-        down(experts, hidden, width, bits, random),
+        gate_up(experts, 2 * width, hidden, type, random),
+        down(experts, hidden, width, type, random),
         residual(random.floats(tokens * hidden, -1, 1)) {}
 
   ExpertsArgs args(float* out, bool add = true) const {
@@ -182,7 +185,7 @@ void check_experts(const Inputs& in) {
   CAPTURE(in.experts);
   CAPTURE(in.experts_per_token);
   CAPTURE(in.norm_topk_prob);
-  CAPTURE(in.down.bits);
+  CAPTURE(static_cast<int>(in.down.type));
   for (const bool add : {true, false}) {
     std::vector<Product> expected;
     for (size_t t = 0; t < in.tokens; ++t) expected.push_back(naive_token(in, t, add));
@@ -210,18 +213,18 @@ void check_experts(const Inputs& in) {
 
 TEST_CASE("experts: every path against the formula") {
   Random random(41);
-  for (const int bits : {4, 8, 32}) {
+  for (const WeightType type : kTypes) {
     for (const auto& [experts, chosen] : {std::pair<size_t, size_t>{1, 1}, {3, 2}, {8, 2}, {8, 8}, {40, 1}}) {
-      for (const size_t tokens : {1, 2, 9, 33}) check_experts(Inputs(tokens, experts, chosen, bits, random));
+      for (const size_t tokens : {1, 2, 9, 33}) check_experts(Inputs(tokens, experts, chosen, type, random));
     }
   }
-  check_experts(Inputs(9, 3, 2, 32, random, 37, 19));  // widths that fill no vector
+  check_experts(Inputs(9, 3, 2, WeightType::float32, random, 37, 19));  // widths that fill no vector
 }
 
 TEST_CASE("experts: equal shares are those of the first experts, and no others' weights are read") {
   Random random(42);
-  for (const int bits : {4, 8, 32}) {
-    Inputs in(5, 6, 2, bits, random);
+  for (const WeightType type : kTypes) {
+    Inputs in(5, 6, 2, type, random);
     std::ranges::fill(in.router, 0.0F);
     for (Matrices* matrices : {&in.gate_up, &in.down}) {
       const size_t read = matrices->bytes.size() / 3;
@@ -237,9 +240,9 @@ TEST_CASE("experts: a token of NaN makes its own output NaN, a router of NaN or 
   Random random(43);
   for (const Simd* path : simd_paths()) {
     CAPTURE(path->name);
-    for (const int bits : {4, 8, 32}) {
-      CAPTURE(bits);
-      Inputs in(3, 5, 2, bits, random);
+    for (const WeightType type : kTypes) {
+      CAPTURE(static_cast<int>(type));
+      Inputs in(3, 5, 2, type, random);
       std::vector<float> out(in.tokens * in.hidden);
       in.x[64 + 7] = kNaN;
       mix_experts(*path, in.args(out.data()), {});
@@ -248,7 +251,7 @@ TEST_CASE("experts: a token of NaN makes its own output NaN, a router of NaN or 
       CHECK(as_expected);
       for (const float wrong : {kNaN, kInfinity, -kInfinity}) {
         for (const size_t expert : {0, 4}) {  // the first is what a maximum begins with
-          Inputs spoilt(3, 5, 2, bits, random);
+          Inputs spoilt(3, 5, 2, type, random);
           std::fill_n(spoilt.router.begin() + static_cast<std::ptrdiff_t>(expert * 64), 64, wrong);  // inf - inf
           mix_experts(*path, spoilt.args(out.data()), {});
           CHECK(std::ranges::all_of(out, [](float value) { return std::isnan(value); }));
@@ -260,8 +263,8 @@ TEST_CASE("experts: a token of NaN makes its own output NaN, a router of NaN or 
 
 TEST_CASE("experts: allocates nothing after the first call" * doctest::skip(!test::kCountsAllocations)) {
   Random random(44);
-  for (const int bits : {4, 32}) {
-    const Inputs in(20, 8, 2, bits, random, 256, 128);
+  for (const WeightType type : {WeightType::int4, WeightType::float32}) {
+    const Inputs in(20, 8, 2, type, random, 256, 128);
     std::vector<float> out(20 * 256);
     ExpertsArgs args = in.args(out.data());
     Threads threads(4, true);

@@ -35,12 +35,12 @@ struct Inputs {
   std::vector<float> rows;
   std::vector<float> post_norm_weight;
 
-  Inputs(size_t tokens_, size_t hidden_, size_t memory_dim_, int bits, Random& random)
+  Inputs(size_t tokens_, size_t hidden_, size_t memory_dim_, WeightType type, Random& random)
       : tokens(tokens_),
         hidden(hidden_),
         memory_dim(memory_dim_),
-        gate_proj(memory_dim, hidden, bits, random),
-        out_proj(hidden, memory_dim, bits, random),
+        gate_proj(memory_dim, hidden, type, random),
+        out_proj(hidden, memory_dim, type, random),
         x(random.floats(tokens * hidden, -2, 2)),
         h(random.floats(tokens * hidden, -3, 3)),
         norm_weight(random.floats(hidden, 0.01F, 0.03F)),  // gates of a few units, where the sigmoid is steep
@@ -141,15 +141,15 @@ Product naive_injection(const Inputs& in) {
 
 TEST_CASE("inject: every path against the formula") {
   Random random(31);
-  for (const int bits : {4, 8}) {
+  for (const WeightType type : {WeightType::int4, WeightType::int8_16, WeightType::int4_minimum}) {
     for (const auto& shape : {std::pair<size_t, size_t>{64, 32}, {96, 64}, {512, 128}}) {
       const size_t hidden = shape.first;
       const size_t memory_dim = shape.second;
       for (const size_t tokens : {1, 2, 9, 33}) {
-        CAPTURE(bits);
+        CAPTURE(static_cast<int>(type));
         CAPTURE(hidden);
         CAPTURE(tokens);
-        const Inputs inputs(tokens, hidden, memory_dim, bits, random);
+        const Inputs inputs(tokens, hidden, memory_dim, type, random);
         const Product expected = naive_injection(inputs);
         for (const Simd* path : simd_paths()) {
           CAPTURE(path->name);
@@ -176,7 +176,7 @@ TEST_CASE("inject: the other fusions, with and without a norm, against the formu
         CAPTURE(static_cast<int>(activation));
         CAPTURE(multiply);
         CAPTURE(normed);
-        Inputs inputs(9, 96, 64, 8, random);
+        Inputs inputs(9, 96, 64, WeightType::int8, random);
         inputs.fusion = {activation, multiply};
         inputs.normed = normed;
         const Product expected = naive_injection(inputs);
@@ -199,7 +199,7 @@ TEST_CASE("inject: NaN in a token's rows or FFN input makes its output NaN, and 
     CAPTURE(path->name);
     for (int which = 0; which < 2; ++which) {
       CAPTURE(which);
-      Inputs inputs(3, 64, 32, 8, random);
+      Inputs inputs(3, 64, 32, WeightType::int8, random);
       if (which == 0) inputs.rows[32 + 7] = kNaN;
       if (which == 1) inputs.h[64 + 7] = kNaN;
       std::vector<float> out(size_t{3} * 64);
@@ -213,7 +213,7 @@ TEST_CASE("inject: NaN in a token's rows or FFN input makes its output NaN, and 
 
 TEST_CASE("inject: allocates nothing after the first call" * doctest::skip(!test::kCountsAllocations)) {
   Random random(33);
-  const Inputs inputs(20, 512, 128, 4, random);
+  const Inputs inputs(20, 512, 128, WeightType::int4, random);
   std::vector<float> out(20 * 512);
   InjectionArgs args = inputs.args(out.data());
   Threads threads(4, true);

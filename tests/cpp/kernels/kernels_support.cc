@@ -34,9 +34,10 @@ size_t keys_bytes(KvType type, size_t head_dim) {
   return 0;
 }
 
-std::vector<int> random_codes(size_t count, int bits, Random& random) {
+std::vector<int> random_codes(size_t count, WeightType type, Random& random) {
+  const auto [least, greatest] = code_range(type);
   std::vector<int> codes(count);
-  for (int& code : codes) code = bits == 4 ? random.between(-8, 7) : random.between(-127, 127);
+  for (int& code : codes) code = random.between(least, greatest);
   return codes;
 }
 
@@ -171,44 +172,58 @@ ActivationSet::ActivationSet(size_t tokens_, size_t inputs_, std::vector<int8_t>
       inputs(inputs_),
       codes(std::move(codes_)),
       scales(std::move(scales_)),
-      sums(tokens * inputs / 32) {
-  for (size_t i = 0; i < codes.size(); ++i) sums[i / 32] += codes[i];
+      sums(tokens * inputs / 16) {
+  for (size_t i = 0; i < codes.size(); ++i) sums[i / 16] += codes[i];
 }
 
-Weight::Weight(size_t outputs_, size_t inputs_, int bits_, Random& random)
-    : Weight(outputs_, inputs_, bits_, random_codes(outputs_ * inputs_, bits_, random), random) {}
+std::pair<int, int> code_range(WeightType type) {
+  switch (type) {
+    case WeightType::int4: return {-8, 7};
+    case WeightType::int4_minimum: return {0, 15};
+    default: return {-128, 127};
+  }
+}
 
-Weight::Weight(size_t outputs_, size_t inputs_, int bits_, std::vector<int> codes_, Random& random)
+Weight::Weight(size_t outputs_, size_t inputs_, WeightType type_, Random& random)
+    : Weight(outputs_, inputs_, type_, random_codes(outputs_ * inputs_, type_, random), random) {}
+
+Weight::Weight(size_t outputs_, size_t inputs_, WeightType type_, std::vector<int> codes_, Random& random)
     : outputs(outputs_),
       inputs(inputs_),
-      bits(bits_),
+      type(type_),
+      group(type == WeightType::int8_16 ? 16 : 32),
+      minimum(type == WeightType::int4_minimum || type == WeightType::int8_minimum),
       codes(std::move(codes_)),
-      scales(outputs * inputs / 32),
-      packed((outputs + 15) / 16 * (inputs / 32) * (bits == 4 ? 288 : 544)) {
-  for (uint16_t& scale : scales) scale = naive_to_half(random.uniform(0, bits == 4 ? 0.02F : 0.00125F));
+      scales(outputs * inputs / group),
+      minimums(minimum ? outputs * inputs / 32 : 0) {
+  const bool nibbles = type == WeightType::int4 || type == WeightType::int4_minimum;
+  const int zero = type == WeightType::int4_minimum ? 0 : nibbles ? 8 : 128;
+  const float largest = nibbles ? 0.02F : 0.00125F;
+  for (uint16_t& scale : scales) scale = naive_to_half(random.uniform(-largest / 4, largest));
+  for (uint16_t& half : minimums) half = naive_to_half(random.uniform(-8 * largest, largest));
 
-  std::byte* at = packed.data();
+  const auto add_halves = [&](size_t panel, const std::vector<uint16_t>& halves, size_t columns, size_t column) {
+    for (size_t row = panel * 16; row < panel * 16 + 16; ++row) {
+      const uint16_t half = row < outputs ? halves[row * columns + column] : uint16_t{0};
+      packed.push_back(static_cast<std::byte>(half % 256));
+      packed.push_back(static_cast<std::byte>(half / 256));
+    }
+  };
   for (size_t panel = 0; panel < (outputs + 15) / 16; ++panel) {
     for (size_t block = 0; block < inputs / 32; ++block) {
-      for (int i = 0; i < bits; ++i) {
-        for (size_t r = 0; r < 16; ++r) {
-          for (size_t b = 0; b < 4; ++b) {
-            const size_t row = panel * 16 + r;
-            const auto code_of = [&](size_t column) {
-              const int code = row < outputs ? this->code(row, block * 32 + column) : 0;
-              return static_cast<unsigned>(code + (bits == 4 ? 8 : 128));
+      for (size_t i = 0; i < (nibbles ? 4 : 8); ++i) {
+        for (size_t row = panel * 16; row < panel * 16 + 16; ++row) {
+          for (size_t column = 4 * i; column < 4 * i + 4; ++column) {
+            const auto code_of = [&](size_t at) {
+              return static_cast<unsigned>((row < outputs ? code(row, block * 32 + at) : 0) + zero);
             };
-            const size_t column = 4 * static_cast<size_t>(i) + b;
-            *at++ = static_cast<std::byte>(bits == 4 ? code_of(column) + 16 * code_of(16 + column) : code_of(column));
+            packed.push_back(
+                static_cast<std::byte>(nibbles ? code_of(column) + 16 * code_of(16 + column) : code_of(column)));
           }
         }
       }
-      for (size_t r = 0; r < 16; ++r) {
-        const size_t row = panel * 16 + r;
-        const uint16_t half = row < outputs ? scales[row * (inputs / 32) + block] : uint16_t{0};
-        *at++ = static_cast<std::byte>(half % 256);
-        *at++ = static_cast<std::byte>(half / 256);
-      }
+      for (size_t g = 0; g < 32 / group; ++g) add_halves(panel, scales, inputs / group, block * (32 / group) + g);
+      if (minimum) add_halves(panel, minimums, inputs / 32, block);
     }
   }
 }
@@ -233,10 +248,11 @@ Product naive_linear(const Weight& weight, const std::vector<double>& input, con
       const double off = 127 * (error[i] / largest + scale_error);
       const double codes = std::ceil(std::max(0.0, off - (0.5 - std::fabs(position - code))));
       for (size_t n = 0; n < weight.outputs; ++n) {
-        const double unit = largest / 127 * weight.at(n, block % blocks * 32 + i);
+        const size_t column = block % blocks * 32 + i;
+        const double unit = largest / 127;
         const size_t out = block / blocks * weight.outputs + n;
-        product.exact[out] += code * unit;
-        product.bounds[out] += (codes + std::fabs(code) * product_error) * std::fabs(unit);
+        product.exact[out] += code * unit * weight.at(n, column);
+        product.bounds[out] += (codes + std::fabs(code) * product_error) * unit * weight.magnitude(n, column);
       }
     }
   }

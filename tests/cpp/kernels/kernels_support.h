@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "runtime/base/parallel.h"
@@ -20,6 +21,8 @@ namespace meki::test {
 // here.
 inline constexpr double kRounding = 0x1p-24;
 using Bytes = std::vector<std::byte>;
+inline constexpr WeightType kPackedTypes[] = {WeightType::int8, WeightType::int4, WeightType::int4_minimum,
+                                              WeightType::int8_minimum, WeightType::int8_16};
 inline constexpr KvType kKvTypes[] = {KvType::float32, KvType::float16, KvType::int8, KvType::int4};
 
 // Head dims worth a test: what a type allows, with and without remainders.
@@ -106,23 +109,38 @@ struct ActivationSet {
   Activations view() const { return {tokens, inputs, codes.data(), scales.data(), sums.data()}; }
 };
 
-// A weight matrix [outputs, inputs] with random scales, and its packed panels.
+// A weight matrix [outputs, inputs] with random scales, of either sign, and minimums, and its packed panels.
 struct Weight {
   size_t outputs;
   size_t inputs;
-  int bits;
-  std::vector<int> codes;        // [outputs, inputs]
-  std::vector<uint16_t> scales;  // [outputs, inputs / 32], halves
+  WeightType type;
+  size_t group;                    // inputs that share a scale
+  bool minimum;                    // whether values have one
+  std::vector<int> codes;          // [outputs, inputs]
+  std::vector<uint16_t> scales;    // [outputs, inputs / group], halves
+  std::vector<uint16_t> minimums;  // [outputs, inputs / 32], halves
   Bytes packed;
 
-  Weight(size_t outputs, size_t inputs, int bits, std::vector<int> codes, Random& random);
+  Weight(size_t outputs, size_t inputs, WeightType type, std::vector<int> codes, Random& random);
   // With random codes.
-  Weight(size_t outputs, size_t inputs, int bits, Random& random);
-  PackedWeight view() const { return {packed.data(), outputs, inputs, bits}; }
+  Weight(size_t outputs, size_t inputs, WeightType type, Random& random);
+  PackedWeight view() const { return {packed.data(), outputs, inputs, type}; }
   int code(size_t output, size_t input) const { return codes[output * inputs + input]; }
-  double scale(size_t output, size_t block) const { return naive_half(scales[output * (inputs / 32) + block]); }
-  double at(size_t output, size_t input) const { return code(output, input) * scale(output, input / 32); }
+  // Of the codes, and what comes on top.
+  double scaled(size_t output, size_t input) const {
+    return double{naive_half(scales[(output * inputs + input) / group])} * code(output, input);
+  }
+  double offset(size_t output, size_t input) const {
+    return minimum ? naive_half(minimums[(output * inputs + input) / 32]) : 0;
+  }
+  double at(size_t output, size_t input) const { return scaled(output, input) + offset(output, input); }
+  // What float32 rounds relative to, of at().
+  double magnitude(size_t output, size_t input) const {
+    return std::fabs(scaled(output, input)) + std::fabs(offset(output, input));
+  }
 };
+// Least and greatest code.
+std::pair<int, int> code_range(WeightType type);
 
 // What linear() makes of an input, and what float32 may change of it.
 struct Product {

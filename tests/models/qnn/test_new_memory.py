@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from meki.models.blocks import Floats
 from meki.models.config import integer
 from meki.models.graph.primitives import Matrix, Primitives, Value
 from meki.models.memories import MEMORIES
 from meki.models.memories.base import Memory, MemoryLayer, Read, Tokens
 from meki.models.qnn.stages import Options
-from meki.models.quantize import Floats, quantize_weight
+from meki.models.quantize import quantize_weight
 
 from .conftest import write_stages
 
@@ -87,20 +88,19 @@ def logits(model: nn.Module) -> np.ndarray:
         return model(torch.from_numpy(IDS)[None])[0].numpy()
 
 
-@pytest.mark.parametrize(("weights", "bits"), [("float32", 0), ("int8", 8)])
+@pytest.mark.parametrize("weights", ["float32", "int8"])
 def test_packages_equal_pytorch(
     variant: dict[str, int],
     make_model: Callable[..., nn.Module],
     make_package: Callable[..., Path],
     reference_session: Any,
     weights: str,
-    bits: int,
 ) -> None:
     model = make_model(**variant)
     session = reference_session(make_package(weights, "float32", **variant))
     for name, parameter in model.named_parameters():
-        if bits and parameter.dim() == 2 and "table" not in name:
-            parameter.data = torch.from_numpy(quantize_weight(parameter.detach().numpy(), bits, name)[1])
+        if weights != "float32" and parameter.dim() == 2 and "table" not in name:
+            parameter.data = torch.from_numpy(quantize_weight(parameter.detach().numpy(), weights, name).values())
     assert session.manifest["memory"].items() >= {"kind": "opened", "layers": 3, "row_dim": 32}.items()
     assert [stage["rows"] for stage in session.manifest["stages"]] == [None, [1, 3]]
     # Float32 on both sides, as in test_graph.py.

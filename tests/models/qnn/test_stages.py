@@ -152,8 +152,8 @@ def test_quantised_weights_keep_their_codes(weights: str, make_package: Callable
     block_scales = np.repeat(scales.reshape(rows, -1).astype(np.float32), 32, axis=1)
     # int8 never clips, int4 clips up to a step and a half beyond its range.
     assert (np.abs(got - exact) <= block_scales * (0.5001 if bits == 8 else 2)).all()
-    packed, packed_scales = open_weights(package).codes("layers.0.mlp.down_proj", rows)
-    np.testing.assert_array_equal(got, (packed * packed_scales[..., None]).reshape(rows, columns))
+    (blocks,) = open_weights(package).blocks("layers.0.mlp.down_proj")
+    np.testing.assert_array_equal(got, blocks.values())
 
 
 def test_layer_0_stands_alone_and_rows_go_to_the_stages_that_inject_them(

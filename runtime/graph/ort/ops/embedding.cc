@@ -9,7 +9,7 @@ namespace {
 class EmbeddingKernel final : public Kernel {
  public:
   EmbeddingKernel(const Definition& node, KvType)
-      : weight_(node.constant(1).packed(node.positive("outputs"), node.bits())) {}
+      : weight_(node.constant(1).packed(node.positive("outputs"), node.packed_type("type"))) {}
 
   void compute(const Call& call) const override {
     const Shape ids = call.input_shape(0);

@@ -24,10 +24,11 @@ class ExpertsKernel final : public Kernel {
                 static_cast<size_t>(router.shape.last()) == hidden,
             "the router is not [experts, hidden]");
     args_.router = static_cast<const float*>(router.data);
-    const int bits = node.bits_or_float();
-    args_.down = node.constant(4).experts(args_.experts, hidden, bits);
-    args_.gate_up = node.constant(3).experts(args_.experts, 2 * args_.down.inputs, bits);
+    args_.down = node.constant(4).experts(args_.experts, hidden, node.weight_type("down_type"));
+    args_.gate_up = node.constant(3).experts(args_.experts, 2 * args_.down.inputs, node.weight_type("gate_up_type"));
     require(args_.gate_up.inputs == hidden, "gate_up and down have different widths");
+    require((args_.gate_up.type == WeightType::float32) == (args_.down.type == WeightType::float32),
+            "one of gate_up and down is packed, the other is not");
   }
 
   void compute(const Call& call) const override {

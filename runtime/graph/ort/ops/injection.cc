@@ -16,8 +16,8 @@ class InjectionKernel final : public Kernel {
     const size_t hidden = node.constant(6).shape.elements();
     if (node.has_input(2)) norm_weight_ = node.constant(2).floats(hidden);
     post_norm_weight_ = node.constant(6).floats(hidden);
-    out_proj_ = node.constant(5).packed(hidden, node.bits());
-    gate_proj_ = node.constant(3).packed(out_proj_.inputs, node.bits());
+    out_proj_ = node.constant(5).packed(hidden, node.packed_type("out_proj_type"));
+    gate_proj_ = node.constant(3).packed(out_proj_.inputs, node.packed_type("gate_proj_type"));
     require(gate_proj_.inputs == hidden, "gate_proj and out_proj have different widths");
   }
 

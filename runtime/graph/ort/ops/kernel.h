@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <numeric>
+#include <span>
 #include <stdexcept>
 #include <vector>
 
@@ -82,25 +83,41 @@ struct Constant {
     return static_cast<const float*>(data);
   }
   // A packed matrix of so many rows.
-  PackedWeight packed(size_t outputs, int bits) const {
-    const PackedWeight weight{static_cast<const std::byte*>(data), outputs, static_cast<size_t>(shape.sizes[1]) * 32,
-                              bits};
-    require(shape.rank == 3 && weight.inputs > 0 && shape.elements() == weight.bytes(),
-            "a packed weight has another shape");
-    return weight;
+  PackedWeight packed(size_t outputs, WeightType weight_type) const {
+    const Part part{weight_type, outputs};
+    return packed(std::span(&part, 1)).front();
   }
-  // The matrices of `count` experts, of so many rows each: float32 if `bits` is 32, else packed. The number of columns
-  // is theirs.
-  ExpertMatrices experts(size_t count, size_t outputs, int bits) const {
-    const bool floats = bits == 32;
-    require(type == (floats ? ort::kFloat : ort::kUint8), "bits and the type of the experts do not go together");
-    const auto rows = static_cast<int64_t>(floats ? outputs : outputs / 16);
-    const int64_t columns = shape.rank > 1 ? shape.sizes[1] : 0;
-    require(shape.rank == (floats ? 2 : 3) && shape.sizes[0] % static_cast<int64_t>(count) == 0 &&
-                shape.sizes[0] / static_cast<int64_t>(count) == rows && columns > 0 &&
-                (floats || (outputs % 16 == 0 && shape.last() == 64 * bits + 32)),
+  // Packed matrices, one below the other: what is theirs of [bytes].
+  struct Part {
+    WeightType type;
+    size_t outputs;
+  };
+  std::vector<PackedWeight> packed(std::span<const Part> parts) const {
+    require(shape.rank == 1, "a packed weight has another shape");
+    size_t column_bytes = 0;  // of 32 columns of all
+    for (const Part& part : parts) column_bytes += (part.outputs + 15) / 16 * block_bytes(part.type);
+    const size_t blocks = shape.elements() / column_bytes;
+    require(blocks > 0 && shape.elements() % column_bytes == 0, "a packed weight has another shape");
+    std::vector<PackedWeight> weights;
+    const auto* at = static_cast<const std::byte*>(data);
+    for (const Part& part : parts) {
+      weights.push_back({at, part.outputs, blocks * 32, part.type});
+      at += weights.back().bytes();
+    }
+    return weights;
+  }
+  // The matrices of `count` experts, of so many rows each: float32 or packed. The number of columns is theirs.
+  ExpertMatrices experts(size_t count, size_t outputs, WeightType weight_type) const {
+    const bool floats = weight_type == WeightType::float32;
+    require(type == (floats ? ort::kFloat : ort::kUint8), "the type of the experts is another than said");
+    const auto* const matrices = static_cast<const std::byte*>(data);
+    if (!floats) {
+      require(outputs % 16 == 0, "a packed expert has no multiple of 16 rows");
+      return {matrices, outputs, packed(count * outputs, weight_type).inputs, weight_type};
+    }
+    require(shape.rank == 2 && shape.last() > 0 && static_cast<size_t>(shape.sizes[0]) == count * outputs,
             "the matrices of the experts have another shape");
-    return {static_cast<const std::byte*>(data), outputs, static_cast<size_t>(floats ? columns : 32 * columns), bits};
+    return {matrices, outputs, static_cast<size_t>(shape.last()), weight_type};
   }
 };
 
@@ -133,12 +150,17 @@ class Definition {
     require(value >= 0 && value < count, "an attribute is not one of its choices");
     return value;
   }
-  int bits() const {
-    const int64_t value = integer("bits");
-    require(value == 4 || value == 8, "bits is neither 4 nor 8");
-    return static_cast<int>(value);
+  // A packed type, by its number.
+  WeightType packed_type(const char* name) const {
+    const WeightType type = weight_type(name);
+    require(type != WeightType::float32, "a packed weight has no packed type");
+    return type;
   }
-  int bits_or_float() const { return integer("bits") == 32 ? 32 : bits(); }
+  WeightType weight_type(const char* name) const {
+    const int64_t value = integer(name);
+    require(value >= 0 && value < static_cast<int64_t>(kWeightTypes), "a weight has a type that is not known");
+    return static_cast<WeightType>(value);
+  }
   float number(const char* name) const {
     float value = 0;
     api_.check(api_.KernelInfoGetAttribute_float(info_, name, &value));

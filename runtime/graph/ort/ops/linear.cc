@@ -5,17 +5,35 @@
 namespace meki::ops {
 namespace {
 
-// Inputs: x, weight, norm_weight (optional), residual (optional).
+constexpr size_t kMostParts = 64;
+
+// Type and outputs of the matrices in a weight.
+std::vector<Constant::Part> parts_of(const Constant& table) {
+  require(table.shape.rank == 2 && table.shape.sizes[1] == 2 && table.shape.sizes[0] > 0 &&
+              table.shape.sizes[0] <= static_cast<int64_t>(kMostParts),
+          "parts are not [1 to 64, 2]");
+  std::vector<Constant::Part> parts;
+  const auto* const values = static_cast<const int64_t*>(table.data);
+  for (size_t i = 0; i < table.shape.elements(); i += 2) {
+    require(values[i] > 0 && values[i] < static_cast<int64_t>(kWeightTypes), "a part has no packed type");
+    require(values[i + 1] > 0 && values[i + 1] <= INT32_MAX, "a part has no outputs");
+    parts.push_back({static_cast<WeightType>(values[i]), static_cast<size_t>(values[i + 1])});
+  }
+  return parts;
+}
+
+// Inputs: x, weight, parts, norm_weight (optional), residual (optional).
 class LinearKernel final : public Kernel {
  public:
   LinearKernel(const Definition& node, KvType)
-      : weight_(node.constant(1).packed(node.positive("outputs"), node.bits())), has_residual_(node.has_input(3)) {
+      : weights_(node.constant(1).packed(parts_of(node.constant(2)))), has_residual_(node.has_input(4)) {
+    for (const PackedWeight& weight : weights_) outputs_ += weight.outputs;
     input_.epsilon = node.number("epsilon");
     if (node.flag("swiglu")) input_.kind = LinearInput::Kind::swiglu;
-    if (node.has_input(2)) {
+    if (node.has_input(3)) {
       require(input_.kind == LinearInput::Kind::plain, "both a norm and swiglu are asked for");
       input_.kind = LinearInput::Kind::norm;
-      input_.norm_weight = node.constant(2).floats(weight_.inputs);
+      input_.norm_weight = node.constant(3).floats(inputs());
     }
   }
 
@@ -25,22 +43,24 @@ class LinearKernel final : public Kernel {
     LinearInput input = input_;
     input.x = call.input<float>(0);
     input.stride = static_cast<size_t>(shape.last());
-    const bool fits =
-        input.kind == LinearInput::Kind::swiglu ? input.stride >= 2 * weight_.inputs : input.stride == weight_.inputs;
+    const bool fits = input.kind == LinearInput::Kind::swiglu ? input.stride >= 2 * inputs() : input.stride == inputs();
     require(fits, "x and the weight have different widths");
     const size_t tokens = shape.elements() / input.stride;
-    shape.sizes[shape.rank - 1] = static_cast<int64_t>(weight_.outputs);
+    shape.sizes[shape.rank - 1] = static_cast<int64_t>(outputs_);
     const float* residual = nullptr;
     if (has_residual_) {
-      const Shape added = call.input_shape(3);
+      const Shape added = call.input_shape(4);
       require(added.rank == shape.rank && added.sizes == shape.sizes, "the residual has another shape than the output");
-      residual = call.input<float>(3);
+      residual = call.input<float>(4);
     }
-    linear(simd(), weight_, input, residual, tokens, call.output<float>(0, shape), call.parallel());
+    linear(simd(), weights_, input, residual, tokens, call.output<float>(0, shape), call.parallel());
   }
 
  private:
-  PackedWeight weight_;
+  size_t inputs() const { return weights_.front().inputs; }
+
+  std::vector<PackedWeight> weights_;
+  size_t outputs_ = 0;
   LinearInput input_;  // but for x
   bool has_residual_;
 };
@@ -48,8 +68,8 @@ class LinearKernel final : public Kernel {
 }  // namespace
 
 Kind linear() {
-  using ort::kFloat, ort::kUint8;
-  return {"Linear", 2, {kFloat, kUint8, kFloat, kFloat}, {kFloat}, make_kernel<LinearKernel>};
+  using ort::kFloat, ort::kUint8, ort::kInt64;
+  return {"Linear", 3, {kFloat, kUint8, kInt64, kFloat, kFloat}, {kFloat}, make_kernel<LinearKernel>};
 }
 
 }  // namespace meki::ops
