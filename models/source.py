@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .architectures.base import Architecture, Model
+from .blocks import Blocks
 from .graph.weights import Weights
 from .memories.base import ALL, Read
 from .quantize import Floats
@@ -22,6 +23,8 @@ class Source:
     weights: Weights
     row_blocks: Callable[[], Iterator[Floats]]
     """The rows of a model with memory: float32 [rows of a bundle, n, width] of the next n bundles, until the last."""
+    blocks: Callable[[str], Blocks | None] = lambda name: None
+    """The weight, if the source has it in blocks; `weights` gives their values."""
 
 
 def lazy_source(config: Architecture, read: Read, folded: bool = False) -> Source:

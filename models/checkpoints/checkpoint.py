@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from meki.package.files import check_downloaded
 
 from ..architectures import ARCHITECTURES
 from ..architectures.base import Architecture, Model
+from ..blocks import Blocks
 from ..config import ConfigError, check
 from ..memories import MEMORIES
 from ..memories.base import ALL
@@ -44,8 +47,9 @@ class Part:
     """Of the tensor in the checkpoint."""
     shape: tuple[int, ...]
     """Its shape there, as the configuration wants it."""
-    convert: Callable[[Tensor], Tensor] | None = None
-    """From the checkpoint's layout to the decoder's; None: the same. Tables that are read by rows need None."""
+    convert: Callable[[NDArray[Any]], NDArray[Any]] | None = None
+    """From the checkpoint's rows to the decoder's, some of them or in another order: of values and, where it is held in
+    blocks, of codes, scales and minimums alike. None: the same. Tables that are read by rows need None."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Checkpoint:
     """The memories are folded tables."""
     trimmed: bool = False
     """The user asked for a vocabulary size: tables may have more rows than that, which are left out."""
+    blocks: Callable[[str, slice], Blocks | None] = lambda name, rows: None
+    """Those rows of a tensor of the checkpoint, if that has it in blocks. CheckpointError."""
 
 
 def check_fetched(path: Path) -> None:
@@ -140,14 +146,25 @@ def checkpoint_source(checkpoint: Checkpoint) -> Source:
     def read(name: str, rows: slice) -> Floats:
         part = parts[name]
         if part.convert is not None:
-            tensor = part.convert(tensors.read(part.name))
+            values = part.convert(tensors.read(part.name).numpy())
         else:
             ours = slice(*rows.indices(part.shape[0])) if part.shape else ALL
-            tensor = tensors.read(part.name, ours)
-        values: Floats = tensor.contiguous().numpy()
-        return values
+            values = tensors.read(part.name, ours).numpy()
+        return np.asarray(values, order="C")
 
-    return lazy_source(checkpoint.config, read, checkpoint.folded)
+    source = lazy_source(checkpoint.config, read, checkpoint.folded)
+    return replace(source, blocks=lambda name: checkpoint_blocks(checkpoint, name))
+
+
+def checkpoint_blocks(checkpoint: Checkpoint, name: str) -> Blocks | None:
+    """The decoder's weight `name` as the checkpoint holds it, if in blocks: of the decoder's shape, its rows in the
+    decoder's order. CheckpointError."""
+    part = checkpoint.parts[name]
+    stored = checkpoint.blocks(part.name, slice(part.shape[0]) if part.shape else ALL)
+    if stored is None or part.convert is None:
+        return stored
+    minimums = None if stored.minimums is None else part.convert(stored.minimums)
+    return replace(stored, codes=part.convert(stored.codes), scales=part.convert(stored.scales), minimums=minimums)
 
 
 def checkpoint_model(checkpoint: Checkpoint) -> Model:

@@ -20,8 +20,10 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from ..architectures.base import Architecture
+from ..blocks import Blocks, Codes
 from ..memories.base import ALL
 from .checkpoint import Checkpoint, CheckpointError, Part, check_setting, check_window, make_config
+from .gguf_blocks import empty_blocks, unpack
 from .gguf_tokenizer import read_gguf_tokenizer
 
 _MAGIC = b"GGUF"
@@ -153,13 +155,38 @@ class GgufFile:
         start, stop, _ = rows.indices(shape[0])
         return self._read(name, start, (stop - start, *shape[1:]))
 
+    def blocks(self, name: str, rows: slice = ALL) -> Blocks | None:
+        """Those rows of a matrix as the file holds them (`unpack`); reads no others. None if it is no matrix, or if no
+        type of BLOCK_TYPES holds it. CheckpointError for a scale or a minimum that float16 does not hold."""
+        shape, type = self.shapes[name], self._tensors[name][1].tensor_type
+        if len(shape) != 2:
+            return None
+        start, stop, _ = rows.indices(shape[0])
+        whole = empty_blocks(type, stop - start, shape[1])
+        if whole is None:
+            return None
+        for at, stored in self._pieces(name, start, (stop - start, shape[1])):
+            try:
+                piece = unpack(stored, type)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{self._tensors[name][0]}: tensor {name}, stored as {type.name}: {error}; choose another "
+                    "quantisation of the model, or have its weights rounded anew: --weights int8"
+                ) from error
+            if piece is None:
+                return None
+            whole.codes[at], whole.scales[at] = piece.codes, piece.scales
+            if whole.minimums is not None and piece.minimums is not None:
+                whole.minimums[at] = piece.minimums
+        return whole
+
     def _read(self, name: str, first: int, shape: tuple[int, ...]) -> Tensor:
         values, type = np.empty(shape, dtype=np.float32), self._tensors[name][1].tensor_type
         for at, stored in self._pieces(name, first, shape):
             values[at] = dequantize(stored.reshape(len(stored), *shape[1:-1], -1), type)
         return torch.from_numpy(values)
 
-    def _pieces(self, name: str, first: int, shape: tuple[int, ...]) -> Iterator[tuple[slice, npt.NDArray[np.uint8]]]:
+    def _pieces(self, name: str, first: int, shape: tuple[int, ...]) -> Iterator[tuple[slice, Codes]]:
         """A run of rows as it is stored, piece by piece: which of them, and uint8 [rows, bytes of a row]."""
         path, tensor = self._tensors[name]
         row = int(np.prod(shape[1:]))
@@ -261,6 +288,7 @@ def open_gguf(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         provenance=_provenance(file, architecture),
         ignored=lambda name: name == _ROPE_FACTORS,
         trimmed="vocab_size" in overrides,
+        blocks=file.blocks,
     )
 
 
@@ -340,13 +368,13 @@ def _part(name: str, shape: tuple[int, ...], config: Architecture, architecture:
     heads = {"self_attn.q_proj": config.heads, "self_attn.k_proj": config.kv_heads}.get(inner)
     if heads is None or architecture not in _PAIRED:
         return Part(stored, shape)
-    return Part(stored, shape, lambda tensor: _to_halves(tensor, heads))
+    return Part(stored, shape, lambda rows: _to_halves(rows, heads))
 
 
-def _to_halves(tensor: Tensor, heads: int) -> Tensor:
+def _to_halves(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
     """The rows of each head from rotated pairs (0, 1), (2, 3), ... to rotated halves (0, d/2), (1, d/2 + 1), ..."""
-    pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
-    return pairs.transpose(1, 2).reshape(tensor.shape)
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _provenance(file: GgufFile, architecture: str) -> dict[str, str]:

@@ -44,6 +44,9 @@ def test_parts_are_one_model(model: Decoder, parts: list[Path], tmp_path: Path) 
     ours, expected = checkpoint_source(split), checkpoint_source(whole)
     for name in split.parts:
         np.testing.assert_array_equal(ours.weights(name), expected.weights(name), err_msg=name)
+    blocks = ours.blocks("layers.2.mlp.up_proj.weight")
+    assert blocks is not None
+    np.testing.assert_array_equal(blocks.values(), expected.weights("layers.2.mlp.up_proj.weight"))
 
 
 def test_one_file_that_says_so(model: Decoder, tmp_path: Path) -> None:
