@@ -13,7 +13,8 @@ from crc32c import crc32c
 
 from meki.package.files import replace_file
 
-from .quantize import ROW_TYPES, Codes, Floats, quantize_rows, row_bytes, row_group
+from .blocks import Codes, Floats
+from .quantize import ROW_TYPES, quantize_rows, row_bytes, row_group
 
 MAGIC = b"MEKIROM\n"
 VERSION = 1

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from .architectures.base import Architecture, Model
+from .blocks import Floats
 from .graph.weights import StoredBlocks, Weights
 from .memories.base import ALL, Read
-from .quantize import Floats
 
 
 @dataclass(frozen=True)

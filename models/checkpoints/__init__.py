@@ -35,8 +35,8 @@ def open_checkpoint(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         return open_megatron(path, overrides)
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{path}: weights without a configuration; give the folder that has its config.json")
-    inside = [*path.glob("snapshots/*/config.json"), *path.glob("*.gguf")]
-    if inside:  # a cache of Hugging Face's, which keeps versions; a folder of GGUF files, each a model
+    inside = [*path.glob("snapshots/*/config.json"), *sorted(path.glob("*.gguf"))]
+    if inside:  # a cache of Hugging Face's, which keeps versions; a folder of GGUF files, each a model or a part of one
         found = inside[0].parent if inside[0].name == CONFIG else inside[0]
         raise CheckpointError(f"{path}: the model is not here, but at {found}; give that")
     raise CheckpointError(f"{path}: not a known kind of checkpoint; {_EXPECTED}")

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from meki.package.files import check_downloaded
 
 from ..architectures import ARCHITECTURES
 from ..architectures.base import Architecture, Model
+from ..blocks import Blocks, Floats
 from ..config import ConfigError, check
 from ..memories import MEMORIES
 from ..memories.base import ALL
-from ..quantize import Floats
 from ..source import Source, lazy_source
 from ..tokenizer import TokenizerSpec
 
@@ -44,8 +46,9 @@ class Part:
     """Of the tensor in the checkpoint."""
     shape: tuple[int, ...]
     """Its shape there, as the configuration wants it."""
-    convert: Callable[[Tensor], Tensor] | None = None
-    """From the checkpoint's layout to the decoder's; None: the same. Tables that are read by rows need None."""
+    convert: Callable[[NDArray[Any]], NDArray[Any]] | None = None
+    """From the checkpoint's rows to the decoder's, some of them or in another order: of values and, where it is held in
+    blocks, of codes, scales and minimums alike. None: the same. Tables that are read by rows need None."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class Checkpoint:
     """The memories are folded tables."""
     trimmed: bool = False
     """The user asked for a vocabulary size: tables may have more rows than that, which are left out."""
+    blocks: Callable[[str, slice], Blocks | None] | None = None
+    """Those rows of a tensor, if the checkpoint has it in blocks; CheckpointError. None: it has none in blocks."""
 
 
 def check_fetched(path: Path) -> None:
@@ -140,14 +145,37 @@ def checkpoint_source(checkpoint: Checkpoint) -> Source:
     def read(name: str, rows: slice) -> Floats:
         part = parts[name]
         if part.convert is not None:
-            tensor = part.convert(tensors.read(part.name))
+            values = part.convert(tensors.read(part.name).numpy())
         else:
             ours = slice(*rows.indices(part.shape[0])) if part.shape else ALL
-            tensor = tensors.read(part.name, ours)
-        values: Floats = tensor.contiguous().numpy()
-        return values
+            values = tensors.read(part.name, ours).numpy()
+        return np.asarray(values, order="C")
 
-    return lazy_source(checkpoint.config, read, checkpoint.folded)
+    source = lazy_source(checkpoint.config, read, checkpoint.folded)
+    return source if checkpoint.blocks is None else replace(source, blocks=CheckpointBlocks(checkpoint))
+
+
+@dataclass(frozen=True)
+class CheckpointBlocks:
+    """The decoder's weights as a checkpoint holds them, where it does so in blocks."""
+
+    checkpoint: Checkpoint
+
+    def type(self, name: str) -> str | None:
+        """Of BLOCK_TYPES, or None."""
+        assert self.checkpoint.blocks is not None
+        stored = self.checkpoint.blocks(self.checkpoint.parts[name].name, slice(0))
+        return None if stored is None else stored.type
+
+    def read(self, name: str) -> Blocks | None:
+        """Of the decoder's shape, the rows in its order. CheckpointError."""
+        assert self.checkpoint.blocks is not None
+        part = self.checkpoint.parts[name]
+        stored = self.checkpoint.blocks(part.name, slice(part.shape[0]) if part.shape else ALL)
+        if stored is None or part.convert is None:
+            return stored
+        minimums = None if stored.minimums is None else part.convert(stored.minimums)
+        return replace(stored, codes=part.convert(stored.codes), scales=part.convert(stored.scales), minimums=minimums)
 
 
 def checkpoint_model(checkpoint: Checkpoint) -> Model:

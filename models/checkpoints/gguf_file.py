@@ -5,7 +5,8 @@ Keys and tensor names are those of the GGUF specification; what they leave open 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from ..architectures.base import Architecture
+from ..blocks import Blocks, Codes
 from ..memories.base import ALL
 from .checkpoint import Checkpoint, CheckpointError, Part, check_setting, check_window, make_config
+from .gguf_blocks import empty_blocks, unpack
 from .gguf_tokenizer import read_gguf_tokenizer
 
 _MAGIC = b"GGUF"
@@ -32,7 +35,9 @@ _OLDER_TYPES = ("Q4_2", "Q4_3", "Q4_0_4_4", "Q4_0_4_8", "Q4_0_8_8", "IQ4_NL_4_4"
 _NEWER_TYPES = ("MXFP4", "NVFP4", "Q1_0", "Q2_0")
 _TYPE_NAMES = dict(zip((4, 5, 31, 32, 33, 36, 37, 38, 39, 40, 41, 42), _OLDER_TYPES + _NEWER_TYPES, strict=True))
 """Types of tensors that ggml had once, or that versions of the gguf package may not have yet."""
-_AT_ONCE = 1 << 22  # values that are dequantised together: what is in memory beside the result
+_AT_ONCE = 1 << 22  # values that are unpacked together: what is in memory beside the result
+_PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+"""Of a file of a split model: the model's, its number from 1, how many there are."""
 
 _FIELDS = {
     "layers": "block_count",
@@ -89,41 +94,46 @@ class _Reader(GGUFReader):
 
 
 class GgufFile:
-    """The metadata and the tensors of a GGUF file. Tensors are read, not mapped: what was read is not kept."""
+    """The metadata and the tensors of a GGUF file, or of all parts of a split model. Tensors are read, not mapped: what
+    was read is not kept."""
 
     def __init__(self, path: Path) -> None:
-        """Reads the metadata. OSError; CheckpointError for a file that is no complete GGUF file."""
+        """Reads the metadata. path: of the file, or of the first part. OSError; CheckpointError for a file that is no
+        complete GGUF file, and for parts that are missing or another model's."""
         self.path = path
-        try:
-            with np.errstate(all="raise"):  # of sizes that overflow
-                reader = _Reader(path)
-                self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-        except RecursionError as error:
+        self.metadata, tensors = _read_head(path)
+        self._tensors = {tensor.name: (path, tensor) for tensor in tensors}
+        """And which file has it."""
+        parts = _find_parts(path, self.metadata)
+        for number, part in enumerate(parts[1:], 1):
+            self._add(part, {"split.no": number, "split.count": len(parts)})
+        total = self.metadata.get("split.tensors.count")
+        if len(parts) > 1 and total != len(self._tensors):
             raise CheckpointError(
-                f"{path}: its metadata has arrays within arrays without end, expected lists of values; the file is "
-                "damaged or made to harm, download it again"
-            ) from error
-        except _UnknownTypeError as error:
-            raise CheckpointError(
-                f"{path}: {error}, which this version of the gguf package does not know; update it (pip install -U "
-                "gguf) or choose another quantisation of the model"
-            ) from error
-        except (ValueError, LookupError, ArithmeticError) as error:
-            raise CheckpointError(
-                f"{path}: not a complete GGUF file of version 2 or 3: {error}; download or convert it again"
-            ) from error
-        if reader.endianess == GGUFEndian.BIG:
-            raise CheckpointError(f"{path}: is big-endian, expected little-endian; run gguf-convert-endian on it")
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.shapes = {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in self._tensors.items()}
-        for name, tensor in self._tensors.items():
-            self._check_type(name, tensor.tensor_type)
+                f"{path}: split.tensors.count is {total!r}, but its {len(parts)} parts have {len(self._tensors)}; they "
+                "are not of one model, download them again"
+            )
+        self.shapes = {name: tuple(reversed(tensor.shape.tolist())) for name, (_, tensor) in self._tensors.items()}
+
+    def _add(self, part: Path, expected: Mapping[str, int]) -> None:
+        metadata, tensors = _read_head(part)
+        for key, value in expected.items():
+            if (got := metadata.get(key)) != value:
+                raise CheckpointError(
+                    f"{part}: {key} is {got!r}, expected {value} of a part of {self.path.name}; it is another model's, "
+                    "download it again"
+                )
+        for tensor in tensors:
+            if tensor.name in self._tensors:
+                there = self._tensors[tensor.name][0].name
+                raise CheckpointError(f"{part}: tensor {tensor.name} is also in {there}; expected it once")
+            self._tensors[tensor.name] = part, tensor
 
     @property
     def types(self) -> str:
         """The types of the tensors, the one with the most values first, such as "Q4_K, F32"."""
         values: dict[str, int] = {}
-        for tensor in self._tensors.values():
+        for _, tensor in self._tensors.values():
             values[tensor.tensor_type.name] = values.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
         return ", ".join(sorted(values, key=lambda name: -values[name]))
 
@@ -139,30 +149,116 @@ class GgufFile:
 
     def read(self, name: str, rows: slice = ALL) -> Tensor:
         """float32; those rows of dimension 0. Reads and dequantises no others."""
-        tensor, shape = self._tensors[name], self.shapes[name]
+        shape = self.shapes[name]
         if len(shape) == 1:  # a row of its own
-            return self._read(tensor, 0, (1, *shape))[0][rows]
+            return self._read(name, 0, (1, *shape))[0][rows]
         start, stop, _ = rows.indices(shape[0])
-        return self._read(tensor, start, (stop - start, *shape[1:]))
+        return self._read(name, start, (stop - start, *shape[1:]))
 
-    def _read(self, tensor: ReaderTensor, first: int, shape: tuple[int, ...]) -> Tensor:
-        values, row = np.empty(shape, dtype=np.float32), int(np.prod(shape[1:]))
-        row_bytes, step = row * tensor.n_bytes // tensor.n_elements, max(1, _AT_ONCE // row)
-        with open(self.path, "rb") as file:
-            file.seek(tensor.data_offset + first * row_bytes)
-            for block in (values[start : start + step] for start in range(0, shape[0], step)):
-                stored = np.fromfile(file, np.uint8, len(block) * row_bytes)
-                block[:] = dequantize(stored.reshape(*block.shape[:-1], -1), tensor.tensor_type)
+    def blocks(self, name: str, rows: slice = ALL) -> Blocks | None:
+        """Those rows of a matrix as the file holds them (`unpack`); reads no others. None if it is no matrix, or if no
+        type of BLOCK_TYPES holds it. CheckpointError for a scale or a minimum that float16 does not hold."""
+        shape, type = self.shapes[name], self._tensors[name][1].tensor_type
+        if len(shape) != 2:
+            return None
+        start, stop, _ = rows.indices(shape[0])
+        whole = empty_blocks(type, stop - start, shape[1])
+        if whole is None:
+            return None
+        for at, stored in self._pieces(name, start, (stop - start, shape[1])):
+            try:
+                piece = unpack(stored, type)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{self._tensors[name][0]}: tensor {name}, stored as {type.name}: {error}; choose another "
+                    "quantisation of the model, or have its weights rounded anew: --weights int8"
+                ) from error
+            if piece is None:
+                return None
+            whole.codes[at], whole.scales[at] = piece.codes, piece.scales
+            if whole.minimums is not None and piece.minimums is not None:
+                whole.minimums[at] = piece.minimums
+        return whole
+
+    def _read(self, name: str, first: int, shape: tuple[int, ...]) -> Tensor:
+        values, type = np.empty(shape, dtype=np.float32), self._tensors[name][1].tensor_type
+        for at, stored in self._pieces(name, first, shape):
+            values[at] = dequantize(stored.reshape(len(stored), *shape[1:-1], -1), type)
         return torch.from_numpy(values)
 
-    def _check_type(self, name: str, type: GGMLQuantizationType) -> None:
-        try:
-            dequantize(np.zeros((1, GGML_QUANT_SIZES[type][1]), np.uint8), type)
-        except NotImplementedError as error:
-            raise CheckpointError(
-                f"{self.path}: tensor {name} is stored as {type.name}, which the gguf package does not dequantise; "
-                "choose another quantisation of the model"
-            ) from error
+    def _pieces(self, name: str, first: int, shape: tuple[int, ...]) -> Iterator[tuple[slice, Codes]]:
+        """A run of rows as it is stored, piece by piece: which of them, and uint8 [rows, bytes of a row]."""
+        path, tensor = self._tensors[name]
+        row = int(np.prod(shape[1:]))
+        row_bytes, step = row * tensor.n_bytes // tensor.n_elements, max(1, _AT_ONCE // row)
+        with open(path, "rb") as file:
+            file.seek(tensor.data_offset + first * row_bytes)
+            for start in range(0, shape[0], step):
+                rows = min(step, shape[0] - start)
+                stored = np.fromfile(file, np.uint8, rows * row_bytes)
+                yield slice(start, start + rows), stored.reshape(rows, -1)
+
+
+def _read_head(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
+    """Metadata and where the tensors are, of one file. OSError; CheckpointError."""
+    try:
+        with np.errstate(all="raise"):  # of sizes that overflow
+            reader = _Reader(path)
+            metadata = {name: field.contents() for name, field in reader.fields.items()}
+    except RecursionError as error:
+        raise CheckpointError(
+            f"{path}: its metadata has arrays within arrays without end, expected lists of values; the file is "
+            "damaged or made to harm, download it again"
+        ) from error
+    except _UnknownTypeError as error:
+        raise CheckpointError(
+            f"{path}: {error}, which this version of the gguf package does not know; update it (pip install -U "
+            "gguf) or choose another quantisation of the model"
+        ) from error
+    except (ValueError, LookupError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{path}: not a complete GGUF file of version 2 or 3: {error}; download or convert it again"
+        ) from error
+    if reader.endianess == GGUFEndian.BIG:
+        raise CheckpointError(f"{path}: is big-endian, expected little-endian; run gguf-convert-endian on it")
+    for tensor in reader.tensors:
+        _check_type(path, tensor)
+    return metadata, reader.tensors
+
+
+def _check_type(path: Path, tensor: ReaderTensor) -> None:
+    type = tensor.tensor_type
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[type][1]), np.uint8), type)
+    except NotImplementedError as error:
+        raise CheckpointError(
+            f"{path}: tensor {tensor.name} is stored as {type.name}, which the gguf package does not dequantise; "
+            "choose another quantisation of the model"
+        ) from error
+
+
+def _find_parts(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
+    """The files of the model of which `path` is the first or the only one. CheckpointError if they are not there."""
+    index, count = metadata.get("split.no", 0), metadata.get("split.count", 0)
+    if count in (0, 1):
+        return [path]
+    name = _PART_NAME.fullmatch(path.name)
+    if name is None or (int(name[2]) - 1, int(name[3])) != (index, count):
+        raise CheckpointError(
+            f"{path}: is a part of a split model, split.no is {index!r} and split.count {count!r}, expected a name "
+            "that says so, such as NAME-00001-of-00003.gguf; give it the name that it had, beside the others"
+        )
+    numbers = range(1, int(name[3]) + 1)
+    parts = [path.with_name(f"{name[1]}-{number:05d}-of-{name[3]}.gguf") for number in numbers]
+    if path != parts[0]:
+        raise CheckpointError(f"{path}: is part {int(name[2])} of a split model; give the first, {parts[0]}")
+    if missing := [part.name for part in parts if not part.is_file()]:
+        others = f" (and {len(missing) - 3} more)" if len(missing) > 3 else ""
+        raise CheckpointError(
+            f"{path}: is the first of {len(parts)} parts, expected all beside it; {', '.join(missing[:3])}{others} "
+            f"{'is' if len(missing) == 1 else 'are'} missing, download the whole model"
+        )
+    return parts
 
 
 def is_gguf(path: Path) -> bool:
@@ -192,14 +288,13 @@ def open_gguf(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         provenance=_provenance(file, architecture),
         ignored=lambda name: name == _ROPE_FACTORS,
         trimmed="vocab_size" in overrides,
+        blocks=file.blocks if any(file.blocks(name, slice(0)) for name in file.shapes) else None,
     )
 
 
 def _check_supported(file: GgufFile, architecture: str) -> None:
     """CheckpointError for what this runtime does not compute."""
     path = file.path
-    if (parts := file.number("split.count", 0)) > 1:
-        raise CheckpointError(f"{path}: is one of {parts} parts; merge them first (llama-gguf-split --merge)")
     expected = {
         "general.type": "model",
         f"{architecture}.expert_count": 0,
@@ -273,13 +368,13 @@ def _part(name: str, shape: tuple[int, ...], config: Architecture, architecture:
     heads = {"self_attn.q_proj": config.heads, "self_attn.k_proj": config.kv_heads}.get(inner)
     if heads is None or architecture not in _PAIRED:
         return Part(stored, shape)
-    return Part(stored, shape, lambda tensor: _to_halves(tensor, heads))
+    return Part(stored, shape, lambda rows: _to_halves(rows, heads))
 
 
-def _to_halves(tensor: Tensor, heads: int) -> Tensor:
+def _to_halves(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
     """The rows of each head from rotated pairs (0, 1), (2, 3), ... to rotated halves (0, d/2), (1, d/2 + 1), ..."""
-    pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
-    return pairs.transpose(1, 2).reshape(tensor.shape)
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _provenance(file: GgufFile, architecture: str) -> dict[str, str]:

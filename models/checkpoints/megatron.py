@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..architectures.base import Architecture
@@ -302,7 +303,7 @@ def _attention(config: Architecture) -> dict[str, Part]:
     return parts
 
 
-def _unpack_heads(packed: Tensor, groups: int, head_dim: int, heads: slice) -> Tensor:
+def _unpack_heads(packed: NDArray[Any], groups: int, head_dim: int, heads: slice) -> NDArray[Any]:
     """Some heads of every group. packed: [groups * heads a group * head_dim, ...]."""
-    grouped = packed.view(groups, -1, head_dim, *packed.shape[1:])
+    grouped = packed.reshape(groups, -1, head_dim, *packed.shape[1:])
     return grouped[:, heads].reshape(-1, *packed.shape[1:])

@@ -64,8 +64,8 @@ class StoredBlocks(Protocol):
     def type(self, name: str) -> str | None:
         """Of BLOCK_TYPES; None: it has other values."""
 
-    def read(self, name: str) -> Blocks:
-        """Of a matrix that has a type."""
+    def read(self, name: str) -> Blocks | None:
+        """Of a matrix that has a type; None if not all of its values fit into that after all."""
 
 
 @dataclass
@@ -126,9 +126,7 @@ class WeightStore:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for part in parts:
                 weight = self._fetch(part)
-                if kept:
-                    assert self.stored is not None
-                    blocks = self.stored.read(part)
+                if kept and self.stored is not None and (blocks := self.stored.read(part)) is not None:
                     type, of_rows = blocks.type, blocks.rows
                 else:
                     type = "int8" if self.weight_type == SOURCE else self.weight_type

@@ -10,10 +10,10 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 from torch import Tensor, nn
 
+from ..blocks import Floats
 from ..config import Rule
 from ..graph.primitives import Primitives, Value
 from ..graph.weights import Weights
-from ..quantize import Floats
 
 ALL = slice(None)
 SIGMOID, SILU, GELU_TANH = range(3)

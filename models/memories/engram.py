@@ -18,10 +18,10 @@ from crc32c import crc32c
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..blocks import Floats
 from ..config import FLAG, WIDTH, ConfigError, Rule, check, integer
 from ..graph.primitives import Matrix, Primitives, Value
 from ..graph.weights import Weights
-from ..quantize import Floats
 from .base import Memory, MemoryLayer, Read, Tokens, blocks
 
 _TABLE = "embedding.weight"

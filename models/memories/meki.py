@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..blocks import Floats
 from ..config import FLAG, WIDTH, ConfigError, integer, one_of
 from ..ffns.swiglu import SwiGLU
 from ..graph.primitives import Matrix, Primitives, Value
-from ..quantize import Floats
 from .base import ALL, SIGMOID, SILU, Memory, MemoryLayer, Read, Tokens, fusion
 
 _TABLE, _PROJECTOR = "embeddings.weight", "word_emb_projection"

@@ -14,9 +14,9 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..blocks import Floats
 from ..config import WIDTH, ConfigError, integer
 from ..graph.primitives import Matrix, Primitives, Value
-from ..quantize import Floats
 from .base import GELU_TANH, Memory, MemoryLayer, Read, Tokens, fusion
 
 _TABLE = "embed_tokens.weight"

@@ -114,6 +114,7 @@ NOT_POSITIVE = "an attribute is not a positive integer"
 NOT_QKV = r"qkv is not \[1, tokens, \(heads \+ 2 \* kv_heads\) \* head_dim\]"
 OTHER_WEIGHT = "a packed weight has another shape"
 NOT_PACKED = "a packed weight has no packed type"
+OTHER_PROJECTIONS = "gate_proj and out_proj have different widths"
 UNKNOWN_TYPE = "a weight has a type that is not known"
 NOT_PARTS = r"parts are not \[1 to 64, 2\]"
 OTHER_WIDTH = "x and the weight have different widths"
@@ -199,7 +200,7 @@ INPUTS: dict[str, tuple[str, Inputs, str]] = {
     "parts-of-nothing": (QKV, {2: np.zeros((0, 2), np.int64)}, NOT_PARTS),
     "parts-of-65": (QKV, {2: parts(*[(1, 2)] * 65)}, NOT_PARTS),
     "parts-of-rank-1": (QKV, {2: np.array([1, 128], np.int64)}, NOT_PARTS),
-    "parts-that-are-computed": (QKV, {2: "token_ids"}, NOT_CONSTANT),
+    "parts-that-are-computed": (QKV, {2: "logit_index"}, NOT_CONSTANT),
     "weight-that-is-computed": (QKV, {1: "past.1"}, NOT_CONSTANT),
     "norm-longer": (QKV, {3: floats(65)}, OTHER_NORM),
     "norm-scalar": (QKV, {3: floats()}, OTHER_NORM),
@@ -250,8 +251,8 @@ INPUTS: dict[str, tuple[str, Inputs, str]] = {
     "h-of-rank-2": (INJECTED, {1: floats(1, 64)}, NOT_H),
     "norm-before-the-gate-longer": (INJECTED, {2: floats(65)}, OTHER_NORM),
     "norm-before-the-gate-of-rank-2": (INJECTED, {2: floats(1, 64)}, OTHER_NORM),
-    "gate-proj-of-more-rows": (INJECTED, {3: packed(48, 64)}, OTHER_WEIGHT),
-    "gate-proj-narrower": (INJECTED, {3: packed(32, 32)}, "gate_proj and out_proj have different widths"),
+    "gate-proj-of-more-rows": (INJECTED, {3: packed(48, 64)}, OTHER_PROJECTIONS),
+    "gate-proj-narrower": (INJECTED, {3: packed(32, 32)}, OTHER_PROJECTIONS),
     "memory-rows-wider": (INJECTED, {4: floats(3, 1, 33)}, NOT_ROWS),
     "memory-rows-of-more-tokens": (INJECTED, {4: floats(3, 2, 32)}, NOT_ROWS),
     "memory-rows-of-fewer-layers": (INJECTED, {4: floats(1, 1, 32)}, NOT_ROWS),
@@ -325,7 +326,7 @@ EXPERTS_INPUTS: dict[str, tuple[Inputs, str]] = {
     "gate-and-up-of-integers": ({3: np.zeros((320, 64), np.int64)}, OTHER_TYPE),
     "gate-and-up-that-are-computed": ({3: "past.1"}, NOT_CONSTANT),
     "down-of-4-experts": ({4: packed(256, 32)}, OTHER_WEIGHT),
-    "down-wider": ({4: packed(320, 64)}, OTHER_WEIGHT),
+    "down-wider": ({4: packed(320, 64)}, "gate_up and down have different widths"),
     "down-without-columns": ({4: packed(320, 0)}, OTHER_WEIGHT),
     "nothing-of-experts": ({3: packed(0, 64), 4: packed(0, 32)}, OTHER_WEIGHT),
     "hidden-of-nothing": ({0: floats(1, 1, 0), 1: floats(0), 2: floats(5, 0)}, NOT_ROUTER),
@@ -407,7 +408,7 @@ def test_routers_that_send_tokens_nowhere(mixture: Path, value: float) -> None:
 @pytest.mark.parametrize(
     ("output", "inputs"),
     [
-        (QKV, {1: floats(8, 2, 544)}),
+        (QKV, {1: floats(8 * 2 * 544)}),
         (QKV, {1: None}),
         (QKV, {1: ""}),
         (ATTENTION, {2: np.array(1, np.int64)}),
@@ -434,9 +435,9 @@ def test_types_and_numbers_of_inputs(package: Path, output: str, inputs: Inputs)
 
 
 def test_a_trailing_empty_name_is_no_input(package: Path) -> None:
-    """ONNX says so: [x, weight, norm, ""] has no residual."""
+    """ONNX says so: [x, weight, parts, norm, ""] has no residual."""
     expected = Engine(package).logits([1, 2, 3])
-    edit_graph(package, stage_of(QKV), set_inputs(QKV, {3: ""}))
+    edit_graph(package, stage_of(QKV), set_inputs(QKV, {4: ""}))
     np.testing.assert_array_equal(Engine(package).logits([1, 2, 3]), expected)
 
 
@@ -449,21 +450,21 @@ except meki.PackageError as error:
     print("PackageError", error)
 """
 
-NOTHING = np.zeros((8, 0, 544), np.uint8)
+NOTHING = np.zeros(0, np.uint8)
 
 
 @pytest.mark.parametrize(
     ("output", "inputs"),
     [
-        (QKV, {0: floats(1, 1, 0), 1: NOTHING, 2: ""}),
-        (QKV, {1: NOTHING, 2: ""}),
+        (QKV, {0: floats(1, 1, 0), 1: NOTHING, 3: ""}),
+        (QKV, {1: NOTHING, 3: ""}),
         (ATTENTION, {2: np.zeros(0, np.int32)}),
         (ATTENTION, {4: floats(128, 8, 0)}),
         (INJECTED, {1: floats(0, 1, 64)}),
-        (INJECTED, {3: packed(0, 64), 4: floats(3, 1, 0), 5: NOTHING[:4]}),
+        (INJECTED, {3: packed(0, 64), 4: floats(3, 1, 0), 5: NOTHING}),
         (
             INJECTED,
-            {0: floats(1, 1, 0), 1: floats(1, 1, 0), 2: floats(0), 3: NOTHING[:2], 5: packed(0, 32), 6: floats(0)},
+            {0: floats(1, 1, 0), 1: floats(1, 1, 0), 2: floats(0), 3: NOTHING, 5: packed(0, 32), 6: floats(0)},
         ),
     ],
     ids=["x-and-weight", "weight", "length", "sin", "h", "memory", "hidden"],
@@ -479,7 +480,7 @@ def test_tensors_without_elements(package: Path, output: str, inputs: Inputs) ->
 
 def test_what_only_a_longer_step_shows(package: Path) -> None:
     """Right for the one token that opening computes: an error of the step, after which others go on."""
-    edit_graph(package, stage_of(DOWN), set_inputs(DOWN, {3: floats(1, 1, 64)}))
+    edit_graph(package, stage_of(DOWN), set_inputs(DOWN, {4: floats(1, 1, 64)}))
     engine = Engine(package)
     session = _core.Session(engine._core, _core.SessionOptions())
     session.append([1, 2, 3])

@@ -78,6 +78,8 @@ def test_equals_the_training_form(
     model = rounded(make_model(**overrides), dtype)
     path = write_megatron(in_dtype(megatron_state(model, **layout), dtype), model.config)
     assert open_megatron(path, {}).config == model.config
+    weights = checkpoint_source(open_megatron(path, {})).weights
+    assert all(weights(name).shape == tensor.shape for name, tensor in model.state_dict().items())
     # Float32 on both sides: what differs is the order of sums of up to 100 terms, about 1e-6 of logits that reach 10.
     got = engine_logits(path, tokenizer_spec, tmp_path / "package")
     np.testing.assert_allclose(got, torch_logits(model), rtol=0, atol=1e-4)

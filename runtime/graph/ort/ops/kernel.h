@@ -96,6 +96,7 @@ struct Constant {
     require(shape.rank == 1, "a packed weight has another shape");
     size_t column_bytes = 0;  // of 32 columns of all
     for (const Part& part : parts) column_bytes += (part.outputs + 15) / 16 * block_bytes(part.type);
+    require(column_bytes > 0, "a packed weight has another shape");
     const size_t blocks = shape.elements() / column_bytes;
     require(blocks > 0 && shape.elements() % column_bytes == 0, "a packed weight has another shape");
     std::vector<PackedWeight> weights;
