@@ -173,7 +173,7 @@ AlignedBuffer::AlignedBuffer(size_t bytes)
 nlohmann::json write_package_files(const std::filesystem::path& directory) {
   nlohmann::json manifest = nlohmann::json::parse(R"({
     "format": "meki-package",
-    "version": 4,
+    "version": 5,
     "name": "test",
     "architecture": {
       "vocab_size": 64, "layers": 4, "hidden": 8, "ffn": 16, "heads": 4, "kv_heads": 2, "head_dim": 16,

@@ -72,13 +72,13 @@ def golden_package(directory: Path, golden: dict[str, np.ndarray], hidden: np.nd
         for path in directory.iterdir()
     }
     manifest = {
-        "format": "meki-package", "version": 4, "name": "golden", "architecture": config.manifest(),
+        "format": "meki-package", "version": 5, "name": "golden", "architecture": config.manifest(),
         "memory": {
             **memory.manifest(config, {}), "file": "memory.rom", "row_type": row_type, "content_id": summary.content_id,
         },
         "parameters": {"ram": config.ram_parameters, "rom": config.rom_parameters},
         "stages": [{"file": "stage0.onnx", "rows": None}, {"file": "stage1.onnx", "rows": [0, 1]}],
-        "dense_stages": [{"file": "stage0.onnx"}], "weights": {"type": "float32", "block": None},
+        "dense_stages": [{"file": "stage0.onnx"}], "weights": {"type": "float32", "block": None, "types": {}},
         "tokenizer": {"file": "tokenizer.json", "bos_token_id": None, "eos_token_ids": [], "chat_template": None},
         "files": files, "sampling": {}, "quantization_error": {}, "provenance": {},
     }  # fmt: skip

@@ -22,6 +22,8 @@ from meki.models.checkpoints import open_checkpoint
 from meki.models.checkpoints.checkpoint import CheckpointBlocks, checkpoint_model
 from meki.models.convert import main as convert
 from meki.models.package import export_package
+from meki.models.qnn.stages import precisions
+from meki.models.qnn.weights import PackageWeights
 from meki.models.tokenizer import TokenizerSpec
 
 from .checkpoints.gguf_models import LLAMA, metadata_of, tensors_of
@@ -140,6 +142,19 @@ def test_the_engine_rounds_inputs_and_nothing_else(package: Path, gguf: Path) ->
     # Float32 on both sides: of most tokens no input lies so near the middle of two codes that it falls to the other
     # side, which would be a difference as large as the rounding's.
     assert np.median(np.sqrt(np.mean(np.square(got - expected), axis=1))) < 1e-3 * rounding
+
+
+def test_an_npu_gets_the_same_values(package: Path, gguf: Path) -> None:
+    """In float16, of a product whose matrices have two types."""
+    weights = PackageWeights(package, json.loads((package / "manifest.json").read_text()))
+    blocks = CheckpointBlocks(open_checkpoint(gguf, {}))
+    names = [f"layers.1.self_attn.{name}_proj.weight" for name in "qkv"]
+    matrices = [its for name in names if (its := blocks.read(name)) is not None]
+    assert weights.parts("layers.1.self_attn.qkv") == [("int8_16", 512), ("int8", 256)]  # Q6_K and Q3_K, IQ4_NL
+    expected = np.concatenate([its.values() for its in matrices]).astype(np.float16)
+    np.testing.assert_array_equal(weights.float16("layers.1.self_attn.qkv", 768), expected)
+    assert weights.inputs("layers.1.self_attn.qkv") == 256
+    assert precisions(weights) == ["float16"]
 
 
 def test_the_manifest_counts_types(package: Path, gguf: Path) -> None:
