@@ -19,6 +19,10 @@ from meki.models.package import export_package
 from meki.models.tokenizer import TokenizerSpec
 
 
+MATRICES = 300 * 64 + 3 * (128 * 64 + 64 * 64 + 192 * 64 + 64 * 96)
+"""Weights of the embeddings and, in 3 layers, of q, k and v, o, gate and up, down."""
+
+
 @pytest.fixture
 def export(
     make_model: Callable[..., Decoder], tokenizer_spec: TokenizerSpec, tmp_path: Path
@@ -66,7 +70,7 @@ def test_manifest(export: Callable[..., dict[str, Any]], make_model: Callable[..
         "parameters": {"ram": make_model().config.ram_parameters, "rom": 3 * 300 * 32},
         "stages": [{"file": "stage0.onnx", "rows": None}, {"file": "stage1.onnx", "rows": [0, 3]}],
         "dense_stages": [{"file": "dense.onnx"}],
-        "weights": {"type": "int8", "block": 32},
+        "weights": {"type": "int8", "block": 32, "types": {"int8": MATRICES + 3 * 2 * 32 * 64}},
         "tokenizer": {
             "file": "tokenizer.json",
             "bos_token_id": None,
@@ -83,7 +87,10 @@ def test_dense_package(export: Callable[..., dict[str, Any]], make_model: Callab
     assert manifest["memory"] is None
     assert manifest["dense_stages"] is None
     assert manifest["weights"].pop("decode_bytes") > 0
-    assert manifest["weights"] == {"type": "float32", "block": None, "dense_decode_bytes": None}
+    assert manifest["weights"] == {
+        **{"type": "float32", "block": None, "dense_decode_bytes": None},
+        "types": {"float32": MATRICES},
+    }
     assert manifest["stages"] == [{"file": "stage0.onnx", "rows": None}]
     assert set(manifest["files"]) == {"stage0.onnx", "weights.bin", "tokenizer.json"}
 

@@ -44,7 +44,8 @@ def test_parts_are_one_model(model: Decoder, parts: list[Path], tmp_path: Path) 
     ours, expected = checkpoint_source(split), checkpoint_source(whole)
     for name in split.parts:
         np.testing.assert_array_equal(ours.weights(name), expected.weights(name), err_msg=name)
-    blocks = ours.blocks("layers.2.mlp.up_proj.weight")
+    assert ours.blocks is not None
+    blocks = ours.blocks.read("layers.2.mlp.up_proj.weight")
     assert blocks is not None
     np.testing.assert_array_equal(blocks.values(), expected.weights("layers.2.mlp.up_proj.weight"))
 
