@@ -18,7 +18,6 @@ from meki.models.config import ConfigError
 from meki.models.package import export_package
 from meki.models.tokenizer import TokenizerSpec
 
-
 MATRICES = 300 * 64 + 3 * (128 * 64 + 64 * 64 + 192 * 64 + 64 * 96)
 """Weights of the embeddings and, in 3 layers, of q, k and v, o, gate and up, down."""
 
