@@ -124,7 +124,7 @@ void check_panel(const Simd& path, const Weight& weight, const ActivationSet& x)
           double sum = 0;
           double offset = 0;
           for (size_t i = first; i < first + weight.group; ++i) {
-            const int code = x.codes[t * x.inputs + i];
+            const auto code = static_cast<double>(x.codes[t * x.inputs + i]);
             sum += weight.scaled(r, i) * code;
             offset += weight.offset(r, i) * code;
           }
@@ -273,6 +273,8 @@ TEST_CASE("linear: matrices of several types one below the other are as each alo
   constexpr size_t kStride = 48 + 7 + 160 + 16 + 33;
   std::vector<Weight> weights;
   std::vector<PackedWeight> views;
+  weights.reserve(5);
+  views.reserve(5);
   for (size_t i = 0; i < 5; ++i) weights.emplace_back(outputs[i], kInputs, kPackedTypes[i], random);
   for (const Weight& weight : weights) views.push_back(weight.view());
   for (const Simd* path : simd_paths()) {
