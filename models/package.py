@@ -115,7 +115,9 @@ def export_package(
     check_target(out, MANIFEST, overwrite)
     check_exportable(config, weights)
     if weights == SOURCE and source.blocks is None:
-        raise ConfigError(f"weights: {SOURCE!r} keeps the quantised matrices of a checkpoint, this one has none; give another")
+        raise ConfigError(
+            f"weights: {SOURCE!r} keeps the quantised matrices of a checkpoint, this one has none; choose another type"
+        )
     table = config.memory
     layout = RomLayout(*table.bundles(config), rows) if table else None
     check_tokenizer(tokenizer, config.vocab_size)
