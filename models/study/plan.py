@@ -112,14 +112,13 @@ class Plan:
     @property
     def runs(self) -> list[tuple[str, int]]:
         """(model, seed), in the order of the sections; all first seeds, then all second ones."""
-        pairs = {
-            (section.seeds.index(seed), name, seed)
-            for section in self.sections
-            for name in section.models
-            for seed in section.seeds
-        }
+        first: dict[tuple[str, int], int] = {}  # where a section that has it has its seed
+        for section in self.sections:
+            for name in section.models:
+                for index, seed in enumerate(section.seeds):
+                    first[name, seed] = min(index, first.get((name, seed), index))
         order = {name: index for index, name in enumerate(self._named)}
-        return [(name, seed) for _, name, seed in sorted(pairs, key=lambda it: (it[0], order[it[1]]))]
+        return sorted(first, key=lambda run: (first[run], order[run[0]]))
 
     @property
     def _named(self) -> dict[str, None]:

@@ -85,6 +85,16 @@ def test_a_plan(write_plan: Callable[..., Path]) -> None:
     assert plan.sections[1] == Section("Sizes", ("m32", "m64", "m96"), (1,), line=True)
 
 
+def test_a_run_of_two_sections_is_one(write_plan: Callable[..., Path]) -> None:
+    sections = [
+        {"title": "A", "models": ["dense", "m32"], "seeds": [1, 2]},
+        {"title": "B", "models": ["m32"], "seeds": [2]},
+    ]
+    models = {name: PLAN["models"][name] for name in ("dense", "m32")}
+    plan = Plan.read(write_plan(sections=sections, models=models))
+    assert plan.runs == [("dense", 1), ("m32", 1), ("m32", 2), ("dense", 2)]
+
+
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "benchmarks/studies").glob("*.yaml")), ids=lambda it: it.name)
 def test_plans_of_the_repository(path: Path) -> None:
     plan = Plan.read(path)
