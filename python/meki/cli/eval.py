@@ -9,14 +9,13 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ..bench.output import check_writable
 from ..engine import Engine
-from ..evaluation.perplexity import HeldOut, engine_score, measure, windows
+from ..evaluation.perplexity import HeldOut, engine_score, measure, read_text
 from ..package import find_model
-from ..package.files import open_text, write_file
+from ..package.files import write_file
 from .arguments import Parser, add_engine_options, engine_options, integer, path
 from .errors import note, report, run_command
 from .output import RANDOM_WEIGHTS
@@ -70,8 +69,6 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
     for option in ("task_data", "limit", "num_fewshot"):
         if arguments.perplexity is not None and getattr(arguments, option) is not None:
             raise ValueError(f"--{option.replace('_', '-')} is about tasks; omit it with --perplexity")
-    if arguments.perplexity is not None and not arguments.perplexity.is_file():
-        raise ValueError(f"{arguments.perplexity}: no such file of text")
     if arguments.output is not None:
         check_writable(arguments.output)
     find_model(arguments.model)  # who names none is told before data is loaded
@@ -118,12 +115,10 @@ def _evaluate(arguments: argparse.Namespace, program: str) -> dict[str, Any]:
 
 
 def _perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
-    text = _read(arguments.perplexity)
+    text = read_text(arguments.perplexity)
     engine = _open(arguments)
     size = engine.session(context=arguments.context).context
-    prefix = engine._prompts.encode("", first=True)[0]
-    token_ids = engine._prompts.encode_text(text, special=False)
-    held_out = HeldOut(list(windows(token_ids, prefix, size)), len(text.encode()))
+    held_out = HeldOut.of_text(engine, text, size)
     found = measure(engine_score(engine, size), held_out)
     print(f"{arguments.perplexity}: {found.tokens:,} tokens, {found.bytes:,} bytes, windows of at most {size:,} tokens")
     print(
@@ -142,15 +137,6 @@ def _perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
         "perplexity": found.per_token,
         "bits_per_byte": found.bits_per_byte,
     }
-
-
-def _read(file: Path) -> str:
-    """ValueError for a text that there is nothing to predict of."""
-    with open_text(file) as lines:
-        text = lines.read()
-    if not text:
-        raise ValueError(f"{file}: has no text; give one with at least a character")
-    return text
 
 
 if __name__ == "__main__":

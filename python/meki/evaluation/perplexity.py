@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ..engine import Engine
+from ..package.files import open_text
 from .scorer import Scorer
 
 Score = Callable[[Sequence[int], int], NDArray[np.float64]]
@@ -30,6 +33,18 @@ def windows(token_ids: Sequence[int], prefix: int, size: int) -> Iterator[tuple[
         yield whole[begin:end], first - begin
 
 
+def read_text(file: Path) -> str:
+    """The text of a UTF-8 file, which may be compressed: .xz or .gz. ValueError for one that is not there, not UTF-8,
+    or has nothing to predict."""
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file of text")
+    with open_text(file) as lines:
+        text = lines.read()
+    if not text:
+        raise ValueError(f"{file}: has no text; give one with at least a character")
+    return text
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """Texts to predict: windows of them as `windows` cuts them, and what they stand for."""
@@ -37,6 +52,14 @@ class HeldOut:
     windows: list[tuple[list[int], int]]
     bytes: int
     """Of the texts in UTF-8."""
+
+    @classmethod
+    def of_text(cls, engine: Engine, text: str, context: int) -> Self:
+        """A text in the tokens of the engine's model. context: the size of the windows. ValueError for a model that has
+        no token that begins a text."""
+        prefix = engine._prompts.encode("", first=True)[0]
+        token_ids = engine._prompts.encode_text(text, special=False)
+        return cls(list(windows(token_ids, prefix, context)), len(text.encode()))
 
     @property
     def tokens(self) -> int:

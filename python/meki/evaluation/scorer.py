@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,17 +24,22 @@ class Scorer:
     def score(self, token_ids: Sequence[int], start: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """ln p(token | all before it) for each token from position `start`, at least 1, to the end; and whether it is
         the most probable one."""
+        scores = [
+            (log_probabilities(logits, targets), logits.argmax(axis=1) == targets)
+            for logits, targets in self.logits(token_ids, start)
+        ]
+        return np.concatenate([log for log, _ in scores]), np.concatenate([best for _, best in scores])
+
+    def logits(self, token_ids: Sequence[int], start: int) -> Iterator[tuple[NDArray[np.float32], NDArray[np.integer]]]:
+        """What predicts each token from position `start`, at least 1, to the end, piece by piece: logits
+        [n, vocab_size], and the tokens [n]."""
         session = self._session
         known = common_prefix(session.tokens, token_ids[: start - 1])
         session.rewind(known)
-        scores = []
         for first in range(start, len(token_ids), _ROWS):
             end = min(first + _ROWS, len(token_ids))
-            logits = session.logits(token_ids[known : end - 1], first - 1 - known)
-            targets = np.array(token_ids[first:end])
-            scores.append((log_probabilities(logits, targets), logits.argmax(axis=1) == targets))
+            yield session.logits(token_ids[known : end - 1], first - 1 - known), np.array(token_ids[first:end])
             known = end - 1
-        return np.concatenate([log for log, _ in scores]), np.concatenate([best for _, best in scores])
 
 
 def log_probabilities(logits: NDArray[np.float32], token_ids: NDArray[np.integer]) -> NDArray[np.float64]:
