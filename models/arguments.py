@@ -2,19 +2,87 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from meki.cli.arguments import path
 from meki.cli.errors import report
 
 from .config import ConfigError, check, frozen
+from .tokenizer import TokenizerSpec, read_tokenizer, without_unknown_ends
+
+if TYPE_CHECKING:  # importing it loads PyTorch
+    from .source import Source
 
 
 class UsageError(ValueError):
     """The command line asks for what cannot be."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that is there to be exported."""
+
+    source: Source
+    tokenizer: TokenizerSpec
+    provenance: dict[str, str]
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say what a source does not, or otherwise."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a field of the configuration, in place of what the source says, as in context=8192; may be repeated",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=path,
+        help="tokenizer.json, or the folder that has it (default: the checkpoint's own)",
+    )
+
+
+def open_source(path: Path, args: argparse.Namespace) -> Opened:
+    """The checkpoint at `path`, by the options of `add_source_options`. FileNotFoundError, UsageError, CheckpointError,
+    and as `read_tokenizer`."""
+    from .checkpoints import open_checkpoint
+    from .checkpoints.checkpoint import checkpoint_source
+
+    overrides, tokenizer = dict(map(setting, args.set)), named_tokenizer(args)
+    checkpoint = open_checkpoint(path, overrides)
+    tokenizer = tokenizer or checkpoint.read_tokenizer()
+    if tokenizer is None:
+        raise FileNotFoundError(f"{path}: has no tokenizer.json; name the model's with --tokenizer")
+    ends = without_unknown_ends(tokenizer, checkpoint.config.vocab_size)
+    return Opened(checkpoint_source(checkpoint), ends, checkpoint.provenance)
+
+
+def named_tokenizer(args: argparse.Namespace) -> TokenizerSpec | None:
+    """What `--tokenizer` names: a file, or the folder that has it. As `read_tokenizer`."""
+    if args.tokenizer is None:
+        return None
+    return read_tokenizer(args.tokenizer / "tokenizer.json" if args.tokenizer.is_dir() else args.tokenizer)
+
+
+@contextlib.contextmanager
+def source_errors() -> Iterator[None]:
+    """Makes UsageErrors of errors of the arguments, and RuntimeErrors of those of the files that they name."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError) as error:
+        raise UsageError(error) from error
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise RuntimeError(error) from error
 
 
 @contextlib.contextmanager

@@ -8,55 +8,50 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from meki.chat import parse_template
 from meki.cli.arguments import Parser, path, text_file
 from meki.cli.errors import report, run_command
+from meki.cli.output import quality_text
+from meki.evaluation.perplexity import read_text
 from meki.package import bundled_models
 from meki.package.files import MANIFEST, check_target
 
-from .arguments import UsageError, reported_warnings, setting
+from .arguments import (
+    Opened,
+    UsageError,
+    add_source_options,
+    named_tokenizer,
+    open_source,
+    reported_warnings,
+    setting,
+    source_errors,
+)
 from .config import ConfigError
 from .progress import ProgressBars
 from .quantize import ROW_TYPES, SOURCE, WEIGHT_TYPES
 from .sizes import SIZES
-from .tokenizer import TokenizerSpec, read_tokenizer, without_unknown_ends
-
-if TYPE_CHECKING:
-    from .source import Source
+from .tokenizer import read_tokenizer
 
 # PyTorch takes seconds to load: what needs it is imported where it is used.
 PROGRAM = "meki-convert"
 
 
-def open_source(args: argparse.Namespace) -> tuple[Source, TokenizerSpec, dict[str, str]]:
-    """The model that the command line names, its tokenizer and its provenance."""
+def open_random(args: argparse.Namespace) -> Opened:
+    """Random weights of the size and with the settings that the command line names."""
     from .architectures.llama import LlamaConfig
-    from .checkpoints import open_checkpoint
-    from .checkpoints.checkpoint import checkpoint_source
     from .source import random_source
 
-    overrides = dict(map(setting, args.set))
-    tokenizer = None
-    if args.tokenizer:  # or the folder that has it
-        tokenizer = read_tokenizer(args.tokenizer / "tokenizer.json" if args.tokenizer.is_dir() else args.tokenizer)
-    if args.random:
-        try:
-            config = LlamaConfig.from_settings({**SIZES[args.random], **overrides})
-        except ConfigError as error:
-            raise UsageError(f"--set: {error}") from error
-        provenance = {"weights": "random", "configuration": args.random}
-        tokenizer = tokenizer or read_tokenizer(bundled_models()["meki-tiny"] / "tokenizer.json")
-        return random_source(config), tokenizer, provenance
-    checkpoint = open_checkpoint(args.source, overrides)
-    tokenizer = tokenizer or checkpoint.read_tokenizer()
-    if tokenizer is None:
-        raise FileNotFoundError(f"{args.source}: has no tokenizer.json; name the model's with --tokenizer")
-    ends = without_unknown_ends(tokenizer, checkpoint.config.vocab_size)
-    return checkpoint_source(checkpoint), ends, checkpoint.provenance
+    try:
+        config = LlamaConfig.from_settings({**SIZES[args.random], **dict(map(setting, args.set))})
+    except ConfigError as error:
+        raise UsageError(f"--set: {error}") from error
+    tokenizer = named_tokenizer(args) or read_tokenizer(bundled_models()["meki-tiny"] / "tokenizer.json")
+    return Opened(random_source(config), tokenizer, {"weights": "random", "configuration": args.random})
 
 
 def read_template(file: Path) -> str:
@@ -69,8 +64,8 @@ def read_template(file: Path) -> str:
     return text
 
 
-def convert(args: argparse.Namespace) -> dict[str, Any]:
-    """Exports as the command line says and returns the manifest."""
+def convert(args: argparse.Namespace) -> tuple[Opened, dict[str, Any]]:
+    """Exports as the command line says; returns the model and the package's manifest."""
     from .package import export_package
 
     check_target(args.output, MANIFEST, args.overwrite)
@@ -80,24 +75,42 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     if args.card and not args.card.is_file():
         raise FileNotFoundError(f"{args.card}: no such model card")
     template = None if args.chat_template is None else read_template(args.chat_template)
-    source, tokenizer, provenance = open_source(args)
+    opened = open_random(args) if args.random else open_source(args.source, args)
+    source, tokenizer = opened.source, opened.tokenizer
     if template is not None:
         tokenizer = replace(tokenizer, chat_template=template)
     if args.rows and not source.config.memory:
         raise UsageError(f"--rows {args.rows}: the model has no memory and so no rows; omit it")
     with contextlib.closing(ProgressBars(unit_scale=True)) as bars:
-        return export_package(
+        manifest = export_package(
             source,
             tokenizer,
             args.output,
             name=name,
             weights=args.weights or (SOURCE if source.blocks else "int8"),
             rows=args.rows or "float16",
-            provenance=provenance,
+            provenance=opened.provenance,
             card=args.card.read_text(encoding="utf-8") if args.card else None,
             overwrite=args.overwrite,
             progress=bars.update,
         )
+    return opened, manifest
+
+
+def check(args: argparse.Namespace, opened: Opened, text: str) -> dict[str, Any]:
+    """Measures the package that was written over the text of `--check`; its manifest with what was found."""
+    from .quality import add_quality
+
+    try:
+        with contextlib.closing(ProgressBars(unit_scale=True)) as bars:
+            return add_quality(args.output, opened, args.check, text, bars.update)
+    except BaseException:
+        again = ["meki-check", args.output, "--against", args.source, "--text", args.check]
+        again += [part for setting in args.set for part in ("--set", setting)]
+        again += ["--tokenizer", args.tokenizer] if args.tokenizer else []
+        command = shlex.join(map(str, again))
+        report(PROGRAM, "note", f"{args.output} is complete, its quality is not measured; to do it: {command}")
+        raise
 
 
 def summary(path: Path, manifest: dict[str, Any]) -> str:
@@ -116,19 +129,18 @@ def summary(path: Path, manifest: dict[str, Any]) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Exports as the command line says and prints the summary."""
-    try:
-        with reported_warnings(PROGRAM):
-            manifest = convert(args)
-    except KeyboardInterrupt:
-        report(PROGRAM, "note", "interrupted, nothing written")
-        raise
-    except (FileNotFoundError, FileExistsError) as error:  # of the arguments
-        raise UsageError(error) from error
-    except UsageError:
-        raise
-    except ValueError as error:  # of the files that the arguments name
-        raise RuntimeError(error) from error
-    print(summary(args.output, manifest))
+    if args.check and args.random:
+        raise UsageError("--check: random weights have no quality; omit it with --random")
+    text = read_text(args.check) if args.check else ""
+    with reported_warnings(PROGRAM), source_errors():
+        try:
+            opened, manifest = convert(args)
+        except KeyboardInterrupt:
+            report(PROGRAM, "note", "interrupted, nothing written")
+            raise
+        print(summary(args.output, manifest), flush=True)
+        if args.check:
+            print(f"  quality: {quality_text(check(args, opened, text))}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,13 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         "--random", choices=SIZES, help="random weights of this size instead of a checkpoint, to measure speed with"
     )
     parser.add_argument("-o", "--output", type=path, required=True, help="package directory to write")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="a field of the configuration, in place of what the source says, as in context=8192; may be repeated",
-    )
+    add_source_options(parser)
     parser.add_argument("--name", help="the model's name (default: the name of the directory)")
     parser.add_argument(
         "--weights",
@@ -157,13 +163,15 @@ def main(argv: list[str] | None = None) -> int:
         "--rows", choices=tuple(ROW_TYPES), help="memory rows (default: float16); not for a model without a memory"
     )
     parser.add_argument(
-        "--tokenizer",
-        type=path,
-        help="tokenizer.json, or the folder that has it (default: the checkpoint's own; with --random, meki-tiny's)",
-    )
-    parser.add_argument(
         "--chat-template", type=text_file, metavar="FILE", help="chat template (Jinja), in place of the model's own"
     )
     parser.add_argument("--card", type=path, help="model card, becomes the package's README.md")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing package")
+    parser.add_argument(
+        "--check",
+        type=path,
+        metavar="FILE",
+        help="a UTF-8 text, which may be .xz or .gz: measure the package over it beside the source in float32, as "
+        "meki-check does",
+    )
     return run_command(PROGRAM, lambda: run(parser.parse_args(argv)), extras="[models]")

@@ -34,6 +34,11 @@ def no_progress(phase: str, done: int, total: int) -> None:
     """A `PhaseProgress` that nobody sees."""
 
 
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """What manifest.json has."""
+    return json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def check_exportable(config: Architecture, weight_type: str) -> None:
     """ConfigError if the runtime could not run a graph of this configuration with such weights."""
     if weight_type not in WEIGHT_TYPES:
@@ -180,7 +185,5 @@ def export_package(
             "quantization_error": quantization_error,
             "provenance": provenance,
         }
-        (directory / MANIFEST).write_text(
-            json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        (directory / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
     return manifest

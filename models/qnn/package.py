@@ -13,7 +13,7 @@ from meki.package import check_parsed_files, check_sha256, compiled_targets, rea
 from meki.package.files import MANIFEST, check_target, list_files, locked, replace_directory, replace_file
 
 from ..graph.weights import WEIGHTS_FILE
-from ..package import PhaseProgress, no_progress
+from ..package import PhaseProgress, manifest_text, no_progress
 from .chips import CHIPS
 from .compiler import Compiled, compile_stage
 from .stages import Options, StaticStage, plan, write_stage
@@ -80,8 +80,7 @@ def compile_package(
         stack.enter_context(locked(package / MANIFEST, wait=True))  # of other chips, which may have come meanwhile
         manifest = json.loads((package / MANIFEST).read_text(encoding="utf-8"))
         manifest.setdefault("qnn", {})[soc] = entry
-        text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
-        new_manifest.write_text(text + "\n", encoding="utf-8")
+        new_manifest.write_text(manifest_text(manifest), encoding="utf-8")
     return entry, compiled
 
 

@@ -27,7 +27,10 @@ def test_with_it_the_command_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no-such-checkpoint.safetensors" in capsys.readouterr().err
 
 
-COMMANDS = ["cli.run", "cli.info", "cli.bench", "models.convert", "models.qnn.compile", "models.train.command"]
+COMMANDS = [
+    *("cli.run", "cli.info", "cli.bench"),
+    *("models.check", "models.convert", "models.qnn.compile", "models.train.command"),
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,6 +104,61 @@ def test_what_is_for_people_may_be_anything(change_package: Callable[..., Path],
     out = capsys.readouterr().out
     assert "overall 0.0054, worst tensor head\n" in out
     assert "['a', 'b']" in out
+
+
+QUALITY = {
+    "source": "book-model.gguf",
+    "text": "book.txt",
+    "bytes": 20_000,
+    "sha256": "0" * 64,
+    "tokens": 4_700,
+    "context": 4_096,
+    "kv_type": "int8",
+    "perplexity": 17.42,
+    "reference_perplexity": 17.31,
+    "kl_divergence": 0.01234,
+    "kl_standard_error": 0.001,
+    "same_top_token": 0.961,
+}
+
+
+def test_quality(package: Path, change_package: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(package)]) == 0
+    assert "quality" not in capsys.readouterr().out
+    path = change_package(lambda manifest: manifest.update(quality={**QUALITY, "more": None}, provenance={}))
+    assert main([str(path)]) == 0
+    assert (
+        "\nquality           perplexity 17.42 beside 17.31 of book-model.gguf in float32 (+0.64%), "
+        "KL divergence 0.01234 ± 0.00100, 96.1% the same next token; 20,000 bytes of book.txt, int8 KV cache\n"
+    ) in capsys.readouterr().out
+    assert main([str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["quality"] == {**QUALITY, "more": None}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("text", 1, "quality.text is 1, expected a string"),
+        ("tokens", 0, "quality.tokens is 0, expected a number of them"),
+        ("bytes", True, "quality.bytes is True, expected a number of them"),
+        ("reference_perplexity", 0, "quality.reference_perplexity is 0, expected a number above 0"),
+        ("kl_divergence", "0", "quality.kl_divergence is '0', expected a number"),
+    ],
+)
+def test_quality_that_is_none(
+    change_package: Callable[..., Path], capsys: pytest.CaptureFixture[str], field: str, value: Any, message: str
+) -> None:
+    path = change_package(lambda manifest: manifest.update(quality={**QUALITY, field: value}))
+    assert main([str(path)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_quality_in_part(change_package: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for quality, message in (([], "quality is [], expected an object"), ({}, "quality.source is None, expected a str")):
+        path = change_package(lambda manifest, quality=quality: manifest.update(quality=quality))
+        assert main([str(path)]) == 1
+        assert message in capsys.readouterr().err
+        shutil.rmtree(path)
 
 
 def test_errors(tmp_path: Path, change_package: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

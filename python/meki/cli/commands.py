@@ -20,6 +20,10 @@ def convert() -> int:
     return _main("meki.models.convert")
 
 
+def check() -> int:
+    return _main("meki.models.check")
+
+
 def compile() -> int:
     return _main("meki.models.qnn.compile")
 

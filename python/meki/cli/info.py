@@ -15,6 +15,7 @@ from ..package import check_sha256, compiled_targets, find_model, read_manifest,
 from ..package.signature import check_signature
 from .arguments import Parser, path
 from .errors import run_command
+from .output import quality_text
 
 _STEP = 1 << 20
 """Bytes of bundles read between two signs of progress."""
@@ -139,6 +140,8 @@ def _lines(info: dict[str, Any]) -> Iterator[str]:
     chat = tokenizer["chat_template"]
     rows.append(("chat template", "none" if chat is None else chat["file"]))
     rows.append(("sampling", _text(info["sampling"]) or "the runtime's defaults"))
+    if "quality" in info:
+        rows.append(("quality", quality_text(info)))
     yield from _section(rows)
     stages = ((stage["file"], _rows_of(stage["rows"])) for stage in info["stages"])
     yield from _section(stages, "stages")

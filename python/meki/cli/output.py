@@ -1,11 +1,13 @@
-"""What the command lines print of a generation."""
+"""What several command lines print: a generation, the quality of a package."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from ..engine import Engine
 from ..generation import GenerationStats, TextStream
+from ..package import has_random_weights
 from .errors import note
 
 RANDOM_WEIGHTS = "random weights: the text means nothing"
@@ -51,3 +53,15 @@ def print_stats(engine: Engine, stats: GenerationStats) -> None:
 
 def _rate(tokens_per_s: float | None) -> str:
     return "" if tokens_per_s is None else f", {tokens_per_s:,.1f} tokens/s"
+
+
+def quality_text(manifest: dict[str, Any]) -> str:
+    """The line of a package that was measured (`quality` of its manifest)."""
+    its = manifest["quality"]
+    change = its["perplexity"] / its["reference_perplexity"] - 1
+    return (
+        f"perplexity {its['perplexity']:.2f} beside {its['reference_perplexity']:.2f} of {its['source']} in float32 "
+        f"({change:+.2%}), KL divergence {its['kl_divergence']:.5f} ± {its['kl_standard_error']:.5f}, "
+        f"{its['same_top_token']:.1%} the same next token; {its['bytes']:,} bytes of {its['text']}, "
+        f"{its['kv_type']} KV cache" + ("; random weights" if has_random_weights(manifest) else "")
+    )

@@ -62,6 +62,11 @@ def read_manifest(directory: Path, provider: str = "cpu", soc: str = "") -> dict
         got = tokenizer["chat_template"].get("variables")
         good = isinstance(got, dict) and all(isinstance(value, str) for value in got.values())
         check(good, "tokenizer.chat_template.variables", got, "an object of strings")
+    if "quality" in manifest:
+        got = manifest["quality"]
+        check(isinstance(got, dict), "quality", got, "an object")
+        for field, (is_good, expected) in _QUALITY.items():
+            check(is_good(got.get(field)), f"quality.{field}", got.get(field), expected)
     targets = compiled_targets(manifest)
     parts = {"": manifest, **{f"qnn.{chip}.": target for chip, target in targets.items()}}
     for where, part in parts.items():
@@ -70,6 +75,19 @@ def read_manifest(directory: Path, provider: str = "cpu", soc: str = "") -> dict
             good = isinstance(got, str) and re.fullmatch("[0-9a-f]{64}", got) is not None
             check(good, f'{where}files["{name}"].sha256', got, "64 hexadecimal digits")
     return manifest
+
+
+_TEXT = (lambda value: isinstance(value, str), "a string")
+_COUNT = (lambda value: type(value) is int and value > 0, "a number of them")
+_FIGURE = (lambda value: type(value) in (int, float), "a number")
+_PERPLEXITY = (lambda value: type(value) in (int, float) and value > 0, "a number above 0")
+_QUALITY: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("source", "text", "sha256", "kv_type"), _TEXT),
+    **dict.fromkeys(("bytes", "tokens", "context"), _COUNT),
+    **dict.fromkeys(("perplexity", "reference_perplexity"), _PERPLEXITY),
+    **dict.fromkeys(("kl_divergence", "kl_standard_error", "same_top_token"), _FIGURE),
+}
+"""What was measured of a package: of each figure whether it is one, and what is expected."""
 
 
 def compiled_targets(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
