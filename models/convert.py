@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shlex
+import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from meki.chat import parse_template
 from meki.cli.arguments import Parser, path, text_file
@@ -35,7 +36,10 @@ from .config import ConfigError
 from .progress import ProgressBars
 from .quantize import ROW_TYPES, SOURCE, WEIGHT_TYPES
 from .sizes import SIZES
-from .tokenizer import read_tokenizer
+from .tokenizer import parse_tokenizer, read_tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # PyTorch takes seconds to load: what needs it is imported where it is used.
 PROGRAM = "meki-convert"
@@ -64,8 +68,27 @@ def read_template(file: Path) -> str:
     return text
 
 
-def convert(args: argparse.Namespace) -> tuple[Opened, dict[str, Any]]:
-    """Exports as the command line says; returns the model and the package's manifest."""
+def calibration(args: argparse.Namespace, opened: Opened, text: str) -> tuple[Tensor | None, dict[str, str]]:
+    """What int4 weights are rounded with, and what the provenance says of it; None: nothing. text: of `--calibrate`."""
+    from .calibration import TEXT, TOKENS, calibration_windows
+
+    if args.weights != "int4" or args.random:  # of random weights no text is more likely than another
+        return None, {}
+    if opened.source.folded:
+        message = "the memory is folded, so that layers cannot be seen at work: int4 weights are rounded without a text"
+        if args.calibrate:
+            raise UsageError(f"--calibrate: {message}; give the training form, or omit it")
+        warnings.warn(f"{args.source}: {message}; the training form would lose less", stacklevel=2)
+        return None, {}
+    text, name = (text, args.calibrate.name) if args.calibrate else (TEXT.read_text(encoding="utf-8"), TEXT.name)
+    # A token has some 4 characters: of a long text the beginning is enough.
+    token_ids = parse_tokenizer(opened.tokenizer.json).encode(text[: 64 * TOKENS], add_special_tokens=False).ids
+    windows = calibration_windows(token_ids, opened.source.config.context, name)
+    return windows, {"calibration": f"{name}, {windows.numel()} tokens"}
+
+
+def convert(args: argparse.Namespace, text: str = "") -> tuple[Opened, dict[str, Any]]:
+    """Exports as the command line says; returns the model and the package's manifest. text: of `--calibrate`."""
     from .package import export_package
 
     check_target(args.output, MANIFEST, args.overwrite)
@@ -81,6 +104,7 @@ def convert(args: argparse.Namespace) -> tuple[Opened, dict[str, Any]]:
         tokenizer = replace(tokenizer, chat_template=template)
     if args.rows and not source.config.memory:
         raise UsageError(f"--rows {args.rows}: the model has no memory and so no rows; omit it")
+    windows, calibrated = calibration(args, opened, text)
     with contextlib.closing(ProgressBars(unit_scale=True)) as bars:
         manifest = export_package(
             source,
@@ -89,7 +113,8 @@ def convert(args: argparse.Namespace) -> tuple[Opened, dict[str, Any]]:
             name=name,
             weights=args.weights or (SOURCE if source.blocks else "int8"),
             rows=args.rows or "float16",
-            provenance=opened.provenance,
+            calibration=windows,
+            provenance={**opened.provenance, **calibrated},
             card=args.card.read_text(encoding="utf-8") if args.card else None,
             overwrite=args.overwrite,
             progress=bars.update,
@@ -131,10 +156,12 @@ def run(args: argparse.Namespace) -> None:
     """Exports as the command line says and prints the summary."""
     if args.check and args.random:
         raise UsageError("--check: random weights have no quality; omit it with --random")
-    text = read_text(args.check) if args.check else ""
+    if args.calibrate and (args.random or args.weights != "int4"):
+        raise UsageError("--calibrate: only int4 weights of a checkpoint are rounded with a text; omit it")
+    calibrated, text = (read_text(file) if file else "" for file in (args.calibrate, args.check))
     with reported_warnings(PROGRAM), source_errors():
         try:
-            opened, manifest = convert(args)
+            opened, manifest = convert(args, calibrated)
         except KeyboardInterrupt:
             report(PROGRAM, "note", "interrupted, nothing written")
             raise
@@ -157,7 +184,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--weights",
         choices=WEIGHT_TYPES,
-        help="dense weights; source: as a quantised checkpoint has them (default: source if it is one, else int8)",
+        help="dense weights; int4: those that are felt most in int8; source: as a quantised checkpoint has them "
+        "(default: source if it is one, else int8)",
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=path,
+        metavar="FILE",
+        help="a UTF-8 text, which may be .xz or .gz, of the kind that the model is for: int4 weights are rounded for "
+        "it (default: a mixed one of ours)",
     )
     parser.add_argument(
         "--rows", choices=tuple(ROW_TYPES), help="memory rows (default: float16); not for a model without a memory"

@@ -8,16 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from meki.chat import parse_template
 from meki.package.files import MANIFEST, check_target, list_files, replace_directory
 
 from .architectures.base import Architecture, Model
 from .blocks import BLOCK
+from .calibration import CalibratedBlocks
 from .config import ConfigError
 from .graph.cpu import CpuGraph, PackedGraph
 from .graph.tensors import TensorFile
-from .graph.weights import WEIGHTS_FILE, Progress, WeightStore
-from .quantize import SOURCE, WEIGHT_TYPES
+from .graph.weights import WEIGHTS_FILE, MatrixBlocks, Progress, WeightStore
+from .quantize import SOURCE, WEIGHT_TYPES, Int4Recipe
 from .rom import RomLayout, write_rom
 from .source import Source, model_source
 from .tokenizer import TokenizerSpec, parse_tokenizer
@@ -56,8 +59,23 @@ def check_exportable(config: Architecture, weight_type: str) -> None:
             )
 
 
+def matrix_blocks(source: Source, weights: str, calibration: Tensor | None) -> MatrixBlocks | None:
+    """What decides the types of matrices that are not float32; as of `export_package`."""
+    match weights:
+        case "int4" if calibration is not None:
+            return CalibratedBlocks(source, calibration)
+        case "int4":
+            return Int4Recipe(source.config.layers)
+        case _:
+            return source.blocks if weights == SOURCE else None
+
+
 def write_graphs(
-    source: Source, weight_type: str, directory: Path, progress: Progress | None = None
+    source: Source,
+    weights: str,
+    directory: Path,
+    progress: Progress | None = None,
+    calibration: Tensor | None = None,
 ) -> tuple[CpuGraph, CpuGraph | None]:
     """Writes the stages and their weights file into `directory`, of a model with a memory also those without it.
 
@@ -65,10 +83,9 @@ def write_graphs(
     """
     config = source.config
     with (directory / WEIGHTS_FILE).open("wb") as file:
-        store = WeightStore(
-            source.weights, weight_type, TensorFile(file), config.ram_parameters, progress, source.blocks
-        )
-        kind = CpuGraph if weight_type == "float32" else PackedGraph
+        blocks = matrix_blocks(source, weights, calibration)
+        store = WeightStore(source.weights, TensorFile(file), config.ram_parameters, progress, blocks)
+        kind = CpuGraph if weights == "float32" else PackedGraph
         graph, dense = kind(config, store), None
         config.program(graph)
         for index, stage in enumerate(graph.stages):
@@ -104,6 +121,7 @@ def export_package(
     name: str,
     weights: str = "int8",
     rows: str = "float16",
+    calibration: Tensor | None = None,
     provenance: dict[str, str],
     card: str | None = None,
     overwrite: bool = False,
@@ -111,9 +129,10 @@ def export_package(
 ) -> dict[str, Any]:
     """Writes `model` (a `Model`: float32, training form) as the package `out` and returns its manifest.
 
-    weights: of WEIGHT_TYPES; rows: float32, float16, int8 or int4; card: the text of the README. Nothing is at
-    `out` before the package is complete. FileExistsError for an existing target (see `replace_directory`), ConfigError
-    or ValueError for a model that cannot be exported so: shapes, tokenizer, or weights that are not finite.
+    weights: of WEIGHT_TYPES; rows: float32, float16, int8 or int4; calibration: a text's token ids, int64 [n, length],
+    with which int4 weights are rounded (without, each for itself); card: the text of the README. Nothing is at `out`
+    before the package is complete. FileExistsError for an existing target (see `replace_directory`), ConfigError or
+    ValueError for a model that cannot be exported so: shapes, tokenizer, or weights that are not finite.
     """
     source = model_source(model) if isinstance(model, Model) else model
     config = source.config
@@ -130,7 +149,9 @@ def export_package(
         parse_template(tokenizer.chat_template)
 
     with replace_directory(out, MANIFEST, overwrite) as directory:
-        graph, dense = write_graphs(source, weights, directory, functools.partial(progress, "dense weights"))
+        graph, dense = write_graphs(
+            source, weights, directory, functools.partial(progress, "dense weights"), calibration
+        )
         errors = graph.store.errors
         quantization_error: dict[str, Any] = {
             "weights": {"overall": errors.overall, "worst": errors.worst, "worst_tensor": errors.worst_tensor}

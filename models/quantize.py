@@ -7,6 +7,8 @@ least squared error, because clipping the largest value a little can buy precisi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,7 +16,7 @@ from .blocks import BLOCK, BLOCK_TYPES, Blocks, Codes, Floats
 
 SOURCE = "source"
 WEIGHT_TYPES = ("float32", "int8", "int4", SOURCE)
-"""Of a package: all matrices of one type, or as the checkpoint has them."""
+"""Of a package: all matrices float32 or int8, by `Int4Recipe`, or as the checkpoint has them."""
 PRECISIONS = {"float16": None, "int8": 8, "int4": 4}
 """On an NPU: bits of a weight in blocks of 32 with a float16 scale; None: float16 itself."""
 ROW_TYPES = {"float16": 1, "int8": 2, "int4": 3, "float32": 4}
@@ -24,6 +26,8 @@ ROW_GROUP = 32
 
 # The divisors of the largest magnitude that int4 tries as scale: 7 clips nothing, 8 uses the level -8.
 _INT4_DIVISORS = (7.0, 6.0, 6.4, 6.8, 7.2, 7.6, 8.0, 8.5, 9.0)
+_INT4_PARTS = (1.0, 0.95, 1.05, 0.9, 0.85, 0.8)
+"""Of the range of a block that its codes are spread over, with a minimum."""
 
 
 def require_finite(values: Floats, what: str) -> None:
@@ -75,6 +79,65 @@ def _quantize(blocks: Floats, bits: int, what: str) -> tuple[NDArray[np.int8], F
     return codes.reshape(blocks.shape), best_scale.reshape(blocks.shape[:-1])
 
 
+def fit_blocks(columns: Floats, importance: Floats, minimum: bool, what: str) -> tuple[Floats, Floats]:
+    """Scales and minimums, float16 values, of m blocks of 4 bits: those that leave about the least squared error.
+
+    columns: float32 [n, m], finite, a block each; importance: of a value's squared error, > 0, [n, 1]; minimum: codes
+    are 0 to 15 above a minimum, else -8 to 7 and the minimum is 0. -> [m] each, no scale is 0. Several ranges are
+    tried, and for the codes of each the scale and the minimum that suit them best. ValueError for values beyond
+    float16.
+    """
+    low, high = BLOCK_TYPES["int4_minimum" if minimum else "int4"].range
+    weights = importance / importance.mean()
+    best = np.full(columns.shape[1], np.inf, np.float32)
+    best_scale, best_minimum = np.ones_like(best), np.zeros_like(best)
+    with np.errstate(over="ignore", invalid="ignore"):  # such a range is not the best
+        for scale, offset in _ranges(columns, minimum):
+            for last in (False, False, True):
+                scale, offset = _float16(scale), _float16(offset)
+                scale = np.where(scale == 0, np.float32(1), scale)
+                q = np.clip(np.rint((columns - offset) / scale), low, high)
+                error = (weights * np.square(columns - (q * scale + offset))).sum(axis=0)
+                better = error < best
+                for kept, new in ((best, error), (best_scale, scale), (best_minimum, offset)):
+                    np.copyto(kept, new, where=better)
+                if not last:
+                    scale, offset = _least_squares(columns, q, weights, minimum)
+    if not np.isfinite(best).all():
+        raise ValueError(f"{what}: largest magnitude {np.abs(columns).max():g} needs a scale beyond float16's 65504")
+    return best_scale, best_minimum
+
+
+def _ranges(columns: Floats, minimum: bool) -> Iterator[tuple[Floats, Floats]]:
+    """Scales and minimums to begin with."""
+    least, most = columns.min(axis=0), columns.max(axis=0)
+    if minimum:
+        for part in _INT4_PARTS:
+            yield (most - least) * np.float32(part / 15), (most + least - (most - least) * np.float32(part)) / 2
+        return
+    zero = np.zeros_like(least)
+    extreme = np.where(-least > most, least, most)  # a negative scale has 8 levels above zero
+    for divisor in _INT4_DIVISORS:
+        yield extreme / np.float32(divisor), zero
+        yield extreme / np.float32(-divisor), zero
+
+
+def _least_squares(columns: Floats, q: Floats, weights: Floats, minimum: bool) -> tuple[Floats, Floats]:
+    """The scale and the minimum with which the codes `q` [n, m] come closest. weights: [n, 1]."""
+    weighted = weights * q
+    qq, qx = (weighted * q).sum(axis=0), (weighted * columns).sum(axis=0)
+    if not minimum:
+        return qx / np.where(qq > 0, qq, np.float32(1)), np.zeros_like(qq)
+    w, sq, x = weights.sum(), weighted.sum(axis=0), (weights * columns).sum(axis=0)
+    determinant = w * qq - sq * sq
+    determinant = np.where(determinant > 0, determinant, np.float32(np.inf))  # with one code there is no line
+    return (w * qx - sq * x) / determinant, (qq * x - sq * qx) / determinant
+
+
+def _float16(values: Floats) -> Floats:
+    return values.astype(np.float16).astype(np.float32)
+
+
 def _pack_nibbles(q: NDArray[np.int8]) -> Codes:
     """q in -8 .. 7, int8 [.., n] -> nibbles q + 8, uint8 [.., ceil(n / 2)], even elements low; a missing one is 8."""
     nibbles = (q + 8).astype(np.uint8)
@@ -85,15 +148,50 @@ def _pack_nibbles(q: NDArray[np.int8]) -> Codes:
 
 
 def quantize_weight(weight: Floats, type: str, what: str) -> Blocks:
-    """A matrix float32 [n, k], k inputs, in blocks.
+    """A matrix float32 [n, k], k inputs, in blocks; all inputs are equally important.
 
-    type: int8 or int4. ValueError if k is not a multiple of 32 or a weight is not finite; `what` names the tensor.
+    type: int8, int4 or int4_minimum. ValueError if k is not a multiple of 32 or a weight is not finite or beyond
+    float16; `what` names the tensor.
     """
     rows, inputs = weight.shape
     if inputs % BLOCK:
         raise ValueError(f"{what}: input dimension {inputs} is not a multiple of the quantisation block {BLOCK}")
-    q, scales = _quantize(weight.reshape(rows, -1, BLOCK), BLOCK_TYPES[type].bits, what)
-    return Blocks(type, q.reshape(rows, inputs), scales)
+    if type == "int8":
+        q, scales = _quantize(weight.reshape(rows, -1, BLOCK), 8, what)
+        return Blocks(type, q.reshape(rows, inputs), scales)
+    require_finite(weight, what)
+    columns, minimum = np.ascontiguousarray(weight.reshape(-1, BLOCK).T), BLOCK_TYPES[type].minimum
+    scale, offset = fit_blocks(columns, np.ones((BLOCK, 1), np.float32), minimum, what)
+    codes = round_to(columns, scale, offset, type).T.reshape(rows, inputs)
+    return Blocks(type, codes, scale.reshape(rows, -1), offset.reshape(rows, -1) if minimum else None)
+
+
+def round_to(columns: Floats, scale: Floats, minimum: Floats, type: str) -> NDArray[np.int8]:
+    """The codes [.., m] of values [.., m] in blocks [m]."""
+    return np.clip(np.rint((columns - minimum) / scale), *BLOCK_TYPES[type].range).astype(np.int8)
+
+
+class Int4Recipe:
+    """What `--weights int4` makes of matrices, by name: int8 where 4 bits are felt most, else int4.
+
+    In int8 are the embedding and the head, the value projections, and of the first and the last eighth of the layers
+    what leads out of the FFN (docs/quality.md has what each bought).
+    """
+
+    def __init__(self, layers: int) -> None:
+        ends = -(-layers // 8)
+        self._inner = range(ends, layers - ends)
+
+    def type(self, name: str) -> str:
+        if not name.startswith("layers."):
+            return "int8"
+        layer, matrix = name.split(".")[1], name.split(".")[-2]
+        sensitive = matrix == "v_proj" or (matrix == "down_proj" and int(layer) not in self._inner)
+        return "int8" if sensitive else "int4"
+
+    def read(self, name: str) -> Blocks | None:
+        """None: each is rounded for itself."""
+        return None
 
 
 def row_group(row_type: str, row_dim: int) -> int:

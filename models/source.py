@@ -10,7 +10,7 @@ import numpy as np
 
 from .architectures.base import Architecture, Model
 from .blocks import Floats
-from .graph.weights import StoredBlocks, Weights
+from .graph.weights import MatrixBlocks, Weights
 from .memories.base import ALL, Read
 
 
@@ -22,18 +22,20 @@ class Source:
     weights: Weights
     row_blocks: Callable[[], Iterator[Floats]]
     """The rows of a model with memory: float32 [rows of a bundle, n, width] of the next n bundles, until the last."""
-    blocks: StoredBlocks | None = None
+    blocks: MatrixBlocks | None = None
     """Of a checkpoint that has quantised matrices."""
+    folded: bool = False
+    """The memories are tables `layers.N.KIND.folded_table`; else in training form."""
 
 
 def lazy_source(config: Architecture, read: Read, folded: bool = False) -> Source:
-    """Values that are read when they are needed. folded: the memories are tables `layers.N.KIND.folded_table`."""
+    """Values that are read when they are needed."""
 
     def row_blocks() -> Iterator[Floats]:
         assert config.memory is not None
         return config.memory.stored_rows(config, read) if folded else config.memory.folded_rows(config, read)
 
-    return Source(config, lambda name: read(name, ALL), row_blocks)
+    return Source(config, lambda name: read(name, ALL), row_blocks, folded=folded)
 
 
 def model_source(model: Model) -> Source:

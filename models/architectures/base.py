@@ -33,6 +33,16 @@ class Model(nn.Module, ABC):
         self.config = config
 
     @abstractmethod
+    def begin(self, ids: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+        """The first layer's residual stream, and what every layer is given beside it. ids: int64 [b, t]."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, shared = self.begin(ids)
+        for layer in self.layers:
+            x = layer(x, *shared)
+        return self.logits(x)
+
+    @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
         """What the model says of a residual stream. x: [b, t, hidden] -> [b, t, vocab]."""
 

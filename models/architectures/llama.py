@@ -202,13 +202,10 @@ class Decoder(Model):
         if not config.tied_embeddings:
             self.lm_head = nn.Linear(config.hidden, config.vocab_size, bias=False)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def begin(self, ids: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tokens]]:
         x = self.embed_tokens(ids)
-        tokens = Tokens(ids, x, self.embed_tokens)
         cos, sin = (table.to(ids.device) for table in self.rope_tables(ids.shape[1]))
-        for layer in self.layers:
-            x = layer(x, cos, sin, tokens)
-        return self.logits(x)
+        return x, (cos, sin, Tokens(ids, x, self.embed_tokens))
 
     def logits(self, x: Tensor) -> Tensor:
         head = self.lm_head if hasattr(self, "lm_head") else self.embed_tokens

@@ -13,7 +13,7 @@ import numpy as np
 from onnx import TensorProto
 
 from ..blocks import PANEL, Blocks, Codes, Floats, pack_blocks
-from ..quantize import SOURCE, quantize_weight, require_finite
+from ..quantize import quantize_weight, require_finite
 from .tensors import TensorFile
 
 WEIGHTS_FILE = "weights.bin"
@@ -58,14 +58,14 @@ def _quantized(weight: Floats, type: str, name: str, rows: slice) -> Blocks:
     return quantize_weight(weight[rows], type, name)
 
 
-class StoredBlocks(Protocol):
-    """Matrices that a source has in blocks, by their names in the PyTorch model."""
+class MatrixBlocks(Protocol):
+    """What matrices become, by their names in the PyTorch model: as a source has them, or by a recipe."""
 
     def type(self, name: str) -> str | None:
-        """Of BLOCK_TYPES; None: it has other values."""
+        """Of BLOCK_TYPES; None: the matrix stays float32."""
 
     def read(self, name: str) -> Blocks | None:
-        """Of a matrix that has a type; None if not all of its values fit into that after all."""
+        """Of a matrix that has a type; None: it is to be rounded to that."""
 
 
 @dataclass
@@ -77,14 +77,12 @@ class WeightStore:
     """
 
     weights: Weights
-    weight_type: str
-    """Of WEIGHT_TYPES."""
     tensors: TensorFile
     parameters: int
     """Of the whole model, for `progress`."""
     progress: Progress | None = None
-    stored: StoredBlocks | None = None
-    """What of the matrices the source has in blocks; for SOURCE."""
+    blocks: MatrixBlocks | None = None
+    """None: all matrices are rounded to int8."""
     errors: WeightErrors = field(default_factory=WeightErrors)
     parts: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
     """By name of a packed tensor, the type and the rows of each matrix in it; those of one type are one."""
@@ -110,27 +108,25 @@ class WeightStore:
 
     def is_packed(self, parts: Sequence[str]) -> bool:
         """Whether matrices that belong together are packed; else they stay as they are, float32."""
-        return self.weight_type != SOURCE or None not in map(self._stored_type, parts)
+        return None not in map(self._type, parts)
 
     def packed(self, name: str, parts: Sequence[str], alike: bool = False) -> TensorProto:
         """Weights [n, k] one below the other in panels, uint8 [bytes]; what each is, `parts` has.
 
-        As the source has them if that is asked for, else quantised. alike: all are to have one type, int8 if they come
-        with several; every n but the last must be a multiple of a panel's 16 rows then.
+        alike: all are to have one type, int8 if they come with several; every n but the last must be a multiple of a
+        panel's 16 rows then. What is float32 where it can be, and must be packed here, becomes int8.
         """
         if name in self._tensors:
             return self._tensors[name]
         offset, its = self.tensors.align(), list[tuple[str, int]]()
-        types = [self._stored_type(part) for part in parts] if self.weight_type == SOURCE else [self.weight_type]
-        kept = self.weight_type == SOURCE and None not in types and not (alike and len(set(types)) > 1)
+        types, blocks = [self._type(part) or "int8" for part in parts], self.blocks
+        if not self.is_packed(parts) or (alike and len(set(types)) > 1):
+            types, blocks = ["int8"] * len(parts), None
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for part in parts:
+            for part, type in zip(parts, types, strict=True):
                 weight = self._fetch(part)
-                if kept and self.stored is not None and (blocks := self.stored.read(part)) is not None:
-                    type, of_rows = blocks.type, blocks.rows
-                else:
-                    type = "int8" if self.weight_type == SOURCE else self.weight_type
-                    of_rows = functools.partial(_quantized, weight, type, part)
+                known = blocks.read(part) if blocks else None
+                of_rows = known.rows if known else functools.partial(_quantized, weight, type, part)
                 self._write(pool, part, weight, of_rows)
                 self._count(type, weight)
                 if its and its[-1][0] == type and its[-1][1] % PANEL == 0:
@@ -146,8 +142,8 @@ class WeightStore:
     def _count(self, type: str, weight: Floats) -> None:
         self.types[type] = self.types.get(type, 0) + weight.size
 
-    def _stored_type(self, part: str) -> str | None:
-        return None if self.stored is None else self.stored.type(part)
+    def _type(self, part: str) -> str | None:
+        return "int8" if self.blocks is None else self.blocks.type(part)
 
     def _write(self, pool: ThreadPoolExecutor, name: str, weight: Floats, of_rows: Callable[[slice], Blocks]) -> None:
         step = max(1, _WEIGHTS_AT_ONCE // (PANEL * weight.shape[1])) * PANEL

@@ -49,7 +49,7 @@ def golden_package(directory: Path, golden: dict[str, np.ndarray], hidden: np.nd
     state = {f"layers.0.meki.{name}": value.numpy() for name, value in module.state_dict().items()}
 
     with (directory / WEIGHTS_FILE).open("wb") as file:
-        store = WeightStore(state.__getitem__, "float32", TensorFile(file), config.ram_parameters)
+        store = WeightStore(state.__getitem__, TensorFile(file), config.ram_parameters)
         g = CpuGraph(config, store)
         ids = g.input("token_ids", [1, "T"], TensorProto.INT64)
         cache: list[int | str] = ["blocks", 1, "block_bytes"]
