@@ -3,7 +3,7 @@ tensors of a layer become the one weight that they stand for, NAME.weight."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..blocks import Blocks
 from ..config import as_number
 from ..memories.base import ALL
 from .checkpoint import CheckpointError
-from .quantized_layers import AwqLayer, FirstGptqLayer, GptqLayer, Layer, PackedLayer
+from .quantized_layers import AwqLayer, FirstGptqLayer, GptqLayer, Layer, PackedLayer, Scheme
 from .safetensors_files import SafetensorsFiles
 
 _REMEDY = "take the original model, a GGUF file or another quantisation of it"
@@ -22,6 +22,8 @@ _ROTATIONS = ("rotation", "rotation_config", "spinquant_config", "transform_conf
 """Say that inputs are to be rotated, too."""
 _DEFAULT_RUN = 128
 """Of all these methods."""
+_BY_GROUP = (True, "group", "dynamic")
+"""What actorder is where groups are of inputs in another order."""
 _AUTO_ROUND: Mapping[str, type[Layer]] = {
     **dict.fromkeys(("auto_round:auto_gptq", "auto_round:gptq"), FirstGptqLayer),
     **dict.fromkeys(("auto_round", "auto_round:gptqmodel", "auto_round:exllamav2"), GptqLayer),
@@ -33,12 +35,12 @@ _AUTO_ROUND: Mapping[str, type[Layer]] = {
 class QuantizedFiles:
     """The tensors of safetensors files, those of quantised layers as the weights that they stand for."""
 
-    def __init__(self, files: SafetensorsFiles, kind: type[Layer], runs: Collection[int]) -> None:
-        """kind: of all quantised layers; runs: as `Layer`. CheckpointError for a layer that cannot be read."""
+    def __init__(self, files: SafetensorsFiles, kind: type[Layer], scheme: Scheme) -> None:
+        """kind: of all quantised layers. CheckpointError for a layer that cannot be read."""
         self._files = files
         ending = f".{kind.CODES}"
         names = [name.removesuffix(ending) for name in files.shapes if name.endswith(ending)]
-        self._layers = {f"{name}.weight": kind(files, name, runs) for name in names}
+        self._layers = {f"{name}.weight": kind(files, name, scheme) for name in names}
         members = {member for layer in self._layers.values() for member in layer.members()}
         self.shapes = {name: shape for name, shape in files.shapes.items() if name not in members}
         self.shapes |= {name: (layer.outputs, layer.inputs) for name, layer in self._layers.items()}
@@ -85,24 +87,38 @@ def quantized_files(path: Path, config: Any, files: SafetensorsFiles) -> Quantiz
         )
     for name in _ROTATIONS:
         _check(path, name, config.get(name) or None, None)
-    return QuantizedFiles(files, methods[method](path, config), _runs(path, config) or [_DEFAULT_RUN])
+    kind = methods[method](path, config)
+    return QuantizedFiles(files, kind, _scheme(path, config, kind))
 
 
-def _runs(path: Path, config: dict[str, Any]) -> list[int]:
-    """Each group_size, of most layers or of some, wherever it is stated; without those that are all inputs."""
-    values: list[Any] = [config]
-    runs = []
-    while values:
-        value = values.pop()
-        if isinstance(value, dict):
-            runs += [as_number(value[name]) for name in ("group_size", "q_group_size") if name in value]
-        values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+def _scheme(path: Path, config: dict[str, Any], kind: type[Layer]) -> Scheme:
+    objects = list(_objects(config))
+    runs = [as_number(its[name]) for its in objects for name in ("group_size", "q_group_size") if name in its]
     for run in runs:
         if run is not None and (type(run) is not int or run < -1 or run == 0):
             raise CheckpointError(
                 f"{path}: quantization_config: group_size is {run!r}, expected a number of inputs or -1; correct it"
             )
-    return [run for run in runs if run not in (None, -1)]
+    groups = [its for its in objects if "num_bits" in its]  # of compressed-tensors
+    needed = []
+    if groups and all(its.get("symmetric") is False for its in groups):
+        needed.append(kind.ZEROS)
+    if config.get("desc_act") is True or (groups and all(its.get("actorder") in _BY_GROUP for its in groups)):
+        needed.append(kind.INPUT_GROUPS)
+    symmetric = config.get("sym") is True or config.get("zero_point") is False
+    return Scheme([run for run in runs if run not in (None, -1)] or [_DEFAULT_RUN], needed, symmetric)
+
+
+def _objects(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The object itself and all that are in it: some layers may have settings of their own, wherever they stand."""
+    values: list[Any] = [config]
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            yield value
+            values += value.values()
+        elif isinstance(value, list):
+            values += value
 
 
 def _gptq(path: Path, config: dict[str, Any]) -> type[Layer]:
@@ -118,7 +134,9 @@ def _awq(path: Path, config: dict[str, Any]) -> type[Layer]:
 
 
 def _auto_round(path: Path, config: dict[str, Any]) -> type[Layer]:
-    stated = config.get("packing_format") or config.get("backend") or "auto_round:auto_gptq"  # the second: until 0.4
+    stated = (
+        config.get("packing_format") or config.get("backend") or "auto_round:auto_gptq"
+    )  # the second: of older files
     layout = ":".join(str(stated).replace("autoround", "auto_round").split(":")[:2])
     return _AUTO_ROUND[_check(path, "packing_format", layout, *_AUTO_ROUND)]
 

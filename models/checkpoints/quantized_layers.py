@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,17 @@ def _unpacked(words: Words, bits: int) -> Codes:
     return octets if bits == 8 else np.stack((octets & 15, octets >> 4), axis=-1).reshape(*words.shape, 8)
 
 
+class Scheme(NamedTuple):
+    """What config.json says of the layers."""
+
+    runs: Collection[int]
+    """How many inputs a group of one or another layer has, where it has not all."""
+    needed: Collection[str] = ()
+    """Tensors that every layer has beyond those that it needs to have."""
+    symmetric: bool = False
+    """Zeros are in the middle in most layers."""
+
+
 class Layer(ABC):
     """One layer, [outputs, inputs]; its tensors are `name`.CODES and so on."""
 
@@ -47,23 +58,20 @@ class Layer(ABC):
     SHAPE: ClassVar[str] = ""
     NEEDED: ClassVar[tuple[str, ...]] = ("qweight", "scales", "qzeros")
 
-    def __init__(self, files: SafetensorsFiles, name: str, runs: Collection[int]) -> None:
-        """Looks at types and shapes. runs: how many inputs a group of one or another layer has; all is always possible.
-
-        CheckpointError for tensors that are missing, of another type, of shapes that do not fit or of bits that no type
-        of blocks has.
-        """
-        self.files, self.name = files, name
-        for field in self.NEEDED:
-            if f"{name}.{field}" not in files.shapes:
-                raise self._error(f"it has no {field}, expected {', '.join(self.NEEDED)}; download the model again")
+    def __init__(self, files: SafetensorsFiles, name: str, scheme: Scheme) -> None:
+        """Looks at types and shapes. CheckpointError for tensors that are missing, of another type, of shapes that do
+        not fit, or of bits that no type of blocks has."""
+        self.files, self.name, self.scheme = files, name, scheme
+        needed = [*self.NEEDED, *scheme.needed]
+        for field in needed:
+            if not self._has(field):
+                raise self._error(f"it has no {field}, expected {', '.join(needed)}; download the model again")
         self._check_type(self.CODES, ["I32"])
         self._check_type(self.SCALES, ["F16", "BF16", "F32"])
         self._check_type(self.ZEROS, ["I32"])
         self._check_type(self.INPUT_GROUPS, ["I32", "I64"])
         self.outputs, self.inputs, self.groups, self.bits = self._measure()
         self._check_shape(self.INPUT_GROUPS, (self.inputs,))
-        self._runs = runs
 
     @property
     def middle(self) -> int:
@@ -79,7 +87,7 @@ class Layer(ABC):
         """Those rows of the weights, float32 [n, inputs]: products of float32."""
         groups = self._input_groups()
         values = self._codes(rows).astype(np.float32)
-        values -= self._zeros()[rows][:, groups]
+        values -= self._checked_zeros()[rows][:, groups]
         values *= self._scales()[rows][:, groups]
         return values
 
@@ -96,7 +104,7 @@ class Layer(ABC):
             groups = groups[order]
             if not _in_blocks(groups):
                 return None
-        zeros, of_block = self._zeros(), groups[::BLOCK]
+        zeros, of_block = self._checked_zeros(), groups[::BLOCK]
         symmetric = bool((zeros == self.middle).all())
         offset = self.middle if symmetric or self.bits == 8 else 0
         codes = np.subtract(self._codes(rows), np.uint8(offset), order="C").view(np.int8)  # modulo 256
@@ -123,6 +131,16 @@ class Layer(ABC):
     def _scales(self) -> Floats:
         """[outputs, groups]"""
 
+    def _checked_zeros(self) -> Codes:
+        """[outputs, groups]"""
+        zeros = self._zeros()
+        if self.scheme.symmetric and zeros[0, 0] != self.middle and (zeros == zeros[0, 0]).all():
+            raise self._error(
+                f"{self.ZEROS} are all {zeros[0, 0]}, expected {self.middle} of symmetric weights: they are stored in "
+                "another way than config.json says; correct its checkpoint_format or packing_format"
+            )
+        return zeros
+
     def _input_groups(self) -> NDArray[np.int64]:
         """[inputs]"""
         if not self._has(self.INPUT_GROUPS):
@@ -138,12 +156,12 @@ class Layer(ABC):
 
     def _run(self) -> int:
         """Inputs of a group; the last one may have fewer."""
-        for run in (self.inputs, *self._runs):
+        for run in (self.inputs, *self.scheme.runs):
             if math.ceil(self.inputs / run) == self.groups:
                 return run
         raise self._error(
             f"{self.SCALES} is of {self.groups} groups, expected as many as {self.inputs} inputs have in runs of "
-            f"{' or '.join(map(str, self._runs))} (group_size); the file is damaged, or its config.json another model's"
+            f"{' or '.join(map(str, self.scheme.runs))} (group_size); the file is damaged, or config.json another's"
         )
 
     def _halves(self, values: Floats) -> Floats:

@@ -243,6 +243,38 @@ def test_groups_of_another_length(tmp_path: Path) -> None:
         files.blocks("x.weight")
 
 
+@pytest.mark.parametrize(
+    ("layout", "changes", "needed"),
+    [
+        ("gptq", {"desc_act": True}, "g_idx"),
+        ("compressed-tensors", {"symmetric": False}, "weight_zero_point"),
+        ("compressed-tensors", {"actorder": "group", "symmetric": True}, "weight_g_idx"),
+    ],
+)
+def test_tensors_that_the_configuration_speaks_of(
+    tmp_path: Path, layout: str, changes: dict[str, Any], needed: str
+) -> None:
+    """Without them the weights would be others."""
+    tensors, config = changed(layout, **{needed: None})
+    config = (
+        {**config, **changes} if layout == "gptq" else {**config, "config_groups": {"a": {"num_bits": 4, **changes}}}
+    )
+    with pytest.raises(CheckpointError, match=f"layer x: it has no {needed}, expected .*, {needed}; download"):
+        opened(tmp_path, tensors, config)
+
+
+@pytest.mark.parametrize(
+    ("stored", "layout", "shown"), [("gptq_v2", "gptq", 9), ("gptq", "gptq_v2", 7), ("gptq", "auto_round", 7)]
+)
+def test_zeros_of_the_other_version(tmp_path: Path, stored: str, layout: str, shown: int) -> None:
+    """Files of which config.json says the wrong one are known."""
+    its = made(2, 8, 64, 4, np.arange(64) // 32, True, torch.float16)
+    files = opened(tmp_path, LAYOUTS[stored][0](its), {**LAYOUTS[layout][1], "sym": True})
+    for use in (files.read, files.blocks):
+        with pytest.raises(CheckpointError, match=f"qzeros are all {shown}, expected 8 of symmetric .* packing_format"):
+            use("x.weight")
+
+
 FINE = {"quant_method": "gptq"}
 
 
