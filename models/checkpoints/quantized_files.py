@@ -134,10 +134,8 @@ def _awq(path: Path, config: dict[str, Any]) -> type[Layer]:
 
 
 def _auto_round(path: Path, config: dict[str, Any]) -> type[Layer]:
-    stated = (
-        config.get("packing_format") or config.get("backend") or "auto_round:auto_gptq"
-    )  # the second: of older files
-    layout = ":".join(str(stated).replace("autoround", "auto_round").split(":")[:2])
+    stated = config.get("packing_format") or config.get("backend")  # the second in older files
+    layout = ":".join(str(stated or "auto_round:auto_gptq").replace("autoround", "auto_round").split(":")[:2])
     return _AUTO_ROUND[_check(path, "packing_format", layout, *_AUTO_ROUND)]
 
 

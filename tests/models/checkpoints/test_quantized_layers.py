@@ -151,6 +151,17 @@ def test_layers_of_several_kinds(tmp_path: Path) -> None:
     assert [one and one.type for one in blocks] == ["int4", "int8"]
 
 
+def test_a_layer_in_two_files(tmp_path: Path) -> None:
+    its = made(4, 8, 64, 4, np.arange(64) // 32, False, torch.float16)
+    pack, config = LAYOUTS["gptq"]
+    tensors = {f"x.{field}": tensor for field, tensor in pack(its).items()}
+    save_file({"x.qweight": tensors.pop("x.qweight")}, tmp_path / "a.safetensors")
+    save_file(tensors, tmp_path / "b.safetensors")
+    both = SafetensorsFiles([tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
+    files = quantized_files(tmp_path, config, both)
+    np.testing.assert_array_equal(files.read("x.weight").numpy(), its.values())
+
+
 def test_a_float32_scale_is_rounded(tmp_path: Path) -> None:
     its = made(2, 8, 64, 8, np.arange(64) // 32, True, torch.float32)
     values, blocks = read(tmp_path, its, "compressed-tensors")
