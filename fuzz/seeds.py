@@ -214,7 +214,7 @@ def quantized() -> Iterator[tuple[str, bytes]]:
         "compressed-tensors": (compressed, {"format": "pack-quantized", "config_groups": {"a": {"weights": weights}}}),
     }
     for method, (pack, its) in kinds.items():
-        tensors = {}
+        tensors: dict[str, Any] = {}
         for name, shape in shapes.items():
             if name.endswith("proj.weight"):
                 stem = f"model.{name.removesuffix('weight')}"
