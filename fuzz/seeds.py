@@ -182,6 +182,49 @@ def safetensors() -> Iterator[tuple[str, bytes]]:
     yield "head", save_safetensors({"lm_head.weight": np.ones((8, 4), np.float32)})
 
 
+def quantized() -> Iterator[tuple[str, bytes]]:
+    """config.json and model.safetensors, of matrices with 64 inputs or 32."""
+    wide = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 2, "head_dim": 16}
+    names = ("vocab_size", "layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "context")
+    settings = dict(zip(names, (8, 1, 64, 32, 2, 1, 16, 16), strict=True))
+    shapes = LlamaConfig.from_settings({**settings, "rope_theta": 10000.0, "qk_norm": False, "memory_dim": 0}).shapes()
+    generator = np.random.default_rng(0)
+
+    def words(*shape: int) -> Any:
+        return generator.integers(-(2**31), 2**31, shape, dtype=np.int32)
+
+    def gptq(n: int, k: int) -> dict[str, Any]:
+        groups = np.arange(k, dtype=np.int32)[::-1] % (k // 32)
+        scales = np.full((k // 32, n), 0.01, np.float16)
+        return {"qweight": words(k // 8, n), "qzeros": words(k // 32, n // 8), "scales": scales, "g_idx": groups}
+
+    def awq(n: int, k: int) -> dict[str, Any]:
+        scales = np.full((k // 32, n), 0.01, np.float16)
+        return {"qweight": words(k, n // 8), "qzeros": words(k // 32, n // 8), "scales": scales}
+
+    def compressed(n: int, k: int) -> dict[str, Any]:
+        packed = {"weight_packed": words(n, k // 4), "weight_zero_point": words(n // 4, 1)}
+        return {**packed, "weight_scale": np.full((n, 1), 0.01, np.float16), "weight_shape": np.array([n, k])}
+
+    weights = {"num_bits": 8, "group_size": None, "symmetric": False, "strategy": "channel", "actorder": None}
+    kinds: dict[str, tuple[Callable[[int, int], dict[str, Any]], dict[str, Any]]] = {
+        "gptq": (gptq, {"group_size": 32, "desc_act": True, "sym": False, "checkpoint_format": "gptq"}),
+        "awq": (awq, {"group_size": 32, "version": "gemm", "zero_point": True}),
+        "auto-round": (awq, {"group_size": 32, "packing_format": "auto_round:auto_awq", "extra_config": {"a": {}}}),
+        "compressed-tensors": (compressed, {"format": "pack-quantized", "config_groups": {"a": {"weights": weights}}}),
+    }
+    for method, (pack, its) in kinds.items():
+        tensors: dict[str, Any] = {}
+        for name, shape in shapes.items():
+            if name.endswith("proj.weight"):
+                stem = f"model.{name.removesuffix('weight')}"
+                tensors |= {stem + field: values for field, values in pack(*shape).items()}
+            else:
+                tensors[f"model.{name}"] = np.ones(shape, np.float16)
+        config = {**CONFIG, **wide, "quantization_config": {"quant_method": method, **its}}
+        yield method, json.dumps(config).encode() + b"\0" + save_safetensors(tensors)
+
+
 def indexes() -> Iterator[tuple[str, bytes]]:
     names = dict.fromkeys(weights(), "a.safetensors") | {"lm_head.weight": "b.safetensors"}
     yield "two", json.dumps({"metadata": {"total_size": 1}, "weight_map": names}).encode()
@@ -296,6 +339,7 @@ SEEDS = {
     "config": configs,
     "safetensors": safetensors,
     "index": indexes,
+    "quantized": quantized,
     "gguf": ggufs,
     "torch_zip": torch_zips,
     "chat_template": chat_templates,

@@ -46,6 +46,8 @@ def convert(path: Path) -> None:
         source = checkpoint_source(checkpoint)
         for name in checkpoint.parts:
             source.weights(name)
+            if source.blocks is not None:
+                source.blocks.read(name)
     with contextlib.suppress(ValueError):  # of the tokenizer and what stands beside it
         open_checkpoint(path, {}).read_tokenizer()
 
@@ -56,6 +58,15 @@ def safetensors(data: bytes) -> None:
     if not (folder / "config.json").exists():
         (folder / "config.json").write_bytes((SEEDS / "config" / "llama").read_bytes().partition(b"\0")[0])
     (folder / "model.safetensors").write_bytes(data)
+    convert(folder)
+
+
+def quantized(data: bytes) -> None:
+    """As config.json, and, behind the first zero byte, as model.safetensors."""
+    folder = scratch("quantized")
+    text, _, tensors = data.partition(b"\0")
+    (folder / "config.json").write_bytes(text)
+    (folder / "model.safetensors").write_bytes(tensors)
     convert(folder)
 
 
@@ -184,5 +195,6 @@ def tokenizer(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (safetensors, config, index, gguf, torch_zip, chat_template, tokenizer)
+    target.__name__: target
+    for target in (safetensors, config, index, quantized, gguf, torch_zip, chat_template, tokenizer)
 }

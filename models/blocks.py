@@ -6,7 +6,7 @@ A value is scale * code, plus minimum where the type has one. Scales and minimum
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,24 +72,27 @@ class Blocks:
     """[n, k / group]"""
     minimums: Floats | None = None
     """[n, k / group], of a type that has them."""
+    order: NDArray[np.int64] | None = field(default=None, kw_only=True)
+    """[k]: which input each column of codes is for; None: that of its own number."""
 
     def values(self) -> Floats:
-        """What they stand for, float32 [n, k]."""
+        """What they stand for, float32 [n, k], inputs in their own order."""
         group = BLOCK_TYPES[self.type].group
         grouped = self.codes.reshape(*self.scales.shape, group) * self.scales[..., None]
         if self.minimums is not None:
             grouped += self.minimums[..., None]
-        return grouped.reshape(self.codes.shape)
+        values = grouped.reshape(self.codes.shape)
+        return values if self.order is None else values[:, np.argsort(self.order)]
 
     def rows(self, rows: slice) -> Blocks:
         """Some of the matrix."""
         minimums = None if self.minimums is None else self.minimums[rows]
-        return Blocks(self.type, self.codes[rows], self.scales[rows], minimums)
+        return replace(self, codes=self.codes[rows], scales=self.scales[rows], minimums=minimums)
 
 
 def pack_blocks(blocks: Blocks) -> Codes:
-    """Panels as docs/package-format.md has them, uint8 [ceil(n / 16), k / 32, bytes of a block]. What fills the last
-    panel is zero."""
+    """Panels as docs/package-format.md has them, uint8 [ceil(n / 16), k / 32, bytes of a block], without the order of
+    the columns. What fills the last panel is zero."""
     its, missing = BLOCK_TYPES[blocks.type], -len(blocks.codes) % PANEL
     codes = np.pad(blocks.codes, ((0, missing), (0, 0)))
     panels, groups = len(codes) // PANEL, codes.shape[1] // BLOCK

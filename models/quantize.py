@@ -189,6 +189,9 @@ class Int4Recipe:
         sensitive = matrix == "v_proj" or (matrix == "down_proj" and int(layer) not in self._inner)
         return "int8" if sensitive else "int4"
 
+    def order(self, name: str) -> None:
+        """Its own."""
+
     def read(self, name: str) -> Blocks | None:
         """None: each is rounded for itself."""
         return None

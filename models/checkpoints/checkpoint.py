@@ -163,9 +163,13 @@ class CheckpointBlocks:
 
     def type(self, name: str) -> str | None:
         """Of BLOCK_TYPES, or None."""
-        assert self.checkpoint.blocks is not None
-        stored = self.checkpoint.blocks(self.checkpoint.parts[name].name, slice(0))
+        stored = self._look(name)
         return None if stored is None else stored.type
+
+    def order(self, name: str) -> NDArray[np.int64] | None:
+        """Which input each column is for, as in `Blocks`."""
+        stored = self._look(name)
+        return None if stored is None else stored.order
 
     def read(self, name: str) -> Blocks | None:
         """Of the decoder's shape, the rows in its order. CheckpointError."""
@@ -176,6 +180,11 @@ class CheckpointBlocks:
             return stored
         minimums = None if stored.minimums is None else part.convert(stored.minimums)
         return replace(stored, codes=part.convert(stored.codes), scales=part.convert(stored.scales), minimums=minimums)
+
+    def _look(self, name: str) -> Blocks | None:
+        """Without any rows."""
+        assert self.checkpoint.blocks is not None
+        return self.checkpoint.blocks(self.checkpoint.parts[name].name, slice(0))
 
 
 def checkpoint_model(checkpoint: Checkpoint) -> Model:

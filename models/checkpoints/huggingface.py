@@ -12,73 +12,23 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from meki.package.files import read_object, replace_directory
 
 from ..architectures.base import Architecture, Model
 from ..ffns.swiglu import SwiGLUConfig
-from ..memories.base import ALL
 from ..source import model_source
 from ..tokenizer import TokenizerSpec, parse_tokenizer, read_tokenizer
-from .checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    Part,
-    check_fetched,
-    checkpoint_model,
-    make_config,
-)
+from .checkpoint import Checkpoint, CheckpointError, Part, TensorFile, checkpoint_model, make_config
 from .huggingface_config import FEATURES, FIELDS, MIXTURE_FIELDS, OWN, OWN_FIELDS, config_fields, language_model
+from .quantized_files import quantized_files
+from .safetensors_files import SafetensorsFiles
 
 CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _HEAD = "lm_head.weight"
 _ROWS_AT_ONCE = 4096
-_REOPEN_BYTES = 1 << 30  # mapped pages that were read stay resident until the file is closed
-
-
-class SafetensorsFiles:
-    """The tensors of one or several safetensors files."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        """CheckpointError for a file that is missing or damaged, and for a tensor that is in two of them."""
-        self._files: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._open_path: Path | None = None
-        self._bytes = 0
-        if missing := [path for path in paths if not path.is_file()]:
-            raise CheckpointError(
-                f"{missing[0]}: no such file, of the {len(paths)} with weights {len(missing)} are missing; the "
-                "download is incomplete, download the model again"
-            )
-        for path in paths:
-            check_fetched(path)
-            self._open(path)
-            for name in self._handle.keys():  # noqa: SIM118 (not a mapping)
-                if name in self._files:
-                    raise CheckpointError(
-                        f"{path}: tensor {name} is also in {self._files[name].name}; expected it once"
-                    )
-                self._files[name] = path
-                self.shapes[name] = tuple(self._handle.get_slice(name).get_shape())
-
-    def read(self, name: str, rows: slice = ALL) -> Tensor:
-        path = self._files[name]
-        if path != self._open_path or self._bytes > _REOPEN_BYTES:
-            self._open(path)
-        stored = self._handle.get_tensor(name) if rows == ALL else self._handle.get_slice(name)[rows]
-        self._bytes += stored.nbytes
-        return torch.empty(stored.shape, dtype=torch.float32).copy_(stored)  # never a view of the mapping
-
-    def _open(self, path: Path) -> None:
-        try:
-            self._handle = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: not a complete safetensors file: {error}; download it again") from error
-        self._open_path, self._bytes = path, 0
 
 
 def is_huggingface(path: Path) -> bool:
@@ -90,7 +40,10 @@ def open_huggingface(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     file = path / CONFIG
     whole = _read_object(file)
     values = language_model(whole)
-    tensors = SafetensorsFiles(_weight_files(path))
+    stored = SafetensorsFiles(_weight_files(path))
+    quantization = values.get("quantization_config")
+    quantized = None if quantization is None else quantized_files(file, quantization, stored)
+    tensors = quantized or stored
     prefix, head = _prefix(tensors.shapes), next((name for name in tensors.shapes if name.endswith(_HEAD)), _HEAD)
     try:
         fields = config_fields(file, values, overrides, has_head=head in tensors.shapes)
@@ -115,14 +68,16 @@ def open_huggingface(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         parts,
         read_tokenizer=lambda: read_tokenizer(tokenizer) if tokenizer.is_file() else None,
         provenance={"source": path.resolve().name, "format": "huggingface", **_provenance(file, values)},
-        # What follows from rope_theta; the same as the embedding; what is for images and sound.
+        # What follows from rope_theta; the same as the embedding; what is for images and sound; what adds nothing.
         ignored=lambda name: (
             name.endswith("rotary_emb.inv_freq")
             or (name == head and config.tied_embeddings)
             or (values is not whole and not name.startswith(prefix))
+            or (quantized is not None and quantized.is_zero_bias(name))
         ),
         folded=folded,
         trimmed="vocab_size" in overrides,
+        blocks=quantized.blocks if quantized and quantized.has_blocks else None,
     )
 
 
@@ -156,7 +111,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         raise CheckpointError(str(error)) from error
 
 
-def _check_tied(path: Path, tensors: SafetensorsFiles, head: str, embedding: str) -> None:
+def _check_tied(path: Path, tensors: TensorFile, head: str, embedding: str) -> None:
     """CheckpointError if there is a head which is not the embedding, whatever the configuration says."""
     if head not in tensors.shapes:
         return
@@ -173,11 +128,12 @@ def _check_tied(path: Path, tensors: SafetensorsFiles, head: str, embedding: str
 
 
 def _provenance(path: Path, values: Mapping[str, Any]) -> dict[str, str]:
-    """What a model saved by `save_pretrained` says about itself."""
+    """What a model saved by `save_pretrained` says about itself; who quantised it."""
     stated = values.get("provenance") or {}
     if not isinstance(stated, dict) or not all(isinstance(value, str) for value in stated.values()):
         raise CheckpointError(f"{path}: provenance is {stated!r}, expected an object of strings")
-    return stated
+    quantization = values.get("quantization_config")
+    return stated | {"quantization": quantization["quant_method"]} if quantization else stated
 
 
 def save_pretrained(

@@ -36,7 +36,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 """What transformers takes where a configuration of the model type says nothing."""
 _UNSUPPORTED: dict[str, Any] = {
     **dict.fromkeys(("attention_bias", "attention_out_bias", "mlp_bias"), False),
-    **{"partial_rotary_factor": 1, "clip_qkv": None, "quantization_config": None},
+    **{"partial_rotary_factor": 1, "clip_qkv": None},
 }
 """What changes the arithmetic unless it is so, or null."""
 _UNSUPPORTED_IN: dict[str, dict[str, Any]] = {

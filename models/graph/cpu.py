@@ -14,6 +14,7 @@ import numpy as np
 from onnx import TensorProto
 
 from ..blocks import BLOCK_TYPES, Floats
+from ..config import ConfigError
 from .primitives import Dimensions, KeyBias, Lazy, Matrix, Norm, Primitives, Row, Tables, Value
 from .tensors import tensor_bytes
 from .weights import Weights, WeightStore
@@ -277,6 +278,11 @@ class PackedGraph(CpuGraph):
         return self._matrix(name)[0] if self.store.is_packed([f"{name}.weight"]) else super().table(name)
 
     def stacked(self, name: str, weights: Sequence[str]) -> tuple[str, int]:
+        if any(self.store.order([weight]) is not None for weight in weights):
+            raise ConfigError(
+                f"{name}: its groups are of inputs in an order of their own (act-order), which is supported in the "
+                "linear layers of attention and of a dense FFN; have the weights rounded anew: --weights int8"
+            )
         if not self.store.is_packed(weights):
             return super().stacked(name, weights)
         panels = self._constant(self.store.packed(f"{name}.panels", weights, alike=True))
@@ -296,13 +302,14 @@ class PackedGraph(CpuGraph):
         return self.linear(x, Matrix(name, self.config.vocab_size))
 
     def _linear(self, product: Product, residual: Value = "") -> str:
-        x, weight, swiglu = product.x, "", isinstance(product.x, SwiGLU)
+        parts = [f"{matrix.name}.weight" for matrix in product.matrices]
+        x, weight = self._in_order(product, parts), ""
+        swiglu = isinstance(x, SwiGLU)
         match x:
             case Norm(normed, norm):
                 x, weight = normed, self.vector(f"{norm}.weight")
             case SwiGLU(both):
                 x = both
-        parts = [f"{matrix.name}.weight" for matrix in product.matrices]
         panels = self._constant(self.store.packed(f"{product.name}.panels", parts))
         its = [[BLOCK_TYPES[type].code, rows] for type, rows in self.store.parts[panels]]
         inputs = [x, panels, self.array(f"{product.name}.parts", lambda: np.array(its, np.int64)), weight, residual]
@@ -310,6 +317,14 @@ class PackedGraph(CpuGraph):
             inputs.pop()
         out, epsilon = f"{product.name}.out", self.config.norm_eps
         return self.op("Linear", inputs, out, domain=_DOMAIN, swiglu=int(swiglu), epsilon=epsilon)
+
+    def _in_order(self, product: Product, parts: Sequence[str]) -> Value:
+        """What the matrices are multiplied with, in the order of their columns: another than its own is made here."""
+        order = self.store.order(parts)
+        if order is None:
+            return product.x
+        index = self.array(f"{product.name}.order", lambda: order)
+        return self.op("Gather", [product.x, index], f"{product.name}.in", axis=-1)
 
     def _matrix(self, name: str) -> tuple[str, int]:
         """One packed matrix, and the number of its type."""

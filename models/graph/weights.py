@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import TensorProto
 
 from ..blocks import PANEL, Blocks, Codes, Floats, pack_blocks
@@ -64,6 +65,9 @@ class MatrixBlocks(Protocol):
     def type(self, name: str) -> str | None:
         """Of BLOCK_TYPES; None: the matrix stays float32."""
 
+    def order(self, name: str) -> NDArray[np.int64] | None:
+        """Of a matrix that has a type: which input each column is for; None: that of its own number."""
+
     def read(self, name: str) -> Blocks | None:
         """Of a matrix that has a type; None: it is to be rounded to that."""
 
@@ -108,7 +112,13 @@ class WeightStore:
 
     def is_packed(self, parts: Sequence[str]) -> bool:
         """Whether matrices that belong together are packed; else they stay as they are, float32."""
-        return None not in map(self._type, parts)
+        orders = [self.order([part]) for part in parts]
+        alike = len({None if order is None else order.tobytes() for order in orders}) == 1
+        return alike and None not in map(self._type, parts)
+
+    def order(self, parts: Sequence[str]) -> NDArray[np.int64] | None:
+        """Of packed matrices that belong together: which input each column is for; None: that of its own number."""
+        return None if self.blocks is None else self.blocks.order(parts[0])
 
     def packed(self, name: str, parts: Sequence[str], alike: bool = False) -> TensorProto:
         """Weights [n, k] one below the other in panels, uint8 [bytes]; what each is, `parts` has.

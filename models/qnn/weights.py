@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,12 @@ class PackageWeights:
     def blocks(self, name: str) -> list[Blocks]:
         """Of packed matrices, one below the other."""
         panels, start, blocks = self.panels(name), 0, []
+        order = self._array(f"{name}.order") if f"{name}.order" in self._tensors else None
         for type, rows in self.parts(name):
             shape = (-(-rows // PANEL), self.inputs(name) // BLOCK, BLOCK_TYPES[type].block_bytes)
             end = start + math.prod(shape)
-            blocks.append(unpack_blocks(np.asarray(panels[start:end]).reshape(shape), type, rows))
+            matrix = unpack_blocks(np.asarray(panels[start:end]).reshape(shape), type, rows)
+            blocks.append(replace(matrix, order=order))
             start = end
         return blocks
 
