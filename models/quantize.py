@@ -26,6 +26,7 @@ ROW_GROUP = 32
 
 # The divisors of the largest magnitude that int4 tries as scale: 7 clips nothing, 8 uses the level -8.
 _INT4_DIVISORS = (7.0, 6.0, 6.4, 6.8, 7.2, 7.6, 8.0, 8.5, 9.0)
+_LEAST_FLOAT16 = np.float32(2**-24)
 _INT4_PARTS = (1.0, 0.95, 1.05, 0.9, 0.85, 0.8)
 """Of the range of a block that its codes are spread over, with a minimum."""
 
@@ -88,14 +89,17 @@ def fit_blocks(columns: Floats, importance: Floats, minimum: bool, what: str) ->
     float16.
     """
     low, high = BLOCK_TYPES["int4_minimum" if minimum else "int4"].range
+    largest = np.abs(columns).max()
+    if largest > (65504 if minimum else 65504 * 8):
+        raise ValueError(f"{what}: largest magnitude {largest:g} needs a scale beyond float16's 65504")
     weights = importance / importance.mean()
     best = np.full(columns.shape[1], np.inf, np.float32)
-    best_scale, best_minimum = np.ones_like(best), np.zeros_like(best)
-    with np.errstate(over="ignore", invalid="ignore"):  # such a range is not the best
+    best_scale, best_minimum = np.full_like(best, _LEAST_FLOAT16), np.zeros_like(best)
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is not the best
         for scale, offset in _ranges(columns, minimum):
             for last in (False, False, True):
                 scale, offset = _float16(scale), _float16(offset)
-                scale = np.where(scale == 0, np.float32(1), scale)
+                scale = np.where(scale == 0, _LEAST_FLOAT16, scale)
                 q = np.clip(np.rint((columns - offset) / scale), low, high)
                 error = (weights * np.square(columns - (q * scale + offset))).sum(axis=0)
                 better = error < best
@@ -103,8 +107,6 @@ def fit_blocks(columns: Floats, importance: Floats, minimum: bool, what: str) ->
                     np.copyto(kept, new, where=better)
                 if not last:
                     scale, offset = _least_squares(columns, q, weights, minimum)
-    if not np.isfinite(best).all():
-        raise ValueError(f"{what}: largest magnitude {np.abs(columns).max():g} needs a scale beyond float16's 65504")
     return best_scale, best_minimum
 
 

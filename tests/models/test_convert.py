@@ -63,10 +63,10 @@ def test_options(checkpoint: Path, make_package: Callable[..., Path], tmp_path: 
     output, elsewhere, card = tmp_path / "out", tmp_path / "t.json", tmp_path / "card.md"
     (checkpoint / "tokenizer.json").rename(elsewhere)
     card.write_text("# Card\n")
-    options = ["--name", "small", "--weights", "int4", "--rows", "int8", "--tokenizer", elsewhere, "--card", card]
+    options = ["--name", "small", "--weights", "float32", "--rows", "int8", "--tokenizer", elsewhere, "--card", card]
     assert convert.main([str(checkpoint), "-o", str(output), *map(str, options)]) == 0
     manifest = json.loads((output / "manifest.json").read_text())
-    expected = json.loads((make_package(weights="int4", rows="int8") / "manifest.json").read_text())
+    expected = json.loads((make_package(weights="float32", rows="int8") / "manifest.json").read_text())
     assert manifest["name"] == "small"
     assert (output / "README.md").read_text() == "# Card\n"
     del manifest["files"]["README.md"]
@@ -93,9 +93,9 @@ def test_random(small_config: LlamaConfig, tmp_path: Path) -> None:
     assert manifests[0]["architecture"] == small_config.manifest()
     assert manifests[0]["provenance"] == {"weights": "random", "configuration": "small"}
     assert (manifests[0]["weights"]["type"], manifests[0]["memory"]["row_type"]) == ("int4", "int8")
-    # Normal values in blocks of 32 lose some 8.7% in 4 bits, test_quantize says why; rows some 0.6% in 8.
+    # Normal values in blocks of 32 lose some 8.4% in 4 bits, test_quantize says why; rows some 0.6% in 8.
     errors = manifests[0]["quantization_error"]
-    assert 0.08 < errors["weights"]["overall"] < 0.09 and 0.004 < errors["rows"] < 0.008
+    assert 0.08 < errors["weights"]["worst"] < 0.09 and 0.004 < errors["rows"] < 0.008
 
 
 @pytest.mark.usefixtures("small_config")
