@@ -97,11 +97,11 @@ def test_a_trained_model_is_changed_less(tmp_path: Path) -> None:
     """meki-tiny on a story: KL divergence from its float32 weights, with the text that comes along and without."""
     checkpoint, tokenizer = ROOT / "models/meki-tiny-checkpoint", ROOT / "models/packages/meki-tiny/tokenizer.json"
     story = (
-        "Once upon a time there was a little goat who lived on a hill with her mother and seven sheep. Every morning she "
-        "ran down to the brook and drank. One day the water was gone. The goat called the sheep, and they all went up the "
-        "hill together to see what had become of it. There lay a big stone in the middle of the spring. They pushed and "
-        "pushed, but it did not move. Then the oldest sheep said: let us dig beside it. And so they did, until the sun "
-        "went down, and when the first star came out the water ran into the valley again."
+        "Once upon a time there was a little goat who lived on a hill with her mother and seven sheep. Every morning "
+        "she ran down to the brook and drank. One day the water was gone. The goat called the sheep, and they all went "
+        "up the hill together to see what had become of it. There lay a big stone in the middle of the spring. They "
+        "pushed and pushed, but it did not move. Then the oldest sheep said: let us dig beside it. And so they did, "
+        "until the sun went down, and when the first star came out the water ran into the valley again."
     )
     for name, weights in (("exact", "float32"), ("calibrated", "int4")):
         options = ["--tokenizer", str(tokenizer), "--weights", weights, "--rows", "float32"]
@@ -121,7 +121,7 @@ def test_windows() -> None:
     assert calibration_windows(list(range(1300)), 4096, "t").shape == (2, WINDOW)
     assert calibration_windows(list(range(1300)), 64, "t").shape == (20, 64)
     assert calibration_windows([5] * 100_000, 4096, "t").shape == (TOKENS // WINDOW, WINDOW)
-    with pytest.raises(ValueError, match="story.txt: 63 tokens are too few to calibrate with, expected 64 or more"):
+    with pytest.raises(ValueError, match=r"story\.txt: 63 tokens are too few to calibrate with, expected 64 or more"):
         calibration_windows([1] * 63, 64, "story.txt")
 
 
