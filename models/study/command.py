@@ -89,23 +89,21 @@ def write_report(plan: Plan, runs: Runs, out: Path, command: str) -> None:
     write_file(out, markdown(outcomes, command, names).encode())
 
 
-def _speeds(plan: Plan, runs: Runs) -> dict[str, Any] | None:
-    """Of any seed that is here; None if a model of the plan was trained elsewhere with all its seeds."""
+def _speeds(plan: Plan, runs: Runs) -> dict[str, Any]:
+    """Of any seed that is here; of a model whose runs were all trained elsewhere, with random weights."""
     from ..train.trainer import MODEL
     from .speed import measure_speeds
 
     here = {run: runs.directory(*run) / MODEL for run in plan.runs}
     checkpoints = {name: checkpoint for (name, _), checkpoint in here.items() if checkpoint.is_dir()}
-    if missing := [name for name in plan.models if name not in checkpoints]:
-        say(PROGRAM, "note", f"decode is not measured: {', '.join(missing)} was trained elsewhere")
-        return None
     with tqdm(unit="run", leave=False, disable=None) as progress:
 
         def advance(text: str) -> None:
             progress.set_description_str(text)
             progress.update()
 
-        return measure_speeds(checkpoints, plan.baseline, runs.out / "packages", advance)
+        out = runs.out / "packages"
+        return measure_speeds(plan.models, checkpoints, runs.text.tokenizer, plan.baseline, out, advance)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -173,7 +173,7 @@ def _lines(outcomes: Outcomes, command: str, plots: Mapping[str, str]) -> Iterat
             if section.line and (line := section_line(outcomes, section)):
                 yield from ("", _fitted(line))
     if outcomes.speeds:
-        yield from ("", _how_decoded(plan.baseline, outcomes.speeds["environment"]))
+        yield from ("", _how_decoded(plan.baseline, outcomes.speeds))
     for title, path in plots.items():
         yield from ("", f"![{title}]({path})")
 
@@ -196,10 +196,12 @@ def _fitted(line: Line) -> str:
     )
 
 
-def _how_decoded(baseline: str, it: Mapping[str, Any]) -> str:
+def _how_decoded(baseline: str, speeds: Mapping[str, Any]) -> str:
+    it, random = speeds["environment"], ", ".join(speeds["random"])
+    said = f" Trained elsewhere, so measured with random weights, which takes as long: {random}." if random else ""
     return (
         f"Decode: tokens/s through the engine by those of {baseline}, in turns with it, with {CONFIDENCE:.0%} "
-        f"intervals; empty cache, int8 weights, {it['cpu']}, {it['threads']} threads, meki {it['meki']}."
+        f"intervals; empty cache, int8 weights, {it['cpu']}, {it['threads']} threads, meki {it['meki']}.{said}"
     )
 
 

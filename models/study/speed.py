@@ -11,9 +11,12 @@ from meki import _core
 from meki.bench.beside import measure_beside
 from meki.bench.contender import Package
 
+from ..architectures.base import Architecture
 from ..checkpoints import open_checkpoint
 from ..checkpoints.checkpoint import checkpoint_source
 from ..package import export_package
+from ..source import random_source
+from ..tokenizer import TokenizerSpec
 from .plan import WEIGHTS
 
 TOKENS, ROUNDS = 64, 10
@@ -21,15 +24,35 @@ BANDWIDTH_BYTES = 1 << 26
 
 
 def measure_speeds(
-    checkpoints: Mapping[str, Path], baseline: str, out: Path, advance: Callable[[str], None]
+    configs: Mapping[str, Architecture],
+    checkpoints: Mapping[str, Path],
+    tokenizer: TokenizerSpec,
+    baseline: str,
+    out: Path,
+    advance: Callable[[str], None],
 ) -> dict[str, Any]:
     """Decode from an empty cache, int8 weights and KV, float16 rows: by model `tokens_per_s`, `ratio` to the baseline
-    and its interval `ci95`; and where this was (`environment`). checkpoints: by model. out: where packages are made."""
+    and its interval `ci95`; which had random weights (`random`); and where this was (`environment`).
+
+    checkpoints: by model; of one that has none the weights are random, which takes as long. out: where packages are
+    made.
+    """
     options = {"row_cache": 0}
     packages = {}
-    for name, checkpoint in checkpoints.items():
+    for name, config in configs.items():
         advance(f"{name}: package")
-        packages[name] = Package.open(_export(checkpoint, out / name), options)
+        source = checkpoint_source(open_checkpoint(checkpoints[name], {})) if name in checkpoints else None
+        provenance = {} if source else {"weights": "random"}
+        export_package(
+            source or random_source(config),
+            tokenizer,
+            out / name,
+            name=name,
+            weights=WEIGHTS,
+            provenance=provenance,
+            overwrite=True,
+        )
+        packages[name] = Package.open(out / name, options)
     plan = _core.Plan(depths=(0,), prefill=0, tokens=TOKENS, repetitions=ROUNDS, compare=True)
     models, environment = {}, {}
     for name, package in packages.items():
@@ -39,24 +62,9 @@ def measure_speeds(
         speed = report["results"][0]["median"]
         models[name] = {"tokens_per_s": speed, "ratio": compared["ratio"], "ci95": compared["ci95"]}
     keys = ("cpu", "threads", "simd", "meki")
-    return {"models": models, "environment": {key: environment[key] for key in keys}}
+    random = [name for name in configs if name not in checkpoints]
+    return {"models": models, "random": random, "environment": {key: environment[key] for key in keys}}
 
 
 def _say(advance: Callable[[str], None], name: str, text: str) -> None:
     advance(f"{name}: {text}")
-
-
-def _export(checkpoint: Path, out: Path) -> Path:
-    opened = open_checkpoint(checkpoint, {})
-    tokenizer = opened.read_tokenizer()
-    assert tokenizer is not None  # the trainer writes it
-    export_package(
-        checkpoint_source(opened),
-        tokenizer,
-        out,
-        name=out.name,
-        provenance=opened.provenance,
-        weights=WEIGHTS,
-        overwrite=True,
-    )
-    return out

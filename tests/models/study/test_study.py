@@ -201,6 +201,7 @@ def test_a_report_of_what_there_is() -> None:
     assert "0 of 6 runs are done" in markdown(fabricated({}), "meki-study plan.yaml", {})
     speeds = {
         "models": {"m32": {"ratio": 0.9912, "ci95": [0.98, 1.0], "tokens_per_s": 100.0}},
+        "random": [],
         "environment": ENVIRONMENT,
     }
     losses = {("dense", 1): 4.0, ("dense", 2): 4.2, ("m32", 1): 3.9, ("m32", 2): 4.0, ("m64", 1): 3.8}
@@ -287,9 +288,19 @@ def test_from_plan_to_report(
     assert (tmp_path / "study.md").read_text() == text
     assert json.loads((tmp_path / "study/results.json").read_text()) == kept
 
+    # Results from elsewhere, speeds not: decode is measured with random weights.
+    kept["speeds"] = None
+    (tmp_path / "study/results.json").write_text(json.dumps(kept))
+    assert command.main(arguments) == 0
+    measured = json.loads((tmp_path / "study/results.json").read_text())["speeds"]
+    assert measured["random"] == [*PLAN["models"]] and measured["models"]["m32"]["ratio"] > 0
+    listed = ", ".join(PLAN["models"])
+    random = f"Trained elsewhere, so measured with random weights, which takes as long: {listed}."
+    assert random in (tmp_path / "study.md").read_text() and random not in text
+
     # Another recipe: those results do not count.
     monkeypatch.undo()
-    measured = {**kept["speeds"], "models": {"m32": {"tokens_per_s": 1.0, "ratio": 1.5, "ci95": None}}}
+    measured = {**measured, "models": {"m32": {"tokens_per_s": 1.0, "ratio": 1.5, "ci95": None}}}
     monkeypatch.setattr(speed, "measure_speeds", lambda *_: measured)
     write_plan(recipe={**PLAN["recipe"], "tokens": 128})
     assert command.main(arguments) == 0
@@ -339,7 +350,7 @@ def test_what_another_process_has_done_meanwhile(
             train(other, "m64", 1, stop)
 
     monkeypatch.setattr(runs.Runs, "_train", meanwhile)
-    monkeypatch.setattr(speed, "measure_speeds", lambda *_: {"models": {}, "environment": ENVIRONMENT})
+    monkeypatch.setattr(speed, "measure_speeds", lambda *_: {"models": {}, "random": [], "environment": ENVIRONMENT})
     assert command.main(arguments) == 0
     out, err = capsys.readouterr()
     assert "6 of 6 runs" in out and "m96, seed 1" in err and "m32, seed 1" not in err and "m64, seed 1" not in err
