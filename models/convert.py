@@ -32,6 +32,7 @@ from .arguments import (
     setting,
     source_errors,
 )
+from .blocks import BLOCK_TYPES
 from .config import ConfigError
 from .progress import ProgressBars
 from .quantize import ROW_TYPES, SOURCE, WEIGHT_TYPES
@@ -140,7 +141,10 @@ def check(args: argparse.Namespace, opened: Opened, text: str) -> dict[str, Any]
 
 def summary(path: Path, manifest: dict[str, Any]) -> str:
     """The sizes and quantisation errors of a package, for people."""
-    lines = [f"{path}: {manifest['name']}, weights {manifest['weights']['type']}"]
+    types = {name: count for name, count in manifest["weights"]["types"].items() if name in BLOCK_TYPES}
+    bits = sum(BLOCK_TYPES[name].bits_per_weight * count for name, count in types.items()) / max(sum(types.values()), 1)
+    average = f", {bits:.2f} bits a weight" if types else ""
+    lines = [f"{path}: {manifest['name']}, weights {manifest['weights']['type']}{average}"]
     lines += [f"  {name:<16} {entry['bytes'] / 1e6:12,.3f} MB" for name, entry in manifest["files"].items()]
     errors = manifest["quantization_error"]
     if manifest["weights"]["block"]:

@@ -137,15 +137,15 @@ def reference_nats(reference: Any, tokenizer: Tokenizer) -> float:
 
 # Change of the perplexity. float32: both compute the same. int8: weights and inputs of every layer in 8 bits, measured
 # +0.7 % on this text. source: the file's own, and inputs in 8 bits, which on other texts cost 0.3 % (docs/quality.md).
-# int4: what was stored in 4 bits with a minimum a block is stored again in 4 bits without, and so
-# is the embedding; measured +40 % for a model as small as this (docs/sources/gguf.md).
+# int4: what was stored in 4 bits with a minimum a block is rounded again, to 4 bits without where it is felt least; on
+# other texts +4 to 6 % (docs/quality.md), of a text as short as this some percent more or less.
 @pytest.mark.parametrize(
     ("weights", "kv_type", "low", "high"),
     [
         ("float32", "float32", -1e-3, 1e-3),
         ("int8", "int8", -0.01, 0.02),
         ("source", "int8", -0.01, 0.015),
-        ("int4", "int8", 0.1, 0.8),
+        ("int4", "int8", -0.02, 0.12),
     ],
 )
 def test_perplexity(

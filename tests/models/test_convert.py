@@ -46,7 +46,7 @@ def test_defaults(
     assert manifest["provenance"] == {"source": "run", "format": "huggingface", "weights": "random", "tokens": "0"}
     assert manifest["files"] == expected["files"]  # the same bytes as from the model itself
     summary = capsys.readouterr().out
-    assert "weights int8" in summary and "memory.rom" in summary
+    assert "weights int8, 8.50 bits a weight" in summary and "memory.rom" in summary
     errors = manifest["quantization_error"]
     assert f"{errors['weights']['overall']:.5f} overall" in summary and f"{errors['rows']:.6f}" in summary
 
