@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from .blocks import Blocks
@@ -25,9 +26,11 @@ TOKENS, WINDOW = 16_384, 512
 _WINDOWS_AT_ONCE = 4
 
 
-def calibration_windows(token_ids: list[int], context: int, what: str) -> Tensor:
-    """The beginning of a text in whole windows, int64 [n, length]. ValueError for less than one; `what` names the
-    text."""
+def calibration_windows(text: str, tokenizer: Tokenizer, context: int, what: str) -> Tensor:
+    """The tokens of the beginning of a text in whole windows, int64 [n, length]. ValueError for less than one; `what`
+    names the text."""
+    # A token has some 4 characters: of a long text the beginning is enough.
+    token_ids = tokenizer.encode(text[: 64 * TOKENS], add_special_tokens=False).ids
     length = min(WINDOW, context)
     windows = min(len(token_ids), TOKENS) // length
     if windows == 0:

@@ -71,7 +71,7 @@ def read_template(file: Path) -> str:
 
 def calibration(args: argparse.Namespace, opened: Opened, text: str) -> tuple[Tensor | None, dict[str, str]]:
     """What int4 weights are rounded with, and what the provenance says of it; None: nothing. text: of `--calibrate`."""
-    from .calibration import TEXT, TOKENS, calibration_windows
+    from .calibration import TEXT, calibration_windows
 
     if args.weights != "int4" or args.random:  # of random weights no text is more likely than another
         return None, {}
@@ -82,9 +82,7 @@ def calibration(args: argparse.Namespace, opened: Opened, text: str) -> tuple[Te
         warnings.warn(f"{args.source}: {message}; the training form would lose less", stacklevel=2)
         return None, {}
     text, name = (text, args.calibrate.name) if args.calibrate else (TEXT.read_text(encoding="utf-8"), TEXT.name)
-    # A token has some 4 characters: of a long text the beginning is enough.
-    token_ids = parse_tokenizer(opened.tokenizer.json).encode(text[: 64 * TOKENS], add_special_tokens=False).ids
-    windows = calibration_windows(token_ids, opened.source.config.context, name)
+    windows = calibration_windows(text, parse_tokenizer(opened.tokenizer.json), opened.source.config.context, name)
     return windows, {"calibration": f"{name}, {windows.numel()} tokens"}
 
 

@@ -28,6 +28,7 @@ from meki.bench.markdown import head, row
 from meki.evaluation.perplexity import HeldOut, Score, engine_score, measure, windows
 from meki.evaluation.scorer import log_probabilities
 from meki.models.architectures.base import Model
+from meki.models.calibration import TEXT, calibration_windows
 from meki.models.checkpoints.huggingface import load_model
 from meki.models.package import export_package
 from meki.models.quantize import ROW_TYPES
@@ -90,10 +91,13 @@ def main() -> None:
     names = ["weights", "rows", *KV_TYPES, "largest logit difference, float32 KV"]
     print("", *head(names, "ll"), sep="\n", flush=True)
     figures: list[dict[str, Any]] = [{"weights": "PyTorch", "nats": nats, "bits_per_byte": bits}]
+    text = TEXT.read_text(encoding="utf-8")
+    calibration = calibration_windows(text, tokenizer, model.config.context, TEXT.name)
     for weights, rows in itertools.product(("float32", "int8", "int4"), ROW_TYPES):
         with tempfile.TemporaryDirectory() as directory:
             out = Path(directory) / "package"
-            export_package(model, spec, out, name="measured", weights=weights, rows=rows, provenance=provenance)
+            how: dict[str, Any] = {"weights": weights, "rows": rows, "calibration": calibration}
+            export_package(model, spec, out, name="measured", provenance=provenance, **how)
             changes = []
             for kv_type in KV_TYPES:
                 engine = Engine(out, kv_type=kv_type)

@@ -117,12 +117,15 @@ def test_a_trained_model_is_changed_less(tmp_path: Path) -> None:
     assert loss < 0.8 * loss_alone < 0.01
 
 
-def test_windows() -> None:
-    assert calibration_windows(list(range(1300)), 4096, "t").shape == (2, WINDOW)
-    assert calibration_windows(list(range(1300)), 64, "t").shape == (20, 64)
-    assert calibration_windows([5] * 100_000, 4096, "t").shape == (TOKENS // WINDOW, WINDOW)
+def test_windows(tokenizer_json: bytes) -> None:
+    tokenizer = parse_tokenizer(tokenizer_json)
+    digits = "7" * 1300  # a token each
+    assert tokenizer.encode(digits).ids == tokenizer.encode("7").ids * 1300
+    assert calibration_windows(digits, tokenizer, 4096, "t").shape == (2, WINDOW)
+    assert calibration_windows(digits, tokenizer, 64, "t").shape == (20, 64)
+    assert calibration_windows("7" * 100_000, tokenizer, 4096, "t").shape == (TOKENS // WINDOW, WINDOW)
     with pytest.raises(ValueError, match=r"story\.txt: 63 tokens are too few to calibrate with, expected 64 or more"):
-        calibration_windows([1] * 63, 64, "story.txt")
+        calibration_windows("7" * 63, tokenizer, 64, "story.txt")
 
 
 def test_the_text_is_enough() -> None:
