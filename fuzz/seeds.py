@@ -120,12 +120,12 @@ def packages() -> Iterator[tuple[str, bytes]]:
     for file in PACKAGE_FILES[1:]:
         yield f"truncated-{file}", bytes([RESTATE]) + edit(file, TRUNCATE, 4096)
     graph = (TINY / "stage1.onnx").read_bytes()
-    for name in ("heads", "epsilon", "outputs", "bits", "past.1"):
+    for name in ("heads", "epsilon", "gate_proj_type", "parts", "past.1"):
         text = name.encode()
         yield f"graph-{name}", bytes([FLOAT16]) + edit("stage1.onnx", REPLACE, graph.index(text), text[::-1])
     yield "graph-longer", bytes([RESTATE]) + edit("stage1.onnx", INSERT, 100, b"abcdef")
     yield "graph-shorter", bytes([RESTATE | DENSE]) + edit("dense.onnx", ERASE, 300, b"abcdef")
-    yield "weights-nan", bytes([INLINE]) + edit("weights.bin", REPLACE, 0, b"\xff" * 255)
+    yield "weights-nan", bytes([INLINE]) + edit("weights.bin", REPLACE, 512, b"\xff" * 32)  # scales
     yield "rows-nan", bytes([SEAL]) + edit("memory.rom", REPLACE, 4096, b"\xff" * 255)
     yield "rows-damaged", bytes([MMAP]) + edit("memory.rom", REPLACE, 4200, b"\x00\x01")
 

@@ -17,8 +17,8 @@ from .blocks import BLOCK, BLOCK_TYPES, Blocks, Codes, Floats
 SOURCE = "source"
 WEIGHT_TYPES = ("float32", "int8", "int4", SOURCE)
 """Of a package: all matrices float32 or int8, by `Int4Recipe`, or as the checkpoint has them."""
-PRECISIONS = {"float16": None, "int8": 8, "int4": 4}
-"""On an NPU: bits of a weight in blocks of 32 with a float16 scale; None: float16 itself."""
+PRECISIONS = ("float16", "int8", "int4")
+"""Of matrices on an NPU: all float16, or as a package with weights of that type has them."""
 ROW_TYPES = {"float16": 1, "int8": 2, "int4": 3, "float32": 4}
 """Row types and their codes in a ROM's header."""
 ROW_GROUP = 32

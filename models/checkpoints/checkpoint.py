@@ -70,7 +70,10 @@ class Checkpoint:
     trimmed: bool = False
     """The user asked for a vocabulary size: tables may have more rows than that, which are left out."""
     blocks: Callable[[str, slice], Blocks | None] | None = None
-    """Those rows of a tensor, if the checkpoint has it in blocks; CheckpointError. None: it has none in blocks."""
+    """Those rows of a tensor, if the checkpoint has it in blocks; CheckpointError. None: it has none that are
+    quantised."""
+    rounded: Callable[[str], bool] = lambda name: False
+    """Whether a tensor is a matrix that is quantised, but in no blocks of ours: it becomes int8."""
 
 
 def check_fetched(path: Path) -> None:
@@ -157,14 +160,17 @@ def checkpoint_source(checkpoint: Checkpoint) -> Source:
 
 @dataclass(frozen=True)
 class CheckpointBlocks:
-    """The decoder's weights as a checkpoint holds them, where it does so in blocks."""
+    """The decoder's weights as a checkpoint holds them, where it does so in blocks; others that are quantised become
+    int8."""
 
     checkpoint: Checkpoint
 
     def type(self, name: str) -> str | None:
         """Of BLOCK_TYPES, or None."""
         stored = self._look(name)
-        return None if stored is None else stored.type
+        if stored is None:
+            return "int8" if self.checkpoint.rounded(self.checkpoint.parts[name].name) else None
+        return stored.type
 
     def order(self, name: str) -> NDArray[np.int64] | None:
         """Which input each column is for, as in `Blocks`."""
@@ -172,7 +178,7 @@ class CheckpointBlocks:
         return None if stored is None else stored.order
 
     def read(self, name: str) -> Blocks | None:
-        """Of the decoder's shape, the rows in its order. CheckpointError."""
+        """Of the decoder's shape, the rows in its order; None: not in blocks. CheckpointError."""
         assert self.checkpoint.blocks is not None
         part = self.checkpoint.parts[name]
         stored = self.checkpoint.blocks(part.name, slice(part.shape[0]) if part.shape else ALL)

@@ -180,6 +180,11 @@ class GgufFile:
                 whole.minimums[at] = piece.minimums
         return whole
 
+    def is_rounded(self, name: str) -> bool:
+        """Whether it is a matrix of a quantised type that no type of BLOCK_TYPES holds."""
+        values, _ = GGML_QUANT_SIZES[self._tensors[name][1].tensor_type]  # of a block: plain numbers have blocks of one
+        return len(self.shapes[name]) == 2 and values > 1 and self.blocks(name, slice(0)) is None
+
     def _read(self, name: str, first: int, shape: tuple[int, ...]) -> Tensor:
         values, type = np.empty(shape, dtype=np.float32), self._tensors[name][1].tensor_type
         for at, stored in self._pieces(name, first, shape):
@@ -288,7 +293,10 @@ def open_gguf(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         provenance=_provenance(file, architecture),
         ignored=lambda name: name == _ROPE_FACTORS,
         trimmed="vocab_size" in overrides,
-        blocks=file.blocks if any(file.blocks(name, slice(0)) for name in file.shapes) else None,
+        blocks=file.blocks
+        if any(file.blocks(name, slice(0)) or file.is_rounded(name) for name in file.shapes)
+        else None,
+        rounded=file.is_rounded,
     )
 
 

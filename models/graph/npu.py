@@ -19,7 +19,6 @@ from onnx import TensorProto
 
 from ..blocks import BLOCK, BLOCK_TYPES, Blocks, Codes, Floats
 from ..config import CompileError
-from ..quantize import PRECISIONS
 from .builder import GraphBuilder
 from .primitives import Dimensions, KeyBias, Lazy, Matrix, Primitives, Row, Tables, Value
 from .tensors import TensorFile
@@ -123,26 +122,35 @@ class NpuGraph(Primitives):
             self._begin()
 
     def product(self, x: Value, matrices: Sequence[Matrix], name: str) -> Value:
-        bits, out, rows = PRECISIONS[self.shape.precision], f"{name}.out", sum(matrix.outputs for matrix in matrices)
-        if bits is None:
-            return self.op("MatMul", [x, self.array(name, lambda: self.weights.float16(name, rows).T)], out)
-        stored = functools.cache(lambda: self.weights.blocks(name)[0])  # all of one type: they are one
+        if self.shape.precision == "float16":
+            rows = sum(matrix.outputs for matrix in matrices)
+            return self.op("MatMul", [x, self.array(name, lambda: self.weights.float16(name, rows).T)], f"{name}.out")
+        types, inputs = self.weights.parts(name), self.weights.inputs(name)
+        blocks = functools.cache(lambda: self.weights.blocks(name))
 
-        def codes() -> Codes:
-            unsigned = (stored().codes.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8).reshape(rows, -1, BLOCK)
-            return unsigned if bits == 8 else unsigned[..., ::2] | (unsigned[..., 1::2] << 4)
+        def part(number: int) -> str:
+            type, rows = types[number]
+            its, bits = name if len(types) == 1 else f"{name}.part{number}", BLOCK_TYPES[type].bits
 
-        scales = lambda: stored().scales.astype(np.float16).reshape(-1)  # noqa: E731
-        return self.op(
-            "MatMulNBits",
-            [x, self.array(name, codes), self.array(f"{name}.scales", scales)],
-            out,
-            domain=self.DOMAIN,
-            K=self.weights.inputs(name),
-            N=rows,
-            bits=bits,
-            block_size=BLOCK,
-        )
+            def codes() -> Codes:
+                signed = blocks()[number].codes.astype(np.int16)
+                unsigned = (signed + 2 ** (bits - 1)).astype(np.uint8).reshape(rows, -1, BLOCK)
+                return unsigned if bits == 8 else unsigned[..., ::2] | (unsigned[..., 1::2] << 4)
+
+            scales = lambda: blocks()[number].scales.astype(np.float16).reshape(-1)  # noqa: E731
+            return self.op(
+                "MatMulNBits",
+                [x, self.array(its, codes), self.array(f"{its}.scales", scales)],
+                f"{its}.out",
+                domain=self.DOMAIN,
+                K=inputs,
+                N=rows,
+                bits=bits,
+                block_size=BLOCK,
+            )
+
+        parts = [part(number) for number in range(len(types))]
+        return parts[0] if len(parts) == 1 else self.op("Concat", parts, f"{name}.out", axis=-1)
 
     def experts(self, h: Value, name: str, experts: int, experts_per_token: int, norm_topk_prob: bool) -> Value:
         raise CompileError(

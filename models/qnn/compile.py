@@ -120,7 +120,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--chunk", type=int, metavar="N", help=f"tokens of a prefill step (default: {DEFAULT_CHUNK})")
     parser.add_argument(
-        "--precision", choices=PRECISIONS, help="of the weights (default: the package's own; float32 becomes float16)"
+        "--precision",
+        choices=PRECISIONS,
+        help="of the weights: float16, or the package's own int8 or int4 (default: its own; float32 becomes float16)",
     )
     parser.add_argument("--dense", action="store_true", help="the backbone without its memory too, to compare with")
     parser.add_argument(

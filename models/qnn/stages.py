@@ -100,10 +100,11 @@ def cut(name: str, config: Architecture, shape: Shape, weights: PackageWeights) 
             for index, stage in enumerate(whole.graph(weights).stages)
         ]
 
-    bits = PRECISIONS[shape.precision]
-    bytes_a_weight = 2.0 if bits is None else (bits + 0.5) / 8  # 16 bits of scale for 32 weights
-    tables = (1 if config.tied_embeddings else 2) * config.vocab_size * config.hidden
-    layer_bytes = (weights.parameters - tables) / config.layers * bytes_a_weight
+    if shape.precision == "float16":
+        tables = (1 if config.tied_embeddings else 2) * config.vocab_size * config.hidden
+        layer_bytes = 2 * (weights.parameters - tables) / config.layers
+    else:
+        layer_bytes = weights.layer_bytes
     a_stage = max(1, int(SHARD_BYTES // layer_bytes))
     cuts: set[int] = set()
     for first, count in ((stage.layers[0], len(stage.layers)) for stage in stages(frozenset()) if stage.layers):

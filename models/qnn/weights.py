@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,15 @@ class PackageWeights:
                 gate, out = _TYPES[its["gate_proj_type"]], _TYPES[its["out_proj_type"]]
                 return {node.input[3]: [(gate, self.config.memory.dim)], node.input[5]: [(out, self.config.hidden)]}
         return {}
+
+    @property
+    def layer_bytes(self) -> int:
+        """Of the packed matrices of the layer that has most."""
+        layers: Counter[str] = Counter()
+        for name in self._parts:
+            if name.startswith("layers."):
+                layers[name.split(".")[1]] += self._tensors[name].dims[0]
+        return max(layers.values())
 
     def vector(self, name: str) -> Floats:
         """A norm's weight, a bias or a table as it is, float32."""

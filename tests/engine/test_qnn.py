@@ -19,7 +19,7 @@ from meki.models.checkpoints.checkpoint import checkpoint_source
 from meki.models.package import export_package
 from meki.models.qnn.package import compile_package
 from meki.models.qnn.stages import Options
-from meki.models.quantize import quantize_weight
+from meki.models.quantize import Int4Recipe, quantize_weight
 from meki.models.tokenizer import read_tokenizer
 from meki.package import bundled_models
 
@@ -106,10 +106,11 @@ def dequantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
     def make(weights: str) -> Path:
         source = checkpoint_source(open_checkpoint(MODELS / "meki-tiny-checkpoint", {}))
+        recipe = Int4Recipe(source.config.layers)
 
         def values(name: str) -> np.ndarray:
-            weight = source.weights(name)
-            return quantize_weight(weight, weights, name).values() if weight.ndim == 2 else weight
+            weight, type = source.weights(name), recipe.type(name) if weights == "int4" else weights
+            return quantize_weight(weight, type, name).values() if weight.ndim == 2 else weight
 
         package = tmp_path_factory.mktemp("dequantised") / weights
         tokenizer = read_tokenizer(MODELS / "packages" / "meki-tiny" / "tokenizer.json")

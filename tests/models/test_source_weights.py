@@ -24,6 +24,7 @@ from meki.models.convert import main as convert
 from meki.models.package import export_package
 from meki.models.qnn.stages import precisions
 from meki.models.qnn.weights import PackageWeights
+from meki.models.quantize import quantize_weight
 from meki.models.tokenizer import TokenizerSpec
 
 from .checkpoints.gguf_models import LLAMA, metadata_of, tensors_of
@@ -39,6 +40,7 @@ TYPES = {
     "ffn_down": (Type.Q6_K, Type.Q4_1, Type.IQ4_XS),
 }
 SCALES = {
+    Type.Q2_K: (1e-3, 80, 82),
     Type.Q3_K: (1e-3, 108),
     Type.Q4_K: (2e-4, 0, 2),
     Type.Q5_K: (1e-4, 0, 2),
@@ -63,21 +65,28 @@ def stored(values: NDArray[np.float32], type: Type, seed: int) -> NDArray[Any]:
     return blocks.reshape(len(values), -1)
 
 
-@pytest.fixture(scope="module")
-def gguf(make_model: Callable[..., Decoder], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path, model = tmp_path_factory.mktemp("gguf") / "m.gguf", make_model(**WIDE)
+def write_model(path: Path, model: Decoder, type_of: Callable[[str], Type]) -> Path:
+    """type_of: of a tensor, by its name in the file."""
     writer = GGUFWriter(path, "llama")
     for key, value in metadata_of(model, "llama").items():
         (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
     for seed, (name, values) in enumerate(tensors_of(model, "llama").items()):
-        _, layer, part, *_ = [*name.split("."), "", ""]
-        type = TYPES[part][int(layer)] if part in TYPES else Type.Q6_K if name == "token_embd.weight" else Type.F32
+        type = type_of(name)
         writer.add_tensor(name, stored(values, type, seed), raw_dtype=type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+@pytest.fixture(scope="module")
+def gguf(make_model: Callable[..., Decoder], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def type_of(name: str) -> Type:
+        _, layer, part, *_ = [*name.split("."), "", ""]
+        return TYPES[part][int(layer)] if part in TYPES else Type.Q6_K if name == "token_embd.weight" else Type.F32
+
+    return write_model(tmp_path_factory.mktemp("gguf") / "m.gguf", make_model(**WIDE), type_of)
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +189,27 @@ def test_what_is_asked_for(gguf: Path, tokenizer: Path, tmp_path: Path, weights:
     assert manifest["weights"]["type"] == default
     if weights == "int8":
         assert manifest["weights"]["types"].keys() == {"int8"}
+
+
+def test_types_that_no_block_type_holds_become_int8(
+    make_model: Callable[..., Decoder], tokenizer: Path, tmp_path: Path
+) -> None:
+    """By default, too, of a file that has no others: rounded from the values that they stand for."""
+    model = make_model(**{**WIDE, "layers": 1})
+    path = write_model(tmp_path / "m.gguf", model, lambda name: Type.F32 if "norm" in name else Type.Q2_K)
+    assert convert([str(path), "-o", str(tmp_path / "p"), "--tokenizer", str(tokenizer)]) == 0
+    manifest = json.loads((tmp_path / "p" / "manifest.json").read_text())
+    assert manifest["weights"]["type"] == "source"
+    assert manifest["weights"]["types"] == {"int8": 7 * 256 * 256 + 300 * 256}
+    # Q2_K has 4 values in 16 inputs: what is rounded to 1/127 of a block's largest is off by less than a percent.
+    assert 1e-4 < manifest["quantization_error"]["weights"]["worst"] < 0.01
+    exact, weights = checkpoint_model(open_checkpoint(path, {})), PackageWeights(tmp_path / "p", manifest)
+    for name, parts in {"embed_tokens": ("",), "layers.0.self_attn.qkv": ("q_proj", "k_proj", "v_proj")}.items():
+        stem = name.removesuffix("qkv")
+        matrices = [exact.get_parameter(f"{stem}{part}.weight").detach().numpy() for part in parts]
+        expected = [quantize_weight(matrix, "int8", name).values() for matrix in matrices]
+        got = [its.values() for its in weights.blocks(name)]
+        np.testing.assert_array_equal(np.concatenate(got), np.concatenate(expected))
 
 
 def test_a_checkpoint_of_floats_has_no_source_type(

@@ -206,6 +206,7 @@ def test_tensors_without_blocks(tmp_path: Path) -> None:
     }
     file = write_rows(tmp_path / "m.gguf", tensors)
     assert [file.blocks(name) for name in tensors] == [None] * len(tensors)
+    assert [name for name in tensors if file.is_rounded(name)] == ["Q2_K"]  # to int8, as MXFP4 is by its type
     assert file.blocks("mxfp4", slice(11)) is not None
 
 

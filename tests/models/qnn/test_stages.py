@@ -14,7 +14,8 @@ import torch
 from meki.models.architectures.llama import Decoder
 from meki.models.config import CompileError, ConfigError
 from meki.models.qnn import stages as stages_module
-from meki.models.qnn.stages import Options, plan
+from meki.models.qnn.stages import Options, plan, write_stage
+from meki.models.quantize import Int4Recipe, quantize_weight
 from meki.models.source import model_source
 
 from .conftest import open_weights, write_stages
@@ -28,6 +29,16 @@ NGRAMS = {
 
 def options(precision: str = "float16", **changes: Any) -> Options:
     return Options(**{"context": CONTEXT, "chunk": CHUNK, "precision": precision, "dense": False, **changes})
+
+
+def of_the_package(model: Decoder, weights: str) -> Decoder:
+    """The model with the values that its quantised matrices stand for."""
+    recipe, exported = Int4Recipe(model.config.layers), model.config.shapes(True)
+    for name, values in model.named_parameters():
+        if values.ndim == 2 and weights != "float32" and name in exported:  # the memory's tables become rows
+            type = recipe.type(name) if weights == "int4" else weights
+            values.data = torch.from_numpy(quantize_weight(values.detach().numpy(), type, name).values())
+    return model
 
 
 def folded_rows(model: Decoder, ids: list[int]) -> np.ndarray:
@@ -52,6 +63,9 @@ def folded_rows(model: Decoder, ids: list[int]) -> np.ndarray:
         ("float16", "float32", {"memory_position": "after_attention", "memory_fusion": "multiply_silu"}),
         ("float16", "float32", {"memory_dim": 0, "ple_dim": 32, "ple_vocab_size": 100}),
         ("float16", "float32", NGRAMS),
+        ("int8", "int8", {"memory_experts": "static", "tied_embeddings": False}),
+        ("int4", "int4", {"memory_experts": "static", "qkv_bias": True, "qk_norm": False}),
+        ("float16", "int4", {"memory_experts": "static"}),
     ],
 )
 def test_decode_and_prefill_equal_pytorch(
@@ -63,7 +77,7 @@ def test_decode_and_prefill_equal_pytorch(
     naive_stages: Any,
     tmp_path: Path,
 ) -> None:
-    model = make_model(**overrides)
+    model = of_the_package(make_model(**overrides), weights)
     package = make_package(weights, "float32", **overrides)
     write_stages(package, options(precision), tmp_path)
     plans = plan(open_weights(package), options(precision))
@@ -131,29 +145,74 @@ def test_embedding_has_the_packages_table(weights: str, make_package: Callable[.
         np.testing.assert_array_equal(table, source.panels("embed_tokens"))
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_quantised_weights_keep_their_codes(weights: str, make_package: Callable[..., Path], tmp_path: Path) -> None:
-    """A matrix of the stage, dequantised as MatMulNBits is specified, is the package's, bit for bit."""
-    package = make_package(weights)
-    write_stages(package, options(weights), tmp_path)
-    graph = onnx.load(tmp_path / "decode.0.onnx").graph
-    node = next(node for node in graph.node if node.name == "layers.0.mlp.down_proj.out")
-    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+def dequantised(node: onnx.NodeProto, tensors: dict[str, np.ndarray]) -> np.ndarray:
+    """What a MatMulNBits multiplies with, as it is specified, float32 [N, K]."""
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
     codes, scales = tensors[node.input[1]], tensors[node.input[2]]
     rows, columns, bits = attributes["N"], attributes["K"], attributes["bits"]
-    got = np.zeros((rows, columns), np.float32)
+    assert codes.shape == (rows, columns // 32, 4 * bits)
+    values = np.zeros((rows, columns), np.float32)
     for row in range(rows):
         for column in range(columns):
             block, place = divmod(column, 32)
             code = codes[row, block, place] if bits == 8 else codes[row, block, place // 2] >> 4 * (place % 2) & 15
-            got[row, column] = (int(code) - 2 ** (bits - 1)) * np.float32(scales[row * (columns // 32) + block])
-    exact = open_weights(make_package("float32")).vector("layers.0.mlp.down_proj").T  # as MatMul takes it
-    block_scales = np.repeat(scales.reshape(rows, -1).astype(np.float32), 32, axis=1)
-    # int8 never clips, int4 clips up to a step and a half beyond its range.
-    assert (np.abs(got - exact) <= block_scales * (0.5001 if bits == 8 else 2)).all()
-    (blocks,) = open_weights(package).blocks("layers.0.mlp.down_proj")
-    np.testing.assert_array_equal(got, blocks.values())
+            values[row, column] = (int(code) - 2 ** (bits - 1)) * np.float32(scales[row * (columns // 32) + block])
+    return values
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantised_weights_keep_their_codes(weights: str, make_package: Callable[..., Path], tmp_path: Path) -> None:
+    """Every product of the stages, dequantised, is the package's matrices, bit for bit, in as many bits."""
+    package = make_package(weights)
+    write_stages(package, options(weights), tmp_path)
+    bits = {"embed_tokens": [8]}  # the head
+    for layer in range(3):  # of which the first and the last are the outer ones
+        own = {"self_attn.qkv": [4, 8], "mlp.down_proj": [4] if layer == 1 else [8]}
+        others = ("self_attn.o_proj", "mlp.gate_up", "meki.gate_proj", "meki.out_proj")
+        bits |= {f"layers.{layer}.{name}": its for name, its in {**own, **{key: [4] for key in others}}.items()}
+    source, makers, tensors = open_weights(package), dict[str, onnx.NodeProto](), dict[str, np.ndarray]()
+    for stage in ("decode.0", "decode.1", "head"):
+        graph = onnx.load(tmp_path / f"{stage}.onnx").graph
+        tensors |= {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        makers |= {node.output[0]: node for node in graph.node}
+    products = []
+    for name, expected in bits.items():
+        nodes = [makers[f"{name}.out"]]
+        if len(expected) > 1 and weights == "int4":
+            assert (nodes[0].op_type, nodes[0].attribute[0].i) == ("Concat", -1)
+            nodes = [makers[part] for part in nodes[0].input]
+        its = [attribute.i for node in nodes for attribute in node.attribute if attribute.name == "bits"]
+        assert its == (expected if weights == "int4" else [8]), name
+        values = np.concatenate([dequantised(node, tensors) for node in nodes])
+        np.testing.assert_array_equal(values, np.concatenate([its.values() for its in source.blocks(name)]))
+        products += [node.name for node in nodes]
+    assert sorted(products) == sorted(node.name for node in makers.values() if node.op_type == "MatMulNBits")
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_shards_of_quantised_weights_have_their_size(
+    weights: str, make_package: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = make_package(weights, layers=9, memory_dim=0)  # the first two and the last two are larger, in int4
+
+    def written(limit: float) -> list[int]:
+        """Bytes of the matrices in each stage."""
+        monkeypatch.setattr(stages_module, "SHARD_BYTES", limit)
+        source = open_weights(package)
+        stages = plan(source, options(weights))["decode"]
+        graphs = [onnx.load(write_stage(source, stage, tmp_path)).graph for stage in stages]
+        packed = [
+            {name for node in its.node if node.op_type == "MatMulNBits" for name in node.input[1:]} for its in graphs
+        ]
+        return [
+            sum(len(tensor.raw_data) for tensor in graph.initializer if tensor.name in names)
+            for graph, names in zip(graphs, packed, strict=True)
+        ]
+
+    layers = written(1)
+    assert len(layers) == 9 and (max(layers) > min(layers)) == (weights == "int4")
+    assert written(3 * max(layers)) == [sum(layers[first : first + 3]) for first in (0, 3, 6)]
+    assert len(written(3 * max(layers) - 1)) == 5
 
 
 def test_layer_0_stands_alone_and_rows_go_to_the_stages_that_inject_them(
