@@ -73,7 +73,7 @@ class Checkpoint:
     """Those rows of a tensor, if the checkpoint has it in blocks; CheckpointError. None: it has none that are
     quantised."""
     rounded: Callable[[str], bool] = lambda name: False
-    """Whether a tensor is a matrix that is quantised, but in no blocks of ours: it becomes int8."""
+    """Beside such blocks: whether a tensor that is in none, a matrix, is to become int8 rather than float32."""
 
 
 def check_fetched(path: Path) -> None:
@@ -160,8 +160,7 @@ def checkpoint_source(checkpoint: Checkpoint) -> Source:
 
 @dataclass(frozen=True)
 class CheckpointBlocks:
-    """The decoder's weights as a checkpoint holds them, where it does so in blocks; others that are quantised become
-    int8."""
+    """The decoder's weights as a checkpoint holds them, where it does so in blocks; others become what it says."""
 
     checkpoint: Checkpoint
 

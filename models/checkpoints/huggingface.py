@@ -16,6 +16,7 @@ from huggingface_hub import save_torch_state_dict
 from meki.package.files import read_object, replace_directory
 
 from ..architectures.base import Architecture, Model
+from ..blocks import BLOCK
 from ..ffns.swiglu import SwiGLUConfig
 from ..source import model_source
 from ..tokenizer import TokenizerSpec, parse_tokenizer, read_tokenizer
@@ -78,6 +79,7 @@ def open_huggingface(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         folded=folded,
         trimmed="vocab_size" in overrides,
         blocks=quantized.blocks if quantized and quantized.has_blocks else None,
+        rounded=lambda name: len(tensors.shapes[name]) == 2 and tensors.shapes[name][1] % BLOCK == 0,
     )
 
 
