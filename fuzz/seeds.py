@@ -116,7 +116,7 @@ def packages() -> Iterator[tuple[str, bytes]]:
 
     yield "context", field('"context": ', b"9")
     yield "head-dim", field('"head_dim": ', b"64")
-    yield "eos", field('"eos_token_ids": [', b"7")
+    yield "eos", field('"eos_token_ids": [\n      ', b"7")
     for file in PACKAGE_FILES[1:]:
         yield f"truncated-{file}", bytes([RESTATE]) + edit(file, TRUNCATE, 4096)
     graph = (TINY / "stage1.onnx").read_bytes()
