@@ -159,8 +159,8 @@ def test_perplexity(
 
 
 def test_chat_answers_paris(package: Convert) -> None:
-    # How the answer begins ("The", or in French) is a matter of 0.08 in the logits, which inputs in 8 bits can turn; how
-    # this one goes on, of more than 4.
+    # How the answer begins ("The", or in French) is a matter of 0.08 in the logits, which inputs in 8 bits can turn.
+    # How this one goes on is one of more than 4.
     begun = [*QUESTION, {"role": "assistant", "content": "The capital of France is"}]
     for weights, kv_type in (("float32", "float32"), ("source", "int8"), ("int8", "int8"), ("int4", "int8")):
         answer = Engine(package(weights), kv_type=kv_type).chat(begun, max_new_tokens=40, continue_final_message=True)
