@@ -383,3 +383,10 @@ def naive_rom() -> Callable[[bytes], tuple[dict[str, Any], np.ndarray]]:
 @pytest.fixture(scope="session")
 def naive_crc32c() -> Callable[[bytes], int]:
     return crc32c_bitwise
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tokenizer_json: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    path.write_bytes(tokenizer_json)
+    return path

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.quality.input_rounding import rounded
 from meki import Engine
 from meki.models.architectures.llama import Decoder
 from meki.models.checkpoints import CheckpointError, open_checkpoint
@@ -59,13 +60,6 @@ def plain(symmetric: bool, bits: int = 4, group: int = 32) -> Callable[[str, Flo
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tokenizer_json: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    path.write_bytes(tokenizer_json)
-    return path
-
-
-@pytest.fixture(scope="module")
 def folder(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Layers of several types, some in act-order."""
     path = tmp_path_factory.mktemp("folder") / "m"
@@ -74,9 +68,9 @@ def folder(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="module")
-def package(folder: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def package(folder: Path, tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("package") / "source"
-    assert convert([str(folder), "-o", str(path), "--tokenizer", str(tokenizer)]) == 0
+    assert convert([str(folder), "-o", str(path), "--tokenizer", str(tokenizer_file)]) == 0
     return path
 
 
@@ -125,7 +119,7 @@ def with_rounded_floats(model: Decoder, folder: Path) -> Decoder:
 def test_the_graph_is_the_folders_model(
     make_model: MakeModel,
     reference_session: Any,
-    tokenizer: Path,
+    tokenizer_file: Path,
     tmp_path: Path,
     layout: str,
     of: Callable[[str, Floats], Codes | None],
@@ -134,7 +128,7 @@ def test_the_graph_is_the_folders_model(
 ) -> None:
     """Read element by element, with inputs of matrices in float32."""
     model = write_folder(tmp_path / "m", make_model(**SHAPE), layout, of, config)
-    assert convert([str(tmp_path / "m"), "-o", str(tmp_path / "p"), "--tokenizer", str(tokenizer)]) == 0
+    assert convert([str(tmp_path / "m"), "-o", str(tmp_path / "p"), "--tokenizer", str(tokenizer_file)]) == 0
     expected, got = logits(with_rounded_floats(model, tmp_path / "m")), reference_session(tmp_path / "p").step(IDS)
     # Minimums are rounded to float16, by up to 2^-11 of one; else it is float32 on both sides.
     exact = not any(type.endswith("minimum") for type in types)
@@ -145,14 +139,6 @@ def test_the_graph_is_the_folders_model(
     assert manifest["quantization_error"]["weights"]["worst_tensor"] in FLOATS_OF_FOLDERS
     assert 0.004 < manifest["quantization_error"]["weights"]["worst"] < 0.008
     assert manifest["provenance"]["quantization"] == LAYOUTS[layout][1]["quant_method"]
-
-
-def rounded(x: Tensor, order: Tensor) -> Tensor:
-    """To 8 bits in blocks of 32, of inputs in that order."""
-    blocks = x[..., order].reshape(-1, 32)
-    scales = blocks.abs().amax(dim=1, keepdim=True) / 127
-    codes = torch.where(scales > 0, blocks / scales, 0).round() * scales
-    return codes.reshape(x.shape)[..., order.argsort()]
 
 
 def test_the_engine_rounds_inputs_and_nothing_else(package: Path, folder: Path) -> None:
@@ -172,10 +158,11 @@ def test_the_engine_rounds_inputs_and_nothing_else(package: Path, folder: Path) 
         if its is not None and its.order is not None:
             order = torch.from_numpy(its.order)
             ordered += 1
-        module.register_forward_pre_hook(lambda _, inputs, order=order: (rounded(inputs[0], order),))
+        module.register_forward_pre_hook(
+            lambda _, inputs, order=order: (rounded(inputs[0][..., order])[..., order.argsort()],)
+        )
     assert ordered == 10
-    own = torch.arange(128)
-    model.norm.register_forward_hook(lambda *its: rounded(its[2], own))  # of the head, which is no module's call
+    model.norm.register_forward_hook(lambda *its: rounded(its[2]))  # of the head, which is no module's call
     expected = np.stack([logits(model, IDS[[at]])[0] for at in range(len(IDS))])
     rounding = np.sqrt(np.mean(np.square(expected - exact)))
     assert 1e-3 < rounding / exact.std() < 0.05
@@ -202,8 +189,8 @@ def test_an_npu_gets_the_same_values(package: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("weights", ["int8", "float32"])
-def test_what_else_is_asked_for(folder: Path, tokenizer: Path, tmp_path: Path, weights: str) -> None:
-    arguments = ["--tokenizer", str(tokenizer), "--weights", weights]
+def test_what_else_is_asked_for(folder: Path, tokenizer_file: Path, tmp_path: Path, weights: str) -> None:
+    arguments = ["--tokenizer", str(tokenizer_file), "--weights", weights]
     assert convert([str(folder), "-o", str(tmp_path / "p"), *arguments]) == 0
     assert manifest_of(tmp_path / "p")["weights"]["types"].keys() == {weights}
     got = Engine(tmp_path / "p", kv_type="float32", threads=1).logits(IDS.tolist())
@@ -213,14 +200,16 @@ def test_what_else_is_asked_for(folder: Path, tokenizer: Path, tmp_path: Path, w
     assert np.sqrt(np.mean(np.square(got - expected))) < bound * expected.std()
 
 
-def test_orders_that_differ(make_model: MakeModel, reference_session: Any, tokenizer: Path, tmp_path: Path) -> None:
+def test_orders_that_differ(
+    make_model: MakeModel, reference_session: Any, tokenizer_file: Path, tmp_path: Path
+) -> None:
     """Matrices that are multiplied with the same input stay float32 then."""
 
     def of(name: str, weight: Floats) -> Codes:
         return quantise(weight, groups=act_order(weight.shape[1], 32, len(name)) if "k_proj" in name else None)
 
     model = write_folder(tmp_path / "m", make_model(**SHAPE), "gptq", of)
-    assert convert([str(tmp_path / "m"), "-o", str(tmp_path / "p"), "--tokenizer", str(tokenizer)]) == 0
+    assert convert([str(tmp_path / "m"), "-o", str(tmp_path / "p"), "--tokenizer", str(tokenizer_file)]) == 0
     expected, got = logits(with_rounded_floats(model, tmp_path / "m")), reference_session(tmp_path / "p").step(IDS)
     assert np.sqrt(np.mean(np.square(got - expected))) < 2**-18 * expected.std()
     types = manifest_of(tmp_path / "p")["weights"]["types"]
@@ -230,9 +219,9 @@ def test_orders_that_differ(make_model: MakeModel, reference_session: Any, token
 MIXTURE: dict[str, Any] = {**SHAPE, "qk_norm": True, "ffn_kind": "moe", "experts": 3, "experts_per_token": 2}
 
 
-def test_a_mixture(make_model: MakeModel, reference_session: Any, tokenizer: Path, tmp_path: Path) -> None:
+def test_a_mixture(make_model: MakeModel, reference_session: Any, tokenizer_file: Path, tmp_path: Path) -> None:
     model = write_folder(tmp_path / "m", make_model(**MIXTURE), "gptq", plain(True))
-    assert convert([str(tmp_path / "m"), "-o", str(tmp_path / "p"), "--tokenizer", str(tokenizer)]) == 0
+    assert convert([str(tmp_path / "m"), "-o", str(tmp_path / "p"), "--tokenizer", str(tokenizer_file)]) == 0
     expected, got = logits(with_rounded_floats(model, tmp_path / "m")), reference_session(tmp_path / "p").step(IDS)
     assert np.sqrt(np.mean(np.square(got - expected))) < 2**-18 * expected.std()
 
@@ -240,7 +229,7 @@ def test_a_mixture(make_model: MakeModel, reference_session: Any, tokenizer: Pat
 @pytest.mark.parametrize(("settings", "part"), [(MIXTURE, "experts.1.up_proj"), (SHAPE, "lm_head")])
 def test_orders_that_are_refused(
     make_model: MakeModel,
-    tokenizer: Path,
+    tokenizer_file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     settings: dict[str, Any],
@@ -250,7 +239,7 @@ def test_orders_that_are_refused(
         return quantise(weight, groups=act_order(weight.shape[1], 32, 1) if part in name else None)
 
     write_folder(tmp_path / "m", make_model(**settings), "gptq", of)
-    arguments = [str(tmp_path / "m"), "-o", str(tmp_path / "p"), "--tokenizer", str(tokenizer)]
+    arguments = [str(tmp_path / "m"), "-o", str(tmp_path / "p"), "--tokenizer", str(tokenizer_file)]
     assert convert(arguments) == 1
     error = capsys.readouterr().err
     assert "in an order of their own (act-order)" in error and "--weights int8" in error
@@ -284,9 +273,9 @@ def test_a_matrix_of_another_models(make_model: MakeModel, tmp_path: Path) -> No
 
 
 def test_other_quantisations(
-    make_model: MakeModel, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_model: MakeModel, tokenizer_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_folder(tmp_path / "m", make_model(**SHAPE), "gptq", plain(True), {"quant_method": "fp8"})
-    assert convert([str(tmp_path / "m"), "-o", str(tmp_path / "p"), "--tokenizer", str(tokenizer)]) == 1
+    assert convert([str(tmp_path / "m"), "-o", str(tmp_path / "p"), "--tokenizer", str(tokenizer_file)]) == 1
     error = capsys.readouterr().err
     assert "config.json: quantization_config: quant_method is 'fp8'; supported are gptq, awq" in error

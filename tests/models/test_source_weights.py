@@ -14,8 +14,9 @@ from gguf import GGML_QUANT_SIZES, GGUFWriter
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import quantize
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.quality.input_rounding import rounded
 from meki import Engine
 from meki.models.architectures.llama import Decoder
 from meki.models.checkpoints import open_checkpoint
@@ -90,16 +91,9 @@ def gguf(make_model: Callable[..., Decoder], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tokenizer_json: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    path.write_bytes(tokenizer_json)
-    return path
-
-
-@pytest.fixture(scope="module")
-def package(gguf: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def package(gguf: Path, tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("package") / "source"
-    assert convert([str(gguf), "-o", str(path), "--tokenizer", str(tokenizer)]) == 0
+    assert convert([str(gguf), "-o", str(path), "--tokenizer", str(tokenizer_file)]) == 0
     return path
 
 
@@ -122,13 +116,6 @@ def test_the_graph_is_the_files_model(package: Path, dequantised: Decoder, refer
     got = reference_session(package).step(IDS)
     # Scales and minimums that are products are rounded to float16, by up to 2^-11 of one.
     assert np.sqrt(np.mean(np.square(got - expected))) < 2**-11 * expected.std()
-
-
-def rounded(x: Tensor) -> Tensor:
-    """To 8 bits in blocks of 32."""
-    blocks = x.reshape(-1, 32)
-    scales = blocks.abs().amax(dim=1, keepdim=True) / 127
-    return (torch.where(scales > 0, blocks / scales, 0).round() * scales).reshape(x.shape)
 
 
 def test_the_engine_rounds_inputs_and_nothing_else(package: Path, gguf: Path) -> None:
@@ -182,9 +169,9 @@ def test_the_manifest_counts_types(package: Path, gguf: Path) -> None:
 
 
 @pytest.mark.parametrize(("weights", "default"), [(None, "source"), ("int8", "int8"), ("float32", "float32")])
-def test_what_is_asked_for(gguf: Path, tokenizer: Path, tmp_path: Path, weights: str | None, default: str) -> None:
+def test_what_is_asked_for(gguf: Path, tokenizer_file: Path, tmp_path: Path, weights: str | None, default: str) -> None:
     asked = [] if weights is None else ["--weights", weights]
-    assert convert([str(gguf), "-o", str(tmp_path / "p"), "--tokenizer", str(tokenizer), *asked]) == 0
+    assert convert([str(gguf), "-o", str(tmp_path / "p"), "--tokenizer", str(tokenizer_file), *asked]) == 0
     manifest = json.loads((tmp_path / "p" / "manifest.json").read_text())
     assert manifest["weights"]["type"] == default
     if weights == "int8":
@@ -192,12 +179,12 @@ def test_what_is_asked_for(gguf: Path, tokenizer: Path, tmp_path: Path, weights:
 
 
 def test_types_that_no_block_type_holds_become_int8(
-    make_model: Callable[..., Decoder], tokenizer: Path, tmp_path: Path
+    make_model: Callable[..., Decoder], tokenizer_file: Path, tmp_path: Path
 ) -> None:
     """By default, too, of a file that has no others: rounded from the values that they stand for."""
     model = make_model(**{**WIDE, "layers": 1})
     path = write_model(tmp_path / "m.gguf", model, lambda name: Type.F32 if "norm" in name else Type.Q2_K)
-    assert convert([str(path), "-o", str(tmp_path / "p"), "--tokenizer", str(tokenizer)]) == 0
+    assert convert([str(path), "-o", str(tmp_path / "p"), "--tokenizer", str(tokenizer_file)]) == 0
     manifest = json.loads((tmp_path / "p" / "manifest.json").read_text())
     assert manifest["weights"]["type"] == "source"
     assert manifest["weights"]["types"] == {"int8": 7 * 256 * 256 + 300 * 256}
