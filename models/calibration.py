@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .blocks import Blocks
 from .gptq import gptq
 from .quantize import Int4Recipe
-from .source import Source
+from .source import Source, load_weights
 
 TEXT = Path(__file__).with_name("calibration.txt")
 """Passages of English novels and of state papers (all in the public domain), of this project's documents and code, and
@@ -49,7 +49,7 @@ class CalibratedBlocks(Int4Recipe):
         self._source, self._windows = source, windows
         with torch.device("meta"):
             self._model = source.config.module()
-        _load(self._model.embed_tokens, "embed_tokens", source)
+        load_weights(self._model.embed_tokens, source, "embed_tokens.")
         self._states: list[Tensor] = []  # what the next layer is given, of so many windows each
         self._next = 0
         self._moments: dict[str, Tensor] = {}
@@ -61,12 +61,15 @@ class CalibratedBlocks(Int4Recipe):
         assert prefix == "layers" and int(layer) >= self._next - 1, name
         while int(layer) >= self._next:
             self._run_layer()
-        return gptq(self._source.weights(name), self._moments[name], self.type(name), name)
+        weight = self._model.get_parameter(name).detach().numpy()
+        return gptq(weight, self._moments[name], self.type(name), name)
 
     @torch.no_grad()
     def _run_layer(self) -> None:
-        layer, prefix = self._model.layers[self._next], f"layers.{self._next}"
-        _load(layer, prefix, self._source)
+        if self._next:
+            self._model.layers[self._next - 1] = nn.Identity()  # its weights are not needed any more
+        layer, prefix = self._model.layers[self._next], f"layers.{self._next}."
+        load_weights(layer, self._source, prefix)
         moments = Moments(layer, prefix)
         for at, ids in enumerate(self._windows.split(_WINDOWS_AT_ONCE)):
             x, shared = self._model.begin(ids)
@@ -76,19 +79,18 @@ class CalibratedBlocks(Int4Recipe):
                 self._states.append(x)
             self._states[at] = layer(x, *shared)
         self._moments = moments.close()
-        self._model.layers[self._next] = nn.Identity()  # its weights are not needed any more
         self._next += 1
 
 
 class Moments:
-    """Sums of x x^T over the inputs of a module's matrices, float32 [k, k], by their names."""
+    """Sums of x x^T over the inputs of a module's matrices, float32 [k, k], by names that begin with `prefix`."""
 
     def __init__(self, module: nn.Module, prefix: str) -> None:
         self._sums: dict[str, Tensor] = {}
         self._last: tuple[Tensor | None, str] = (None, "")  # several matrices have one input
         self._names: dict[str, str] = {}
         linears = ((name, its) for name, its in module.named_modules() if isinstance(its, nn.Linear))
-        self._hooks = [its.register_forward_pre_hook(self._hook(f"{prefix}.{name}.weight")) for name, its in linears]
+        self._hooks = [its.register_forward_pre_hook(self._hook(f"{prefix}{name}.weight")) for name, its in linears]
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -111,11 +113,3 @@ class Moments:
             hook.remove()
         self._last = None, ""
         return {name: self._sums[owner] for name, owner in self._names.items()}
-
-
-def _load(module: nn.Module, prefix: str, source: Source) -> None:
-    state = {
-        name: torch.from_numpy(source.weights(f"{prefix}.{name}")).to(tensor.dtype)
-        for name, tensor in module.state_dict().items()
-    }
-    module.load_state_dict(state, assign=True)

@@ -139,10 +139,9 @@ def check(args: argparse.Namespace, opened: Opened, text: str) -> dict[str, Any]
 
 def summary(path: Path, manifest: dict[str, Any]) -> str:
     """The sizes and quantisation errors of a package, for people."""
-    types = {name: count for name, count in manifest["weights"]["types"].items() if name in BLOCK_TYPES}
-    bits = sum(BLOCK_TYPES[name].bits_per_weight * count for name, count in types.items()) / max(sum(types.values()), 1)
-    average = f", {bits:.2f} bits a weight" if types else ""
-    lines = [f"{path}: {manifest['name']}, weights {manifest['weights']['type']}{average}"]
+    types, bits = manifest["weights"]["types"], {name: its.bits_per_weight for name, its in BLOCK_TYPES.items()}
+    average = sum(bits.get(name, 32) * count for name, count in types.items()) / sum(types.values())
+    lines = [f"{path}: {manifest['name']}, weights {manifest['weights']['type']}, {average:.2f} bits a weight"]
     lines += [f"  {name:<16} {entry['bytes'] / 1e6:12,.3f} MB" for name, entry in manifest["files"].items()]
     errors = manifest["quantization_error"]
     if manifest["weights"]["block"]:

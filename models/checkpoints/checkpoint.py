@@ -20,7 +20,7 @@ from ..blocks import Blocks, Floats
 from ..config import ConfigError, check
 from ..memories import MEMORIES
 from ..memories.base import ALL
-from ..source import Source, lazy_source
+from ..source import Source, lazy_source, load_weights
 from ..tokenizer import TokenizerSpec
 
 
@@ -201,8 +201,7 @@ def checkpoint_model(checkpoint: Checkpoint) -> Model:
     source = checkpoint_source(checkpoint)
     with torch.device("meta"):
         model = checkpoint.config.module()
-    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}  # not all are float32: ids are not
-    model.load_state_dict({name: torch.from_numpy(source.weights(name)).to(types[name]) for name in types}, assign=True)
+    load_weights(model, source)
     return model
 
 
