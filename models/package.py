@@ -26,7 +26,7 @@ from .source import Source, model_source
 from .tokenizer import TokenizerSpec, parse_tokenizer
 
 FORMAT = "meki-package"
-VERSION = 5
+VERSION = 6
 _HEAD_DIM_MULTIPLE = 16  # of heads that the runtime's attention takes
 
 PhaseProgress = Callable[[str, int, int], object]
@@ -46,9 +46,11 @@ def check_exportable(config: Architecture, weight_type: str) -> None:
     """ConfigError if the runtime could not run a graph of this configuration with such weights."""
     if weight_type not in WEIGHT_TYPES:
         raise ConfigError(f"weight type: got {weight_type!r}, expected one of {', '.join(WEIGHT_TYPES)}")
-    if config.head_dim % _HEAD_DIM_MULTIPLE:
+    for head_dim in config.head_dims:
+        if head_dim % _HEAD_DIM_MULTIPLE == 0:
+            continue
         raise ConfigError(
-            f"head_dim is {config.head_dim}: the runtime's attention needs a multiple of {_HEAD_DIM_MULTIPLE}; "
+            f"head_dim is {head_dim}: the runtime's attention needs a multiple of {_HEAD_DIM_MULTIPLE}; "
             "such a model cannot be exported"
         )
     memory = {next(iter(config.memory.SETTINGS)): config.memory.dim} if config.memory else {}
@@ -181,6 +183,7 @@ def export_package(
             "version": VERSION,
             "name": name,
             "architecture": config.manifest(),
+            "kv_caches": config.kv_caches(),
             "memory": memory,
             "parameters": parameters,
             "stages": [

@@ -173,11 +173,14 @@ def round_to(columns: Floats, scale: Floats, minimum: Floats, type: str) -> NDAr
     return np.clip(np.rint((columns - minimum) / scale), *BLOCK_TYPES[type].range).astype(np.int8)
 
 
+_SENSITIVE = ("v_proj", "per_layer_input_gate", "per_layer_projection")
+
+
 class Int4Recipe:
     """What `--weights int4` makes of matrices, by name: int8 where 4 bits are felt most, else int4.
 
-    In int8 are the embedding and the head, the value projections, and of the first and the last eighth of the layers
-    what leads out of the FFN (docs/quality.md has what each bought).
+    In int8 are the embedding and the head, the value projections, the small matrices of a per-layer embedding, and of
+    the first and the last eighth of the layers what leads out of the FFN (docs/quality.md has what each bought).
     """
 
     def __init__(self, layers: int) -> None:
@@ -188,7 +191,7 @@ class Int4Recipe:
         if not name.startswith("layers."):
             return "int8"
         layer, matrix = name.split(".")[1], name.split(".")[-2]
-        sensitive = matrix == "v_proj" or (matrix == "down_proj" and int(layer) not in self._inner)
+        sensitive = matrix in _SENSITIVE or (matrix == "down_proj" and int(layer) not in self._inner)
         return "int8" if sensitive else "int4"
 
     def order(self, name: str) -> None:

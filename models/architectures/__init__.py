@@ -9,9 +9,11 @@ from ..config import ConfigError, Rule
 from ..ffns import FFNS
 from ..memories import MEMORIES
 from .base import Architecture
+from .gemma3 import Gemma3Config
+from .gemma4 import Gemma4Config
 from .llama import LlamaConfig
 
-ARCHITECTURES: dict[str, type[Architecture]] = {"llama": LlamaConfig}
+ARCHITECTURES: dict[str, type[Architecture]] = {kind.kind: kind for kind in (LlamaConfig, Gemma3Config, Gemma4Config)}
 
 SETTINGS: dict[str, Rule] = {
     name: rule

@@ -76,6 +76,8 @@ class Architecture(Dimensions, ABC):
     """Of `ffn_kind` and all fields but `feed_forward` and `memory`."""
     STATED: ClassVar[tuple[str, ...]]
     """Fields that a checkpoint or the user must give, defaults or not."""
+    FFN_KIND: ClassVar[str] = SwiGLUConfig.kind
+    """Of an FFN that is not stated."""
 
     layers: int
     tied_embeddings: bool = True
@@ -109,7 +111,7 @@ class Architecture(Dimensions, ABC):
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
         """settings: fields, those of the FFN and of a memory; what is not given has its default. ConfigError."""
-        ffn_kind = settings.get("ffn_kind", SwiGLUConfig.kind)
+        ffn_kind = settings.get("ffn_kind", cls.FFN_KIND)
         check(cls.RULES, {"ffn_kind": ffn_kind})
         ffn = FFNS[ffn_kind]
         known = [*cls.RULES, *ffn.RULES, *(name for kind in MEMORIES.values() for name in kind.SETTINGS)]
@@ -137,6 +139,15 @@ class Architecture(Dimensions, ABC):
         return dataclasses.replace(self, memory=None)
 
     @property
+    def head_dims(self) -> tuple[int, ...]:
+        """That its layers' attention has."""
+        return (self.head_dim,)
+
+    def kv_caches(self) -> list[dict[str, int]] | None:
+        """Of each layer, as the manifest has them; None: all are of `kv_heads` heads of `head_dim`, over all positions."""
+        return None
+
+    @property
     @abstractmethod
     def residual(self) -> tuple[str, ...]:
         """How names of weights end that write to the residual stream."""
@@ -162,9 +173,7 @@ class Architecture(Dimensions, ABC):
         shapes, memory = self.shapes(), self.memory
         if memory is None:
             return shapes
-        its = f".{memory.kind}."
-        kept = tuple(its + name for name in memory.KEPT)
-        stays = {name: shape for name, shape in shapes.items() if its not in name or name.endswith(kept)}
+        stays = {name: shape for name, shape in shapes.items() if not memory.in_rows(name)}
         return stays | memory.tables(self)
 
     @property

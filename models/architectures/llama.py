@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..config import FLAG, POSITIVE, WIDTH, ConfigError, Rule, integer, is_positive, one_of
 from ..ffns import FFNS
+from ..graph.primitives import Attention as AttentionSpec
 from ..graph.primitives import KeyBias, Matrix, Primitives, Value
 from ..memories.base import MemoryLayer, Tokens
 from .base import Architecture, Model
@@ -118,9 +119,17 @@ class LlamaConfig(Architecture):
         h = g.norm(x, f"{prefix}.input_layernorm")
         qkv = g.linear(h, *projections, name=f"{attention}.qkv", bias=self.qkv_bias)
         norms = (f"{attention}.q_norm", f"{attention}.k_norm") if self.qk_norm else ()
-        bias = KeyBias(f"{attention}.k_proj", f"{prefix}.input_layernorm") if self.qkv_bias else None
-        rotated = layer not in self.nope_layers
-        attended = g.attention(qkv, layer, attention, norms, self.rope_tables, rotated, bias)
+        its = AttentionSpec(
+            layer=layer,
+            name=attention,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=dim,
+            norms=norms,
+            rotary=None if layer in self.nope_layers else self.rope_tables,
+            bias=KeyBias(f"{attention}.k_proj", f"{prefix}.input_layernorm") if self.qkv_bias else None,
+        )
+        attended = g.attention(qkv, its)
         x = g.add(x, g.linear(attended, Matrix(f"{attention}.o_proj", self.hidden)), f"{prefix}.attended")
         if memory:
             x = memory.after_attention(g, layer, x, h, words)

@@ -37,4 +37,8 @@ class SwiGLUConfig(FFN):
     def program(self, g: Primitives, h: Value, prefix: str, width: int, outputs: int) -> Value:
         gate, up = Matrix(f"{prefix}.gate_proj", width), Matrix(f"{prefix}.up_proj", width)
         both = g.linear(h, gate, up, name=f"{prefix}.gate_up")
-        return g.linear(g.swiglu(both, prefix), Matrix(f"{prefix}.down_proj", outputs))
+        return g.linear(self.gated(g, both, prefix), Matrix(f"{prefix}.down_proj", outputs))
+
+    def gated(self, g: Primitives, both: Value, name: str) -> Value:
+        """Of the gate's columns and those of `up` behind them."""
+        return g.swiglu(both, name)

@@ -15,7 +15,7 @@ from onnx import TensorProto
 
 from ..blocks import BLOCK_TYPES, Floats
 from ..config import ConfigError
-from .primitives import Dimensions, KeyBias, Lazy, Matrix, Norm, Primitives, Row, Tables, Value
+from .primitives import Attention, Dimensions, KeyBias, Lazy, Matrix, Narrowed, Norm, Primitives, Row, Value, Vector
 from .tensors import tensor_bytes
 from .weights import Weights, WeightStore
 
@@ -64,6 +64,8 @@ class CpuGraph(Primitives):
         """Constants of which a decode step reads a line."""
         self.mixtures: dict[str, tuple[int, int]] = {}
         """Constants of all experts: of how many a decode step reads the weights, and how many there are."""
+        self.narrowed = False
+        """The program goes on with the tokens whose logits are wanted."""
 
     @property
     def decode_bytes(self) -> int:
@@ -88,7 +90,15 @@ class CpuGraph(Primitives):
         return self._mixture(b, a) if isinstance(b, Mixture) else super().add(a, b, name)
 
     def compute(self, value: Lazy) -> str:
-        return self._mixture(value) if isinstance(value, Mixture) else super().compute(value)
+        match value:
+            case Mixture():
+                return self._mixture(value)
+            case Vector(name, factor):
+                return self.array(f"{name}.times.{factor}", lambda: self.store.joined([name]) * np.float32(factor))
+            case Narrowed(x):
+                name = self.use(x)
+                return self.op("Gather", [name, self._logit_index()], f"{name}.wanted", axis=1)
+        return super().compute(value)
 
     def _mixture(self, mixture: Mixture, residual: Value = "") -> str:
         name, experts, chosen = mixture.name, mixture.experts, mixture.experts_per_token
@@ -112,44 +122,62 @@ class CpuGraph(Primitives):
             **types,
         )
 
-    def attention(
-        self,
-        qkv: Value,
-        layer: int,
-        name: str,
-        norms: Sequence[str],
-        tables: Tables,
-        rotated: bool,
-        bias: KeyBias | None,
-    ) -> Value:
-        config, stage = self.config, self.stages[-1]
-        stage.layers.append(layer)
-        cache: list[int | str] = ["blocks", config.kv_heads, "block_bytes"]
-        past = self.input(f"past.{layer}", cache, TensorProto.UINT8)
-        present = stage.output(f"present.{layer}", cache, TensorProto.UINT8)
+    def attention(self, qkv: Value, its: Attention) -> Value:
+        stage, own = self.stages[-1], its.source is None
+        cache: list[int | str] = [f"blocks.{its.window}", its.kv_heads, f"block_bytes.{its.head_dim}"]
+        if own:
+            stage.layers.append(its.layer)
+            past = self.input(f"past.{its.layer}", cache, TensorProto.UINT8)
+        elif (past := f"present.{its.source}") not in stage.outputs:  # an earlier stage has added to it
+            past = self.input(f"shared.{its.source}", cache, TensorProto.UINT8)
         length = self.input("total_sequence_length", [], TensorProto.INT32)
-        if rotated:
-            cos = self.array("rope.cos", lambda: np.asarray(tables(config.context)[0]))
-            sin = self.array("rope.sin", lambda: np.asarray(tables(config.context)[1]))
+        cos, sin, frequencies = self._rotary(its)
+        norms = [self.vector(f"{norm}.weight") for norm in its.norms]
+        inputs = [qkv, past, length, cos, sin, *norms, *[""] * (2 - len(norms))]
+        inputs += [self._key_offsets(its), frequencies]
+        while not inputs[-1]:
+            inputs.pop()
+        attributes: dict[str, int | float] = {} if own else {"shared": 1}
+        if frequencies:  # in tables it can be seen
+            attributes["head_dim"] = its.head_dim
+        for name in ("scale", "window", "value_norm"):
+            if value := getattr(its, name):
+                attributes[name] = int(value) if isinstance(value, bool) else value
+        outputs = [f"{its.name}.heads"]
+        if own:
+            outputs.append(stage.output(f"present.{its.layer}", cache, TensorProto.UINT8))
+        return self.op(
+            "Attention",
+            inputs,
+            outputs,
+            domain=_DOMAIN,
+            heads=its.heads,
+            kv_heads=its.kv_heads,
+            epsilon=self.config.norm_eps,
+            **attributes,
+        )
+
+    def _rotary(self, its: Attention) -> tuple[str, str, str]:
+        """The inputs cos, sin and frequencies."""
+        context, rotary = self.config.context, its.rotary
+        if isinstance(rotary, tuple):
+            values = np.array(rotary, np.float64)
+            return "", "", self.array(f"rope.{its.head_dim}.{rotary[0]}.{rotary[-1]}", lambda: values)
+        if rotary:
+            cos = self.array("rope.cos", lambda: np.asarray(rotary(context)[0]))
+            sin = self.array("rope.sin", lambda: np.asarray(rotary(context)[1]))
         else:  # the operator always rotates: by nothing
-            shape = (config.context, config.head_dim // 2)
+            shape = (context, its.head_dim // 2)
             cos = self.array("nope.cos", lambda: np.ones(shape, np.float32))
             sin = self.array("nope.sin", lambda: np.zeros(shape, np.float32))
         self.looked_up |= {cos, sin}
-        extras = [self.vector(f"{norm}.weight") for norm in norms]
-        if bias and not norms:  # which would come between
-            offsets = key_offsets(self.store.weights, bias, config.kv_heads)
-            if offsets.any():
-                extras = ["", "", self.array(f"{name}.key_offsets", lambda: offsets)]
-        return self.op(
-            "Attention",
-            [qkv, past, length, cos, sin, *extras],
-            [f"{name}.heads", present],
-            domain=_DOMAIN,
-            heads=config.heads,
-            kv_heads=config.kv_heads,
-            epsilon=config.norm_eps,
-        )
+        return cos, sin, ""
+
+    def _key_offsets(self, its: Attention) -> str:
+        if not its.bias or its.norms:  # which would come between
+            return ""
+        offsets = key_offsets(self.store.weights, its.bias, its.kv_heads)
+        return self.array(f"{its.name}.key_offsets", lambda: offsets) if offsets.any() else ""
 
     def convolution(self, x: Value, number: int, norm: str, name: str, dilation: int) -> Value:
         cache: list[int | str] = ["context", "token_bytes"]
@@ -166,11 +194,24 @@ class CpuGraph(Primitives):
             epsilon=self.config.norm_eps,
         )
 
+    def narrow(self, x: Value) -> Value:
+        self.narrowed = True
+        return Narrowed(x)
+
+    def here(self, x: Value) -> Value:
+        return Narrowed(x) if self.narrowed else x
+
+    def rows_tensor(self) -> str:
+        return self.use(self.here("rows"))
+
     def selected(self, x: Value) -> Value:
         """[K, hidden], of the positions in logit_index."""
-        index = self.input("logit_index", ["K"], TensorProto.INT64)
         batch_axis = self.array("batch_axis", lambda: np.zeros(1, np.int64))
-        return self.op("Gather", [self.op("Squeeze", [x, batch_axis], "final.tokens"), index], "final.selected")
+        tokens = self.op("Squeeze", [x, batch_axis], "final.tokens")
+        return tokens if self.narrowed else self.op("Gather", [tokens, self._logit_index()], "final.selected")
+
+    def _logit_index(self) -> str:
+        return self.input("logit_index", ["K"], TensorProto.INT64)
 
     def head(self, x: Value, name: str) -> Value:
         table = self.table(name)
@@ -231,16 +272,22 @@ class Product(Lazy):
 
 
 @dataclass(frozen=True)
-class SwiGLU(Lazy):
+class Gated(Lazy):
+    """What the function `kind`, "swiglu" or "geglu", makes of x."""
+
     x: Value
     name: str
+    kind: str
 
 
 class PackedGraph(CpuGraph):
     """A graph with packed matrices. The operators that take them compute the norm or SwiGLU before, too."""
 
     def swiglu(self, x: Value, name: str) -> Value:
-        return SwiGLU(x, name)
+        return Gated(x, name, "swiglu")
+
+    def geglu(self, x: Value, name: str) -> Value:
+        return Gated(x, name, "geglu")
 
     def product(self, x: Value, matrices: Sequence[Matrix], name: str) -> Value:
         if not self.store.is_packed([f"{matrix.name}.weight" for matrix in matrices]):
@@ -248,14 +295,19 @@ class PackedGraph(CpuGraph):
         return Product(x, tuple(matrices), name)
 
     def add(self, a: Value, b: Value, name: str) -> Value:
-        return self._linear(b, a) if isinstance(b, Product) else super().add(a, b, name)
+        match b:
+            case Product():
+                return self._linear(b, a)
+            case Norm(Product() as product, norm):
+                return self._linear(product, a, norm)
+        return super().add(a, b, name)
 
     def compute(self, value: Lazy) -> str:
         match value:
             case Product():
                 return self._linear(value)
-            case SwiGLU(x, name):
-                return self.use(super().swiglu(x, name))
+            case Gated(x, name, kind):
+                return self.use(super().swiglu(x, name) if kind == "swiglu" else super().geglu(x, name))
         return super().compute(value)
 
     def fused(self, kind: str, inputs: Sequence[Value | Matrix], output: str, **attributes: int) -> Value:
@@ -268,7 +320,7 @@ class PackedGraph(CpuGraph):
                     weight, attributes[_TYPES_OF_INPUTS[kind, len(passed)]] = self._matrix(value.name)
                     passed.append(weight)
                 case Row(layer):
-                    passed.append("rows")
+                    passed.append(self.rows_tensor())
                     attributes["layer"] = layer - self._stage_rows().start
                 case _:
                     passed.append(value)
@@ -301,22 +353,24 @@ class PackedGraph(CpuGraph):
             return super().multiply_table(x, table, name)
         return self.linear(x, Matrix(name, self.config.vocab_size))
 
-    def _linear(self, product: Product, residual: Value = "") -> str:
+    def _linear(self, product: Product, residual: Value = "", post_norm: str = "") -> str:
         parts = [f"{matrix.name}.weight" for matrix in product.matrices]
         x, weight = self._in_order(product, parts), ""
-        swiglu = isinstance(x, SwiGLU)
+        attributes = {"swiglu": 0}
         match x:
             case Norm(normed, norm):
                 x, weight = normed, self.vector(f"{norm}.weight")
-            case SwiGLU(both):
+            case Gated(both, _, kind):
                 x = both
+                attributes[kind] = 1
         panels = self._constant(self.store.packed(f"{product.name}.panels", parts))
         its = [[BLOCK_TYPES[type].code, rows] for type, rows in self.store.parts[panels]]
         inputs = [x, panels, self.array(f"{product.name}.parts", lambda: np.array(its, np.int64)), weight, residual]
+        inputs.append(self.vector(f"{post_norm}.weight") if post_norm else "")
         while not inputs[-1]:
             inputs.pop()
         out, epsilon = f"{product.name}.out", self.config.norm_eps
-        return self.op("Linear", inputs, out, domain=_DOMAIN, swiglu=int(swiglu), epsilon=epsilon)
+        return self.op("Linear", inputs, out, domain=_DOMAIN, epsilon=epsilon, **attributes)
 
     def _in_order(self, product: Product, parts: Sequence[str]) -> Value:
         """What the matrices are multiplied with, in the order of their columns: another than its own is made here."""

@@ -20,7 +20,7 @@ from onnx import TensorProto
 from ..blocks import BLOCK, BLOCK_TYPES, Blocks, Codes, Floats
 from ..config import CompileError
 from .builder import GraphBuilder
-from .primitives import Dimensions, KeyBias, Lazy, Matrix, Primitives, Row, Tables, Value
+from .primitives import Attention, Dimensions, Matrix, Primitives, Tables, Value
 from .tensors import TensorFile
 
 MASKED = -30_000.0
@@ -76,7 +76,6 @@ class NpuGraph(Primitives):
     """Values are float16 [1, T, ..]. Between stages they are float32; the head is a stage of its own, for one token."""
 
     DOMAIN = "com.microsoft"
-    rows_tensor = "rows.float16"
 
     def __init__(
         self,
@@ -158,21 +157,15 @@ class NpuGraph(Primitives):
             f"not the {experts_per_token} that the token is sent to; run the model on the CPU"
         )
 
-    def attention(
-        self,
-        qkv: Value,
-        layer: int,
-        name: str,
-        norms: Sequence[str],
-        tables: Tables,
-        rotated: bool,
-        bias: KeyBias | None,
-    ) -> Value:
+    def attention(self, qkv: Value, its: Attention) -> Value:
         """The cache is an input, the new keys and values are outputs. It is of float16: a bias does it no harm."""
+        if its.window or its.source is not None or its.value_norm or isinstance(its.rotary, tuple):
+            raise CompileError(f"{its.name}: attention over a window or another layer's cache is not supported yet")
+        layer, name, norms = its.layer, its.name, its.norms
         config, tokens, context, stage = self.config, self.shape.tokens, self.shape.context, self.stages[-1]
         stage.layers.append(layer)
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
-        mask, cos, sin = self._positions(tables)
+        mask = self._mask(heads // kv_heads)
         names = [f"{name}.{part}" for part in "qkv"]
         total = heads + 2 * kv_heads
         qkv = self._reshape(qkv, f"{name}.qkv.heads", tokens, total, dim)
@@ -182,8 +175,9 @@ class NpuGraph(Primitives):
         q, k = (
             self.op("Transpose", [x], f"{part}.heads", perm=[1, 0, 2]) for x, part in zip((q, k), names, strict=False)
         )
-        if rotated:
-            q, k = (self._rotated(x, part, cos, sin) for x, part in zip((q, k), names, strict=False))
+        if its.rotary:
+            turns = self._turns(its.rotary)
+            q, k = (self._rotated(x, part, *turns) for x, part in zip((q, k), names, strict=False))
         key = self.op("Transpose", [k], f"new_key.{layer}", perm=[0, 2, 1])
         value = self.op("Transpose", [v], f"new_value.{layer}", perm=[1, 0, 2])
         stage.output(key, [kv_heads, dim, tokens], TensorProto.FLOAT16)
@@ -248,38 +242,38 @@ class NpuGraph(Primitives):
         entered = self.input(crossing, [1, self.tokens, self.config.hidden])
         return self.op("Cast", [entered], f"{crossing}.float16", to=TensorProto.FLOAT16)
 
-    def compute(self, value: Lazy) -> str:
-        if isinstance(value, Row) and self.rows_tensor not in self._here:
-            self.op("Cast", ["rows"], self.rows_tensor, to=TensorProto.FLOAT16)
-        return super().compute(value)
+    def rows_tensor(self) -> str:
+        halves = "rows.float16"
+        return halves if halves in self._here else self.op("Cast", ["rows"], halves, to=TensorProto.FLOAT16)
 
-    def _positions(self, tables: Tables) -> tuple[str, str, str]:
-        """What the step's place in the sequence decides, made once a stage.
-
-        The mask, float16 [1, query heads of a key head * T, C + T], or [1, 1, C + 1] if T is 1; the rotary cos and sin,
-        float16 [T, head_dim / 2].
-        """
+    def _mask(self, group: int) -> str:
+        """What a token sees, by the step's place in the sequence, made once a stage: float16 [1, group * T, C + T], or
+        [1, 1, C + 1] if T is 1. group: query heads of a key head."""
         if "mask" in self._here:
-            return "mask", "cos", "sin"
+            return "mask"
         tokens, context = self.shape.tokens, self.shape.context
-        past = self.input("past_length", [1], TensorProto.INT32)
         slots = self.array("slots", lambda: np.arange(context, dtype=np.int32))
         values = [
             self._half("mask.open", lambda: np.zeros(1)),
             self._half("mask.closed", lambda: np.full(1, MASKED)),
         ]
-        cache = self.op("Where", [self.op("Less", [slots, past], "mask.seen"), *values], "mask.slots")
+        cache = self.op("Where", [self.op("Less", [slots, self._past()], "mask.seen"), *values], "mask.slots")
         cache = self._reshape(cache, "mask.row", 1, 1, context)
         if tokens > 1:
             cache = self.op("Expand", [cache, self._ints(1, tokens, context)], "mask.cache")
         own = self._half("mask.own", lambda: np.triu(np.full((1, tokens, tokens), MASKED), 1))
         if tokens == 1:  # one row serves all query heads of a group
-            self.op("Concat", [cache, own], "mask", axis=-1)
-        else:
-            rows = self.op("Concat", [cache, own], "mask.tokens", axis=-1)
-            self.op("Concat", [rows] * (self.config.heads // self.config.kv_heads), "mask", axis=1)
+            return self.op("Concat", [cache, own], "mask", axis=-1)
+        rows = self.op("Concat", [cache, own], "mask.tokens", axis=-1)
+        return self.op("Concat", [rows] * group, "mask", axis=1)
+
+    def _turns(self, tables: Tables) -> tuple[str, str]:
+        """The rotary cos and sin of the step's tokens, made once a stage, float16 [T, head_dim / 2]."""
+        if "cos" in self._here:
+            return "cos", "sin"
+        tokens, context = self.shape.tokens, self.shape.context
         steps = self.array("steps", lambda: np.arange(tokens, dtype=np.int32))
-        position = self.op("Add", [steps, past], "position")
+        position = self.op("Add", [steps, self._past()], "position")
 
         def table(index: int) -> np.ndarray:
             # The padding of the last chunk may stand behind the context: it gets a line, whichever.
@@ -288,7 +282,10 @@ class NpuGraph(Primitives):
         for index, name in enumerate(("cos", "sin")):
             half = self._half(f"rope.{name}", functools.partial(table, index))
             self.op("Gather", [half, position], name, axis=0)
-        return "mask", "cos", "sin"
+        return "cos", "sin"
+
+    def _past(self) -> str:
+        return self.input("past_length", [1], TensorProto.INT32)
 
     def _normed(self, x: str, heads: int, norm: str) -> str:
         """RMSNorm of each head. x: [T, heads, head_dim]."""

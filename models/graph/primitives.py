@@ -4,6 +4,7 @@ A program (of an architecture, an FFN or a memory) says what a model computes, c
 graph/npu.py make nodes of it. A value stands for a tensor [1, T, width], T being the tokens of a step: float32 on the
 CPU, float16 on the NPU. Stages need no word in a program: the first memory row that is asked for begins a stage, and a
 value [1, T, hidden] that is used in a later stage than it was made in becomes an output of that and an input of this.
+From `narrow` on, T is the number of tokens whose logits are wanted.
 """
 
 from __future__ import annotations
@@ -35,6 +36,40 @@ class KeyBias(NamedTuple):
     norm: str
 
 
+Tables = Callable[[int], tuple[ArrayLike, ArrayLike]]
+"""Rotary tables of so many positions: cos and sin, float32 [positions, head_dim / 2]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """A layer's causal attention. An immutable value."""
+
+    layer: int
+    name: str
+    """What the names of its weights begin with."""
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norms: tuple[str, ...] = ()
+    """Of queries and keys, over head_dim, before they are rotated; of queries alone with `source`; or none."""
+    rotary: Tables | tuple[float, ...] | None
+    """Positions of queries and keys. Tables, the same in all layers; or frequencies: the elements i and i + head_dim / 2
+    at position t turn by t * rotary[i], those that have none do not turn; None: it knows no positions."""
+    scale: float | None = None
+    """Of the products of queries and keys; None: head_dim ** -0.5."""
+    window: int = 0
+    """Positions that a token sees, the last ones, itself included; 0: all."""
+    value_norm: bool = False
+    """Values are divided by their RMS over head_dim."""
+    source: int | None = None
+    """The earlier layer whose keys and values it sees, and whose cache; None: its own."""
+    bias: KeyBias | None = None
+    """That its keys have; the large channels may be kept out of the cache."""
+
+    def __post_init__(self) -> None:
+        assert not (self.bias and self.source is not None), self.name
+
+
 class Lazy:
     """A value that is computed in each stage that uses it, unless the operator that uses it computes it itself."""
 
@@ -56,10 +91,32 @@ class Row(Lazy):
     layer: int
 
 
+@dataclass(frozen=True)
+class Columns(Lazy):
+    """A piece of the last axis, of so many equal ones."""
+
+    x: Value
+    number: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Narrowed(Lazy):
+    """Of those tokens alone whose logits are wanted."""
+
+    x: Value
+
+
+@dataclass(frozen=True)
+class Vector(Lazy):
+    """The weight `name` times a factor."""
+
+    name: str
+    factor: float = 1.0
+
+
 Value = str | Lazy
 """The name of a tensor, or what is none yet."""
-Tables = Callable[[int], tuple[ArrayLike, ArrayLike]]
-"""Rotary tables of so many positions: cos and sin, float32 [positions, head_dim / 2]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +149,6 @@ class Primitives(ABC):
 
     DOMAIN: ClassVar[str]
     """Of the operators that are not ONNX's own."""
-    rows_tensor: ClassVar[str] = "rows"
-    """Has the memory rows as values."""
     tokens: int | str
     """T."""
 
@@ -122,7 +177,9 @@ class Primitives(ABC):
         bias: plus their biases, MATRIX.bias.
         """
         name = name or matrices[0].name
-        product = self.product(x, matrices, name)
+        if (x, name) not in self._products:  # several layers may want a part of it
+            self._products[x, name] = self.product(x, matrices, name)
+        product = self._products[x, name]
         if not bias:
             return product
         joined = self.vector(f"{name}.bias", [f"{matrix.name}.bias" for matrix in matrices])
@@ -146,31 +203,35 @@ class Primitives(ABC):
 
     def swiglu(self, x: Value, name: str) -> Value:
         """SiLU of the first half of the columns, times the second half."""
-        gate, up = f"{name}.gate", f"{name}.up"
-        self.op("Split", [x], [gate, up], axis=-1, num_outputs=2)
+        gate, up = self._halves(x, name)
         silu = self.op("Mul", [gate, self.op("Sigmoid", [gate], f"{gate}.sigmoid")], f"{gate}.silu")
         return self.op("Mul", [silu, up], f"{name}.product")
+
+    def geglu(self, x: Value, name: str) -> Value:
+        """`gelu` of the first half of the columns, times the second half."""
+        gate, up = self._halves(x, name)
+        return self.op("Mul", [self.gelu(gate, gate), up], f"{name}.product")
+
+    def _halves(self, x: Value, name: str) -> tuple[str, str]:
+        gate, up = f"{name}.gate", f"{name}.up"
+        self.op("Split", [x], [gate, up], axis=-1, num_outputs=2)
+        return gate, up
+
+    def softcap(self, x: Value, cap: float, name: str) -> Value:
+        """cap * tanh(x / cap)."""
+        squashed = self.op("Tanh", [self.scaled(x, 1 / cap)], f"{name}.tanh")
+        return self.op("Mul", [squashed, self.number(cap)], name)
 
     @abstractmethod
     def experts(self, h: Value, name: str, experts: int, experts_per_token: int, norm_topk_prob: bool) -> Value:
         """A mixture of experts (ffns/moe.py), whose weights' names begin with `name`. h: what a norm gives."""
 
     @abstractmethod
-    def attention(
-        self,
-        qkv: Value,
-        layer: int,
-        name: str,
-        norms: Sequence[str],
-        tables: Tables,
-        rotated: bool,
-        bias: KeyBias | None,
-    ) -> Value:
-        """Causal attention over layer `layer`'s cache, to which the step's keys and values are added.
+    def attention(self, qkv: Value, its: Attention) -> Value:
+        """Causal attention over a layer's cache, to which the step's keys and values are added, if they are its own.
 
-        qkv: [1, T, (heads + 2 * kv_heads) * head_dim]; norms: of queries and keys, or none -> [1, T, heads * head_dim].
-        rotated: queries and keys, by `tables`, which are the same in all layers. bias: that the keys in qkv have; its
-        large channels may be kept out of the cache.
+        qkv: [1, T, (heads + 2 * kv_heads) * head_dim], with `its.source` [1, T, heads * head_dim]
+        -> [1, T, heads * head_dim].
         """
 
     @abstractmethod
@@ -191,6 +252,15 @@ class Primitives(ABC):
         stage.rows = range(stage.rows.start if stage.rows else layer, layer + 1)
         self.input("rows", [len(stage.rows), self.tokens, width])
         return Row(layer)
+
+    def narrow(self, x: Value) -> Value:
+        """Goes on with those tokens alone whose logits are wanted, the last ones; x: the residual stream. What was made
+        before, `here` takes along. (An NPU's graph, whose shapes are static, goes on with all.)"""
+        return x
+
+    def here(self, x: Value) -> Value:
+        """A value made before `narrow`, of the tokens that the program goes on with."""
+        return x
 
     @abstractmethod
     def selected(self, x: Value) -> Value:
@@ -259,10 +329,20 @@ class Primitives(ABC):
         if isinstance(value, Scaled):
             x = self.use(value.x)
             return self.op("Mul", [x, self.number(value.factor)], f"{x}.times.{value.factor}")
+        if isinstance(value, Columns):
+            x = self.use(value.x)
+            names = [f"{x}.columns.{number}" for number in range(value.count)]
+            self.op("Split", [x], names, axis=-1, num_outputs=value.count)
+            self._here |= {Columns(value.x, number, value.count): name for number, name in enumerate(names)}
+            return names[value.number]
         assert isinstance(value, Row)
         place = value.layer - self._stage_rows().start
         index = self.array(f"rows.{place}", lambda: np.array([place], np.int64))
-        return self.op("Gather", [self.rows_tensor, index], f"rows.of.{value.layer}", axis=0)
+        return self.op("Gather", [self.rows_tensor(), index], f"rows.of.{value.layer}", axis=0)
+
+    def rows_tensor(self) -> str:
+        """Has this stage's memory rows as values, [layers, T, width]."""
+        return "rows"
 
     def _stage_rows(self) -> range:
         rows = self.stages[-1].rows
@@ -273,3 +353,5 @@ class Primitives(ABC):
         self.stages.append(StageGraph(self.DOMAIN))
         self._here: dict[Value, str] = {}
         """What this stage has of the values, by name."""
+        self._products: dict[tuple[Value, str], Value] = {}
+        """Of `linear`, in this stage."""

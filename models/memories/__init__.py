@@ -2,7 +2,13 @@
 
 from .base import Memory
 from .engram import EngramConfig
+from .gemma_ple import GemmaPLEConfig
 from .meki import MeKiConfig
 from .ple import PLEConfig
 
-MEMORIES: dict[str, type[Memory]] = {"engram": EngramConfig, "meki": MeKiConfig, "ple": PLEConfig}
+MEMORIES: dict[str, type[Memory]] = {
+    "engram": EngramConfig,
+    "gemma_ple": GemmaPLEConfig,
+    "meki": MeKiConfig,
+    "ple": PLEConfig,
+}

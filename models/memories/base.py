@@ -90,8 +90,11 @@ class Memory(ABC):
     """Of its settings; with `dim` 0 a decoder does not have this memory."""
     STATED: ClassVar[tuple[str, ...]] = ()
     """Settings that a checkpoint must give, though a new model makes them: its rows were trained with them."""
-    KEPT: ClassVar[tuple[str, ...]]
-    """The weights that stay at inference; all others go into the rows."""
+    KEPT: ClassVar[tuple[str, ...]] = ()
+    """Of its weights in a layer those that stay at inference; all others go into the rows."""
+    JOINT_TABLE: ClassVar[str | None] = None
+    """The weight [bundles, layers * dim] that is the rows as they are, all layers' of a bundle together; None: there is
+    none, the rows are made of others."""
     RESIDUAL: ClassVar[tuple[str, ...]]
     """How names of weights end that write to the residual stream."""
 
@@ -115,6 +118,11 @@ class Memory(ABC):
         """The settings that `manifest` gave, or an earlier version of it, which had fewer."""
         dim, *own = cls.SETTINGS
         return {dim: entry["row_dim"], **{name: entry[name] for name in own if name in entry}}
+
+    def in_rows(self, name: str) -> bool:
+        """Whether the weight `name` of the decoder goes into the rows."""
+        its = f".{self.kind}."
+        return name == self.JOINT_TABLE or (its in name and not name.endswith(tuple(its + kept for kept in self.KEPT)))
 
     def layers(self, config: Any) -> int:
         """Of the memory: what `Primitives.rows` counts."""
