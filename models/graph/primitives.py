@@ -324,8 +324,9 @@ class Primitives(ABC):
 
     def compute(self, value: Lazy) -> str:
         if isinstance(value, Norm):
-            weight, out = self.vector(f"{value.name}.weight"), f"{value.name}.out"
-            return self.op("RMSNormalization", [value.x, weight], out, axis=-1, epsilon=self.config.norm_eps)
+            weight, x, out = self.vector(f"{value.name}.weight"), self.use(value.x), f"{value.name}.out"
+            out = f"{out}.of.{x}" if out in self._here else out  # several values may have one norm
+            return self.op("RMSNormalization", [x, weight], out, axis=-1, epsilon=self.config.norm_eps)
         if isinstance(value, Scaled):
             x = self.use(value.x)
             return self.op("Mul", [x, self.number(value.factor)], f"{x}.times.{value.factor}")

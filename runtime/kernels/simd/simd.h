@@ -11,7 +11,7 @@
 namespace meki {
 
 // The queries that one head's keys and values serve: those of the query heads of its group, of one or more tokens. All
-// are scaled by 1 / sqrt(head_dim) already. Integer caches take them in 15 bits, query = scale * (128 * high + low)
+// are scaled already. Integer caches take them in 15 bits, query = scale * (128 * high + low)
 // with high in -127 .. 127 and low in 0 .. 127, so that what is lost is lost in the cache alone. Passive data.
 struct Queries {
   size_t count = 0;

@@ -55,6 +55,7 @@ class Call {
   T* output(size_t index, const Shape& shape) const {
     ort::Value* made = nullptr;
     api_.check(api_.KernelContext_GetOutput(context_, index, shape.sizes.data(), shape.rank, &made));
+    require(made != nullptr, "an output is missing");
     return static_cast<T*>(data_of(api_, made));
   }
   const Parallel& parallel() const { return parallel_; }
@@ -149,6 +150,15 @@ class Definition {
       return 0;
     }
     require(value >= 0 && value < count, "an attribute is not one of its choices");
+    return value;
+  }
+  // `absent` where there is none.
+  float number_or(const char* name, float absent) const {
+    float value = 0;
+    if (ort::Status* const missing = api_.KernelInfoGetAttribute_float(info_, name, &value)) {
+      api_.ReleaseStatus(missing);
+      return absent;
+    }
     return value;
   }
   // A packed type, by its number.
