@@ -72,7 +72,9 @@ void BlockKvCache::for_blocks(size_t length, Piece piece) const {
 
 size_t BlockKvCache::snapshot_bytes(size_t tokens) const {
   size_t bytes = 0;
-  for_blocks(tokens, [&bytes](const Layer& layer, size_t) { bytes += layer.block_bytes(); });
+  for (const Layer& layer : layers_) {
+    bytes += (blocks_of(tokens) - layer.first_seen(tokens) / kBlock) * layer.block_bytes();
+  }
   return bytes;
 }
 
