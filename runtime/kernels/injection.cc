@@ -3,7 +3,6 @@
 #include <cmath>
 
 #include "runtime/kernels/each_token.h"
-#include "runtime/kernels/norm.h"
 #include "runtime/kernels/scratch.h"
 
 namespace meki {
@@ -28,7 +27,7 @@ void inject(const Simd& simd, const InjectionArgs& args, const Parallel& paralle
   float* const fused = scratch.take<float>(args.tokens * memory_dim);
   const auto kind = args.norm_weight != nullptr ? LinearInput::Kind::norm : LinearInput::Kind::plain;
   const LinearInput seen{kind, args.h, hidden, args.norm_weight, args.epsilon};
-  linear(simd, args.gate_proj, seen, nullptr, args.tokens, fused, parallel);
+  linear(simd, args.gate_proj, seen, {}, args.tokens, fused, parallel);
   each_token(args.tokens, parallel, [&args, fused, memory_dim](size_t t) {
     float* const gate = fused + t * memory_dim;
     const float* const row = args.rows + t * memory_dim;
@@ -38,13 +37,8 @@ void inject(const Simd& simd, const InjectionArgs& args, const Parallel& paralle
     }
   });
   const LinearInput plain{.x = fused, .stride = memory_dim};
-  linear(simd, args.out_proj, plain, nullptr, args.tokens, args.out, parallel);
-  each_token(args.tokens, parallel, [&args, hidden](size_t t) {
-    float* const y = args.out + t * hidden;
-    const float* const x = args.x + t * hidden;
-    const float inverse = inverse_rms(y, hidden, args.epsilon);
-    for (size_t i = 0; i < hidden; ++i) y[i] = x[i] + y[i] * inverse * args.post_norm_weight[i];
-  });
+  const LinearEnd added{args.x, args.post_norm_weight, args.epsilon};
+  linear(simd, args.out_proj, plain, added, args.tokens, args.out, parallel);
 }
 
 }  // namespace meki
