@@ -59,6 +59,9 @@ struct Simd {
   // out[i] = silu(gate[i]) * up[i], silu(x) = x / (1 + e^-x), for a multiple of 16 elements.
   void (*swiglu)(const float* gate, const float* up, size_t count, float* out);
 
+  // The same with GELU in its tanh form: x / 2 * (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+  void (*geglu)(const float* gate, const float* up, size_t count, float* out);
+
   // x float32 [inputs] -> one row of Activations.
   void (*quantize)(const float* x, size_t inputs, int8_t* codes, float* scales, int32_t* sums);
 
