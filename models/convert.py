@@ -111,7 +111,7 @@ def convert(args: argparse.Namespace, text: str = "") -> tuple[Opened, dict[str,
             args.output,
             name=name,
             weights=args.weights or (SOURCE if source.blocks else "int8"),
-            rows=args.rows or "float16",
+            rows=args.rows or (SOURCE if source.rows else "float16"),
             calibration=windows,
             provenance={**opened.provenance, **calibrated},
             card=args.card.read_text(encoding="utf-8") if args.card else None,
@@ -196,7 +196,10 @@ def main(argv: list[str] | None = None) -> int:
         "it (default: a mixed one of ours)",
     )
     parser.add_argument(
-        "--rows", choices=tuple(ROW_TYPES), help="memory rows (default: float16); not for a model without a memory"
+        "--rows",
+        choices=(*ROW_TYPES, SOURCE),
+        help="memory rows; source: as a quantised checkpoint has them (default: source if it has any, else float16); "
+        "not for a model without a memory",
     )
     parser.add_argument(
         "--chat-template", type=text_file, metavar="FILE", help="chat template (Jinja), in place of the model's own"
