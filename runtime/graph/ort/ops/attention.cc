@@ -99,7 +99,7 @@ class AttentionKernel final : public Kernel {
         window_(static_cast<size_t>(node.choice("window", int64_t{INT32_MAX} + 1))),
         rotary_(node),
         layout_(kv_type, kv_heads_, rotary_.head_dim()),
-        scale_(node.number_or("scale", 1 / std::sqrt(static_cast<float>(layout_.head_dim)))) {
+        scale_(node.number("scale", 1 / std::sqrt(static_cast<float>(layout_.head_dim)))) {
     require(heads_ % kv_heads_ == 0, "heads is not a multiple of kv_heads");
     const bool norms = node.has_input(5);
     require(node.has_input(6) == (norms && !shared_),

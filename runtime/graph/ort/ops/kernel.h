@@ -149,15 +149,6 @@ class Definition {
     require(value >= 0 && value < count, "an attribute is not one of its choices");
     return value;
   }
-  // `absent` where there is none.
-  float number_or(const char* name, float absent) const {
-    float value = 0;
-    if (ort::Status* const missing = api_.KernelInfoGetAttribute_float(info_, name, &value)) {
-      api_.ReleaseStatus(missing);
-      return absent;
-    }
-    return value;
-  }
   // A packed type, by its number.
   WeightType packed_type(const char* name) const {
     const WeightType type = weight_type(name);
