@@ -36,7 +36,7 @@ from .blocks import BLOCK_TYPES
 from .config import ConfigError
 from .progress import ProgressBars
 from .quantize import ROW_TYPES, SOURCE, WEIGHT_TYPES
-from .sizes import SIZES
+from .sizes import GEMMA_SIZES, SIZES
 from .tokenizer import parse_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
@@ -48,11 +48,12 @@ PROGRAM = "meki-convert"
 
 def open_random(args: argparse.Namespace) -> Opened:
     """Random weights of the size and with the settings that the command line names."""
-    from .architectures.llama import LlamaConfig
+    from .architectures import ARCHITECTURES
     from .source import random_source
 
+    kind, sizes = ("llama", SIZES) if args.random in SIZES else ("gemma4", GEMMA_SIZES)
     try:
-        config = LlamaConfig.from_settings({**SIZES[args.random], **dict(map(setting, args.set))})
+        config = ARCHITECTURES[kind].from_settings({**sizes[args.random], **dict(map(setting, args.set))})
     except ConfigError as error:
         raise UsageError(f"--set: {error}") from error
     tokenizer = named_tokenizer(args) or read_tokenizer(bundled_models()["meki-tiny"] / "tokenizer.json")
@@ -177,7 +178,9 @@ def main(argv: list[str] | None = None) -> int:
     models = parser.add_mutually_exclusive_group(required=True)
     models.add_argument("source", type=path, nargs="?", help="Hugging Face folder, GGUF file or Megatron-LM checkpoint")
     models.add_argument(
-        "--random", choices=SIZES, help="random weights of this size instead of a checkpoint, to measure speed with"
+        "--random",
+        choices=(*SIZES, *GEMMA_SIZES),
+        help="random weights of this size instead of a checkpoint, to measure speed with",
     )
     parser.add_argument("-o", "--output", type=path, required=True, help="package directory to write")
     add_source_options(parser)

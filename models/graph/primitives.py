@@ -53,8 +53,8 @@ class Attention:
     norms: tuple[str, ...] = ()
     """Of queries and keys, over head_dim, before they are rotated; of queries alone with `source`; or none."""
     rotary: Tables | tuple[float, ...] | None
-    """Positions of queries and keys. Tables, the same in all layers; or frequencies: the elements i and i + head_dim / 2
-    at position t turn by t * rotary[i], those that have none do not turn; None: it knows no positions."""
+    """Positions of queries and keys. Tables, the same in all layers; or frequencies: at position t the elements i and
+    i + head_dim / 2 turn by t * rotary[i], those that have none do not turn; None: it knows no positions."""
     scale: float | None = None
     """Of the products of queries and keys; None: head_dim ** -0.5."""
     window: int = 0
