@@ -481,7 +481,7 @@ def test_a_mixture_of_a_kind_that_is_not_known(make_model: Callable[..., Decoder
     save_pretrained(tmp_path / "saved", make_model(**MIXTURE), provenance={})
     for kind in ("soft", ["moe"], 3):
         edit_config(tmp_path / "saved", ffn_kind=kind)
-        with pytest.raises(CheckpointError, match="ffn_kind must be one of swiglu, moe, got "):
+        with pytest.raises(CheckpointError, match="ffn_kind must be one of swiglu, geglu, moe, got "):
             open_checkpoint(tmp_path / "saved", {})
     edit_config(tmp_path / "saved", ffn_kind="swiglu")
     with pytest.raises(CheckpointError, match=r"unknown configuration keys \['experts', .*known with ffn_kind swiglu"):
