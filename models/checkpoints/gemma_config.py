@@ -14,7 +14,7 @@ from .checkpoint import CheckpointError, check_setting
 
 GEMMA = {"gemma3_text": "gemma3", "gemma4_text": "gemma4"}
 """Model types and architectures, which are also the model types of those that see and hear, too."""
-_REFUSED = {
+RELATIVES = {
     "gemma": "Gemma 1, a decoder without norms behind attention and FFN",
     "gemma2": "Gemma 2, which caps the logits of its attention",
     **dict.fromkeys(("gemma3n", "gemma3n_text"), "Gemma 3n, which has several residual streams (AltUp) and LAuReL"),
@@ -25,7 +25,9 @@ _REFUSED = {
         ("gemma4_assistant", "gemma4_unified_assistant"),
         "a draft model, which reads another's keys and values; give the model that it is for",
     ),
+    "gemma-embedding": "EmbeddingGemma, which writes no text",
 }
+"""Model types, and architectures of GGUF files, that are known and cannot be run."""
 _ACTIVATION = "gelu_pytorch_tanh"
 _COMMON: dict[str, tuple[str, Any]] = {
     "hidden": ("hidden_size", 2304),
@@ -81,9 +83,9 @@ def check_gemma(path: Path, whole: Mapping[str, Any], inner: Mapping[str, Any]) 
     """CheckpointError for a relative of Gemma's that cannot be run. inner: of `whole`, the language model's part."""
     outer, kind = str(whole.get("model_type")), str(inner.get("model_type"))
     for name in (outer, kind):
-        if name in _REFUSED:
+        if name in RELATIVES:
             raise CheckpointError(
-                f"{path}: model_type is {name!r}: {_REFUSED[name]}; supported are Gemma 3 and Gemma 4 E2B and E4B"
+                f"{path}: model_type is {name!r}: {RELATIVES[name]}; supported are Gemma 3 and Gemma 4 E2B and E4B"
             )
     if kind in GEMMA and outer not in (kind, GEMMA[kind]):
         raise CheckpointError(
