@@ -403,7 +403,7 @@ def test_tensor_left_over(saved: Path) -> None:
     [
         (
             {"model_type": "gpt_neox"},
-            "model_type is 'gpt_neox'; supported are llama, mistral, .*, qwen3, qwen3_moe, meki",
+            "model_type is 'gpt_neox'; supported are llama, mistral, .*, qwen3_moe, gemma3_text, gemma4_text, meki",
         ),
         ({"model_type": None}, "model_type is None; supported"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported is 'silu'"),
