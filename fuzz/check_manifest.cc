@@ -68,8 +68,13 @@ void check_manifest(std::string_view text) {
 
   require(manifest.json == text, "the text as it is in the file");
   const Architecture& a = manifest.architecture;
-  for (const uint32_t size : {a.vocab_size, a.layers, a.hidden, a.kv_heads, a.head_dim, a.context}) {
+  for (const uint32_t size : {a.vocab_size, a.layers, a.hidden, a.context}) {
     require(size >= 1 && size <= INT32_MAX, "sizes within their limits");
+  }
+  require(a.kv_caches.size() == a.layers, "keys and values of every layer");
+  for (const KvCacheInfo& cache : a.kv_caches) {
+    require(cache.kv_heads >= 1 && cache.head_dim >= 1 && cache.window <= INT32_MAX, "sizes within their limits");
+    require(!cache.shared || !a.kv_caches.at(*cache.shared).shared, "a cache that is shared is its layer's own");
   }
   for (const int32_t id : manifest.eos_token_ids) {
     require(id >= 0 && static_cast<uint32_t>(id) < a.vocab_size, "end tokens of the vocabulary");

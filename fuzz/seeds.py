@@ -38,9 +38,9 @@ def rom_headers() -> Iterator[tuple[str, bytes]]:
     """The fields of a header, and where the file is small the first bytes of a bundle (docs/rom-format.md)."""
     yield "meki-tiny", (TINY / "memory.rom").read_bytes()[:96]
     bits = {1: 16, 2: 8, 3: 4, 4: 32}
-    for row_type, name in ((1, "float16"), (2, "int8"), (3, "int4"), (4, "float32")):
-        vocab_size, layers, row_dim = 3, 2, 33
-        group = {2: row_dim, 3: 32}.get(row_type, 0)
+    vocab_size, layers, row_dim = 3, 2, 33
+    types = ((1, 0, "float16"), (2, row_dim, "int8"), (2, 32, "int8-grouped"), (3, 32, "int4"), (4, 0, "float32"))
+    for row_type, group, name in types:
         groups = -(-row_dim // group) if group else 0
         bundle = layers * (2 * groups + (row_dim * bits[row_type] + 7) // 8) + 4
         stride = -(-bundle // 64) * 64

@@ -36,7 +36,7 @@ from .blocks import BLOCK_TYPES
 from .config import ConfigError
 from .progress import ProgressBars
 from .quantize import ROW_TYPES, SOURCE, WEIGHT_TYPES
-from .sizes import SIZES
+from .sizes import GEMMA_SIZES, SIZES
 from .tokenizer import parse_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
@@ -48,11 +48,12 @@ PROGRAM = "meki-convert"
 
 def open_random(args: argparse.Namespace) -> Opened:
     """Random weights of the size and with the settings that the command line names."""
-    from .architectures.llama import LlamaConfig
+    from .architectures import ARCHITECTURES
     from .source import random_source
 
+    kind, sizes = ("llama", SIZES) if args.random in SIZES else ("gemma4", GEMMA_SIZES)
     try:
-        config = LlamaConfig.from_settings({**SIZES[args.random], **dict(map(setting, args.set))})
+        config = ARCHITECTURES[kind].from_settings({**sizes[args.random], **dict(map(setting, args.set))})
     except ConfigError as error:
         raise UsageError(f"--set: {error}") from error
     tokenizer = named_tokenizer(args) or read_tokenizer(bundled_models()["meki-tiny"] / "tokenizer.json")
@@ -111,7 +112,7 @@ def convert(args: argparse.Namespace, text: str = "") -> tuple[Opened, dict[str,
             args.output,
             name=name,
             weights=args.weights or (SOURCE if source.blocks else "int8"),
-            rows=args.rows or "float16",
+            rows=args.rows or (SOURCE if source.rows else "float16"),
             calibration=windows,
             provenance={**opened.provenance, **calibrated},
             card=args.card.read_text(encoding="utf-8") if args.card else None,
@@ -177,7 +178,9 @@ def main(argv: list[str] | None = None) -> int:
     models = parser.add_mutually_exclusive_group(required=True)
     models.add_argument("source", type=path, nargs="?", help="Hugging Face folder, GGUF file or Megatron-LM checkpoint")
     models.add_argument(
-        "--random", choices=SIZES, help="random weights of this size instead of a checkpoint, to measure speed with"
+        "--random",
+        choices=(*SIZES, *GEMMA_SIZES),
+        help="random weights of this size instead of a checkpoint, to measure speed with",
     )
     parser.add_argument("-o", "--output", type=path, required=True, help="package directory to write")
     add_source_options(parser)
@@ -196,7 +199,10 @@ def main(argv: list[str] | None = None) -> int:
         "it (default: a mixed one of ours)",
     )
     parser.add_argument(
-        "--rows", choices=tuple(ROW_TYPES), help="memory rows (default: float16); not for a model without a memory"
+        "--rows",
+        choices=(*ROW_TYPES, SOURCE),
+        help="memory rows; source: as a quantised checkpoint has them (default: source if it has any, else float16); "
+        "not for a model without a memory",
     )
     parser.add_argument(
         "--chat-template", type=text_file, metavar="FILE", help="chat template (Jinja), in place of the model's own"

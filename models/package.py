@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from meki.chat import parse_template
 from meki.package.files import MANIFEST, check_target, list_files, replace_directory
 
 from .architectures.base import Architecture, Model
-from .blocks import BLOCK
+from .blocks import BLOCK, Floats
 from .calibration import CalibratedBlocks
 from .config import ConfigError
 from .graph.cpu import CpuGraph, PackedGraph
 from .graph.tensors import TensorFile
 from .graph.weights import WEIGHTS_FILE, MatrixBlocks, Progress, WeightStore
 from .quantize import SOURCE, WEIGHT_TYPES, Int4Recipe
-from .rom import RomLayout, write_rom
+from .rom import RomLayout, StoredRows, write_rom
 from .source import Source, model_source
 from .tokenizer import TokenizerSpec, parse_tokenizer
 
@@ -100,6 +100,21 @@ def write_graphs(
     return graph, dense
 
 
+def memory_rows(source: Source, rows: str) -> tuple[RomLayout, Callable[[], Iterator[Floats | StoredRows]]]:
+    """The ROM of a model with a memory, and what is written to it; rows: as of `export_package`. ConfigError."""
+    memory = source.config.memory
+    assert memory is not None
+    bundles = memory.bundles(source.config)
+    if rows != SOURCE:
+        return RomLayout(*bundles, rows), source.row_blocks
+    if source.rows is None:
+        raise ConfigError(
+            f"rows: {SOURCE!r} keeps the rows of a checkpoint that has them in int8 or int4 with a scale for every "
+            "32 values, this one does not; choose another type"
+        )
+    return RomLayout(*bundles, source.rows.row_type, grouped=True), source.rows.blocks
+
+
 def check_tokenizer(tokenizer: TokenizerSpec, vocab_size: int) -> None:
     """ValueError if it is not one, or if it has ids that the model does not know."""
     vocabulary = parse_tokenizer(tokenizer.json).get_vocab(with_added_tokens=True)
@@ -131,10 +146,11 @@ def export_package(
 ) -> dict[str, Any]:
     """Writes `model` (a `Model`: float32, training form) as the package `out` and returns its manifest.
 
-    weights: of WEIGHT_TYPES; rows: float32, float16, int8 or int4; calibration: a text's token ids, int64 [n, length],
-    with which int4 weights are rounded (without, each for itself); card: the text of the README. Nothing is at `out`
-    before the package is complete. FileExistsError for an existing target (see `replace_directory`), ConfigError or
-    ValueError for a model that cannot be exported so: shapes, tokenizer, or weights that are not finite.
+    weights: of WEIGHT_TYPES; rows: of ROW_TYPES, or "source", as the checkpoint has them; calibration: a text's token
+    ids, int64 [n, length], with which int4 weights are rounded (without, each for itself); card: the text of the
+    README. Nothing is at `out` before the package is complete. FileExistsError for an existing target (see
+    `replace_directory`), ConfigError or ValueError for a model that cannot be exported so: shapes, tokenizer, or
+    weights that are not finite.
     """
     source = model_source(model) if isinstance(model, Model) else model
     config = source.config
@@ -145,7 +161,7 @@ def export_package(
             f"weights: {SOURCE!r} keeps the quantised matrices of a checkpoint, this one has none; choose another type"
         )
     table = config.memory
-    layout = RomLayout(*table.bundles(config), rows) if table else None
+    rom = memory_rows(source, rows) if table else None
     check_tokenizer(tokenizer, config.vocab_size)
     if tokenizer.chat_template is not None:
         parse_template(tokenizer.chat_template)
@@ -159,11 +175,12 @@ def export_package(
             "weights": {"overall": errors.overall, "worst": errors.worst, "worst_tensor": errors.worst_tensor}
         }
         memory = None
-        if table and layout:
+        if table and rom:
+            layout, blocks = rom
             extra = table.files(config, source.weights)  # may fail: before the rows, which take long
             report = functools.partial(progress, "memory rows")
-            summary = write_rom(directory / "memory.rom", layout, source.row_blocks(), report)
-            file = {"file": "memory.rom", "row_type": rows, "content_id": summary.content_id}
+            summary = write_rom(directory / "memory.rom", layout, blocks(), report)
+            file = {"file": "memory.rom", "row_type": layout.row_type, "content_id": summary.content_id}
             for file_name, data in extra.items():
                 (directory / file_name).write_bytes(data)
             memory = {**table.manifest(config, extra), **file}

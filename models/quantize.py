@@ -22,7 +22,7 @@ PRECISIONS = ("float16", "int8", "int4")
 ROW_TYPES = {"float16": 1, "int8": 2, "int4": 3, "float32": 4}
 """Row types and their codes in a ROM's header."""
 ROW_GROUP = 32
-"""Values of an int4 row that share one scale."""
+"""Values that share one scale, of an int4 row and where int8 rows have more than one."""
 
 # The divisors of the largest magnitude that int4 tries as scale: 7 clips nothing, 8 uses the level -8.
 _INT4_DIVISORS = (7.0, 6.0, 6.4, 6.8, 7.2, 7.6, 8.0, 8.5, 9.0)
@@ -140,7 +140,7 @@ def _float16(values: Floats) -> Floats:
     return values.astype(np.float16).astype(np.float32)
 
 
-def _pack_nibbles(q: NDArray[np.int8]) -> Codes:
+def pack_nibbles(q: NDArray[np.int8]) -> Codes:
     """q in -8 .. 7, int8 [.., n] -> nibbles q + 8, uint8 [.., ceil(n / 2)], even elements low; a missing one is 8."""
     nibbles = (q + 8).astype(np.uint8)
     if nibbles.shape[-1] % 2:
@@ -203,7 +203,7 @@ class Int4Recipe:
 
 
 def row_group(row_type: str, row_dim: int) -> int:
-    """Values of a row that share one scale; 0: there are no scales."""
+    """Values of a row that share one scale, as `quantize_rows` has it; 0: there are no scales."""
     return {"float16": 0, "float32": 0, "int8": row_dim, "int4": ROW_GROUP}[row_type]
 
 
@@ -239,5 +239,5 @@ def quantize_rows(rows: Floats, row_type: str, what: str) -> tuple[Codes, NDArra
     q, scales = _quantize(blocks, 8 if row_type == "int8" else 4, what)
     values = (q * scales[..., None]).reshape(*lead, -1)[..., :row_dim]
     q = q.reshape(*lead, -1)[..., :row_dim]
-    codes = q.view(np.uint8) if row_type == "int8" else _pack_nibbles(q)
+    codes = q.view(np.uint8) if row_type == "int8" else pack_nibbles(q)
     return np.ascontiguousarray(codes), scales.astype(np.float16), values

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 from crc32c import crc32c
+from numpy.typing import NDArray
 
 from meki.package.files import replace_file
 
-from .blocks import Codes, Floats
-from .quantize import ROW_TYPES, quantize_rows, row_bytes, row_group
+from .blocks import BLOCK_TYPES, Codes, Floats
+from .quantize import ROW_GROUP, ROW_TYPES, pack_nibbles, quantize_rows, row_bytes, row_group
 
 MAGIC = b"MEKIROM\n"
 VERSION = 1
@@ -38,22 +39,30 @@ class RomLayout:
     layers: int
     row_dim: int
     row_type: str
+    grouped: bool = False
+    """int8 rows have a scale for every 32 values, as int4 rows have, in place of one a row."""
 
     def __post_init__(self) -> None:
         if self.row_type not in ROW_TYPES:
             raise ValueError(f"row type: got {self.row_type!r}, expected one of {', '.join(ROW_TYPES)}")
+        if self.grouped and self.row_type not in ("int8", "int4"):
+            raise ValueError(f"row type: got {self.row_type!r} with scales, which only int8 and int4 rows have")
         for field, limit in (("entries", 2**31 - 1), ("layers", 65_535), ("row_dim", 1_048_576)):
             if not 1 <= getattr(self, field) <= limit:
                 raise ValueError(f"ROM {field}: got {getattr(self, field)}, expected 1 to {limit}")
 
     @property
     def group(self) -> int:
-        return row_group(self.row_type, self.row_dim)
+        return ROW_GROUP if self.grouped else row_group(self.row_type, self.row_dim)
+
+    @property
+    def groups(self) -> int:
+        """Scales of a row."""
+        return -(-self.row_dim // self.group) if self.group else 0
 
     @property
     def bundle_bytes(self) -> int:
-        groups = -(-self.row_dim // self.group) if self.group else 0
-        return self.layers * (2 * groups + row_bytes(self.row_type, self.row_dim)) + 4
+        return self.layers * (2 * self.groups + row_bytes(self.row_type, self.row_dim)) + 4
 
     @property
     def bundle_stride(self) -> int:
@@ -93,6 +102,20 @@ class RomLayout:
 
 
 @dataclass(frozen=True)
+class StoredRows:
+    """Rows of n bundles that are codes and scales already, of either sign: a value is scale * code."""
+
+    codes: NDArray[np.int8]
+    """[layers, n, row_dim]"""
+    scales: NDArray[np.float16]
+    """[layers, n, groups]"""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+
+@dataclass(frozen=True)
 class RomSummary:
     content_id: str
     """32 hexadecimal digits."""
@@ -100,14 +123,32 @@ class RomSummary:
     """Root of the mean squared error of the stored values, divided by the root mean square of the exact ones."""
 
 
+def _pack_stored(rows: StoredRows, layout: RomLayout, where: str) -> tuple[Codes, NDArray[np.float16]]:
+    """What `RomLayout.bundles` takes. ValueError as of `write_rom`."""
+    if layout.groups == 0 or rows.scales.shape != (*rows.shape[:2], layout.groups):
+        raise ValueError(f"{where}: codes {rows.shape} with scales {rows.scales.shape} do not fit {layout}")
+    if not np.isfinite(rows.scales).all():
+        raise ValueError(f"{where}: has scales that are infinite or not a number; expected finite ones")
+    low, high = BLOCK_TYPES[layout.row_type].range
+    if rows.codes.min() < low or rows.codes.max() > high:
+        raise ValueError(f"{where}: codes are {rows.codes.min()} to {rows.codes.max()}, expected {low} to {high}")
+    codes = np.ascontiguousarray(rows.codes.transpose(1, 0, 2))
+    packed = codes.view(np.uint8) if layout.row_type == "int8" else pack_nibbles(codes)
+    return packed, np.ascontiguousarray(rows.scales.transpose(1, 0, 2))
+
+
 def write_rom(
-    path: Path, layout: RomLayout, blocks: Iterable[Floats], progress: Callable[[int, int], object] | None = None
+    path: Path,
+    layout: RomLayout,
+    blocks: Iterable[Floats | StoredRows],
+    progress: Callable[[int, int], object] | None = None,
 ) -> RomSummary:
     """Writes a ROM under a temporary name and renames it when it is complete.
 
-    blocks: float32 [layers, n, row_dim] each, the rows of the next n bundles; together all bundles in order. Only
-    one block is in memory. progress: called with (bundles written, bundles in all). ValueError if the blocks do not fit
-    the layout, or if a value is not finite or beyond the row type's range.
+    blocks: float32 [layers, n, row_dim] each, the rows of the next n bundles, or what they are stored as, which is
+    written as it is; together all bundles in order. Only one block is in memory. progress: called with (bundles
+    written, bundles in all). ValueError if the blocks do not fit the layout, or if a value or a scale is not finite or
+    a value or a code beyond the row type's range.
     """
     digest = hashlib.sha256()
     first, squared_error, squared_sum = 0, 0.0, 0.0
@@ -117,11 +158,16 @@ def write_rom(
             last = first + block.shape[1]
             if block.shape[0] != layout.layers or block.shape[2] != layout.row_dim or last > layout.entries:
                 raise ValueError(f"{path}: rows {block.shape} of bundles {first} to {last - 1} do not fit {layout}")
-            rows = np.ascontiguousarray(block.transpose(1, 0, 2), dtype=np.float32)
             where = f"memory rows of bundles {first} to {last - 1}"
-            codes, scales, values = quantize_rows(rows, layout.row_type, where)
-            squared_error += float(np.square(rows - values, dtype=np.float64).sum())
-            squared_sum += float(np.square(rows, dtype=np.float64).sum())
+            if isinstance(block, StoredRows):
+                codes, scales = _pack_stored(block, layout, where)
+            elif layout.group != row_group(layout.row_type, layout.row_dim):
+                raise ValueError(f"{where}: float32 values do not fit {layout}, expected codes and scales")
+            else:
+                rows = np.ascontiguousarray(block.transpose(1, 0, 2), dtype=np.float32)
+                codes, scales, values = quantize_rows(rows, layout.row_type, where)
+                squared_error += float(np.square(rows - values, dtype=np.float64).sum())
+                squared_sum += float(np.square(rows, dtype=np.float64).sum())
             bundles = layout.bundles(codes, scales)
             digest.update(bundles.data)
             file.write(bundles.data)

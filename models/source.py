@@ -14,6 +14,17 @@ from .architectures.base import Architecture, Model
 from .blocks import Floats
 from .graph.weights import MatrixBlocks, Weights
 from .memories.base import ALL, Read
+from .rom import StoredRows
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """A memory's rows as a checkpoint holds them: with a scale for every 32 values."""
+
+    row_type: str
+    """int8 or int4."""
+    blocks: Callable[[], Iterator[StoredRows]]
+    """Of the next n bundles, until the last."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,8 @@ class Source:
     """The rows of a model with memory: float32 [rows of a bundle, n, width] of the next n bundles, until the last."""
     blocks: MatrixBlocks | None = None
     """Of a checkpoint that has quantised matrices."""
+    rows: SourceRows | None = None
+    """Of a checkpoint that has the rows of its memory in a form that a ROM holds."""
     folded: bool = False
     """The memories are tables `layers.N.KIND.folded_table`; else in training form."""
 

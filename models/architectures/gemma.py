@@ -64,7 +64,7 @@ class Gemma(Architecture):
         "tied_embeddings": FLAG,
         "ffn_kind": one_of((GeGLUConfig.kind,)),
     }
-    STATED = (
+    STATED: ClassVar[tuple[str, ...]] = (
         *("vocab_size", "layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "window", "full_layers"),
         *("context", "norm_eps"),
     )

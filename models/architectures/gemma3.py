@@ -22,7 +22,7 @@ class Gemma3Config(Gemma):
 
     kind = "gemma3"
     RULES: ClassVar = {**Gemma.RULES, "query_scalar": POSITIVE, "rope_factor": POSITIVE}
-    STATED = (*Gemma.STATED, "query_scalar")
+    STATED: ClassVar[tuple[str, ...]] = (*Gemma.STATED, "query_scalar")
 
     def attention(self, layer: int) -> Attention:
         full, name = self.is_full(layer), f"layers.{layer}.self_attn"

@@ -34,11 +34,13 @@ class Gemma4Config(Gemma):
     RULES: ClassVar = {
         **Gemma.RULES,
         "full_head_dim": integer(1, WIDTH),
-        "rotary_part": Rule("a number above 0, at most 1", lambda its: is_positive(its) and its <= 1),
+        "rotary_part": Rule(
+            "a number above 0, at most 1", lambda its: isinstance(its, float | int) and is_positive(its) and its <= 1
+        ),
         "shared_layers": integer(0, MOST_LAYERS),
         "double_wide": FLAG,
     }
-    STATED = (*Gemma.STATED, "full_head_dim")
+    STATED: ClassVar[tuple[str, ...]] = (*Gemma.STATED, "full_head_dim")
 
     def __post_init__(self) -> None:
         super().__post_init__()

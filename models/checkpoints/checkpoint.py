@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,11 +16,12 @@ from meki.package.files import check_downloaded
 
 from ..architectures import ARCHITECTURES
 from ..architectures.base import Architecture, Model
-from ..blocks import Blocks, Floats
+from ..blocks import BLOCK, Blocks, Floats
 from ..config import ConfigError, check
 from ..memories import MEMORIES
 from ..memories.base import ALL
-from ..source import Source, lazy_source, load_weights
+from ..rom import StoredRows
+from ..source import Source, SourceRows, lazy_source, load_weights
 from ..tokenizer import TokenizerSpec
 
 
@@ -155,7 +156,34 @@ def checkpoint_source(checkpoint: Checkpoint) -> Source:
         return np.asarray(values, order="C")
 
     source = lazy_source(checkpoint.config, read, checkpoint.folded)
-    return source if checkpoint.blocks is None else replace(source, blocks=CheckpointBlocks(checkpoint))
+    if checkpoint.blocks is None:
+        return source
+    return replace(source, blocks=CheckpointBlocks(checkpoint), rows=_stored_rows(checkpoint))
+
+
+def _stored_rows(checkpoint: Checkpoint) -> SourceRows | None:
+    """The memory's rows in blocks, if the checkpoint has them side by side and a ROM holds such blocks."""
+    config, memory, read = checkpoint.config, checkpoint.config.memory, checkpoint.blocks
+    if read is None or memory is None or memory.JOINT_TABLE is None:
+        return None
+    name = checkpoint.parts[memory.JOINT_TABLE].name
+    stored, (_, rows, width) = read(name, slice(0)), memory.bundles(config)
+    if stored is None or stored.type not in ("int8", "int4") or stored.order is not None or width % BLOCK:
+        return None
+
+    def blocks() -> Iterator[StoredRows]:
+        for bundles in memory.token_blocks(config):
+            its = read(name, bundles)
+            if its is None:
+                raise CheckpointError(
+                    f"{checkpoint.path}: tensor {name}: has scales that float16 does not hold; have the rows rounded "
+                    "anew: --rows float16"
+                )
+            shape = (bundles.stop - bundles.start, rows, -1)
+            codes, scales = (part.reshape(shape).swapaxes(0, 1) for part in (its.codes, its.scales))
+            yield StoredRows(codes, scales.astype(np.float16))
+
+    return SourceRows(stored.type, blocks)
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,8 @@ class Attention:
     norms: tuple[str, ...] = ()
     """Of queries and keys, over head_dim, before they are rotated; of queries alone with `source`; or none."""
     rotary: Tables | tuple[float, ...] | None
-    """Positions of queries and keys. Tables, the same in all layers; or frequencies: the elements i and i + head_dim / 2
-    at position t turn by t * rotary[i], those that have none do not turn; None: it knows no positions."""
+    """Positions of queries and keys. Tables, the same in all layers; or frequencies: at position t the elements i and
+    i + head_dim / 2 turn by t * rotary[i], those that have none do not turn; None: it knows no positions."""
     scale: float | None = None
     """Of the products of queries and keys; None: head_dim ** -0.5."""
     window: int = 0
@@ -324,8 +324,9 @@ class Primitives(ABC):
 
     def compute(self, value: Lazy) -> str:
         if isinstance(value, Norm):
-            weight, out = self.vector(f"{value.name}.weight"), f"{value.name}.out"
-            return self.op("RMSNormalization", [value.x, weight], out, axis=-1, epsilon=self.config.norm_eps)
+            weight, x, out = self.vector(f"{value.name}.weight"), self.use(value.x), f"{value.name}.out"
+            out = f"{out}.of.{x}" if out in self._here else out  # several values may have one norm
+            return self.op("RMSNormalization", [x, weight], out, axis=-1, epsilon=self.config.norm_eps)
         if isinstance(value, Scaled):
             x = self.use(value.x)
             return self.op("Mul", [x, self.number(value.factor)], f"{x}.times.{value.factor}")

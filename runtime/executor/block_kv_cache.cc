@@ -1,57 +1,131 @@
 #include "runtime/executor/block_kv_cache.h"
 
 #include <algorithm>
+#include <optional>
 #include <random>
 
 #include "runtime/base/checked.h"
 #include "runtime/executor/stages.h"
 
 namespace meki {
+namespace {
 
-BlockKvCache::BlockKvCache(const KvLayout& layout, size_t layers, size_t context)
-    : layout_(layout),
-      layers_(layers),
-      // At most 2^20 kv heads, 2^25 blocks and 2^18 bytes a block: no overflow here, but perhaps in the product below.
-      layer_bytes_(layout_.bytes(context)) {
+constexpr size_t kBlock = KvLayout::kBlock;
+
+size_t blocks_of(size_t positions) { return (positions + kBlock - 1) / kBlock; }
+
+}  // namespace
+
+BlockKvCache::BlockKvCache(KvType type, std::span<const KvCacheInfo> caches, size_t context, size_t chunk) {
   constexpr size_t kHugePage = size_t{2} << 20;
-  const bool huge = layer_bytes_ >= 4 * kHugePage;  // else the part-filled pages would outweigh the rest
-  if (huge) layer_bytes_ = (layer_bytes_ + kHugePage - 1) / kHugePage * kHugePage;
-  memory_ = allocate(checked_mul(layer_bytes_, layers), "the KV cache of " + std::to_string(context) + " tokens");
+  std::optional<uint64_t> bytes = 0;
+  bool huge = false;
+  for (const KvCacheInfo& its : caches) {
+    if (its.shared) {
+      index_.push_back(index_[*its.shared]);
+      ++layers_[index_.back()].readers;
+      continue;
+    }
+    index_.push_back(layers_.size());
+    const size_t ring = blocks_of(its.window + chunk + kSlack) + 1;  // neither end need be a block's
+    const size_t blocks = its.window > 0 ? std::min(ring, blocks_of(context)) : blocks_of(context);
+    layers_.push_back({KvLayout(type, its.kv_heads, its.head_dim), its.window, blocks, 1});
+    // At most 2^20 kv heads, 2^25 blocks and 2^18 bytes a block: no overflow here, but perhaps in the sum.
+    Layer& layer = layers_.back();
+    const size_t size = blocks * layer.block_bytes();
+    if (size >= 4 * kHugePage) {  // else the part-filled pages would outweigh the rest
+      huge = true;
+      if (bytes) bytes = checked_round_up(*bytes, kHugePage);
+    }
+    layer.offset = bytes.value_or(0);
+    if (bytes) bytes = checked_add(*bytes, size);
+  }
+  memory_ = allocate(bytes, "the KV cache of " + std::to_string(context) + " tokens");
   if (huge) memory_.prefer_huge_pages();
 }
 
-// A layer's blocks lie in the order of their positions: the first bytes(n) are those of the first n tokens.
+size_t BlockKvCache::Layer::first_seen(size_t position) const {
+  return window == 0 || position < window ? 0 : position + 1 - window;
+}
+
+void BlockKvCache::begin(size_t tokens) {
+  const size_t end = blocks_of(length_ + tokens);
+  for (Layer& layer : layers_) {
+    if (end > layer.blocks) layer.first = std::max(layer.first, (end - layer.blocks) * kBlock);
+  }
+}
+
+void BlockKvCache::truncate(size_t length) {
+  const bool kept = std::all_of(layers_.begin(), layers_.end(),
+                                [length](const Layer& layer) { return layer.first <= layer.first_seen(length); });
+  length_ = kept ? length : 0;
+  if (length_ > 0) return;
+  for (Layer& layer : layers_) layer.first = 0;
+}
+
+template <class Piece>
+void BlockKvCache::for_blocks(size_t length, Piece piece) const {
+  for (const Layer& layer : layers_) {
+    for (size_t block = layer.first_seen(length) / kBlock; block < blocks_of(length); ++block) piece(layer, block);
+  }
+}
+
+size_t BlockKvCache::snapshot_bytes(size_t tokens) const {
+  size_t bytes = 0;
+  for (const Layer& layer : layers_) {
+    bytes += (blocks_of(tokens) - layer.first_seen(tokens) / kBlock) * layer.block_bytes();
+  }
+  return bytes;
+}
+
 std::vector<std::byte> BlockKvCache::snapshot() const {
-  std::vector<std::byte> copy(bytes(length_));
+  std::vector<std::byte> copy(snapshot_bytes(length_));
   copy_to(copy.data());
   return copy;
 }
 
 void BlockKvCache::copy_to(std::byte* snapshot) const {
-  const size_t used = layout_.bytes(length_);
-  for (size_t index = 0; index < layers_; ++index) std::copy_n(layer(index), used, snapshot + index * used);
+  for_blocks(length_, [this, &snapshot](const Layer& layer, size_t block) {
+    snapshot = std::copy_n(at(layer, block), layer.block_bytes(), snapshot);
+  });
 }
 
 void BlockKvCache::restore(std::span<const std::byte> snapshot, size_t length) {
-  const size_t used = layout_.bytes(length);
-  if (used > layer_bytes_ || snapshot.size() != layers_ * used) {
-    throw bad_snapshot(snapshot.size(), layers_ * used, length);
+  const bool fits = std::all_of(layers_.begin(), layers_.end(), [length](const Layer& layer) {
+    return blocks_of(length) - layer.first_seen(length) / kBlock <= layer.blocks;
+  });
+  if (!fits || snapshot.size() != snapshot_bytes(length)) {
+    throw bad_snapshot(snapshot.size(), snapshot_bytes(length), length);
   }
-  for (size_t index = 0; index < layers_; ++index) std::copy_n(snapshot.data() + index * used, used, layer(index));
+  const std::byte* from = snapshot.data();
+  for_blocks(length, [this, &from](const Layer& layer, size_t block) {
+    std::copy_n(from, layer.block_bytes(), at(layer, block));
+    from += layer.block_bytes();
+  });
+  for (Layer& layer : layers_) layer.first = layer.first_seen(length) / kBlock * kBlock;
   length_ = length;
+}
+
+size_t BlockKvCache::bytes(size_t tokens) const {
+  size_t bytes = 0;
+  for (const Layer& layer : layers_) {
+    bytes += layer.readers * layer.layout.bytes(layer.window > 0 ? std::min(tokens, layer.window) : tokens);
+  }
+  return bytes;
 }
 
 void BlockKvCache::append_noise(size_t tokens) {
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
-  std::vector<float> pool(8191 + layout_.head_dim);
+  std::vector<float> pool(8191 + KvLayout::kMaxHeadDim);
   for (float& value : pool) value = normal(random);
   const auto row = [&] { return pool.data() + random() % 8191; };
-  for (size_t index = 0; index < layers_; ++index) {
-    for (size_t position = length_; position < length_ + tokens; ++position) {
-      for (size_t head = 0; head < layout_.kv_heads; ++head) {
-        meki::append(layout_, layer(index) + layout_.block_offset(head, position), position % KvLayout::kBlock, row(),
-                     row());
+  begin(tokens);
+  for (const Layer& layer : layers_) {
+    for (size_t position = std::max(length_, layer.first); position < length_ + tokens; ++position) {
+      for (size_t head = 0; head < layer.layout.kv_heads; ++head) {
+        std::byte* const block = at(layer, position / kBlock) + layer.layout.block_offset(head, 0);
+        meki::append(layer.layout, block, position % kBlock, row(), row());
       }
     }
   }
@@ -59,12 +133,12 @@ void BlockKvCache::append_noise(size_t tokens) {
 }
 
 Tensor BlockKvCache::tensor(const std::string& name, size_t index) const {
-  const size_t block = layout_.block_bytes();
+  const Layer& layer = layers_[index_[index]];
   return {name,
           ElementType::uint8,
-          {static_cast<int64_t>(layer_bytes_ / layout_.kv_heads / block), static_cast<int64_t>(layout_.kv_heads),
-           static_cast<int64_t>(block)},
-          layer(index)};
+          {static_cast<int64_t>(layer.blocks), static_cast<int64_t>(layer.layout.kv_heads),
+           static_cast<int64_t>(layer.layout.block_bytes())},
+          at(layer, 0)};
 }
 
 }  // namespace meki

@@ -1,38 +1,68 @@
 #pragma once
 
+#include <span>
+
 #include "runtime/base/file.h"
 #include "runtime/executor/state.h"
 #include "runtime/graph/graph.h"
 #include "runtime/kernels/kv_cache.h"
+#include "runtime/package/manifest.h"
 
 namespace meki {
 
 // Keys and values in the blocks of our own attention (kernels/kv_cache.h), which updates them in place. Takes memory as
-// it fills.
+// it fills. A layer whose tokens see a window keeps the last positions alone, in a ring of blocks: those of the window,
+// of a step, and kSlack more, so that a sequence can be taken back that far.
 class BlockKvCache final : public SequenceState {
  public:
-  // Throws std::runtime_error without memory for `context` tokens.
-  BlockKvCache(const KvLayout& layout, size_t layers, size_t context);
+  static constexpr size_t kSlack = 1024;
 
+  // For steps of up to `chunk` tokens; caches: of each layer. Throws std::runtime_error without memory for `context`
+  // tokens.
+  BlockKvCache(KvType type, std::span<const KvCacheInfo> caches, size_t context, size_t chunk);
+
+  // Before a step of `tokens` tokens, which may overwrite what a ring has of the oldest.
+  void begin(size_t tokens);
   void append(size_t tokens) override { length_ += tokens; }
-  void truncate(size_t length) override { length_ = length; }
+  // To 0 where a ring does not have any more what the next token sees.
+  void truncate(size_t length) override;
+  // Of a ring, what the next token sees.
   std::vector<std::byte> snapshot() const override;
-  // Writes the snapshot to bytes(length()) bytes.
+  // Of a state of `tokens` tokens.
+  size_t snapshot_bytes(size_t tokens) const;
+  // Writes the snapshot to snapshot_bytes(length()) bytes.
   void copy_to(std::byte* snapshot) const;
   void restore(std::span<const std::byte> snapshot, size_t length) override;
-  size_t bytes(size_t tokens) const override { return layers_ * layout_.bytes(tokens); }
+  // A cache that several layers see is read by each.
+  size_t bytes(size_t tokens) const override;
   void append_noise(size_t tokens) override;
 
-  // The whole cache of a layer, uint8 [blocks, kv_heads, block bytes].
+  // The whole cache of layer `index`, uint8 [blocks, kv_heads, block bytes].
   Tensor tensor(const std::string& name, size_t index) const;
 
  private:
-  std::byte* layer(size_t index) const { return memory_.data() + index * layer_bytes_; }
+  struct Layer {
+    KvLayout layout;
+    size_t window;      // 0: all positions
+    size_t blocks;      // that it has room for
+    size_t readers;     // layers that see it
+    size_t offset = 0;  // in memory_
+    size_t first = 0;   // the oldest position that it has
 
-  const KvLayout layout_;
-  const size_t layers_;
-  size_t layer_bytes_;
-  Mapping memory_;  // [layers, layer_bytes_]
+    // The first position that the token at `position` sees.
+    size_t first_seen(size_t position) const;
+    size_t block_bytes() const { return layout.kv_heads * layout.block_bytes(); }
+  };
+  // Calls piece(layer, block) for every block of a snapshot of `length` tokens, in its order.
+  template <class Piece>
+  void for_blocks(size_t length, Piece piece) const;
+  std::byte* at(const Layer& layer, size_t block) const {
+    return memory_.data() + layer.offset + block % layer.blocks * layer.block_bytes();
+  }
+
+  std::vector<size_t> index_;  // of each layer of the model, in layers_
+  std::vector<Layer> layers_;
+  Mapping memory_;
 };
 
 }  // namespace meki

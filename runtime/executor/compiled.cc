@@ -23,11 +23,7 @@ class CompiledExecutor final : public Executor {
                  std::min(chunk, backend.model().chunk)),
         manifest_(backend.manifest()),
         model_(backend.model()),
-        cache_({.layers = manifest_.architecture.layers,
-                .kv_heads = manifest_.architecture.kv_heads,
-                .head_dim = manifest_.architecture.head_dim,
-                .context = model_.context,
-                .chunk = model_.chunk},
+        cache_({.caches = manifest_.architecture.kv_caches, .context = model_.context, .chunk = model_.chunk},
                backend.info().shared_memory ? model_.decode.front().graph.get() : nullptr),
         token_ids_(Mapping::zeroed(model_.chunk * sizeof(int64_t))),
         past_length_(Mapping::zeroed(sizeof(int32_t))),
@@ -140,7 +136,7 @@ std::shared_ptr<const CompiledModel> load_model(const Manifest& manifest, const 
       const std::filesystem::path path = target.directory / info.file;
       stages.push_back({qnn(path), info.rows, path});
     }
-    const auto names = check_stages(kCompiledNames, stages, manifest.architecture.layers, {kEmbedding});
+    const auto names = check_stages(kCompiledNames, stages, manifest.architecture.kv_caches, {kEmbedding});
     kCompiledNames.require(names.back() == kFinal, stages.back().path,
                            std::string("its last output is not \"") + kFinal + "\"");
     hidden.insert(names.begin(), names.end());

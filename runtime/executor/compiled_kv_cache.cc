@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <random>
 #include <stdexcept>
 
@@ -26,36 +27,55 @@ void copy_rows(const uint16_t* from, size_t from_stride, uint16_t* to, size_t to
 
 }  // namespace
 
-CompiledKvCache::CompiledKvCache(const Shape& shape, const Graph* shares) : shape_(shape) {
+CompiledKvCache::CompiledKvCache(const Shape& shape, const Graph* shares)
+    : context_(shape.context), chunk_(shape.chunk) {
   // Of one token and layer: at most 2^42 bytes, and below 2^31 tokens.
-  const uint64_t token_bytes = uint64_t{2} * sizeof(uint16_t) * row();
-  const auto bytes_of = [&](size_t tokens) {
-    const auto layer_bytes = checked_mul(token_bytes, tokens);
-    return layer_bytes ? checked_mul(*layer_bytes, shape.layers) : std::nullopt;
+  const auto bytes_of = [](const KvCacheInfo& its, size_t tokens) {
+    return checked_mul(uint64_t{2} * sizeof(uint16_t) * its.kv_heads * its.head_dim, tokens);
   };
+  std::optional<uint64_t> bytes = 0;
+  std::optional<uint64_t> added_bytes = 0;
+  for (const KvCacheInfo& its : shape.caches) {
+    const auto cache = bytes_of(its, context_);
+    readers_bytes_ += cache.value_or(0);
+    if (its.shared) {
+      index_.push_back(index_[*its.shared]);
+      continue;
+    }
+    index_.push_back(layers_.size());
+    layers_.push_back({.kv_heads = its.kv_heads, .head_dim = its.head_dim});
+    const auto added = bytes_of(its, chunk_);
+    bytes = bytes && cache ? checked_add(*bytes, *cache) : std::nullopt;
+    added_bytes = added_bytes && added ? checked_add(*added_bytes, *added) : std::nullopt;
+  }
   // Zeros: what lies behind the sequence is masked, but multiplied. Shared memory is for one tensor a piece.
-  const auto bytes = bytes_of(shape.context);
-  const std::string what = "the KV cache of " + std::to_string(shape.context) + " tokens";
-  const size_t tensors = 2 * shape.layers;
+  const std::string what = "the KV cache of " + std::to_string(context_) + " tokens";
   if (shares != nullptr && bytes) {
-    while (shared_cache_.size() < tensors) {
-      shared_cache_.push_back(shares->allocate_shared(*bytes / tensors));
-      if (shared_cache_.back() != nullptr) continue;
-      throw std::runtime_error(what + " needs " + std::to_string(*bytes >> 20) +
-                               " MiB that the NPU shares, which the system does not give; close other sessions");
+    for (const Layer& layer : layers_) {
+      for (size_t tensor = 0; tensor < 2; ++tensor) {
+        shared_cache_.push_back(shares->allocate_shared(layer.row() * context_ * sizeof(uint16_t)));
+        if (shared_cache_.back() != nullptr) continue;
+        throw std::runtime_error(what + " needs " + std::to_string(*bytes >> 20) +
+                                 " MiB that the NPU shares, which the system does not give; close other sessions");
+      }
     }
   } else {
     cache_ = allocate(bytes, what);
     cache_.prefer_huge_pages();
   }
-  added_ = allocate(bytes_of(shape.chunk), "a step of the model");
-  const auto tensor = [&](size_t index) {
-    if (!shared_cache_.empty()) return reinterpret_cast<uint16_t*>(shared_cache_[index].get());
-    return cache_.as<uint16_t>() + index * row() * shape.context;
-  };
-  for (size_t layer = 0; layer < shape.layers; ++layer) {
-    uint16_t* const added = added_.as<uint16_t>() + layer * 2 * row() * shape.chunk;
-    layers_.push_back({tensor(2 * layer), tensor(2 * layer + 1), added, added + row() * shape.chunk});
+  added_ = allocate(added_bytes, "a step of the model");
+  size_t before = 0;  // elements of a token in the layers before
+  for (size_t index = 0; index < layers_.size(); ++index) {
+    Layer& layer = layers_[index];
+    const auto tensor = [&](size_t number) {
+      if (!shared_cache_.empty()) return reinterpret_cast<uint16_t*>(shared_cache_[2 * index + number].get());
+      return cache_.as<uint16_t>() + (before + number * layer.row()) * context_;
+    };
+    layer.keys = tensor(0);
+    layer.values = tensor(1);
+    layer.new_keys = added_.as<uint16_t>() + before * chunk_;
+    layer.new_values = layer.new_keys + layer.row() * chunk_;
+    before += 2 * layer.row();
   }
 }
 
@@ -64,9 +84,9 @@ void CompiledKvCache::check_finite(size_t tokens, const std::filesystem::path& p
   const size_t wide = width(tokens);
   bool finite = true;
   for (const Layer& layer : layers_) {
-    for (size_t r = 0; r < row(); ++r) finite &= is_finite(layer.new_keys + r * wide, tokens);
-    for (size_t head = 0; head < shape_.kv_heads; ++head) {
-      finite &= is_finite(layer.new_values + head * wide * shape_.head_dim, tokens * shape_.head_dim);
+    for (size_t r = 0; r < layer.row(); ++r) finite &= is_finite(layer.new_keys + r * wide, tokens);
+    for (size_t head = 0; head < layer.kv_heads; ++head) {
+      finite &= is_finite(layer.new_values + head * wide * layer.head_dim, tokens * layer.head_dim);
     }
   }
   if (finite) return;
@@ -77,11 +97,10 @@ void CompiledKvCache::check_finite(size_t tokens, const std::filesystem::path& p
 
 void CompiledKvCache::append(size_t tokens) {
   const size_t wide = width(tokens);
-  const size_t dim = shape_.head_dim;
   for (const Layer& layer : layers_) {
-    copy_rows(layer.new_keys, wide, layer.keys + length_, shape_.context, row(), tokens);
-    copy_rows(layer.new_values, wide * dim, layer.values + length_ * dim, shape_.context * dim, shape_.kv_heads,
-              tokens * dim);
+    const size_t dim = layer.head_dim;
+    copy_rows(layer.new_keys, wide, layer.keys + length_, context_, layer.row(), tokens);
+    copy_rows(layer.new_values, wide * dim, layer.values + length_ * dim, context_ * dim, layer.kv_heads, tokens * dim);
   }
   length_ += tokens;
 }
@@ -89,18 +108,24 @@ void CompiledKvCache::append(size_t tokens) {
 template <class Piece>
 void CompiledKvCache::for_pieces(size_t first, size_t last, Piece piece) const {
   if (first == last) return;
-  const size_t dim = shape_.head_dim;
   for (const Layer& layer : layers_) {
-    for (size_t r = 0; r < row(); ++r) piece(layer.keys + r * shape_.context + first, last - first);
-    for (size_t head = 0; head < shape_.kv_heads; ++head) {
-      piece(layer.values + (head * shape_.context + first) * dim, (last - first) * dim);
+    const size_t dim = layer.head_dim;
+    for (size_t r = 0; r < layer.row(); ++r) piece(layer.keys + r * context_ + first, last - first);
+    for (size_t head = 0; head < layer.kv_heads; ++head) {
+      piece(layer.values + (head * context_ + first) * dim, (last - first) * dim);
     }
   }
 }
 
+size_t CompiledKvCache::token_elements() const {
+  size_t elements = 0;
+  for (const Layer& layer : layers_) elements += layer.row();
+  return elements;
+}
+
 std::vector<std::byte> CompiledKvCache::snapshot() const {
   std::vector<std::byte> copy;
-  copy.reserve(layers_.size() * 2 * row() * length_ * sizeof(uint16_t));
+  copy.reserve(2 * token_elements() * length_ * sizeof(uint16_t));
   for_pieces(0, length_, [&copy](const uint16_t* data, size_t count) {
     const auto bytes = std::as_bytes(std::span(data, count));
     copy.insert(copy.end(), bytes.begin(), bytes.end());
@@ -109,8 +134,8 @@ std::vector<std::byte> CompiledKvCache::snapshot() const {
 }
 
 void CompiledKvCache::restore(std::span<const std::byte> snapshot, size_t length) {
-  const size_t expected = layers_.size() * 2 * row() * length * sizeof(uint16_t);
-  if (length > shape_.context || snapshot.size() != expected) throw bad_snapshot(snapshot.size(), expected, length);
+  const size_t expected = 2 * token_elements() * length * sizeof(uint16_t);
+  if (length > context_ || snapshot.size() != expected) throw bad_snapshot(snapshot.size(), expected, length);
   size_t done = 0;
   for_pieces(0, length, [&](uint16_t* data, size_t count) {
     std::memcpy(data, snapshot.data() + done, count * sizeof(uint16_t));
@@ -134,10 +159,10 @@ void CompiledKvCache::append_noise(size_t tokens) {
 }
 
 Tensor CompiledKvCache::tensor(const std::string& name, const Io& io, size_t width) const {
-  const Layer& layer = layers_[io.layer];
-  const auto heads = static_cast<int64_t>(shape_.kv_heads);
-  const auto dim = static_cast<int64_t>(shape_.head_dim);
-  const auto tokens = static_cast<int64_t>(io.is_input ? shape_.context : width);
+  const Layer& layer = layers_[index_[io.layer]];
+  const auto heads = static_cast<int64_t>(layer.kv_heads);
+  const auto dim = static_cast<int64_t>(layer.head_dim);
+  const auto tokens = static_cast<int64_t>(io.is_input ? context_ : width);
   const bool shared = io.is_input && !shared_cache_.empty();
   if (io.kind == IoKind::keys) {
     return {name, ElementType::float16, {heads, dim, tokens}, io.is_input ? layer.keys : layer.new_keys, shared};

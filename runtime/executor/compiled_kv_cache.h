@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -9,6 +10,7 @@
 #include "runtime/executor/stages.h"
 #include "runtime/executor/state.h"
 #include "runtime/graph/graph.h"
+#include "runtime/package/manifest.h"
 
 namespace meki {
 
@@ -18,9 +20,7 @@ namespace meki {
 class CompiledKvCache final : public SequenceState {
  public:
   struct Shape {
-    size_t layers = 0;
-    size_t kv_heads = 0;
-    size_t head_dim = 0;
+    std::span<const KvCacheInfo> caches;  // of each layer of the model
     size_t context = 0;
     size_t chunk = 0;  // tokens of the widest step
   };
@@ -35,7 +35,7 @@ class CompiledKvCache final : public SequenceState {
   std::vector<std::byte> snapshot() const override;
   void restore(std::span<const std::byte> snapshot, size_t length) override;
   // A step reads all of the cache, whatever is in it.
-  size_t bytes(size_t) const override { return layers_.size() * 2 * row() * shape_.context * sizeof(uint16_t); }
+  size_t bytes(size_t) const override { return readers_bytes_; }
   void append_noise(size_t tokens) override;
 
   // Of one layer: keys float16 [kv_heads, head_dim, tokens], values [kv_heads, tokens, head_dim]. An input has all
@@ -44,22 +44,30 @@ class CompiledKvCache final : public SequenceState {
 
  private:
   struct Layer {
+    size_t kv_heads = 0;
+    size_t head_dim = 0;
     uint16_t* keys = nullptr;
     uint16_t* values = nullptr;
     uint16_t* new_keys = nullptr;
     uint16_t* new_values = nullptr;
+
+    size_t row() const { return kv_heads * head_dim; }
   };
 
-  size_t row() const { return shape_.kv_heads * shape_.head_dim; }
-  size_t width(size_t tokens) const { return tokens == 1 ? 1 : shape_.chunk; }
+  size_t width(size_t tokens) const { return tokens == 1 ? 1 : chunk_; }
+  // Elements of keys, or of values, of a token, all layers together.
+  size_t token_elements() const;
   // Calls piece(data, count) for the pieces of the cache that the tokens first .. last - 1 are.
   template <class Piece>
   void for_pieces(size_t first, size_t last, Piece piece) const;
 
-  const Shape shape_;
+  const size_t context_;
+  const size_t chunk_;
+  size_t readers_bytes_ = 0;                // of all layers, however many of them have one cache
   Mapping cache_;                           // all tensors of the cache, or, where the NPU shares them,
   std::vector<SharedMemory> shared_cache_;  // each
   Mapping added_;                           // new keys and values of all layers
+  std::vector<size_t> index_;               // of each layer of the model, in layers_
   std::vector<Layer> layers_;
 };
 

@@ -13,18 +13,13 @@
 namespace meki {
 namespace {
 
-KvLayout layout_of(const Backend& backend) {
-  const Architecture& a = backend.manifest().architecture;
-  return {backend.info().kv_type, a.kv_heads, a.head_dim};
-}
-
 // All memory is allocated once. What steps of the shapes in use are bound to is bound once.
 class DynamicExecutor final : public Executor {
  public:
   DynamicExecutor(const DynamicBackend& backend, size_t context, size_t chunk)
       : Executor(backend.manifest().directory, backend.manifest().architecture.vocab_size, chunk),
         backend_(backend),
-        state_({layout_of(backend), backend.manifest().architecture.layers, context},
+        state_({backend.info().kv_type, backend.manifest().architecture.kv_caches, context, chunk},
                {backend.convolutions(),
                 backend.manifest().architecture.hidden * convolution_bytes(backend.info().kv_type), context}),
         token_ids_(Mapping::zeroed(chunk * sizeof(int64_t))),
@@ -53,6 +48,7 @@ class DynamicExecutor final : public Executor {
       logit_index_.as<int64_t>()[row] = static_cast<int64_t>(tokens - shape.logit_rows + row);
     }
     *length_.as<int32_t>() = static_cast<int32_t>(state_.length() + tokens);
+    state_.begin(tokens);
     const uint64_t stall = stages_.run(shape, step.rows);
     check_logits({shape.logits, shape.logit_rows * vocab_size});
     if (wanted) std::memcpy(logits_.data(), shape.logits + (shape.logit_rows - 1) * vocab_size, logits_.size());
@@ -70,7 +66,8 @@ class DynamicExecutor final : public Executor {
       case IoKind::total_sequence_length: return {name, ElementType::int32, {}, length_.data()};
       case IoKind::logit_index: return {name, ElementType::int64, {logit_rows}, logit_index_.data()};
       case IoKind::rows: return rows_tensor(name, stage, shape, manifest.memory->row_dim);
-      case IoKind::cache: return state_.kv_cache().tensor(name, io.layer);
+      case IoKind::cache:
+      case IoKind::seen_cache: return state_.kv_cache().tensor(name, io.layer);
       case IoKind::convolution: return state_.convolutions().tensor(name, io.layer);
       case IoKind::logits:
         return {name, ElementType::float32, {logit_rows, manifest.architecture.vocab_size}, shape.logits};
@@ -99,24 +96,27 @@ const StageNames kDynamicNames = {
                {"logit_index", IoKind::logit_index}},
     .outputs = {{"logits", IoKind::logits}},
     .states = {{"past.", "present.", IoKind::cache},
+               {"shared.", "", IoKind::seen_cache},
                {"past_convolution.", "present_convolution.", IoKind::convolution}},
     .remedy = "convert the model again",
 };
 
 DynamicBackend::DynamicBackend(const Manifest& manifest, KvType kv_type, const GraphLoader& load)
     : Backend(manifest, {.kv_type = kv_type, .context = manifest.architecture.context}) {
-  try {
-    static_cast<void>(KvLayout(KvType::float32, manifest.architecture.kv_heads, manifest.architecture.head_dim));
-  } catch (const std::invalid_argument& error) {  // heads that no cache can have are no matter of its type
-    throw PackageError((manifest.directory / "manifest.json").string() + ": " + error.what() + "; " +
-                       std::string(kDynamicNames.remedy));
+  for (const KvCacheInfo& cache : manifest.architecture.kv_caches) {
+    try {
+      static_cast<void>(KvLayout(KvType::float32, cache.kv_heads, cache.head_dim));
+    } catch (const std::invalid_argument& error) {  // heads that no cache can have are no matter of its type
+      throw PackageError((manifest.directory / "manifest.json").string() + ": " + error.what() + "; " +
+                         std::string(kDynamicNames.remedy));
+    }
+    static_cast<void>(KvLayout(kv_type, cache.kv_heads, cache.head_dim));  // checks
   }
-  static_cast<void>(layout_of(*this));  // checks
   for (const StageInfo& info : manifest.stages) {
     const std::filesystem::path path = manifest.directory / info.file;
     stages_.push_back({load(path), info.rows, path});
   }
-  hidden_names_ = check_stages(kDynamicNames, stages_, manifest.architecture.layers);
+  hidden_names_ = check_stages(kDynamicNames, stages_, manifest.architecture.kv_caches);
   convolutions_ = count_states(kDynamicNames, stages_, IoKind::convolution);
 }
 

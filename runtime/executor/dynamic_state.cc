@@ -44,7 +44,7 @@ void DynamicState::truncate(size_t length) {
 }
 
 std::vector<std::byte> DynamicState::snapshot() const {
-  const size_t keys_and_values = kv_cache_.bytes(length_);
+  const size_t keys_and_values = kv_cache_.snapshot_bytes(length_);
   std::vector<std::byte> copy(keys_and_values + convolutions_.bytes(length_));
   kv_cache_.copy_to(copy.data());
   convolutions_.copy_to(copy.data() + keys_and_values, length_);
@@ -52,11 +52,11 @@ std::vector<std::byte> DynamicState::snapshot() const {
 }
 
 void DynamicState::restore(std::span<const std::byte> snapshot, size_t length) {
-  const size_t expected = kv_cache_.bytes(length) + convolutions_.bytes(length);
+  const size_t expected = kv_cache_.snapshot_bytes(length) + convolutions_.bytes(length);
   if (length > convolutions_.context() || snapshot.size() != expected) {
     throw bad_snapshot(snapshot.size(), expected, length);
   }
-  const auto keys_and_values = snapshot.first(kv_cache_.bytes(length));
+  const auto keys_and_values = snapshot.first(kv_cache_.snapshot_bytes(length));
   kv_cache_.restore(keys_and_values, length);
   convolutions_.copy_from(snapshot.data() + keys_and_values.size(), length);
   length_ = length;

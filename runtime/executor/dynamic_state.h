@@ -34,6 +34,8 @@ class DynamicState final : public SequenceState {
  public:
   DynamicState(BlockKvCache kv_cache, ConvolutionCache convolutions);
 
+  // Before a step of `tokens` tokens.
+  void begin(size_t tokens) { kv_cache_.begin(tokens); }
   void append(size_t tokens) override;
   void truncate(size_t length) override;
   std::vector<std::byte> snapshot() const override;

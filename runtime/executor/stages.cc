@@ -27,7 +27,8 @@ Io parse(std::string_view name, bool is_input, const StageNames& names) {
   const auto& known = is_input ? names.inputs : names.outputs;
   if (const auto found = known.find(name); found != known.end()) return {found->second, 0, is_input};
   for (const StageNames::State& state : names.states) {
-    const auto layer = layer_of(name, is_input ? state.input : state.output);
+    const std::string_view prefix = is_input ? state.input : state.output;
+    const auto layer = prefix.empty() ? std::nullopt : layer_of(name, prefix);
     if (layer) return {state.kind, *layer, is_input};
   }
   return {IoKind::hidden, 0, is_input};
@@ -36,8 +37,8 @@ Io parse(std::string_view name, bool is_input, const StageNames& names) {
 // The checks of one pass through the stages.
 class Checker {
  public:
-  Checker(const StageNames& names, uint32_t layers, std::vector<std::string> entering)
-      : names_(names), layers_(layers), hidden_(std::move(entering)) {}
+  Checker(const StageNames& names, const std::vector<KvCacheInfo>& caches, std::vector<std::string> entering)
+      : names_(names), caches_(caches), hidden_(std::move(entering)) {}
 
   void stage(const Stage& stage) {
     path_ = stage.path;
@@ -45,7 +46,11 @@ class Checker {
     for (const std::string& name : stage.graph->inputs()) {
       const Io io = names_.input(name);
       if (io.kind == IoKind::rows) takes_rows = true;
-      if (is_state(io)) add(io, name, taken_[io.kind]);
+      if (io.kind == IoKind::seen_cache) {
+        require(made_[IoKind::cache].contains(io.layer), "input \"" + name + "\" is the cache of no earlier stage");
+      } else if (is_state(io)) {
+        add(io, name, taken_[io.kind]);
+      }
       if (io.kind == IoKind::hidden) {
         require(is_made(name), "input \"" + name + "\" is neither known nor an output of an earlier stage");
       }
@@ -61,6 +66,7 @@ class Checker {
       hidden_.push_back(name);
     }
     for (const StageNames::State& state : names_.states) {
+      if (state.output.empty()) continue;
       const IoKind all = state.kind == IoKind::convolution ? state.kind : names_.states.front().kind;
       require(taken_[state.kind] == taken_[all] && taken_[state.kind] == made_[state.kind],
               "it does not take and give back the caches of the same layers");
@@ -70,8 +76,9 @@ class Checker {
   // After the last stage.
   std::vector<std::string> finish() {
     const size_t found = taken_[names_.states.front().kind].size();
-    require(found == layers_,
-            "the stages have the caches of " + std::to_string(found) + " layers, expected " + std::to_string(layers_));
+    const auto own = std::count_if(caches_.begin(), caches_.end(), [](const KvCacheInfo& its) { return !its.shared; });
+    require(found == static_cast<size_t>(own),
+            "the stages have the caches of " + std::to_string(found) + " layers, expected " + std::to_string(own));
     const std::set<uint32_t>& convolutions = taken_[IoKind::convolution];
     require(convolutions.empty() || *convolutions.rbegin() + 1 == convolutions.size(),
             "the convolutions are not numbered from 0 on");
@@ -87,14 +94,16 @@ class Checker {
     return std::find(hidden_.begin(), hidden_.end(), name) != hidden_.end();
   }
   void add(const Io& io, const std::string& name, std::set<uint32_t>& seen) const {
-    require(io.layer < layers_,
-            "\"" + name + "\" names layer " + std::to_string(io.layer) + " of " + std::to_string(layers_) + " layers");
+    require(io.layer < caches_.size(), "\"" + name + "\" names layer " + std::to_string(io.layer) + " of " +
+                                           std::to_string(caches_.size()) + " layers");
+    require(io.kind == IoKind::convolution || !caches_[io.layer].shared,
+            "\"" + name + "\" is of a layer without a cache of its own");
     require(seen.insert(io.layer).second, "\"" + name + "\" names a layer twice");
   }
   void require(bool valid, const std::string& what) const { names_.require(valid, path_, what); }
 
   const StageNames& names_;
-  const uint32_t layers_;
+  const std::vector<KvCacheInfo>& caches_;
   std::filesystem::path path_;
   std::map<IoKind, std::set<uint32_t>> taken_;
   std::map<IoKind, std::set<uint32_t>> made_;
@@ -112,9 +121,9 @@ void StageNames::require(bool valid, const std::filesystem::path& path, const st
 Io StageNames::input(std::string_view name) const { return parse(name, true, *this); }
 Io StageNames::output(std::string_view name) const { return parse(name, false, *this); }
 
-std::vector<std::string> check_stages(const StageNames& names, const std::vector<Stage>& stages, uint32_t layers,
-                                      std::vector<std::string> entering) {
-  Checker checker(names, layers, std::move(entering));
+std::vector<std::string> check_stages(const StageNames& names, const std::vector<Stage>& stages,
+                                      const std::vector<KvCacheInfo>& caches, std::vector<std::string> entering) {
+  Checker checker(names, caches, std::move(entering));
   for (const Stage& stage : stages) checker.stage(stage);
   return checker.finish();
 }

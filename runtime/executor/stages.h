@@ -33,6 +33,7 @@ enum class IoKind {
   rows,
   logit_index,
   cache,        // of keys and values together, updated in place
+  seen_cache,   // the same of a layer of an earlier stage, which has been updated
   convolution,  // the cache of a convolution's inputs, updated in place; not every layer has one
   keys,         // of past tokens as an input, of the step's as an output
   values,       // as keys
@@ -50,7 +51,7 @@ struct Io {
 struct StageNames {
   struct State {  // names that a layer's number follows
     std::string_view input;
-    std::string_view output;
+    std::string_view output;  // empty: it is an input alone
     IoKind kind;
   };
   std::map<std::string_view, IoKind> inputs;
@@ -64,12 +65,12 @@ struct StageNames {
   Io output(std::string_view name) const;
 };
 
-// Checks that stages fit the manifest and each other: each state of all `layers` in exactly one stage (convolutions:
-// numbered from 0 on, perhaps fewer), every hidden input made by an earlier stage or one of `entering`, no output made
-// twice, rows where the manifest says. Returns the hidden tensors' names, those that enter first. Throws PackageError
-// that names the stage.
-std::vector<std::string> check_stages(const StageNames& names, const std::vector<Stage>& stages, uint32_t layers,
-                                      std::vector<std::string> entering = {});
+// Checks that stages fit the manifest and each other: each state of all layers that have `caches` of their own in
+// exactly one stage (convolutions: numbered from 0 on, perhaps fewer), every hidden input and every cache that is only
+// seen made by an earlier stage or one of `entering`, no output made twice, rows where the manifest says. Returns the
+// hidden tensors' names, those that enter first. Throws PackageError that names the stage.
+std::vector<std::string> check_stages(const StageNames& names, const std::vector<Stage>& stages,
+                                      const std::vector<KvCacheInfo>& caches, std::vector<std::string> entering = {});
 
 // Layers that have a state of this kind, in stages that were checked.
 size_t count_states(const StageNames& names, const std::vector<Stage>& stages, IoKind kind);

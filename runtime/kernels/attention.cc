@@ -17,6 +17,11 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
+// The first position that the token at `position` sees.
+size_t first_seen(size_t position, size_t window) {
+  return window == 0 || position < window ? 0 : position + 1 - window;
+}
+
 // How the work is cut into pieces of work. A row is one query head of one token; the rows of a kv head are ordered by
 // token, then head. A piece is a tile of rows of one kv head against one range of cache blocks.
 struct Partition {
@@ -24,6 +29,7 @@ struct Partition {
   size_t rows;   // of one kv head
   size_t tile_rows;
   size_t tiles;         // of one kv head
+  size_t first_block;   // that is seen
   size_t splits;        // ranges of cache blocks
   size_t split_blocks;  // in one range
   bool integer;
@@ -33,10 +39,11 @@ struct Partition {
         rows(args.tokens * group),
         tile_rows(std::min(rows, kTileRows)),
         tiles(divide_up(rows, tile_rows)),
+        first_block(first_seen(args.past, args.window) / kBlock),
         integer(layout.type == KvType::int8 || layout.type == KvType::int4) {
     // Enough for any number of threads, and the same for all: sums of other pieces would be other sums.
     constexpr size_t kPieces = 64;
-    const size_t blocks = divide_up(args.past + args.tokens, kBlock);
+    const size_t blocks = divide_up(args.past + args.tokens, kBlock) - first_block;
     const size_t wanted = divide_up(kPieces, tiles * layout.kv_heads);
     split_blocks = std::max<size_t>(2, divide_up(blocks, wanted));
     splits = divide_up(blocks, split_blocks);
@@ -141,26 +148,20 @@ class Attention {
   // Appends one kv head's keys and values, and prepares the queries of its group.
   void prepare(size_t kv_head) const {
     const size_t dim = layout_.head_dim;
-    const float scale = 1 / std::sqrt(static_cast<float>(dim));
-    const size_t width = (args_.heads + 2 * layout_.kv_heads) * dim;
-    float key[KvLayout::kMaxHeadDim];
+    const size_t width = (args_.heads + (args_.shared ? 0 : 2 * layout_.kv_heads)) * dim;
     for (size_t t = 0; t < args_.tokens; ++t) {
-      const size_t position = args_.past + t;
-      const float* const cos = args_.cos + position * (dim / 2);
-      const float* const sin = args_.sin + position * (dim / 2);
-      const float* const key_in = args_.qkv + t * width + (args_.heads + kv_head) * dim;
-      std::copy_n(key_in, dim, key);
-      if (args_.offsets != nullptr) args_.offsets->subtract(kv_head, key);
-      normalise_and_rotate(key, dim, args_.k_norm_weight, args_.epsilon, cos, sin);
-      if (layout_.type == KvType::int4) hadamard(key, dim);
-      append(layout_, args_.cache + layout_.block_offset(kv_head, position), position % kBlock, key,
-             key_in + layout_.kv_heads * dim);
+      const float* const cos = args_.cos + t * (dim / 2);
+      const float* const sin = args_.sin + t * (dim / 2);
+      if (!args_.shared) {
+        const float* const key = args_.qkv + t * width + (args_.heads + kv_head) * dim;
+        store(kv_head, args_.past + t, key, key + layout_.kv_heads * dim, cos, sin);
+      }
       for (size_t g = 0; g < partition_.group; ++g) {
         const size_t row = kv_head * partition_.rows + t * partition_.group + g;
         float* const query = queries_.values + row * dim;
         std::copy_n(args_.qkv + t * width + (kv_head * partition_.group + g) * dim, dim, query);
         normalise_and_rotate(query, dim, args_.q_norm_weight, args_.epsilon, cos, sin);
-        for (size_t e = 0; e < dim; ++e) query[e] *= scale;
+        for (size_t e = 0; e < dim; ++e) query[e] *= args_.scale;
         if (args_.offsets != nullptr) args_.offsets->prepare(kv_head, query, queries_.offsets + row * 2 * pairs());
         if (layout_.type == KvType::int4) hadamard(query, dim);
         if (partition_.integer) quantize_query(query, dim, queries_, row);
@@ -174,8 +175,10 @@ class Attention {
     const size_t kv_head = index / partition_.splits / partition_.tiles;
     const size_t first = tile * partition_.tile_rows;
     const size_t count = std::min(partition_.tile_rows, partition_.rows - first);
-    // Only blocks that the tile's last token may see.
-    const size_t end = std::min((split + 1) * partition_.split_blocks,
+    // Only blocks that the tile's tokens may see.
+    const size_t begin = std::max(partition_.first_block + split * partition_.split_blocks,
+                                  first_seen(args_.past + first / partition_.group, args_.window) / kBlock);
+    const size_t end = std::min(partition_.first_block + (split + 1) * partition_.split_blocks,
                                 divide_up(args_.past + (first + count - 1) / partition_.group + 1, kBlock));
     const size_t dim = layout_.head_dim;
     const Queries queries = slice(kv_head, first, count);
@@ -188,9 +191,9 @@ class Attention {
     std::fill_n(sums, count, 0.0F);
 
     const auto type = static_cast<size_t>(layout_.type);
-    for (size_t b = split * partition_.split_blocks; b < end; ++b) {
-      const std::byte* const block = args_.cache + layout_.block_offset(kv_head, b * kBlock);
-      const std::byte* const next = b + 1 < end ? block + layout_.kv_heads * layout_.block_bytes() : nullptr;
+    for (size_t b = begin; b < end; ++b) {
+      const std::byte* const block = block_of(kv_head, b);
+      const std::byte* const next = b + 1 < end ? block_of(kv_head, b + 1) : nullptr;
       const size_t values = layout_.values_offset();
       simd_.scores[type](queries, block, next, scores);
       if (args_.offsets != nullptr) add_offsets(kv_head, first, count, b * kBlock, scores);
@@ -244,23 +247,42 @@ class Attention {
             queries_.sums + row * (dim / 16)};
   }
 
+  std::byte* block_of(size_t kv_head, size_t block) const {
+    return args_.cache + layout_.block_offset(kv_head, block % args_.cache_blocks * kBlock);
+  }
+
+  // Adds one head's key and value to the cache.
+  void store(size_t kv_head, size_t position, const float* key_in, const float* value_in, const float* cos,
+             const float* sin) const {
+    const size_t dim = layout_.head_dim;
+    float key[KvLayout::kMaxHeadDim];
+    std::copy_n(key_in, dim, key);
+    if (args_.offsets != nullptr) args_.offsets->subtract(kv_head, key);
+    normalise_and_rotate(key, dim, args_.k_norm_weight, args_.epsilon, cos, sin);
+    if (layout_.type == KvType::int4) hadamard(key, dim);
+    float value[KvLayout::kMaxHeadDim];
+    const float inverse = args_.value_norm ? inverse_rms(value_in, dim, args_.epsilon) : 1;
+    for (size_t e = 0; e < dim; ++e) value[e] = value_in[e] * inverse;
+    append(layout_, block_of(kv_head, position / kBlock), position % kBlock, key, value);
+  }
+
   size_t pairs() const { return args_.offsets != nullptr ? args_.offsets->pairs() : 0; }
 
   void add_offsets(size_t kv_head, size_t first, size_t count, size_t position, float* scores) const {
-    const size_t at = position * (layout_.head_dim / 2);
     for (size_t q = 0; q < count; ++q) {
       const float* const prepared = queries_.offsets + (kv_head * partition_.rows + first + q) * 2 * pairs();
-      args_.offsets->add(kv_head, prepared, args_.cos + at, args_.sin + at, scores + q * kBlock);
+      args_.offsets->add(kv_head, prepared, position, scores + q * kBlock);
     }
   }
 
-  // No query sees what comes after its token.
+  // No query sees what comes after its token, nor what is before its window. position: of the first score.
   void mask(size_t first, size_t count, size_t position, float* scores) const {
+    const auto clamped = [position](size_t p) { return std::clamp(p, position, position + kBlock) - position; };
     for (size_t q = 0; q < count; ++q) {
-      const size_t visible = args_.past + (first + q) / partition_.group + 1;
-      if (visible >= position + kBlock) continue;
-      const size_t keep = visible > position ? visible - position : 0;
-      std::fill(scores + q * kBlock + keep, scores + (q + 1) * kBlock, kMinusInfinity);
+      const size_t token = args_.past + (first + q) / partition_.group;
+      float* const its = scores + q * kBlock;
+      std::fill(its, its + clamped(first_seen(token, args_.window)), kMinusInfinity);
+      std::fill(its + clamped(token + 1), its + kBlock, kMinusInfinity);
     }
   }
 
@@ -285,7 +307,8 @@ class Attention {
 void attention(const Simd& simd, const KvLayout& layout, const AttentionArgs& args, const Parallel& parallel) {
   // What takes some microseconds is over before another thread has taken its share.
   constexpr size_t kSerialBytes = 64 << 10;
-  const bool small = layout.bytes(args.past + args.tokens) * args.tokens < kSerialBytes;
+  const size_t seen = args.past + args.tokens - first_seen(args.past, args.window);
+  const bool small = layout.bytes(seen) * args.tokens < kSerialBytes;
   const Parallel threads = small ? Parallel{} : parallel;
   const Attention work(simd, layout, args);
   threads(layout.kv_heads, [&work](size_t kv_head) { work.prepare(kv_head); });

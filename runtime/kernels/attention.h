@@ -20,7 +20,7 @@ namespace meki {
 // Immutable.
 class KeyOffsets {
  public:
-  // values: [kv_heads, head_dim]; cos and sin: [positions, head_dim / 2], as in AttentionArgs.
+  // values: [kv_heads, head_dim]; cos and sin: the rotary tables, float32 [positions, head_dim / 2], which outlive it.
   KeyOffsets(const float* values, const KvLayout& layout, const float* cos, const float* sin, size_t positions);
 
   // The most pairs of a kv head that have an offset.
@@ -28,8 +28,8 @@ class KeyOffsets {
   void subtract(size_t kv_head, float* key) const;
   // What `add` needs of a rotated query [head_dim]: [pairs(), 2].
   void prepare(size_t kv_head, const float* query, float* out) const;
-  // Adds to a query's scores of the 64 positions from `position` on, whose rotary tables begin at cos and sin.
-  void add(size_t kv_head, const float* prepared, const float* cos, const float* sin, float* scores) const;
+  // Adds to a query's scores of the 64 positions from `position` on.
+  void add(size_t kv_head, const float* prepared, size_t position, float* scores) const;
 
  private:
   struct Pair {
@@ -38,6 +38,8 @@ class KeyOffsets {
     float high;    // b1
   };
   const size_t half_;
+  const float* const cos_;
+  const float* const sin_;
   size_t pairs_ = 0;
   std::vector<std::vector<Pair>> of_head_;
   std::vector<float> turns_;  // [head_dim / 2, 2, 64]: cos and sin of the first positions, by channel
@@ -45,24 +47,30 @@ class KeyOffsets {
 
 // What one layer's attention computes on. Passive data.
 struct AttentionArgs {
-  size_t heads = 0;                      // query heads, a multiple of the layout's kv_heads
-  size_t tokens = 0;                     // to compute
-  size_t past = 0;                       // tokens in the cache before them
-  const float* qkv = nullptr;            // [tokens, (heads + 2 * kv_heads) * head_dim]: queries, keys, values
-  const float* cos = nullptr;            // [at least past + tokens, head_dim / 2]
-  const float* sin = nullptr;            // as cos
+  size_t heads = 0;            // query heads, a multiple of the layout's kv_heads
+  size_t tokens = 0;           // to compute
+  size_t past = 0;             // tokens before them
+  bool shared = false;         // the cache is another layer's, which has added the step's keys and values already
+  const float* qkv = nullptr;  // [tokens, (heads + 2 * kv_heads) * head_dim]: queries, keys, values; shared: queries
+  const float* cos = nullptr;  // [tokens, head_dim / 2]
+  const float* sin = nullptr;  // as cos
   const float* q_norm_weight = nullptr;  // [head_dim] of the RMSNorm over every query head; null: none
   const float* k_norm_weight = nullptr;  // as q_norm_weight, of keys
+  bool value_norm = false;               // values are divided by their RMS over head_dim
   float epsilon = 1e-6F;                 // of these norms
+  float scale = 1;                       // of the products of queries and keys
   const KeyOffsets* offsets = nullptr;   // of the keys; null: none
-  std::byte* cache = nullptr;            // the layer's, layout.bytes(past + tokens) or more
-  float* out = nullptr;                  // [tokens, heads * head_dim]
+  size_t window = 0;                     // positions that a token sees, itself included; 0: all
+  std::byte* cache = nullptr;            // the layer's
+  size_t cache_blocks = 0;  // that it has, [blocks, kv_heads]; position p is in block p / 64 modulo so many. All that the
+                            // tokens see has to be in it at once, with a window `window + tokens` positions
+  float* out = nullptr;     // [tokens, heads * head_dim]
 };
 
 // Normalises and rotates queries and keys (RoPE by half rotation: element i with i + head_dim / 2), appends keys and
-// values to the cache, and lets each query attend to everything up to its own position:
+// values to the cache, and lets each query attend to its own position and what it sees before that:
 //
-//   out = softmax(q K^T / sqrt(head_dim)) V
+//   out = softmax(scale * q K^T) V
 //
 // by the online softmax (Milakov and Gimelshein, arXiv 1805.02867), split over the sequence where there are too few
 // heads and tokens to occupy many threads evenly (Flash-Decoding). How it is split, and so the result, depends on the

@@ -29,9 +29,9 @@ void run_expert(const Simd& simd, const ExpertsArgs& args, size_t expert, const 
   const ExpertMatrices& gate_up = args.gate_up;
   const ExpertMatrices& down = args.down;
   if (gate_up.type != WeightType::float32) {
-    linear(simd, gate_up.packed(expert), {.x = x, .stride = gate_up.inputs}, nullptr, tokens, both, parallel);
+    linear(simd, gate_up.packed(expert), {.x = x, .stride = gate_up.inputs}, {}, tokens, both, parallel);
     const LinearInput gated{.kind = LinearInput::Kind::swiglu, .x = both, .stride = gate_up.outputs};
-    linear(simd, down.packed(expert), gated, nullptr, tokens, out, parallel);
+    linear(simd, down.packed(expert), gated, {}, tokens, out, parallel);
     return;
   }
   multiply(gate_up.floats(expert), gate_up.outputs, gate_up.inputs, x, gate_up.inputs, tokens, both, parallel);

@@ -1,6 +1,7 @@
 #include "runtime/kernels/injection.h"
 
 #include <cmath>
+#include <span>
 
 #include "runtime/kernels/each_token.h"
 #include "runtime/kernels/norm.h"
@@ -28,22 +29,25 @@ void inject(const Simd& simd, const InjectionArgs& args, const Parallel& paralle
   float* const fused = scratch.take<float>(args.tokens * memory_dim);
   const auto kind = args.norm_weight != nullptr ? LinearInput::Kind::norm : LinearInput::Kind::plain;
   const LinearInput seen{kind, args.h, hidden, args.norm_weight, args.epsilon};
-  linear(simd, args.gate_proj, seen, nullptr, args.tokens, fused, parallel);
+  linear(simd, args.gate_proj, seen, {}, args.tokens, fused, parallel);
   each_token(args.tokens, parallel, [&args, fused, memory_dim](size_t t) {
     float* const gate = fused + t * memory_dim;
-    const float* const row = args.rows + t * memory_dim;
+    const float* const rows = args.rows + t * memory_dim;
+    const float* const context = args.context == nullptr ? nullptr : args.context + t * args.context_stride;
+    const float inverse = context == nullptr ? 0 : inverse_rms(context, memory_dim, args.epsilon);
     for (size_t i = 0; i < memory_dim; ++i) {
+      float row = args.row_scale * rows[i];
+      if (context != nullptr) row += context[i] * inverse * args.context_norm_weight[i];
       const float open = activate(args.fusion.activation, gate[i]);
-      gate[i] = args.fusion.multiply ? row[i] * open : row[i] + open;
+      gate[i] = args.fusion.multiply ? row * open : row + open;
     }
   });
   const LinearInput plain{.x = fused, .stride = memory_dim};
-  linear(simd, args.out_proj, plain, nullptr, args.tokens, args.out, parallel);
+  const LinearEnd added{args.x, args.post_norm_weight, args.epsilon};
+  linear(simd, args.out_proj, plain, added, args.tokens, args.out, parallel);
+  if (args.scale == 1) return;
   each_token(args.tokens, parallel, [&args, hidden](size_t t) {
-    float* const y = args.out + t * hidden;
-    const float* const x = args.x + t * hidden;
-    const float inverse = inverse_rms(y, hidden, args.epsilon);
-    for (size_t i = 0; i < hidden; ++i) y[i] = x[i] + y[i] * inverse * args.post_norm_weight[i];
+    for (float& y : std::span(args.out + t * hidden, hidden)) y *= args.scale;
   });
 }
 

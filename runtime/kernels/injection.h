@@ -23,10 +23,15 @@ struct InjectionArgs {
   const float* norm_weight = nullptr;  // [hidden], of an RMSNorm on h; null: none
   PackedWeight gate_proj{};            // [memory_dim, hidden]
   const float* rows = nullptr;         // [tokens, memory_dim]: folded memory rows of the layer
+  float row_scale = 1;
+  const float* context = nullptr;  // [tokens, memory_dim], lines `context_stride` floats apart; null: none
+  size_t context_stride = 0;
+  const float* context_norm_weight = nullptr;  // [memory_dim], with a context
   Fusion fusion{};
   PackedWeight out_proj{};                  // [hidden, memory_dim]
   const float* post_norm_weight = nullptr;  // [hidden], of the norm behind out_proj
-  float epsilon = 1e-6F;                    // of both norms
+  float epsilon = 1e-6F;                    // of all norms
+  float scale = 1;                          // of the result
   float* out = nullptr;                     // [tokens, hidden]
 };
 
@@ -34,7 +39,9 @@ struct InjectionArgs {
 //
 //   out = x + RMSNorm(out_proj (rows + sigmoid(gate_proj RMSNorm(h))))
 //
-// The inputs of both products are rounded to 8 bits as in linear(). Thread-safe. Throws std::bad_alloc.
+// With the rest that Gemma 4 has, out is times `scale`, and in place of rows stands row_scale * rows +
+// RMSNorm(context). The inputs of both products are rounded to 8 bits as in linear(). Thread-safe. Throws
+// std::bad_alloc.
 void inject(const Simd& simd, const InjectionArgs& args, const Parallel& parallel);
 
 }  // namespace meki

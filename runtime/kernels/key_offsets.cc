@@ -11,7 +11,7 @@ constexpr size_t kBlock = KvLayout::kBlock;
 
 KeyOffsets::KeyOffsets(const float* values, const KvLayout& layout, const float* cos, const float* sin,
                        size_t positions)
-    : half_(layout.head_dim / 2), of_head_(layout.kv_heads), turns_(half_ * 2 * kBlock) {
+    : half_(layout.head_dim / 2), cos_(cos), sin_(sin), of_head_(layout.kv_heads), turns_(half_ * 2 * kBlock) {
   for (size_t head = 0; head < layout.kv_heads; ++head) {
     const float* const offset = values + head * layout.head_dim;
     for (size_t i = 0; i < half_; ++i) {
@@ -42,7 +42,9 @@ void KeyOffsets::prepare(size_t kv_head, const float* query, float* out) const {
 }
 
 // The angle of position p + j is that of p and that of j.
-void KeyOffsets::add(size_t kv_head, const float* prepared, const float* cos, const float* sin, float* scores) const {
+void KeyOffsets::add(size_t kv_head, const float* prepared, size_t position, float* scores) const {
+  const float* const cos = cos_ + position * half_;
+  const float* const sin = sin_ + position * half_;
   for (const Pair& pair : of_head_[kv_head]) {
     const float a = *prepared++;
     const float b = *prepared++;

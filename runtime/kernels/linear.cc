@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "runtime/base/half.h"
+#include "runtime/kernels/each_token.h"
 #include "runtime/kernels/norm.h"
 #include "runtime/kernels/scratch.h"
 
@@ -27,13 +28,14 @@ void quantize_row(const Simd& simd, const LinearInput& input, const float* x, si
   }
   const bool norm = input.kind == LinearInput::Kind::norm;
   const float inverse = norm ? inverse_rms(x, inputs, input.epsilon) : 0;
+  const auto gated = input.kind == LinearInput::Kind::swiglu ? simd.swiglu : simd.geglu;
   alignas(64) float made[kChunk];
   for (size_t first = 0; first < inputs; first += kChunk) {
     const size_t count = std::min(kChunk, inputs - first);
     if (norm) {
       for (size_t i = 0; i < count; ++i) made[i] = x[first + i] * inverse * input.norm_weight[first + i];
     } else {
-      simd.swiglu(x + first, x + inputs + first, count, made);
+      gated(x + first, x + inputs + first, count, made);
     }
     simd.quantize(made, count, codes + first, scales + first / 32, sums + first / 16);
   }
@@ -74,7 +76,7 @@ void multiply(const Simd& simd, const PackedWeight& weight, const Activations& x
 
 }  // namespace
 
-void linear(const Simd& simd, std::span<const PackedWeight> weights, const LinearInput& input, const float* residual,
+void linear(const Simd& simd, std::span<const PackedWeight> weights, const LinearInput& input, const LinearEnd& end,
             size_t tokens, float* out, const Parallel& parallel) {
   const size_t inputs = weights.front().inputs;
   const size_t blocks = inputs / 32;
@@ -103,6 +105,8 @@ void linear(const Simd& simd, std::span<const PackedWeight> weights, const Linea
   const Pieces pieces{std::min(kPieceBytes, bytes / (kPiecesPerThread * threads.threads))};
   size_t count = 0;
   for (const PackedWeight& weight : weights) count += pieces.count(weight);
+  const bool normed = end.post_norm_weight != nullptr;  // once all pieces of a token are done
+  const float* const residual = normed ? nullptr : end.residual;
   threads(count, [=, &simd](size_t piece) {
     size_t column = 0;
     const PackedWeight* weight = weights.data();
@@ -111,8 +115,17 @@ void linear(const Simd& simd, std::span<const PackedWeight> weights, const Linea
       column += weight->outputs;
     }
     const size_t first = piece * pieces.step(*weight);
-    const size_t end = std::min(weight->panel_count(), first + pieces.step(*weight));
-    multiply(simd, *weight, x, first, end, residual == nullptr ? nullptr : residual + column, out + column, outputs);
+    const size_t last = std::min(weight->panel_count(), first + pieces.step(*weight));
+    multiply(simd, *weight, x, first, last, residual == nullptr ? nullptr : residual + column, out + column, outputs);
+  });
+  if (!normed) return;
+  each_token(tokens, threads, [=, &end](size_t t) {
+    float* const y = out + t * outputs;
+    const float* const added = end.residual == nullptr ? nullptr : end.residual + t * outputs;
+    const float inverse = inverse_rms(y, outputs, end.epsilon);
+    for (size_t n = 0; n < outputs; ++n) {
+      y[n] = (added == nullptr ? 0 : added[n]) + y[n] * inverse * end.post_norm_weight[n];
+    }
   });
 }
 

@@ -23,12 +23,13 @@ struct PackedWeight {
   size_t bytes() const { return panel_count() * panel_bytes(); }
 };
 
-// What a matrix is multiplied with: one of three functions of x, whose rows are `stride` floats apart. Passive data.
+// What a matrix is multiplied with: one of four functions of x, whose rows are `stride` floats apart. Passive data.
 struct LinearInput {
   enum class Kind {
     plain,   // x
     norm,    // x / sqrt(mean(x^2) + epsilon) * norm_weight: RMSNorm
     swiglu,  // silu(x[0 .. inputs)) * x[inputs .. 2 * inputs); a row may be longer
+    geglu,   // the same with GELU in its tanh form
   };
   Kind kind = Kind::plain;
   const float* x = nullptr;  // [tokens, stride]
@@ -37,15 +38,23 @@ struct LinearInput {
   float epsilon = 0;
 };
 
-// out[t, n] = residual[t, n] + input[t] . weight[n], weight being matrices of as many inputs one below the other; out
-// and residual (null: zeros) are float32 [tokens, outputs of all]. The input is rounded to 8 bits in blocks of 32.
+// What becomes of the product: first an RMSNorm over all outputs of a token, then the sum with the residual. By default
+// neither. Passive data.
+struct LinearEnd {
+  const float* residual = nullptr;          // [tokens, outputs of all]
+  const float* post_norm_weight = nullptr;  // [outputs of all]
+  float epsilon = 0;                        // of that norm
+};
+
+// out[t, n] = residual[t, n] + norm(input[t] . weight[n]), weight being matrices of as many inputs one below the other;
+// out is float32 [tokens, outputs of all]. The input is rounded to 8 bits in blocks of 32.
 // Reads the weights once for up to a few hundred tokens. Thread-safe. Throws std::bad_alloc.
-void linear(const Simd& simd, std::span<const PackedWeight> weights, const LinearInput& input, const float* residual,
+void linear(const Simd& simd, std::span<const PackedWeight> weights, const LinearInput& input, const LinearEnd& end,
             size_t tokens, float* out, const Parallel& parallel);
 // Of one matrix.
-inline void linear(const Simd& simd, const PackedWeight& weight, const LinearInput& input, const float* residual,
+inline void linear(const Simd& simd, const PackedWeight& weight, const LinearInput& input, const LinearEnd& end,
                    size_t tokens, float* out, const Parallel& parallel) {
-  linear(simd, std::span(&weight, 1), input, residual, tokens, out, parallel);
+  linear(simd, std::span(&weight, 1), input, end, tokens, out, parallel);
 }
 
 // out[t] = weight[ids[t]], float32 [tokens, inputs]. Every id is below weight.outputs.

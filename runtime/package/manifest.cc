@@ -18,7 +18,8 @@ namespace {
 using Json = Node::Json;
 
 constexpr size_t kMaxManifestBytes = 16 << 20;
-constexpr uint64_t kVersion = 5;
+constexpr uint64_t kVersion = 6;
+constexpr uint64_t kOldestVersion = 5;  // which has no "kv_caches"
 constexpr int kMaxDepth = 64;  // of nested JSON values; the format needs 4
 
 constexpr uint64_t kMaxLayers = 65'535;
@@ -34,10 +35,33 @@ Architecture parse_architecture(const Node& node) {
   architecture.hidden = number("hidden", 1, kMaxWidth);
   number("ffn", 1, kMaxWidth);  // of no use here, but a manifest without it is not one
   number("heads", 1, kMaxWidth);
-  architecture.kv_heads = number("kv_heads", 1, kMaxWidth);
-  architecture.head_dim = number("head_dim", 1, kMaxWidth);
   architecture.context = number("context", 1, INT32_MAX);
+  architecture.kv_caches.assign(
+      architecture.layers, {.kv_heads = number("kv_heads", 1, kMaxWidth), .head_dim = number("head_dim", 1, kMaxWidth)});
   return architecture;
+}
+
+std::vector<KvCacheInfo> parse_kv_caches(const Node& node, uint32_t layers) {
+  const std::vector<Node> items = node.items();
+  if (items.size() != layers) node.fail("one for each of " + std::to_string(layers) + " layers");
+  std::vector<KvCacheInfo> caches;
+  for (const Node& item : items) {
+    if (item.has("shared")) {
+      const Node shared = item.at("shared");
+      const auto layer = static_cast<uint32_t>(shared.integer(0, kMaxLayers));
+      if (layer >= caches.size() || caches[layer].shared) shared.fail("an earlier layer with a cache of its own");
+      caches.push_back(caches[layer]);
+      caches.back().shared = layer;
+      continue;
+    }
+    const auto number = [&item](const char* key, uint64_t low, uint64_t high) {
+      return static_cast<uint32_t>(item.at(key).integer(low, high));
+    };
+    caches.push_back({.kv_heads = number("kv_heads", 1, kMaxWidth),
+                      .head_dim = number("head_dim", 1, kMaxWidth),
+                      .window = number("window", 0, INT32_MAX)});
+  }
+  return caches;
 }
 
 std::optional<MemoryInfo> parse_memory(const Node& node, uint32_t vocab_size) {
@@ -118,9 +142,14 @@ Manifest Manifest::open(const std::filesystem::path& directory) {
   if (root.at("format").string() != "meki-package") root.at("format").fail("\"meki-package\"");
   const Node version =
       root.at("version").with_remedy("convert the model again, or use a runtime of the package's version");
-  if (version.integer(0, UINT32_MAX) != kVersion) version.fail(std::to_string(kVersion));
+  if (const uint64_t its = version.integer(0, UINT32_MAX); its < kOldestVersion || its > kVersion) {
+    version.fail(std::to_string(kOldestVersion) + " or " + std::to_string(kVersion));
+  }
   manifest.name = root.at("name").string();
   manifest.architecture = parse_architecture(root.at("architecture"));
+  if (root.has("kv_caches") && !root.at("kv_caches").is_null()) {
+    manifest.architecture.kv_caches = parse_kv_caches(root.at("kv_caches"), manifest.architecture.layers);
+  }
   manifest.memory = parse_memory(root.at("memory"), manifest.architecture.vocab_size);
   manifest.stages = parse_stages(root.at("stages"), manifest.memory);
   manifest.dense_stages = parse_dense_stages(root.at("dense_stages"), manifest.memory.has_value());

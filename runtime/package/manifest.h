@@ -11,14 +11,21 @@
 
 namespace meki {
 
-// The shape of the decoder; the fields of "architecture" that the runtime needs.
+// Keys and values of a layer: a member of "kv_caches".
+struct KvCacheInfo {
+  uint32_t kv_heads = 0;
+  uint32_t head_dim = 0;
+  uint32_t window = 0;               // positions that a token sees, itself included; 0: all
+  std::optional<uint32_t> shared{};  // the earlier layer whose cache it is; none: its own
+};
+
+// The shape of the decoder; the fields of "architecture" that the runtime needs, and "kv_caches".
 struct Architecture {
   uint32_t vocab_size = 0;
   uint32_t layers = 0;
   uint32_t hidden = 0;
-  uint32_t kv_heads = 0;
-  uint32_t head_dim = 0;
-  uint32_t context = 0;  // longest sequence, in tokens
+  uint32_t context = 0;                // longest sequence, in tokens
+  std::vector<KvCacheInfo> kv_caches;  // of each layer
 };
 
 // A memory whose rows lie in storage; the fields of "memory" that the runtime needs.

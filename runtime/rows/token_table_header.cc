@@ -19,7 +19,7 @@ static_assert(std::endian::native == std::endian::little, "the file is little-en
 constexpr char kMagic[8] = {'M', 'E', 'K', 'I', 'R', 'O', 'M', '\n'};
 constexpr uint32_t kVersion = 1;
 constexpr uint32_t kByteOrderMark = 0x01020304;
-constexpr uint32_t kInt4Group = 32;
+constexpr uint32_t kGroup = 32;
 constexpr uint64_t kStrideUnit = 64;
 constexpr uint64_t kSmallStrideUnit = 4;  // of files with many small bundles
 constexpr size_t kReservedBegin = 88;
@@ -63,10 +63,10 @@ struct RowFormat {
 constexpr RowFormat kRowFormats[] = {{"float16", 16}, {"int8", 8}, {"int4", 4}, {"float32", 32}};  // RowType 1, 2, ...
 const RowFormat& format_of(RowType type) { return kRowFormats[static_cast<size_t>(type) - 1]; }
 
-// Values that share a scale; 0: they have none.
+// Values that share a scale, of int8 rows with one scale each; 0: they have none.
 uint32_t group_of(RowType type, uint32_t row_dim) {
   if (type == RowType::int8) return row_dim;
-  return type == RowType::int4 ? kInt4Group : 0;
+  return type == RowType::int4 ? kGroup : 0;
 }
 
 std::string hexadecimal(std::span<const std::byte> bytes) {
@@ -101,7 +101,9 @@ RomHeader RomHeader::parse(std::span<const std::byte, kBytes> bytes, const std::
   check.between("row_type", row_type, 1, std::size(kRowFormats));
   header.row_type = static_cast<RowType>(row_type);
   header.group = field<uint32_t>(bytes, 36);
-  check.equal("group", header.group, group_of(header.row_type, header.row_dim));
+  if (header.row_type != RowType::int8 || header.group != kGroup) {
+    check.equal("group", header.group, group_of(header.row_type, header.row_dim));
+  }
 
   header.bundle_bytes = field<uint64_t>(bytes, 40);
   header.bundle_stride = field<uint64_t>(bytes, 48);

@@ -73,7 +73,7 @@ float naive_half(uint16_t half) {
 }
 
 RomImage::RomImage(const RomShape& rom_shape, uint32_t seed, uint64_t stride_unit) : shape(rom_shape) {
-  if (shape.row_type == kInt8) group = shape.row_dim;
+  if (shape.row_type == kInt8) group = shape.group == 0 ? shape.row_dim : shape.group;
   if (shape.row_type == kInt4) group = 32;
   groups = group == 0 ? 0 : (uint64_t{shape.row_dim} + group - 1) / group;
   row_bytes = shape.row_dim;
@@ -109,7 +109,7 @@ void RomImage::fill_bundle(uint64_t token, uint32_t seed) {
   std::mt19937 random(seed);
   const size_t scales = shape.layers * groups;
   for (size_t i = 0; i < scales; ++i) {
-    const auto scale = static_cast<uint16_t>(random() & 0x7BFF);  // not negative, infinite or NaN
+    const auto scale = static_cast<uint16_t>(random() & 0xFBFF);  // not infinite or NaN
     put(bytes, offset(token) + 2 * i, scale);
   }
   const size_t rows_at = offset(token) + 2 * scales;
@@ -117,7 +117,6 @@ void RomImage::fill_bundle(uint64_t token, uint32_t seed) {
     uint32_t byte = random() & 0xFF;
     if (shape.row_type == kFloat16 && i % 2 == 1) byte &= 0xFB;  // finite
     if (shape.row_type == kFloat32 && i % 4 == 3) byte &= 0xBF;  // finite
-    if (shape.row_type == kInt8 && byte == 0x80) byte = 0x81;    // -127 is the least
     if (shape.row_type == kInt4 && shape.row_dim % 2 == 1 && i % row_bytes == row_bytes - 1) byte = (byte & 15) | 0x80;
     bytes[rows_at + i] = static_cast<uint8_t>(byte);
   }
@@ -151,7 +150,7 @@ float RomImage::value(uint64_t token, uint32_t layer, uint32_t i) const {
   int quant = 0;
   if (shape.row_type == kInt8) quant = row[i] < 128 ? row[i] : row[i] - 256;
   if (shape.row_type == kInt4) quant = (i % 2 == 0 ? row[i / 2] % 16 : row[i / 2] / 16) - 8;
-  // 11 significant bits times 7: exact in float32, whatever the order of rounding.
+  // 11 significant bits times 8: exact in float32, whatever the order of rounding.
   return static_cast<float>(double{scale} * quant);
 }
 

@@ -58,7 +58,8 @@ struct RomShape {
   uint32_t vocab_size;
   uint32_t layers;
   uint32_t row_dim;
-  uint32_t row_type;  // as in the file
+  uint32_t row_type;   // as in the file
+  uint32_t group = 0;  // of int8 rows; 0: a row
 };
 
 // A ROM file in memory, as docs/rom-format.md has it: a valid header and random bundles.

@@ -3,8 +3,6 @@ is wrong, when the package is opened or at the step that goes wrong; never a cra
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import subprocess
 import sys
@@ -12,26 +10,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from onnx import GraphProto, NodeProto, helper, numpy_helper
 
 from meki import Engine, PackageError, _core
 
-Change = Callable[[GraphProto], object]
-
-
-def edit_graph(package: Path, name: str, change: Change) -> Path:
-    """Changes one stage of a package and makes the manifest's size and checksum of it right."""
-    path, manifest_path = package / name, package / "manifest.json"
-    model = onnx.load(path, load_external_data=False)
-    change(model.graph)
-    onnx.save(model, path)
-    data = path.read_bytes()
-    manifest = json.loads(manifest_path.read_text())
-    manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    manifest_path.write_text(json.dumps(manifest))
-    return package
+from .edited_graphs import (
+    ATTENTION,
+    CONVOLVED,
+    DOWN,
+    EMBEDDING,
+    INJECTED,
+    MIXED,
+    QKV,
+    Change,
+    Inputs,
+    edit_graph,
+    floats,
+    set_attribute,
+    set_inputs,
+    stage_of,
+)
 
 
 @pytest.fixture
@@ -45,57 +43,6 @@ def mixture(make_package: Callable[..., Path], tmp_path: Path) -> Path:
     """The same with 2 of 5 experts, of 32, in place of the FFN."""
     experts = {"ffn_kind": "moe", "experts": 5, "experts_per_token": 2, "ffn": 32}
     return Path(shutil.copytree(make_package(weights="int8", **experts), tmp_path / "mixture"))
-
-
-# Nodes by their first output. Layer 1 has 4 query and 2 key heads of 16 elements, hidden 64, ffn 96 and 32 elements of
-# memory; the vocabulary has 300 tokens.
-QKV, ATTENTION, ATTENDED = "layers.1.self_attn.qkv.out", "layers.1.self_attn.heads", "layers.1.self_attn.o_proj.out"
-DOWN, INJECTED = "layers.1.mlp.down_proj.out", "layers.1.injected"
-CONVOLVED = "layers.1.engram.conv1d.out"
-EMBEDDING, MIXED = "embedding", "layers.1.mlp.out"
-
-
-def stage_of(output: str) -> str:
-    return "stage0.onnx" if output == EMBEDDING else "stage1.onnx"
-
-
-def node(graph: GraphProto, output: str) -> NodeProto:
-    (found,) = (node for node in graph.node if node.output[0] == output)
-    return found
-
-
-def set_attribute(output: str, name: str, value: float | None) -> Change:
-    """None: removes it."""
-
-    def change(graph: GraphProto) -> None:
-        attributes = node(graph, output).attribute
-        if old := [attribute for attribute in attributes if attribute.name == name]:
-            attributes.remove(*old)
-        if value is not None:
-            attributes.append(helper.make_attribute(name, value))
-
-    return change
-
-
-def set_inputs(output: str, inputs: dict[int, np.ndarray | str | None]) -> Change:
-    """Gives a node other inputs: an initialiser, or a value by its name ("" is none); None: ends the list before it."""
-
-    def change(graph: GraphProto) -> None:
-        names = node(graph, output).input
-        for index, value in inputs.items():
-            if value is None:
-                del names[index:]
-                return
-            names.extend([""] * (index + 1 - len(names)))
-            names[index] = value if isinstance(value, str) else f"changed.{index}"
-            if not isinstance(value, str):
-                graph.initializer.append(numpy_helper.from_array(value, names[index]))
-
-    return change
-
-
-def floats(*shape: int) -> np.ndarray:
-    return np.ones(shape, np.float32)
 
 
 def packed(outputs: int, inputs: int, bits: int = 8) -> np.ndarray:
@@ -127,11 +74,17 @@ NOT_TABLES = "the rotary tables are not two of"
 SHORT_TABLES = "the sequence is longer than the rotary tables"
 FULL_CACHE = "the sequence is longer than the KV cache"
 SHORT = "the sequence is shorter than this step"
+HALF_A_CONTEXT = "context and context_norm_weight come together or not at all"
+NOT_CONTEXT = r"context is not \[1, tokens, memory_dim of more layers than `context_layer`\]"
 NOT_X, NOT_H, NOT_ROWS = "x is not", "h has another shape than x", "rows are not"
 
 ATTRIBUTES = [
     (QKV, "swiglu", 2, "an attribute is neither 0 nor 1"),
-    (QKV, "swiglu", 1, "both a norm and swiglu"),
+    (QKV, "swiglu", 1, "both a norm and swiglu or geglu"),
+    (QKV, "geglu", 1, "both a norm and swiglu or geglu"),
+    (QKV, "geglu", 2, "an attribute is not one of its choices"),
+    (QKV, "geglu", 1.0, "type"),
+    (DOWN, "geglu", 1, "both swiglu and geglu"),
     (DOWN, "swiglu", 0, OTHER_WIDTH),
     (EMBEDDING, "outputs", 320, OTHER_WEIGHT),
     (EMBEDDING, "outputs", 0, NOT_POSITIVE),
@@ -150,7 +103,11 @@ ATTRIBUTES = [
     (INJECTED, "layer", -1, "an attribute is negative"),
     (INJECTED, "activation", 3, "an attribute is not one of its choices"),
     (INJECTED, "activation", -1, "an attribute is not one of its choices"),
+    (INJECTED, "activation", 1.0, "type"),
     (INJECTED, "multiply", 2, "an attribute is not one of its choices"),
+    (INJECTED, "row_scale", 2, "type"),
+    (INJECTED, "context_layer", 1, "context_layer is given without a context"),
+    (INJECTED, "context_layer", -1, "an attribute is not one of its choices"),
     (ATTENTION, "heads", 3, "heads is not a multiple of kv_heads"),
     (ATTENTION, "kv_heads", 3, "heads is not a multiple of kv_heads"),
     (ATTENTION, "kv_heads", 0, NOT_POSITIVE),
@@ -175,8 +132,6 @@ def test_attributes(package: Path, output: str, name: str, value: float | None, 
     with pytest.raises(PackageError, match=rf"{stage_of(output)}: .*meki\.{kind_of(output)}: .*{message}"):
         Engine(package)
 
-
-Inputs = dict[int, np.ndarray | str | None]
 
 INPUTS: dict[str, tuple[str, Inputs, str]] = {
     "x-narrower": (QKV, {0: floats(1, 1, 32)}, OTHER_WIDTH),
@@ -212,6 +167,9 @@ INPUTS: dict[str, tuple[str, Inputs, str]] = {
     "residual-of-no-tokens": (DOWN, {4: floats(1, 0, 64)}, OTHER_RESIDUAL),
     "residual-of-rank-2": (DOWN, {4: floats(1, 64)}, OTHER_RESIDUAL),
     "residual-scalar": (DOWN, {4: floats()}, OTHER_RESIDUAL),
+    "post-norm-behind-a-product-longer": (DOWN, {5: floats(65)}, OTHER_NORM),
+    "post-norm-behind-a-product-of-rank-2": (DOWN, {5: floats(1, 64)}, OTHER_NORM),
+    "post-norm-behind-a-product-that-is-computed": (DOWN, {5: "layers.0.injected"}, NOT_CONSTANT),
     "ids-of-rank-1": (EMBEDDING, {0: np.zeros(1, np.int64)}, "ids are not"),
     "id-beyond-the-vocabulary": (EMBEDDING, {0: np.full((1, 1), 300, np.int64)}, "out of the vocabulary"),
     "id-negative": (EMBEDDING, {0: np.full((1, 1), -1, np.int64)}, "out of the vocabulary"),
@@ -261,6 +219,17 @@ INPUTS: dict[str, tuple[str, Inputs, str]] = {
     "out-proj-of-fewer-rows": (INJECTED, {5: packed(48, 32)}, OTHER_WEIGHT),
     "norms-longer": (INJECTED, {2: floats(65), 6: floats(65)}, OTHER_WEIGHT),
     "post-norm-of-rank-2": (INJECTED, {6: floats(1, 64)}, OTHER_NORM),
+    "context-without-a-norm": (INJECTED, {7: floats(1, 1, 32)}, HALF_A_CONTEXT),
+    "norm-without-a-context": (INJECTED, {8: floats(32)}, HALF_A_CONTEXT),
+    "norm-of-the-context-longer": (INJECTED, {7: floats(1, 1, 32), 8: floats(33)}, OTHER_NORM),
+    "norm-of-the-context-that-is-computed": (INJECTED, {7: floats(1, 1, 32), 8: "rows"}, NOT_CONSTANT),
+    "context-narrower": (INJECTED, {7: floats(1, 1, 31), 8: floats(32)}, NOT_CONTEXT),
+    "context-of-more-tokens": (INJECTED, {7: floats(1, 2, 32), 8: floats(32)}, NOT_CONTEXT),
+    "context-of-a-batch": (INJECTED, {7: floats(2, 1, 32), 8: floats(32)}, NOT_CONTEXT),
+    "context-of-rank-2": (INJECTED, {7: floats(1, 32), 8: floats(32)}, NOT_CONTEXT),
+    "scale-of-two": (INJECTED, {9: floats(2)}, OTHER_NORM),
+    "scale-of-rank-0": (INJECTED, {9: floats()}, OTHER_NORM),
+    "scale-that-is-computed": (INJECTED, {9: "rows"}, NOT_CONSTANT),
 }
 
 
@@ -269,6 +238,15 @@ def test_inputs(package: Path, case: str) -> None:
     output, inputs, message = INPUTS[case]
     edit_graph(package, stage_of(output), set_inputs(output, inputs))
     with pytest.raises(PackageError, match=rf"{stage_of(output)}: .*meki\.{kind_of(output)}: .*{message}"):
+        Engine(package)
+
+
+@pytest.mark.parametrize("layer", [3, 2**31 - 2])
+def test_contexts_without_the_layer(package: Path, layer: int) -> None:
+    """The last columns are of half a layer."""
+    edit_graph(package, "stage1.onnx", set_inputs(INJECTED, {7: floats(1, 1, 3 * 32 + 16), 8: floats(32)}))
+    edit_graph(package, "stage1.onnx", set_attribute(INJECTED, "context_layer", layer))
+    with pytest.raises(PackageError, match=rf"stage1\.onnx: .*meki\.Injection: {NOT_CONTEXT}"):
         Engine(package)
 
 

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meki import _core
 from meki.models.quantize import quantize_rows
-from meki.models.rom import RomLayout, write_rom
+from meki.models.rom import RomLayout, StoredRows, write_rom
 
 NaiveRom = Callable[[bytes], tuple[dict[str, Any], np.ndarray]]
 
@@ -86,6 +87,78 @@ def test_every_byte(
     assert summary.relative_error == pytest.approx(error, rel=1e-6, abs=1e-12)
 
 
+FINITE = np.array([half for half in range(1 << 16) if half & 0x7C00 != 0x7C00], np.uint16).view(np.float16)
+"""Every scale that there can be."""
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    entries=st.integers(1, 40),
+    layers=st.integers(1, 4),
+    row_dim=st.integers(1, 100),
+    row_type=st.sampled_from(["int8", "int4"]),
+    grouped=st.booleans(),
+    block=st.integers(1, 50),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_stored_rows(
+    tmp_path_factory: pytest.TempPathFactory,
+    naive_rom: NaiveRom,
+    entries: int,
+    layers: int,
+    row_dim: int,
+    row_type: str,
+    grouped: bool,
+    block: int,
+    seed: int,
+) -> None:
+    """Codes and scales go into the file as they are: those of the least code and of either sign, too."""
+    group = 32 if grouped or row_type == "int4" else row_dim
+    low, high = (-128, 127) if row_type == "int8" else (-8, 7)
+    generator = np.random.default_rng(seed)
+    codes = generator.integers(low, high, (layers, entries, row_dim), np.int8, endpoint=True)
+    scales = generator.choice(FINITE, (layers, entries, -(-row_dim // group)))
+    parts = zip(blocks_of(codes, block), blocks_of(scales, block), strict=True)
+    path = tmp_path_factory.mktemp("rom") / "memory.rom"
+    layout = RomLayout(entries, layers, row_dim, row_type, grouped)
+    summary = write_rom(path, layout, (StoredRows(*part) for part in parts))
+    assert summary.relative_error == 0.0
+
+    header, stored = naive_rom(path.read_bytes())
+    assert header["group"] == group
+    spread = scales.astype(np.float32).repeat(group, axis=2)[..., :row_dim]
+    np.testing.assert_array_equal(stored, spread * codes.astype(np.float32))
+    rom = _core.Rom(path)
+    rom.verify(0, entries)
+    assert (rom.info.row_type, rom.info.content_id) == (row_type, summary.content_id)
+
+
+@pytest.mark.parametrize(
+    ("layout", "codes", "scales", "message"),
+    [
+        (("int8",), np.zeros((2, 10, 64)), np.ones((2, 10, 2)), "codes .* with scales .* do not fit"),
+        (("int8", True), np.zeros((2, 10, 64)), np.ones((2, 10, 1)), "codes .* with scales .* do not fit"),
+        (("int4",), np.zeros((2, 10, 64)), np.ones((2, 9, 2)), "codes .* with scales .* do not fit"),
+        (("float16",), np.zeros((2, 10, 64)), np.ones((2, 10, 0)), "codes .* with scales .* do not fit"),
+        (("int8", True), np.zeros((2, 10, 32)), np.ones((2, 10, 1)), "rows .* do not fit"),
+        (("int4",), np.zeros((2, 10, 64)), np.full((2, 10, 2), -np.inf), "bundles 0 to 9: has scales that are infin"),
+        (("int4",), np.full((2, 10, 64), -9), np.ones((2, 10, 2)), "codes are -9 to -9, expected -8 to 7"),
+    ],
+)
+def test_stored_rows_that_do_not_fit(
+    tmp_path: Path, layout: tuple[Any, ...], codes: np.ndarray, scales: np.ndarray, message: str
+) -> None:
+    rows = StoredRows(codes.astype(np.int8), scales.astype(np.float16))
+    with pytest.raises(ValueError, match=message):
+        write_rom(tmp_path / "r", RomLayout(10, 2, 64, *layout), [rows])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_float_rows_in_groups(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="bundles 0 to 9: float32 values do not fit"):
+        write_rom(tmp_path / "r", RomLayout(10, 2, 64, "int8", grouped=True), [np.ones((2, 10, 64), np.float32)])
+
+
 def test_crc32c_known_answer(naive_crc32c: Callable[[bytes], int]) -> None:
     """The reference of these tests against RFC 3720, B.4: 32 bytes of zeros, and 0, 1, .., 31."""
     assert naive_crc32c(bytes(32)) == 0x8A9136AA
@@ -131,3 +204,5 @@ def test_layouts_beyond_the_format(field: str, value: int) -> None:
         RomLayout(**{"entries": 10, "layers": 2, "row_dim": 3, "row_type": "int8", field: value})
     with pytest.raises(ValueError, match="row type: got 'int2'"):
         RomLayout(10, 2, 3, "int2")
+    with pytest.raises(ValueError, match="row type: got 'float16' with scales"):
+        RomLayout(10, 2, 3, "float16", grouped=True)

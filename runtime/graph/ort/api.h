@@ -37,7 +37,7 @@ enum LoggingLevel : int { kLogFatal = 4 };
 enum GraphOptimization : int { kOptimizeAll = 99 };
 enum AllocatorType : int { kDeviceAllocator = 0 };
 enum MemoryType : int { kMemoryDefault = 0 };
-enum ElementCode : int { kAny = 0, kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
+enum ElementCode : int { kAny = 0, kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kDouble = 11 };
 enum ErrorCode : int { kFail = 1 };
 enum HardwareType : int { kHardwareNpu = 2 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };

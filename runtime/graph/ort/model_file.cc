@@ -13,7 +13,7 @@
 namespace meki::ort {
 namespace {
 
-constexpr std::array<std::string_view, 21> kCpu = {"Abs",
+constexpr std::array<std::string_view, 22> kCpu = {"Abs",
                                                    "Add",
                                                    "Cast",
                                                    "Gather",
@@ -28,6 +28,7 @@ constexpr std::array<std::string_view, 21> kCpu = {"Abs",
                                                    "Split",
                                                    "Sqrt",
                                                    "Squeeze",
+                                                   "Tanh",
                                                    "meki.Attention",
                                                    "meki.Embedding",
                                                    "meki.Experts",

@@ -22,6 +22,7 @@ constexpr Simd make_path(std::string_view name, const Simd::Panel (&panels)[kWei
           {values_float<float>, values_float<uint16_t>, values_int8, values_int4},
           softmax,
           swiglu,
+          geglu,
           quantize,
           {panels[0], panels[1], panels[2], panels[3], panels[4], panels[5]}};
 }

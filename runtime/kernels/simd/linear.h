@@ -8,15 +8,30 @@
 namespace meki {
 namespace {
 
-inline void swiglu(const float* gate, const float* up, size_t count, float* out) {
+// out = gate * sigmoid(argument(gate)) * up.
+template <class Argument>
+void multiply_gated(const float* gate, const float* up, size_t count, float* out, Argument argument) {
   const Floats one = broadcast(1);
   for (size_t i = 0; i < count; i += kLanes) {
     const Floats x = load(gate + i);
-    const Floats e = exp_negative(negative_magnitude(x));
-    // sigmoid(x): 1 / (1 + e) for x >= 0, e / (1 + e) otherwise, and nothing overflows.
-    const Floats sigmoid = div(where_negative(x, e, one), add(one, e));
+    const Floats a = argument(x);
+    const Floats e = exp_negative(negative_magnitude(a));
+    // sigmoid(a): 1 / (1 + e) for a >= 0, e / (1 + e) otherwise, and nothing overflows.
+    const Floats sigmoid = div(where_negative(a, e, one), add(one, e));
     store(out + i, mul(mul(x, sigmoid), load(up + i)));
   }
+}
+
+inline void swiglu(const float* gate, const float* up, size_t count, float* out) {
+  multiply_gated(gate, up, count, out, [](Floats x) { return x; });
+}
+
+inline void geglu(const float* gate, const float* up, size_t count, float* out) {
+  // (1 + tanh(a / 2)) / 2 is sigmoid(a); that of an infinite a is 0 or 1.
+  multiply_gated(gate, up, count, out, [](Floats x) {
+    constexpr float kSlope = 1.5957691216F;  // 2 sqrt(2 / pi)
+    return mul(x, fma(mul(x, x), broadcast(kSlope * 0.044715F), broadcast(kSlope)));
+  });
 }
 
 inline void quantize(const float* x, size_t inputs, int8_t* codes, float* scales, int32_t* sums) {

@@ -157,6 +157,14 @@ void swiglu(const float* gate, const float* up, size_t count, float* out) {
   for (size_t i = 0; i < count; ++i) out[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
 }
 
+void geglu(const float* gate, const float* up, size_t count, float* out) {
+  constexpr float kSlope = 1.5957691216F;  // 2 sqrt(2 / pi): (1 + tanh(a / 2)) / 2 is 1 / (1 + e^-a)
+  for (size_t i = 0; i < count; ++i) {
+    const float x = gate[i];
+    out[i] = x / (1 + std::exp(-kSlope * x * (1 + 0.044715F * x * x))) * up[i];
+  }
+}
+
 void quantize(const float* x, size_t inputs, int8_t* codes, float* scales, int32_t* sums) {
   for (size_t b = 0; b < inputs / 32; ++b) {
     const float largest = largest_magnitude(x + b * 32, 32);
@@ -208,6 +216,7 @@ const Simd kPortable = {"portable",
                         {values_float<float>, values_float<uint16_t>, values_int8, values_int4},
                         softmax,
                         swiglu,
+                        geglu,
                         quantize,
                         {nullptr, panel<WeightType::int8>, panel<WeightType::int4>, panel<WeightType::int4_minimum>,
                          panel<WeightType::int8_minimum>, panel<WeightType::int8_16>}};

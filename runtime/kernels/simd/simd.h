@@ -11,7 +11,7 @@
 namespace meki {
 
 // The queries that one head's keys and values serve: those of the query heads of its group, of one or more tokens. All
-// are scaled by 1 / sqrt(head_dim) already. Integer caches take them in 15 bits, query = scale * (128 * high + low)
+// are scaled already. Integer caches take them in 15 bits, query = scale * (128 * high + low)
 // with high in -127 .. 127 and low in 0 .. 127, so that what is lost is lost in the cache alone. Passive data.
 struct Queries {
   size_t count = 0;
@@ -58,6 +58,9 @@ struct Simd {
 
   // out[i] = silu(gate[i]) * up[i], silu(x) = x / (1 + e^-x), for a multiple of 16 elements.
   void (*swiglu)(const float* gate, const float* up, size_t count, float* out);
+
+  // The same with GELU in its tanh form: x / 2 * (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+  void (*geglu)(const float* gate, const float* up, size_t count, float* out);
 
   // x float32 [inputs] -> one row of Activations.
   void (*quantize)(const float* x, size_t inputs, int8_t* codes, float* scales, int32_t* sums);

@@ -19,6 +19,7 @@ constexpr size_t kLayers = 3;
 constexpr size_t kContext = 150;
 constexpr size_t kTokenBytes = 10;  // of a convolution
 const KvLayout kLayout(KvType::float16, 2, 16);
+const std::vector<KvCacheInfo> kCaches(kLayers, {.kv_heads = 2, .head_dim = 16});
 
 std::span<std::byte> bytes_of(const Tensor& tensor) {
   size_t bytes = 1;
@@ -30,7 +31,8 @@ bool same(std::span<const std::byte> a, std::span<const std::byte> b) { return s
 
 struct State {
   explicit State(size_t convolutions_, uint32_t seed = 0)
-      : convolutions(convolutions_), state({kLayout, kLayers, kContext}, {convolutions, kTokenBytes, kContext}) {
+      : convolutions(convolutions_),
+        state({KvType::float16, kCaches, kContext, 8}, {convolutions, kTokenBytes, kContext}) {
     std::mt19937 random(seed);
     for (const std::span<std::byte> memory : all()) {
       for (std::byte& byte : memory) byte = seed == 0 ? std::byte{0} : static_cast<std::byte>(random());
@@ -144,6 +146,106 @@ TEST_CASE("dynamic state: a snapshot that does not fit is an error that names it
     for (const size_t length : {size_t{1} << 40, size_t{1} << 63, std::numeric_limits<size_t>::max()}) {
       refuse(fits, length);
       refuse(0, length);
+    }
+  }
+}
+
+// A layer over all positions, one over a window, and one that sees the cache of the second.
+const std::vector<KvCacheInfo> kMixed = {{.kv_heads = 1, .head_dim = 32},
+                                         {.kv_heads = 2, .head_dim = 16, .window = 100},
+                                         {.kv_heads = 2, .head_dim = 16, .window = 100, .shared = 1}};
+constexpr size_t kLong = 10'000;
+constexpr size_t kChunk = 50;
+
+// A state whose bytes tell which position was written last at their place.
+struct Ring {
+  BlockKvCache cache{KvType::int8, kMixed, kLong, kChunk};
+
+  void step(size_t tokens) {
+    cache.begin(tokens);
+    for (size_t position = cache.length(); position < cache.length() + tokens; ++position)
+      *at(position) = mark(position);
+    cache.append(tokens);
+  }
+  void grow(size_t length) {
+    while (cache.length() < length) step(std::min(kChunk, length - cache.length()));
+  }
+  std::byte* at(size_t position) {
+    const Tensor tensor = cache.tensor("past.1", 1);
+    const auto blocks = static_cast<size_t>(tensor.shape[0]);
+    const auto bytes = static_cast<size_t>(tensor.shape[1] * tensor.shape[2]);
+    return static_cast<std::byte*>(tensor.data) + position / 64 % blocks * bytes + position % 64;
+  }
+  static std::byte mark(size_t position) { return static_cast<std::byte>(position * 37 + position / 64); }
+  // Whether it has what the next token sees.
+  bool sees_window() {
+    for (size_t p = cache.length() < 100 ? 0 : cache.length() - 99; p < cache.length(); ++p) {
+      if (*at(p) != mark(p)) return false;
+    }
+    return true;
+  }
+};
+
+TEST_CASE("KV cache: a window takes a ring of blocks, and layers that share one have one memory") {
+  const BlockKvCache cache(KvType::int8, kMixed, kLong, kChunk);
+  CHECK(cache.tensor("past.0", 0).shape == std::vector<int64_t>{157, 1, 2 * 64 * (32 + 4)});
+  const Tensor ring = cache.tensor("past.1", 1);
+  CHECK(ring.shape == std::vector<int64_t>{(100 + 50 + 1024 + 63) / 64 + 1, 2, 2 * 64 * (16 + 4)});
+  CHECK(cache.tensor("shared.1", 2).data == ring.data);
+  CHECK(BlockKvCache(KvType::int8, kMixed, 640, kChunk).tensor("past.1", 1).shape[0] == 10);
+  const size_t full = 2 * 64 * (32 + 4);
+  const size_t windowed = 2 * 2 * 2 * 64 * (16 + 4);  // for the two layers that read it
+  CHECK(cache.bytes(64) == full + windowed);
+  CHECK(cache.bytes(640) == 10 * full + 2 * windowed);
+}
+
+TEST_CASE("KV cache: a ring goes back as far as it has what the next token sees, and else to the beginning") {
+  for (const size_t length : {size_t{1000}, size_t{3000}, size_t{5001}}) {
+    for (size_t back = 0; back <= length; back += back < 1000 ? 111 : 7) {
+      CAPTURE(length);
+      CAPTURE(back);
+      Ring ring;
+      ring.grow(length);
+      ring.cache.truncate(length - back);
+      const bool kept = ring.cache.length() == length - back;
+      CHECK((kept || ring.cache.length() == 0));
+      if (back <= BlockKvCache::kSlack) CHECK(kept);
+      CHECK(ring.sees_window());
+      ring.grow(length - back + 70);
+      CHECK(ring.sees_window());
+    }
+  }
+}
+
+TEST_CASE("KV cache: a step that failed takes nothing that the next one sees") {
+  Ring ring;
+  ring.grow(5000);
+  ring.cache.begin(kChunk);
+  for (size_t position = 5000; position < 5000 + kChunk; ++position) *ring.at(position) = std::byte{0xEE};
+  CHECK(ring.sees_window());
+  ring.cache.truncate(5000 - 900);
+  CHECK(ring.sees_window());
+}
+
+TEST_CASE("KV cache: a snapshot of a ring has what the next token sees, for a ring of another size, too") {
+  for (const size_t length : {size_t{1}, size_t{64}, size_t{700}, size_t{5001}}) {
+    CAPTURE(length);
+    Ring from;
+    from.grow(length);
+    const std::vector<std::byte> snapshot = from.cache.snapshot();
+    CHECK(snapshot.size() == from.cache.snapshot_bytes(length));
+    Ring to;
+    to.grow(1234);
+    to.cache.restore(snapshot, length);
+    CHECK(to.cache.length() == length);
+    CHECK(to.sees_window());
+    CHECK(to.cache.snapshot() == snapshot);
+    BlockKvCache wider(KvType::int8, kMixed, kLong, 300);
+    wider.restore(snapshot, length);
+    CHECK(wider.snapshot() == snapshot);
+    if (length > 200) {  // what came before is not in the snapshot
+      to.cache.truncate(length - 200);
+      CHECK(to.cache.length() == 0);
     }
   }
 }

@@ -260,9 +260,8 @@ FakeCompiledModel::FakeCompiledModel(Kind kind, uint32_t chunk)
   manifest_.architecture = {.vocab_size = kVocab,
                             .layers = kLayers,
                             .hidden = kHidden,
-                            .kv_heads = kHeads,
-                            .head_dim = kHeadDim,
-                            .context = 2 * kContext};
+                            .context = 2 * kContext,
+                            .kv_caches = {kLayers, {.kv_heads = kHeads, .head_dim = kHeadDim}}};
   if (!dense) {
     manifest_.memory = {.address = "token",
                         .vocab_size = kVocab,

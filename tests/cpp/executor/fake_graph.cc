@@ -223,9 +223,8 @@ FakeModel::FakeModel(Kind kind, std::vector<int32_t> eos_token_ids)
   manifest.architecture = {.vocab_size = kVocab,
                            .layers = kLayers,
                            .hidden = kHidden,
-                           .kv_heads = kHeads,
-                           .head_dim = kHeadDim,
-                           .context = kContext};
+                           .context = kContext,
+                           .kv_caches = {kLayers, {.kv_heads = kHeads, .head_dim = kHeadDim}}};
   manifest.eos_token_ids = std::move(eos_token_ids);
   std::shared_ptr<const RowSource> rows;
   if (!dense) {

@@ -25,6 +25,7 @@ struct Names2 {
   GraphNames second = {{"middle", "rows", "total_sequence_length", "past.1", "logit_index"}, {"logits", "present.1"}};
   bool first_rows = false;
   bool second_rows = true;
+  std::vector<KvCacheInfo> caches = {2, {.kv_heads = 2, .head_dim = 16}};
 
   std::vector<Stage> stages() const {
     const auto rows = [](bool some) { return some ? std::optional(LayerRange{0, 2}) : std::nullopt; };
@@ -33,7 +34,7 @@ struct Names2 {
     stages.push_back({std::make_unique<FakeGraph>(second.inputs, second.outputs), rows(second_rows), "package/b.onnx"});
     return stages;
   }
-  Names check() const { return check_stages(kDynamicNames, stages(), 2); }
+  Names check() const { return check_stages(kDynamicNames, stages(), caches); }
 };
 
 // A convolution's cache as an input and an output.
@@ -75,6 +76,30 @@ TEST_CASE("stages: names tell what an input or output is") {
 
 TEST_CASE("stages: those that fit give the names that pass between them") {
   CHECK(Names2().check() == Names{"middle"});
+}
+
+TEST_CASE("stages: a layer may see the cache of a layer of an earlier stage in place of one of its own") {
+  Names2 names;
+  names.caches[1].shared = 0;
+  replace(names.second.inputs, "past.1", {"shared.0"});
+  replace(names.second.outputs, "present.1", {});
+  CHECK(names.check() == Names{"middle"});
+  CHECK(kDynamicNames.input("shared.0").kind == IoKind::seen_cache);
+  CHECK(kDynamicNames.output("shared.0").kind == IoKind::hidden);
+
+  const auto refuse = [](const Names2& wrong, const std::string& what) {
+    test::check_names(test::error_of<PackageError>([&wrong] { wrong.check(); }), what);
+  };
+  Names2 own = names;
+  own.second.inputs.push_back("past.1");
+  own.second.outputs.push_back("present.1");
+  refuse(own, "\"past.1\" is of a layer without a cache of its own");
+  Names2 nobodys = names;
+  replace(nobodys.second.inputs, "shared.0", {"shared.1"});
+  refuse(nobodys, "\"shared.1\" is the cache of no earlier stage");
+  Names2 early = names;
+  early.first.inputs.push_back("shared.0");
+  refuse(early, "\"shared.0\" is the cache of no earlier stage");
 }
 
 TEST_CASE("stages: the memory's first layers may have convolutions, in whatever stage") {

@@ -34,10 +34,14 @@ struct Shape {
   size_t tokens;
   bool norm = false;
   bool offsets = false;  // of the keys
+  size_t window = 0;
+  bool value_norm = false;
+  float scale = 0;  // 0: 1 / sqrt(head_dim)
 
   size_t heads() const { return kv_heads * group; }
   size_t width() const { return (heads() + 2 * kv_heads) * head_dim; }
   size_t total() const { return past + tokens; }
+  float factor() const { return scale != 0 ? scale : 1 / std::sqrt(static_cast<float>(head_dim)); }
 };
 
 // A sequence, and the cache that a session would keep for it.
@@ -95,13 +99,17 @@ class Sequence {
     args.tokens = tokens;
     args.past = past;
     args.qkv = qkv.data() + past * shape.width();
-    args.cos = cos.data();
-    args.sin = sin.data();
+    args.cos = cos.data() + past * shape.head_dim / 2;
+    args.sin = sin.data() + past * shape.head_dim / 2;
     args.q_norm_weight = shape.norm ? q_norm_weight.data() : nullptr;
     args.k_norm_weight = shape.norm ? k_norm_weight.data() : nullptr;
+    args.value_norm = shape.value_norm;
     args.epsilon = 1e-5F;
+    args.scale = shape.factor();
     args.offsets = kept_apart ? &*kept_apart : nullptr;
+    args.window = shape.window;
     args.cache = cache.data();
+    args.cache_blocks = cache.size() / layout.kv_heads / layout.block_bytes();
     args.out = out;
     return args;
   }
@@ -206,7 +214,11 @@ class Naive {
     std::vector<float> apart(key, key + dim);
     for (size_t e = 0; e < dim; ++e) apart[e] -= offset[e];
     const Vector k = prepared(s_, position, apart.data(), s_.k_norm_weight);
-    const Vector v(value, value + dim);
+    Vector v(value, value + dim);
+    if (s_.shape.value_norm) {
+      const double mean = dot(v, v) / static_cast<double>(dim);
+      for (double& x : v) x /= std::sqrt(mean + 1e-5F);
+    }
     Vector stored_k(dim);
     Vector stored_v(dim);
     std::vector<Stored> elements;
@@ -229,7 +241,7 @@ class Naive {
     const double parts[] = {0, 0x1p-11, 0.501 / 127, 0};
     const double part = parts[static_cast<size_t>(type)];
     compare(stored_k, k, type == KvType::int4 ? 1.01 / 8 : part, roundings());
-    compare(stored_v, v, type == KvType::int4 ? 0.501 / 7 : part, 1e-30);
+    compare(stored_v, v, type == KvType::int4 ? 0.501 / 7 : part, s_.shape.value_norm ? roundings() : 1e-30);
     keys_.push_back(type == KvType::float32 ? k : stored_k);
     values_.push_back(elements);
     offsets_.push_back(s_.shape.offsets ? prepared(s_, position, offset, {}) : Vector(dim));
@@ -243,12 +255,16 @@ class Naive {
     const Shape& shape = s_.shape;
     const size_t dim = shape.head_dim;
     double largest_query = 0;
-    for (double& q : query) q /= std::sqrt(static_cast<double>(dim));
+    for (double& q : query) q *= shape.factor();
     for (const double q : query) largest_query = std::max(largest_query, std::fabs(q));
 
     Vector weights;
     double score_error = 0;
     for (size_t p = 0; p <= position; ++p) {
+      if (shape.window > 0 && p + shape.window <= position) {
+        weights.push_back(-std::numeric_limits<double>::infinity());
+        continue;
+      }
       const Vector& key = keys_[kv_head * shape.total() + p];
       const Vector& offset = offsets_[kv_head * shape.total() + p];
       weights.push_back(dot(query, key) + dot(query, offset));
@@ -317,6 +333,7 @@ void check(const Shape& shape, KvType type, Random& random) {
   CAPTURE(shape.tokens);
   CAPTURE(shape.norm);
   CAPTURE(shape.offsets);
+  CAPTURE(shape.window);
   Sequence sequence(shape, type, random);
   sequence.run(simd(), 0, shape.total(), shape.total(), {});
   const Bytes cache = sequence.cache;
@@ -334,8 +351,11 @@ void check(const Shape& shape, KvType type, Random& random) {
     const std::vector<float> one = sequence.run(*path, shape.past, shape.total(), shape.tokens, {});
     compare(one);
     compare(sequence.run(*path, shape.past, shape.total(), shape.tokens, threads.parallel()));
-    // One thread goes through a row's blocks in order, whatever rows are computed beside it.
-    CHECK(sequence.run(*path, shape.past, shape.total(), 1, {}) == one);
+    // One thread goes through a row's blocks in order, whatever rows are computed beside it; a window's first block,
+    // from which they are split, is that of the first row.
+    const std::vector<float> alone = sequence.run(*path, shape.past, shape.total(), 1, {});
+    if (shape.window == 0) CHECK(alone == one);
+    compare(alone);
     Threads in_turn(4, true);
     compare(sequence.run(*path, shape.past, shape.total(), 1, in_turn.parallel()));
   }
@@ -372,6 +392,75 @@ TEST_CASE("attention: offsets of keys are kept apart") {
     check({1, 1, 32, 0, 1, false, true}, type, random);
     check({2, 3, 64, 61, 9, false, true}, type, random);
     check({1, 2, 96, 200, 2, false, true}, type, random);
+  }
+}
+
+TEST_CASE("attention: over a window, with normed values and a scale") {
+  Random random(27);
+  for (const KvType type : kKvTypes) {
+    for (const size_t window : {1, 2, 63, 64, 65, 100, 1000}) {
+      check({.kv_heads = 1, .group = 2, .head_dim = 32, .past = 190, .tokens = 5, .norm = true, .window = window}, type,
+            random);
+    }
+    check({.kv_heads = 2,
+           .group = 1,
+           .head_dim = 64,
+           .past = 0,
+           .tokens = 140,
+           .window = 20,
+           .value_norm = true,
+           .scale = 0.3F},
+          type, random);
+    // As many splits as a long cache has, and several tiles.
+    check({.kv_heads = 1, .group = 4, .head_dim = 32, .past = 500, .tokens = 12, .window = 333, .value_norm = true},
+          type, random);
+  }
+}
+
+TEST_CASE("attention: a ring of blocks is as good as a whole cache") {
+  Random random(28);
+  for (const KvType type : kKvTypes) {
+    CAPTURE(name_of(type));
+    for (const size_t chunk : {1, 7, 64, 100}) {
+      CAPTURE(chunk);
+      Sequence sequence({.kv_heads = 2, .group = 2, .head_dim = 32, .past = 0, .tokens = 400, .window = 90}, type,
+                        random);
+      const std::vector<float> whole = sequence.run(simd(), 0, 400, chunk, {});
+      // The least that holds a window and a step, wherever in a block they begin.
+      const size_t blocks = (90 + chunk + kBlock - 2) / kBlock + 1;
+      sequence.cache.assign(blocks * 2 * sequence.layout.block_bytes(), std::byte{0x55});
+      CHECK(sequence.run(simd(), 0, 400, chunk, {}) == whole);
+    }
+  }
+}
+
+TEST_CASE("attention: over another layer's cache, of the last tokens alone") {
+  Random random(29);
+  for (const KvType type : kKvTypes) {
+    CAPTURE(name_of(type));
+    for (const size_t window : {size_t{0}, size_t{70}}) {
+      Sequence sequence(
+          {.kv_heads = 2, .group = 3, .head_dim = 32, .past = 120, .tokens = 9, .norm = true, .window = window}, type,
+          random);
+      const std::vector<float> out = sequence.run(simd(), 0, 129, 129, {});
+      const Bytes cache = sequence.cache;
+      const size_t row = sequence.shape.heads() * 32;
+      for (const size_t tokens : {1, 9}) {
+        std::vector<float> queries;
+        for (size_t t = 129 - tokens; t < 129; ++t) {
+          const float* const its = sequence.qkv.data() + t * sequence.shape.width();
+          queries.insert(queries.end(), its, its + row);
+        }
+        std::vector<float> again(tokens * row);
+        AttentionArgs args = sequence.args(129 - tokens, tokens, again.data());
+        args.shared = true;
+        args.qkv = queries.data();
+        args.k_norm_weight = nullptr;
+        attention(simd(), sequence.layout, args, {});
+        CHECK(std::equal(again.begin(), again.end(), out.end() - static_cast<ptrdiff_t>(again.size())));
+        CHECK(sequence.cache == cache);
+      }
+    }
   }
 }
 

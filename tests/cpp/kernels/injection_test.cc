@@ -14,12 +14,15 @@ namespace {
 using test::Errors;
 using test::kRounding;
 using test::naive_linear;
+using test::naive_norm;
+using test::naive_post_norm;
 using test::Product;
 using test::Random;
 using test::Threads;
 using test::Weight;
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kEpsilon = 1e-5F;
 
 struct Inputs {
   size_t tokens;
@@ -34,6 +37,10 @@ struct Inputs {
   std::vector<float> norm_weight;
   std::vector<float> rows;
   std::vector<float> post_norm_weight;
+  float row_scale = 1;
+  std::vector<float> context{};  // of three layers, this being the middle one; empty: none
+  std::vector<float> context_norm_weight{};
+  float scale = 1;
 
   Inputs(size_t tokens_, size_t hidden_, size_t memory_dim_, WeightType type, Random& random)
       : tokens(tokens_),
@@ -48,47 +55,61 @@ struct Inputs {
         post_norm_weight(random.floats(hidden, 0.5F, 1.5F)) {}
 
   InjectionArgs args(float* out) const {
-    return {tokens,
-            x.data(),
-            h.data(),
-            normed ? norm_weight.data() : nullptr,
-            gate_proj.view(),
-            rows.data(),
-            fusion,
-            out_proj.view(),
-            post_norm_weight.data(),
-            1e-5F,
-            out};
+    return {.tokens = tokens,
+            .x = x.data(),
+            .h = h.data(),
+            .norm_weight = normed ? norm_weight.data() : nullptr,
+            .gate_proj = gate_proj.view(),
+            .rows = rows.data(),
+            .row_scale = row_scale,
+            .context = context.empty() ? nullptr : context.data() + memory_dim,
+            .context_stride = 3 * memory_dim,
+            .context_norm_weight = context_norm_weight.data(),
+            .fusion = fusion,
+            .out_proj = out_proj.view(),
+            .post_norm_weight = post_norm_weight.data(),
+            .epsilon = kEpsilon,
+            .scale = scale,
+            .out = out};
   }
 };
 
-double inverse_rms(std::span<const double> row) {
-  double squares = 0;
-  for (const double value : row) squares += value * value;
-  return 1 / std::sqrt(squares / static_cast<double>(row.size()) + double{1e-5F});
-}
-
-double norm_of(std::span<const double> row) {
-  double squares = 0;
-  for (const double value : row) squares += value * value;
-  return std::sqrt(squares);
+// RMSNorm of float32 values.
+Product naive_norm_of(std::span<const float> row, const std::vector<float>& weight) {
+  const std::vector<double> values(row.begin(), row.end());
+  return naive_norm(values, std::vector<double>(values.size()), weight, kEpsilon);
 }
 
 // gate_proj RMSNorm(h), and what float32 and the rounding to 8 bits may change of it.
 Product naive_gate(const Inputs& in) {
-  const double norm_error = (static_cast<double>(in.hidden) + 8) * kRounding;  // a sum of as many squares
-  std::vector<double> normed(in.h.begin(), in.h.end());
-  std::vector<double> errors(normed.size());
+  std::vector<double> seen(in.h.begin(), in.h.end());
+  std::vector<double> errors(seen.size());
+  for (size_t t = 0; in.normed && t < in.tokens; ++t) {
+    const Product normed = naive_norm_of(std::span(in.h).subspan(t * in.hidden, in.hidden), in.norm_weight);
+    std::ranges::copy(normed.exact, seen.begin() + static_cast<std::ptrdiff_t>(t * in.hidden));
+    std::ranges::copy(normed.bounds, errors.begin() + static_cast<std::ptrdiff_t>(t * in.hidden));
+  }
+  return naive_linear(in.gate_proj, seen, errors);
+}
+
+// row_scale * rows + RMSNorm(context), and what float32 may change of it.
+Product naive_rows(const Inputs& in) {
+  Product rows{{in.rows.begin(), in.rows.end()}, std::vector<double>(in.rows.size())};
   for (size_t t = 0; t < in.tokens; ++t) {
-    const std::span<double> row = std::span(normed).subspan(t * in.hidden, in.hidden);
-    if (!in.normed) continue;
-    const double inverse = inverse_rms(row);
-    for (size_t i = 0; i < in.hidden; ++i) {
-      row[i] *= inverse * in.norm_weight[i];
-      errors[t * in.hidden + i] = std::fabs(row[i]) * norm_error;
+    Product context{std::vector<double>(in.memory_dim), std::vector<double>(in.memory_dim)};
+    if (!in.context.empty()) {
+      const std::span<const float> its = std::span(in.context).subspan((3 * t + 1) * in.memory_dim, in.memory_dim);
+      context = naive_norm_of(its, in.context_norm_weight);
+    }
+    for (size_t i = 0; i < in.memory_dim; ++i) {
+      const size_t at = t * in.memory_dim + i;
+      rows.exact[at] = double{in.row_scale} * in.rows[at] + context.exact[i];
+      if (in.row_scale == 1 && in.context.empty()) continue;  // nothing is rounded
+      const double sizes = std::fabs(double{in.row_scale} * in.rows[at]) + std::fabs(context.exact[i]);
+      rows.bounds[at] = context.bounds[i] + 3 * kRounding * sizes;
     }
   }
-  return naive_linear(in.gate_proj, normed, errors);
+  return rows;
 }
 
 double activate(Fusion::Activation activation, double gate) {
@@ -104,8 +125,8 @@ double activate(Fusion::Activation activation, double gate) {
 // out = x + RMSNorm(out_proj (rows + sigmoid(gate_proj RMSNorm(h)))), or the like, and what the rounding to 8 bits may
 // change of it.
 Product naive_injection(const Inputs& in) {
-  const double norm_error = (static_cast<double>(in.hidden) + 8) * kRounding;  // a sum of as many squares
   const Product gate = naive_gate(in);
+  const Product rows = naive_rows(in);
   std::vector<double> fused;
   std::vector<double> errors;
   for (size_t i = 0; i < in.tokens * in.memory_dim; ++i) {
@@ -116,25 +137,16 @@ Product naive_injection(const Inputs& in) {
     const double size = std::fabs(gate.exact[i]);
     const double error = sigmoid ? gate.bounds[i] / 4 + 16 * kRounding
                                  : gate.bounds[i] * 1.13 + 16 * kRounding * (1 + size) * (1 + size);
-    fused.push_back(in.fusion.multiply ? in.rows[i] * open : in.rows[i] + open);
-    errors.push_back(in.fusion.multiply ? std::fabs(in.rows[i]) * error : error);
+    const double row = rows.exact[i];
+    fused.push_back(in.fusion.multiply ? row * open : row + open);
+    errors.push_back(in.fusion.multiply ? std::fabs(row) * error + rows.bounds[i] * (std::fabs(open) + error)
+                                        : error + rows.bounds[i]);
   }
   Product out = naive_linear(in.out_proj, fused, errors);
-
-  for (size_t t = 0; t < in.tokens; ++t) {
-    const std::span<double> row = std::span(out.exact).subspan(t * in.hidden, in.hidden);
-    const std::span<double> bounds = std::span(out.bounds).subspan(t * in.hidden, in.hidden);
-    const double inverse = inverse_rms(row);
-    // The root mean square is off by no more than the errors' own, relative to it.
-    const double relative = norm_of(bounds) / norm_of(row);
-    REQUIRE(relative < 0.5);
-    const double inverse_error = relative / (1 - relative) + norm_error;
-    for (size_t i = 0; i < in.hidden; ++i) {
-      const double scale = inverse * in.post_norm_weight[i];
-      bounds[i] = scale * (bounds[i] + (std::fabs(row[i]) + bounds[i]) * inverse_error);
-      row[i] = in.x[t * in.hidden + i] + row[i] * scale;
-      bounds[i] += 4 * kRounding * std::fabs(row[i]);
-    }
+  naive_post_norm(out, in.post_norm_weight, kEpsilon, in.x.data());
+  for (size_t i = 0; in.scale != 1 && i < out.exact.size(); ++i) {
+    out.exact[i] *= in.scale;
+    out.bounds[i] = out.bounds[i] * std::fabs(in.scale) + 2 * kRounding * std::fabs(out.exact[i]);
   }
   return out;
 }
@@ -193,15 +205,53 @@ TEST_CASE("inject: the other fusions, with and without a norm, against the formu
   }
 }
 
-TEST_CASE("inject: NaN in a token's rows or FFN input makes its output NaN, and no other's") {
+TEST_CASE("inject: scaled rows, a norm of the context beside them and a scale behind, each alone and all") {
+  Random random(35);
+  for (int which = 0; which < 4; ++which) {
+    for (const bool multiply : {false, true}) {
+      for (const size_t tokens : {1, 9, 33}) {
+        CAPTURE(which);
+        CAPTURE(multiply);
+        CAPTURE(tokens);
+        Inputs inputs(tokens, 96, 64, WeightType::int8, random);
+        inputs.fusion = {Fusion::Activation::gelu_tanh, multiply};
+        inputs.normed = false;
+        if (which == 0 || which == 3) inputs.row_scale = 0.70710678F;
+        if (which == 1 || which == 3) {
+          inputs.context = random.floats(tokens * 3 * 64, -20, 20);
+          inputs.context_norm_weight = random.floats(64, 0.5F, 1.5F);
+        }
+        if (which == 2 || which == 3) inputs.scale = 0.0625F;
+        const Product expected = naive_injection(inputs);
+        for (const Simd* path : simd_paths()) {
+          CAPTURE(path->name);
+          for (const size_t count : {1, 4}) {
+            Threads threads(count);
+            std::vector<float> out(tokens * 96 + 1, kNaN);
+            inject(*path, inputs.args(out.data()), threads.parallel());
+            CHECK(std::isnan(out.back()));
+            Errors errors;
+            for (size_t i = 0; i < tokens * 96; ++i) errors.add(out[i], expected.exact[i], expected.bounds[i]);
+            CHECK(errors.worst() <= 1);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("inject: NaN in a token's rows, FFN input or context makes its output NaN, and no other's") {
   Random random(32);
   for (const Simd* path : simd_paths()) {
     CAPTURE(path->name);
-    for (int which = 0; which < 2; ++which) {
+    for (int which = 0; which < 3; ++which) {
       CAPTURE(which);
       Inputs inputs(3, 64, 32, WeightType::int8, random);
       if (which == 0) inputs.rows[32 + 7] = kNaN;
       if (which == 1) inputs.h[64 + 7] = kNaN;
+      inputs.context = random.floats(size_t{3} * 3 * 32, -1, 1);
+      inputs.context_norm_weight = random.floats(32, 0.5F, 1.5F);
+      if (which == 2) inputs.context[(3 + 1) * 32 + 7] = kNaN;
       std::vector<float> out(size_t{3} * 64);
       inject(*path, inputs.args(out.data()), {});
       bool as_expected = true;

@@ -259,4 +259,38 @@ Product naive_linear(const Weight& weight, const std::vector<double>& input, con
   return product;
 }
 
+Product naive_norm(std::span<const double> x, std::span<const double> errors, const std::vector<float>& weight,
+                   float epsilon) {
+  double squares = 0;
+  double wrong_squares = 0;
+  for (const double value : x) squares += value * value;
+  for (const double error : errors) wrong_squares += error * error;
+  const auto size = static_cast<double>(x.size());
+  const double inverse = 1 / std::sqrt(squares / size + double{epsilon});
+  // The root mean square is off by no more than the errors' own, relative to it. It is a sum of as many squares.
+  const double relative = std::sqrt(wrong_squares / size) * inverse;
+  REQUIRE(relative < 0.5);
+  const double inverse_error = relative / (1 - relative) + (size + 8) * kRounding;
+  Product normed;
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double scale = inverse * weight[i];
+    normed.exact.push_back(x[i] * scale);
+    normed.bounds.push_back(scale * (errors[i] + (std::fabs(x[i]) + errors[i]) * inverse_error));
+  }
+  return normed;
+}
+
+void naive_post_norm(Product& product, const std::vector<float>& weight, float epsilon, const float* residual) {
+  const size_t outputs = weight.size();
+  for (size_t first = 0; first < product.exact.size(); first += outputs) {
+    const std::span<double> exact = std::span(product.exact).subspan(first, outputs);
+    const std::span<double> bounds = std::span(product.bounds).subspan(first, outputs);
+    const Product normed = naive_norm(exact, bounds, weight, epsilon);
+    for (size_t n = 0; n < outputs; ++n) {
+      exact[n] = normed.exact[n] + (residual == nullptr ? 0 : residual[first + n]);
+      bounds[n] = normed.bounds[n] + 4 * kRounding * std::fabs(exact[n]);
+    }
+  }
+}
+
 }  // namespace meki::test

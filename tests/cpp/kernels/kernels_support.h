@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <random>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -150,5 +151,11 @@ struct Product {
 // The input [tokens, inputs] is rounded to 8 bits in blocks of 32, the rest is exact. `errors` says by how much each of
 // its elements may be off: some of them may be rounded to another code then.
 Product naive_linear(const Weight& weight, const std::vector<double>& input, const std::vector<double>& errors);
+
+// x / sqrt(mean(x^2) + epsilon) * weight, and what float32 may change of it if x may be off by `errors`.
+Product naive_norm(std::span<const double> x, std::span<const double> errors, const std::vector<float>& weight,
+                   float epsilon);
+// residual (null: 0) + the norm of each token's outputs.
+void naive_post_norm(Product& product, const std::vector<float>& weight, float epsilon, const float* residual);
 
 }  // namespace meki::test

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numbers>
 #include <set>
 
 #include "runtime/kernels/simd/simd.h"
@@ -306,7 +307,8 @@ TEST_CASE("softmax: a NaN score makes the sum NaN for good, wherever it is") {
   }
 }
 
-TEST_CASE("swiglu: silu(gate) * up") {
+// out = gate * sigmoid(argument(gate)) * up; `roundings` of the argument.
+void check_gated(decltype(Simd::swiglu) Simd::* gated, double (*argument)(double), double roundings) {
   for (const Simd* path : simd_paths()) {
     CAPTURE(path->name);
     Random random(13);
@@ -314,23 +316,45 @@ TEST_CASE("swiglu: silu(gate) * up") {
       const std::vector<float> gate = random.floats(1600, -range, range);
       const std::vector<float> up = random.floats(1600, -3, 3);
       std::vector<float> out(1601, kNaN);
-      path->swiglu(gate.data(), up.data(), 1600, out.data());
+      (path->*gated)(gate.data(), up.data(), 1600, out.data());
       CHECK(std::isnan(out.back()));
       Errors errors;
       for (size_t i = 0; i < 1600; ++i) {
-        const double exact = gate[i] / (1 + std::exp(-double{gate[i]})) * up[i];
-        // exp is off by up to 2^-23, four operations round; where e^gate is no normal float, all that is left may go.
-        errors.add(out[i], exact, 8 * kRounding * std::fabs(exact) + 0x1p-126 * 88 * std::fabs(up[i]));
+        const double a = argument(gate[i]);
+        const double exact = gate[i] / (1 + std::exp(-a)) * up[i];
+        // exp is off by up to 2^-23, four operations round, and an error of the argument is one of sigmoid(a) times
+        // 1 - sigmoid(a); where e^a is no normal float, all that is left may go.
+        const double relative = 8 + roundings * std::fabs(a) / (1 + std::exp(a));
+        errors.add(out[i], exact, relative * kRounding * std::fabs(exact) + 0x1p-126 * 88 * std::fabs(up[i]));
       }
       CHECK(errors.worst() <= 1);
     }
-    std::vector<float> gate(16, 1.0F);
     std::vector<float> up(16, 1.0F);
-    gate[3] = up[9] = kNaN;
     std::vector<float> out(16);
-    path->swiglu(gate.data(), up.data(), 16, out.data());
-    for (size_t i = 0; i < 16; ++i) CHECK(std::isnan(out[i]) == (i == 3 || i == 9));
+    for (const float large : {1e4F, 1e13F, 1e20F, 3e38F}) {
+      CAPTURE(large);
+      const std::vector<float> gates(16, large);
+      (path->*gated)(gates.data(), up.data(), 16, out.data());
+      CHECK(out == gates);
+      (path->*gated)(std::vector<float>(16, -large).data(), up.data(), 16, out.data());
+      CHECK(out == std::vector<float>(16, 0.0F));
+    }
+    std::vector<float> gate(16, 1.0F);
+    gate[3] = up[9] = kNaN;
+    gate[12] = -kNaN;
+    (path->*gated)(gate.data(), up.data(), 16, out.data());
+    for (size_t i = 0; i < 16; ++i) CHECK(std::isnan(out[i]) == (i == 3 || i == 9 || i == 12));
   }
+}
+
+TEST_CASE("swiglu: silu(gate) * up") {
+  check_gated(&Simd::swiglu, [](double x) { return x; }, 0);
+}
+
+TEST_CASE("geglu: GELU(gate) * up, in its tanh form") {
+  // (1 + tanh(a / 2)) / 2 is sigmoid(a). Three constants are rounded and four operations on numbers of one sign.
+  const auto argument = [](double x) { return 2 * std::sqrt(2 / std::numbers::pi) * (x + 0.044715 * x * x * x); };
+  check_gated(&Simd::geglu, argument, 8);
 }
 
 TEST_CASE("NaN: a key's reaches its scores, a value's all outputs that it weighs in") {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numbers>
 
 #include "tests/cpp/allocations.h"
 #include "tests/cpp/kernels/kernels_support.h"
@@ -17,6 +18,7 @@ using test::Errors;
 using test::kPackedTypes;
 using test::kRounding;
 using test::naive_linear;
+using test::naive_post_norm;
 using test::Product;
 using test::Random;
 using test::Threads;
@@ -194,7 +196,7 @@ struct Case {
   LinearInput::Kind kind;
 };
 
-// All paths, with and without a residual, on one thread and on four.
+// All paths, with and without a norm and a residual behind the product, on one thread and on four.
 void check_linear(const Case& c, Random& random) {
   CAPTURE(c.tokens);
   CAPTURE(c.outputs);
@@ -202,12 +204,14 @@ void check_linear(const Case& c, Random& random) {
   CAPTURE(static_cast<int>(c.type));
   CAPTURE(static_cast<int>(c.kind));
   const bool swiglu = c.kind == LinearInput::Kind::swiglu;
+  const bool geglu = c.kind == LinearInput::Kind::geglu;
   const bool norm = c.kind == LinearInput::Kind::norm;
   const Weight weight(c.outputs, c.inputs, c.type, random);
-  const size_t stride = (swiglu ? 2 : 1) * c.inputs + 5;
+  const size_t stride = (swiglu || geglu ? 2 : 1) * c.inputs + 5;
   const std::vector<float> x = random.floats(c.tokens * stride, -2, 2);
   const std::vector<float> norm_weight = random.floats(c.inputs, 0.5F, 1.5F);
   const std::vector<float> residual = random.floats(c.tokens * c.outputs, -1, 1);
+  const std::vector<float> post_norm_weight = random.floats(c.outputs, 0.5F, 1.5F);
   const LinearInput input{c.kind, x.data(), stride, norm ? norm_weight.data() : nullptr, norm ? 1e-3F : 0};
 
   std::vector<double> made;
@@ -218,31 +222,45 @@ void check_linear(const Case& c, Random& random) {
     for (const float value : row.first(c.inputs)) squares += double{value} * value;
     const double inverse = 1 / std::sqrt(squares / static_cast<double>(c.inputs) + double{1e-3F});
     for (size_t i = 0; i < c.inputs; ++i) {
+      const double x3 = std::pow(double{row[i]}, 3);
+      const double gelu = 0.5 * row[i] * (1 + std::tanh(std::sqrt(2 / std::numbers::pi) * (row[i] + 0.044715 * x3)));
       made.push_back(norm     ? row[i] * inverse * norm_weight[i]
                      : swiglu ? row[i] / (1 + std::exp(-double{row[i]})) * row[c.inputs + i]
+                     : geglu  ? gelu * row[c.inputs + i]
                               : row[i]);
-      // The mean of squares sums as many terms; SwiGLU has an exponential and four operations.
-      const double roundings = norm ? static_cast<double>(c.inputs) + 8 : swiglu ? 8 : 0;
+      // The mean of squares sums as many terms; SwiGLU has an exponential and four operations, GeGLU also an argument
+      // of up to 4 with eight roundings.
+      const double roundings = norm ? static_cast<double>(c.inputs) + 8 : swiglu ? 8 : geglu ? 40 : 0;
       errors.push_back(roundings * kRounding * std::fabs(made.back()));
     }
   }
   const Product product = naive_linear(weight, made, errors);
 
-  for (const Simd* path : simd_paths()) {
-    CAPTURE(path->name);
-    for (const float* add : {static_cast<const float*>(nullptr), residual.data()}) {
+  const float* const post_norm = post_norm_weight.data();
+  for (const LinearEnd& end :
+       {LinearEnd{}, LinearEnd{residual.data()}, {nullptr, post_norm, 1e-3F}, {residual.data(), post_norm, 1e-3F}}) {
+    CAPTURE(end.post_norm_weight);
+    CAPTURE(end.residual);
+    Product expected = product;
+    if (end.post_norm_weight != nullptr) {
+      naive_post_norm(expected, post_norm_weight, end.epsilon, end.residual);
+    } else {
+      for (size_t i = 0; i < residual.size(); ++i) {
+        if (end.residual != nullptr) expected.exact[i] += residual[i];
+        expected.bounds[i] += 2 * kRounding * std::fabs(expected.exact[i]);
+      }
+    }
+    for (const Simd* path : simd_paths()) {
+      CAPTURE(path->name);
       std::vector<float> first;
       for (const size_t count : {1, 4}) {
         Threads threads(count);
         std::vector<float> out(c.tokens * c.outputs + 1, kNaN);
-        linear(*path, weight.view(), input, add, c.tokens, out.data(), threads.parallel());
+        linear(*path, weight.view(), input, end, c.tokens, out.data(), threads.parallel());
         CHECK(std::isnan(out.back()));
         out.pop_back();
         Errors off;
-        for (size_t i = 0; i < out.size(); ++i) {
-          const double expected = product.exact[i] + (add != nullptr ? residual[i] : 0);
-          off.add(out[i], expected, product.bounds[i] + 2 * kRounding * std::fabs(expected));
-        }
+        for (size_t i = 0; i < out.size(); ++i) off.add(out[i], expected.exact[i], expected.bounds[i]);
         CHECK(off.worst() <= 1);
         if (first.empty()) first = out;
         CHECK(out == first);  // whatever the threads
@@ -255,7 +273,7 @@ TEST_CASE("linear: every kind of input, outputs that fill no panel") {
   using Kind = LinearInput::Kind;
   Random random(6);
   for (const WeightType type : kPackedTypes) {
-    for (const Kind kind : {Kind::plain, Kind::norm, Kind::swiglu}) {
+    for (const Kind kind : {Kind::plain, Kind::norm, Kind::swiglu, Kind::geglu}) {
       for (const size_t tokens : {1, 2, 9, 33}) {
         for (const size_t outputs : {1, 15, 16, 17, 50}) check_linear({tokens, outputs, 96, type, kind}, random);
       }
@@ -285,11 +303,11 @@ TEST_CASE("linear: matrices of several types one below the other are as each alo
       const LinearInput input{.x = x.data(), .stride = kInputs};
       Threads threads(3);
       std::vector<float> out(tokens * kStride, kNaN);
-      linear(*path, views, input, residual.data(), tokens, out.data(), threads.parallel());
+      linear(*path, views, input, {residual.data()}, tokens, out.data(), threads.parallel());
       size_t column = 0;
       for (const Weight& weight : weights) {
         std::vector<float> alone(tokens * weight.outputs);
-        linear(*path, weight.view(), input, nullptr, tokens, alone.data(), {});
+        linear(*path, weight.view(), input, {}, tokens, alone.data(), {});
         bool same = true;
         for (size_t t = 0; t < tokens; ++t) {
           for (size_t n = 0; n < weight.outputs; ++n) {
@@ -300,6 +318,17 @@ TEST_CASE("linear: matrices of several types one below the other are as each alo
         CHECK(same);
         column += weight.outputs;
       }
+
+      // A norm is one over the outputs of all.
+      const std::vector<float> norm_weight = random.floats(kStride, 0.5F, 1.5F);
+      linear(*path, views, input, {}, tokens, out.data(), {});
+      Product expected{{out.begin(), out.end()}, std::vector<double>(out.size())};
+      naive_post_norm(expected, norm_weight, 1e-3F, residual.data());
+      const LinearEnd end{residual.data(), norm_weight.data(), 1e-3F};
+      linear(*path, views, input, end, tokens, out.data(), threads.parallel());
+      Errors errors;
+      for (size_t i = 0; i < out.size(); ++i) errors.add(out[i], expected.exact[i], expected.bounds[i]);
+      CHECK(errors.worst() <= 1);
     }
   }
 }
@@ -314,12 +343,12 @@ TEST_CASE("linear: a NaN or infinite input makes its own token's outputs NaN") {
       constexpr size_t kTokens = 5;
       const std::vector<float> good = random.floats(kTokens * 96, -1, 1);
       std::vector<float> expected(kTokens * 40);
-      linear(*path, weight.view(), {.x = good.data(), .stride = 96}, nullptr, kTokens, expected.data(), {});
+      linear(*path, weight.view(), {.x = good.data(), .stride = 96}, {}, kTokens, expected.data(), {});
       for (const float wrong : {kNaN, kInfinity, -kInfinity}) {
         std::vector<float> x = good;
         x[2 * 96 + random.below(96)] = wrong;
         std::vector<float> out(kTokens * 40);
-        linear(*path, weight.view(), {.x = x.data(), .stride = 96}, nullptr, kTokens, out.data(), {});
+        linear(*path, weight.view(), {.x = x.data(), .stride = 96}, {}, kTokens, out.data(), {});
         bool all = true;
         for (size_t i = 0; i < out.size(); ++i) all = all && (i / 40 == 2 ? std::isnan(out[i]) : out[i] == expected[i]);
         CHECK(all);
@@ -337,15 +366,15 @@ TEST_CASE("linear: allocates nothing after the first call" * doctest::skip(!test
   Threads threads(4, true);
   const auto run = [&](LinearInput::Kind kind, size_t tokens) {
     const LinearInput input{kind, x.data(), 1024, norm_weight.data(), 1e-6F};
-    linear(simd(), weight.view(), input, x.data(), tokens, out.data(), threads.parallel());
-    linear(simd(), weight.view(), input, nullptr, tokens, out.data(), {});
+    linear(simd(), weight.view(), input, {x.data()}, tokens, out.data(), threads.parallel());
+    linear(simd(), weight.view(), input, {}, tokens, out.data(), {});
+    linear(simd(), weight.view(), input, {x.data(), x.data(), 1e-6F}, tokens, out.data(), threads.parallel());
   };
   run(LinearInput::Kind::plain, 20);
   const uint64_t before = test::allocations();
   for (const size_t tokens : {20, 1, 7}) {
-    for (const auto kind : {LinearInput::Kind::plain, LinearInput::Kind::norm, LinearInput::Kind::swiglu}) {
-      run(kind, tokens);
-    }
+    using Kind = LinearInput::Kind;
+    for (const auto kind : {Kind::plain, Kind::norm, Kind::swiglu, Kind::geglu}) run(kind, tokens);
   }
   const uint64_t made = test::allocations() - before;
   CHECK(made == 0);

@@ -80,6 +80,43 @@ constexpr const char* kNeeded[] = {
     "/files/stage1.onnx/bytes",
 };
 
+TEST_CASE("manifest: caches of keys and values that differ by layer") {
+  Package package;
+  const json own = {{"kv_heads", 1}, {"head_dim", 32}, {"window", 100}};
+  const json full = {{"kv_heads", 3}, {"head_dim", 64}, {"window", 0}};
+  package.manifest["kv_caches"] = {own, full, {{"shared", 0}}, {{"shared", 1}}};
+  test::write_file(package.path / "manifest.json", package.manifest.dump());
+  const std::vector<KvCacheInfo> caches = Manifest::open(package.path).architecture.kv_caches;
+  REQUIRE(caches.size() == 4);
+  for (const size_t layer : {0, 2}) {
+    CHECK(std::array{caches[layer].kv_heads, caches[layer].head_dim, caches[layer].window} ==
+          std::array<uint32_t, 3>{1, 32, 100});
+  }
+  CHECK(std::array{caches[3].kv_heads, caches[3].head_dim, caches[3].window} == std::array<uint32_t, 3>{3, 64, 0});
+  CHECK_FALSE(caches[1].shared);
+  CHECK(caches[2].shared == 0);
+  CHECK(caches[3].shared == 1);
+
+  const auto refuse = [&package](const json& wrong, const std::string& what) {
+    json changed = package.manifest;
+    changed["kv_caches"] = wrong;
+    check_names(package.error_with(changed), what);
+  };
+  refuse(json::array({own, own, own}), "one for each of 4 layers");
+  refuse(7, "kv_caches is 7, expected an array");
+  refuse({own, own, own, {{"shared", 3}}}, "kv_caches[3].shared is 3, expected an earlier layer");
+  refuse({own, own, {{"shared", 0}}, {{"shared", 2}}}, "kv_caches[3].shared is 2, expected an earlier layer");
+  refuse({{{"shared", 0}}, own, own, own}, "kv_caches[0].shared is 0, expected an earlier layer");
+  for (const char* key : {"kv_heads", "head_dim"}) {
+    json wrong = own;
+    wrong[key] = 0;
+    refuse({own, wrong, own, own}, std::string("kv_caches[1].") + key + " is 0, expected an integer from 1");
+  }
+  json wrong = own;
+  wrong["window"] = -1;
+  refuse({own, wrong, own, own}, "kv_caches[1].window is -1");
+}
+
 TEST_CASE("manifest: a valid one parses") {
   const Package package;
   const Manifest manifest = Manifest::open(package.path);
@@ -87,8 +124,12 @@ TEST_CASE("manifest: a valid one parses") {
   CHECK(manifest.name == "test");
   CHECK(json::parse(manifest.json) == package.manifest);
   const Architecture& a = manifest.architecture;
-  CHECK(std::array{a.vocab_size, a.layers, a.hidden, a.kv_heads, a.head_dim, a.context} ==
-        std::array<uint32_t, 6>{64, 4, 8, 2, 16, 512});
+  CHECK(std::array{a.vocab_size, a.layers, a.hidden, a.context} == std::array<uint32_t, 4>{64, 4, 8, 512});
+  REQUIRE(a.kv_caches.size() == 4);
+  for (const KvCacheInfo& cache : a.kv_caches) {
+    CHECK(std::array{cache.kv_heads, cache.head_dim, cache.window} == std::array<uint32_t, 3>{2, 16, 0});
+    CHECK_FALSE(cache.shared);
+  }
   REQUIRE(manifest.memory);
   CHECK(manifest.memory->address == "token");
   CHECK(manifest.memory->vocab_size == manifest.architecture.vocab_size);
@@ -185,7 +226,7 @@ TEST_CASE("manifest: values outside their limits are errors that name their key"
   const std::pair<const char*, const char*> cases[] = {
       // a key, and an array of wrong values
       {"/format", R"(["", "meki", "meki-package "])"},
-      {"/version", "[0, 1, 2, 3, 4, 6, 4294967301]"},
+      {"/version", "[0, 1, 2, 3, 4, 7, 4294967301]"},
       {"/architecture/vocab_size", "[0, 2147483648, 18446744073709551615]"},
       {"/architecture/layers", "[0, 65536, 4294967300]"},
       {"/architecture/hidden", "[0, 1048577, 4294967304]"},

@@ -31,7 +31,11 @@ using test::RomShape;
 using test::TempDir;
 
 constexpr RomAccess kAccesses[] = {RomAccess::mmap, RomAccess::pread, RomAccess::direct};
-constexpr uint32_t kRowTypes[] = {kFloat16, kInt8, kInt4, kFloat32};
+struct RowFormat {
+  uint32_t type;
+  uint32_t group = 0;  // as in RomShape
+};
+constexpr RowFormat kRowFormats[] = {{kFloat16}, {kInt8}, {kInt8, 32}, {kInt4}, {kFloat32}};
 constexpr uint64_t kStrideUnits[] = {64, 4};
 
 RomHeader parse(const RomImage& image) {
@@ -54,14 +58,15 @@ bool same_bytes(std::span<const std::byte> got, std::span<const uint8_t> expecte
 }
 
 TEST_CASE("rom header: the fields of a valid one") {
-  for (const uint32_t row_type : kRowTypes) {
+  for (const RowFormat& format : kRowFormats) {
     for (const uint64_t unit : kStrideUnits) {
-      const RomImage image({.vocab_size = 5, .layers = 3, .row_dim = 33, .row_type = row_type}, 1, unit);
+      const RomImage image(
+          {.vocab_size = 5, .layers = 3, .row_dim = 33, .row_type = format.type, .group = format.group}, 1, unit);
       const RomHeader header = parse(image);
       CHECK(header.entries == 5);
       CHECK(header.layers == 3);
       CHECK(header.row_dim == 33);
-      CHECK(static_cast<uint32_t>(header.row_type) == row_type);
+      CHECK(static_cast<uint32_t>(header.row_type) == format.type);
       CHECK(header.group == image.group);
       CHECK(header.bundle_bytes == image.bundle_bytes);
       CHECK(header.bundle_stride == image.stride);
@@ -94,8 +99,9 @@ TEST_CASE("rom header: a wrong field is refused even with the right checksum") {
     std::vector<uint64_t> wrong;
   };
   constexpr uint64_t kMax = std::numeric_limits<uint64_t>::max();
-  for (const uint32_t row_type : kRowTypes) {
-    const RomImage good({.vocab_size = 5, .layers = 3, .row_dim = 40, .row_type = row_type}, 1);
+  for (const RowFormat& format : kRowFormats) {
+    const RomImage good({.vocab_size = 5, .layers = 3, .row_dim = 40, .row_type = format.type, .group = format.group},
+                        1);
     const uint64_t size = good.bytes.size();
     const uint64_t end = 4096 + 5 * good.stride;  // not rounded up
     const uint64_t packed = (good.bundle_bytes + 3) / 4 * 4;
@@ -109,7 +115,7 @@ TEST_CASE("rom header: a wrong field is refused even with the right checksum") {
         {24, 4, "bundle_bytes", {2, 4, 65'535}},
         {28, 4, "row_dim", {0, 1'048'577, 0xFFFFFFFF}},
         {32, 4, "row_type", {0, 5, 0xFFFFFFFF}},
-        {32, 4, "group", {row_type == kInt8 ? kInt4 : kInt8}},
+        {32, 4, "group", {good.group > 0 ? kFloat16 : kInt8}},
         {36, 4, "group", {1, 31, 33, 41, 0xFFFFFFFF}},
         {40, 8, "bundle_bytes", {0, good.bundle_bytes - 1, good.bundle_bytes + 1, kMax}},
         {48,
@@ -122,7 +128,7 @@ TEST_CASE("rom header: a wrong field is refused even with the right checksum") {
     };
     for (const Field& field : fields) {
       for (const uint64_t value : field.wrong) {
-        CAPTURE(row_type);
+        CAPTURE(format.type);
         CAPTURE(value);
         RomImage image = good;
         if (field.bytes == 8) test::put(image.bytes, field.offset, value);
@@ -258,13 +264,15 @@ TEST_CASE("rom: every access mode reads the same bytes, first bundle to last") {
 }
 
 TEST_CASE("rom: widening equals the naive reading, to the bit") {
-  for (const uint32_t row_type : kRowTypes) {
+  for (const RowFormat& format : kRowFormats) {
     for (const uint32_t row_dim : {1U, 2U, 3U, 31U, 32U, 33U, 63U, 64U, 65U, 100U}) {
       for (const uint32_t layers : {1U, 3U}) {
-        CAPTURE(row_type);
+        CAPTURE(format.type);
         CAPTURE(row_dim);
         const TempDir dir;
-        const RomImage image({.vocab_size = 4, .layers = layers, .row_dim = row_dim, .row_type = row_type}, row_dim);
+        const RomImage image(
+            {.vocab_size = 4, .layers = layers, .row_dim = row_dim, .row_type = format.type, .group = format.group},
+            row_dim);
         test::write_file(dir / "memory.rom", image.bytes);
         const TokenTable rom(dir / "memory.rom", RomAccess::pread);
         const AlignedBuffer scratch(rom.scratch_bytes());
@@ -291,9 +299,13 @@ TEST_CASE("rom: all 65,536 float16 patterns widen, as values and as scales") {
   for (uint32_t half = 0; half < 65'536; ++half) test::put(values.bytes, 4096 + 2 * half, static_cast<uint16_t>(half));
   values.seal_bundle(0);
   test::write_file(dir / "values.rom", values.bytes);
-  // A scale is never negative, infinite or NaN: 31,744 patterns, one a layer.
-  RomImage scales({.vocab_size = 1, .layers = 0x7C00, .row_dim = 3, .row_type = kInt8}, 1);
-  for (uint32_t half = 0; half < 0x7C00; ++half) test::put(scales.bytes, 4096 + 2 * half, static_cast<uint16_t>(half));
+  // A scale is never infinite or NaN: 31,744 patterns of either sign, one a layer.
+  constexpr uint32_t kFinite = 0x7C00;
+  RomImage scales({.vocab_size = 1, .layers = 2 * kFinite, .row_dim = 3, .row_type = kInt8}, 1);
+  for (uint32_t half = 0; half < kFinite; ++half) {
+    test::put(scales.bytes, 4096 + 2 * half, static_cast<uint16_t>(half));
+    test::put(scales.bytes, 4096 + 2 * (kFinite + half), static_cast<uint16_t>(0x8000 | half));
+  }
   scales.seal_bundle(0);
   test::write_file(dir / "scales.rom", scales.bytes);
 

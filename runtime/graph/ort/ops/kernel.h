@@ -55,6 +55,7 @@ class Call {
   T* output(size_t index, const Shape& shape) const {
     ort::Value* made = nullptr;
     api_.check(api_.KernelContext_GetOutput(context_, index, shape.sizes.data(), shape.rank, &made));
+    require(made != nullptr, "an output is missing");
     return static_cast<T*>(data_of(api_, made));
   }
   const Parallel& parallel() const { return parallel_; }
@@ -143,11 +144,8 @@ class Definition {
   }
   // An attribute of 0 to count - 1; 0 if it is absent.
   int64_t choice(const char* name, int64_t count) const {
-    int64_t value = 0;
-    if (ort::Status* const absent = api_.KernelInfoGetAttribute_int64(info_, name, &value)) {
-      api_.ReleaseStatus(absent);
-      return 0;
-    }
+    if (!has_number(name)) return 0;
+    const int64_t value = integer(name);
     require(value >= 0 && value < count, "an attribute is not one of its choices");
     return value;
   }
@@ -167,6 +165,8 @@ class Definition {
     api_.check(api_.KernelInfoGetAttribute_float(info_, name, &value));
     return value;
   }
+  // The same of one that may be absent.
+  float number(const char* name, float absent) const { return has_number(name) ? number(name) : absent; }
   // Whether an optional input is there: one that is left out before a later one has an empty name.
   bool has_input(size_t index) const {
     size_t count = 0;
@@ -185,6 +185,17 @@ class Definition {
   }
 
  private:
+  // Whether there is an attribute of this name, be it an integer or a float: one of the wrong type is not absent.
+  bool has_number(const char* name) const {
+    const auto given = [this](ort::Status* status) {
+      if (status != nullptr) api_.ReleaseStatus(status);
+      return status == nullptr;
+    };
+    int64_t integer = 0;
+    float real = 0;
+    return given(api_.KernelInfoGetAttribute_int64(info_, name, &integer)) ||
+           given(api_.KernelInfoGetAttribute_float(info_, name, &real));
+  }
   int64_t integer(const char* name) const {
     int64_t value = 0;
     api_.check(api_.KernelInfoGetAttribute_int64(info_, name, &value));

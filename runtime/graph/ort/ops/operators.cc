@@ -48,7 +48,9 @@ void set_callbacks(Operator& table) {
   table.GetInputCharacteristic = [](const ort::CustomOp* op, size_t index) {
     return index < self(op).kind.required_inputs ? ort::kRequired : ort::kOptional;
   };
-  table.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
+  table.GetOutputCharacteristic = [](const ort::CustomOp*, size_t index) {
+    return index == 0 ? ort::kRequired : ort::kOptional;  // a state, which Attention over another layer's does not make
+  };
   table.GetInputMemoryType = [](const ort::CustomOp*, size_t) { return ort::kMemoryDefault; };
   table.GetStartVersion = [](const ort::CustomOp*) { return 1; };
   table.GetEndVersion = [](const ort::CustomOp*) { return 1; };
