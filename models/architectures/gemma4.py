@@ -182,7 +182,7 @@ class SomeRows(nn.Module):
         for block in source.row_blocks():  # [layers, entries, p]
             last = first + block.shape[1]
             inside = numbers[(numbers >= first) & (numbers < last)] - first
-            found.append(torch.from_numpy(block[:, inside.numpy()].swapaxes(0, 1).reshape(len(inside), -1)))
+            found.append(torch.from_numpy(block[:, inside.numpy()]).transpose(0, 1).flatten(1))
             first = last
         self.rows = torch.cat(found)
 
