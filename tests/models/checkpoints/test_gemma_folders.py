@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -17,9 +18,10 @@ from meki.models.arguments import UsageError
 from meki.models.checkpoints import CheckpointError, open_checkpoint
 from meki.models.checkpoints.checkpoint import checkpoint_model
 from meki.models.memories.gemma_ple import GemmaPLEConfig
+from meki.models.tokenizer import TokenizerSpec
 from meki.models.train.base_model import open_base
 
-from .gemma_models import GEMMA4, TYPES4, logits_of, random_gemma, save_gemma
+from .gemma_models import GEMMA4, IDS, TYPES4, export, logits_of, random_gemma, save_gemma
 
 # Eight layers of 64 in float32, summed in another order: some 1e-6 of logits that reach about 10.
 TOLERANCE = 1e-4
@@ -68,8 +70,13 @@ def assert_same(folder: Path, model: torch.nn.Module, **overrides: Any) -> None:
     ],
     ids=str,
 )
-def test_logits_of_transformers(kind: str, overrides: dict[str, Any], tmp_path: Path) -> None:
-    assert_same(tmp_path, save_gemma(kind, tmp_path, **overrides))
+def test_logits_of_transformers(
+    kind: str, overrides: dict[str, Any], tokenizer_spec: TokenizerSpec, tmp_path: Path
+) -> None:
+    model = save_gemma(kind, tmp_path / "m", **overrides)
+    assert_same(tmp_path / "m", model)
+    package = export(tmp_path / "m", tmp_path / "p", tokenizer_spec)
+    np.testing.assert_allclose(package.logits(IDS), logits_of(model).numpy(), rtol=0, atol=TOLERANCE)
 
 
 def test_an_older_configuration(tmp_path: Path) -> None:
