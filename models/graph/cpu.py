@@ -94,7 +94,7 @@ class CpuGraph(Primitives):
             case Mixture():
                 return self._mixture(value)
             case Vector(name, factor):
-                return self.array(f"{name}.times.{factor}", lambda: self.store.joined([name]) * np.float32(factor))
+                return self.array(value.tensor, lambda: self.store.joined([name]) * np.float32(factor))
             case Narrowed(x):
                 name = self.use(x)
                 return self.op("Gather", [name, self._logit_index()], f"{name}.wanted", axis=1)
@@ -125,8 +125,8 @@ class CpuGraph(Primitives):
     def attention(self, qkv: Value, its: Attention) -> Value:
         stage, own = self.stages[-1], its.source is None
         cache: list[int | str] = [f"blocks.{its.window}", its.kv_heads, f"block_bytes.{its.head_dim}"]
+        stage.layers.append(its.layer)
         if own:
-            stage.layers.append(its.layer)
             past = self.input(f"past.{its.layer}", cache, TensorProto.UINT8)
         elif (past := f"present.{its.source}") not in stage.outputs:  # an earlier stage has added to it
             past = self.input(f"shared.{its.source}", cache, TensorProto.UINT8)

@@ -114,6 +114,11 @@ class Vector(Lazy):
     name: str
     factor: float = 1.0
 
+    @property
+    def tensor(self) -> str:
+        """What a package's graphs call it."""
+        return self.name if self.factor == 1 else f"{self.name}.times.{self.factor}"
+
 
 Value = str | Lazy
 """The name of a tensor, or what is none yet."""
@@ -139,7 +144,7 @@ class StageGraph(GraphBuilder):
     def __init__(self, *domains: str) -> None:
         super().__init__(*domains)
         self.layers: list[int] = []
-        """Of the decoder, whose KV caches it has."""
+        """Of the decoder, whose attention it has."""
         self.rows: range | None = None
         """Layers of the memory whose rows it takes."""
 

@@ -66,13 +66,14 @@ class GemmaPLEConfig(Memory):
         gate_proj = Matrix(f"{prefix}.per_layer_input_gate", self.dim)
         out_proj = Matrix(f"{prefix}.per_layer_projection", hidden)
         norm, added = f"{prefix}.post_per_layer_input_norm", f"{prefix}.injected"
-        fused = [x, x, "", gate_proj, row, out_proj, Vector(f"{norm}.weight")]
-        fused += [contexts, Vector(f"{_NORM}.weight", 2**-0.5), Vector(scalar)]
+        gain = Vector(f"{_NORM}.weight", 2**-0.5)
+        fused = [x, x, "", gate_proj, row, out_proj, Vector(f"{norm}.weight"), contexts, gain, Vector(scalar)]
         attributes = {"layer": 0, "context_layer": layer, "row_scale": scale, **fusion(GELU_TANH, True)}
         if injected := g.fused("Injection", fused, added, **attributes):
             return injected
-        context = g.norm(Columns(contexts, layer, layers), _NORM)
-        inputs = g.op("Add", [g.scaled(row, scale), g.scaled(context, 2**-0.5)], f"{prefix}.inputs")
+        columns, epsilon = Columns(contexts, layer, layers), g.config.norm_eps
+        context = g.op("RMSNormalization", [columns, gain], f"{prefix}.context", axis=-1, epsilon=epsilon)
+        inputs = g.op("Add", [g.scaled(row, scale), context], f"{prefix}.inputs")
         gate = g.gelu(g.linear(x, gate_proj), gate_proj.name)
         out = g.linear(g.op("Mul", [gate, inputs], f"{prefix}.gated"), out_proj)
         return g.op("Mul", [g.add(x, g.norm(out, norm), added), g.vector(scalar)], f"{prefix}.scaled")

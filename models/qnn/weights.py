@@ -51,13 +51,18 @@ class PackageWeights:
                 return {node.input[3]: [(gate, self.config.memory.dim)], node.input[5]: [(out, self.config.hidden)]}
         return {}
 
-    @property
-    def layer_bytes(self) -> int:
-        """Of the packed matrices of the layer that has most."""
+    def layer_bytes(self, precision: str) -> int:
+        """Of the weights of the layer that has most: in float16, or of the packed matrices."""
+        if precision == "float16":
+            tables = self.config.memory.tables(self.config) if self.config.memory else {}
+            shapes = self.config.shapes(folded=True)
+            sizes = {name: 2 * math.prod(shapes[name]) for name in shapes.keys() - tables.keys()}
+        else:
+            sizes = {name: self._tensors[name].dims[0] for name in self._parts}
         layers: Counter[str] = Counter()
-        for name in self._parts:
+        for name, size in sizes.items():
             if name.startswith("layers."):
-                layers[name.split(".")[1]] += self._tensors[name].dims[0]
+                layers[name.split(".")[1]] += size
         return max(layers.values())
 
     def vector(self, name: str) -> Floats:

@@ -124,7 +124,7 @@ def test_what_lies_behind_the_sequence_is_never_seen(
 
     def run(garbage: float) -> np.ndarray:
         naive = naive_stages(model.config, CONTEXT)
-        for cache in (*naive.keys, *naive.values):
+        for cache in naive.cache.values():
             cache[:] = garbage
         steps = [naive.step(stages, tmp_path / "head.onnx", embedded[[t]], rows[:, [t]], 1) for t in range(len(ids))]
         return np.concatenate(steps)
