@@ -15,7 +15,7 @@ from meki.cli.arguments import path
 from meki.cli.errors import report
 
 from .config import ConfigError, check, frozen
-from .tokenizer import TokenizerSpec, read_tokenizer, without_unknown_ends
+from .tokenizer import TokenizerSpec, read_tokenizer, without_unknown_tokens
 
 if TYPE_CHECKING:  # importing it loads PyTorch
     from .source import Source
@@ -61,8 +61,8 @@ def open_source(path: Path, args: argparse.Namespace) -> Opened:
     tokenizer = tokenizer or checkpoint.read_tokenizer()
     if tokenizer is None:
         raise FileNotFoundError(f"{path}: has no tokenizer.json; name the model's with --tokenizer")
-    ends = without_unknown_ends(tokenizer, checkpoint.config.vocab_size)
-    return Opened(checkpoint_source(checkpoint), ends, checkpoint.provenance)
+    tokenizer = without_unknown_tokens(tokenizer, checkpoint.config.vocab_size)
+    return Opened(checkpoint_source(checkpoint), tokenizer, checkpoint.provenance)
 
 
 def named_tokenizer(args: argparse.Namespace) -> TokenizerSpec | None:

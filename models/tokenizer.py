@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -97,17 +98,28 @@ def _content(token: object) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def without_unknown_ends(tokenizer: TokenizerSpec, vocab_size: int) -> TokenizerSpec:
-    """Without end tokens that a model of so many tokens cannot write; a warning names them."""
-    unknown = [token for token in tokenizer.eos_token_ids if not 0 <= token < vocab_size]
-    if not unknown:
-        return tokenizer
-    warnings.warn(
-        f"end tokens {', '.join(map(str, unknown))} are ignored, the vocabulary's ids are 0 to {vocab_size - 1}; if "
-        "texts do not end, correct eos_token_id in the model's generation_config.json or config.json",
-        stacklevel=2,
-    )
-    return replace(tokenizer, eos_token_ids=tuple(token for token in tokenizer.eos_token_ids if token not in unknown))
+def without_unknown_tokens(tokenizer: TokenizerSpec, vocab_size: int) -> TokenizerSpec:
+    """Without end tokens and special tokens that a model of so many tokens does not have; warnings name them.
+
+    Gemma 3's tokenizer has a token for images, whose model for texts alone has no row for it.
+    """
+    ends = [token for token in tokenizer.eos_token_ids if not 0 <= token < vocab_size]
+    if ends:
+        warnings.warn(
+            f"end tokens {', '.join(map(str, ends))} are ignored, the vocabulary's ids are 0 to {vocab_size - 1}; if "
+            "texts do not end, correct eos_token_id in the model's generation_config.json or config.json",
+            stacklevel=2,
+        )
+        kept = tuple(token for token in tokenizer.eos_token_ids if token not in ends)
+        tokenizer = replace(tokenizer, eos_token_ids=kept)
+    values = json.loads(tokenizer.json)
+    unknown = [token for token in values["added_tokens"] if token["special"] and token["id"] >= vocab_size]
+    if unknown:
+        names = ", ".join(token["content"] for token in unknown)
+        warnings.warn(f"special tokens {names} are left out: the model has {vocab_size} tokens", stacklevel=2)
+        values["added_tokens"] = [token for token in values["added_tokens"] if token not in unknown]
+        tokenizer = replace(tokenizer, json=json.dumps(values, ensure_ascii=False).encode())
+    return tokenizer
 
 
 def _token_id(path: Path, tokenizer: Tokenizer, token: str) -> int:

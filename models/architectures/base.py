@@ -144,7 +144,7 @@ class Architecture(Dimensions, ABC):
         return (self.head_dim,)
 
     def kv_caches(self) -> list[dict[str, int]] | None:
-        """Of each layer, as the manifest has them; None: all have `kv_heads` heads of `head_dim`, over all positions."""
+        """Of each layer, as the manifest has them; None: all have `kv_heads` heads of `head_dim`, and no window."""
         return None
 
     @property

@@ -1,4 +1,4 @@
-"""GGUF files of the architectures llama, smollm3, qwen2 and qwen3, read with the gguf package.
+"""GGUF files of the architectures llama, smollm3, qwen2, qwen3, gemma3 and gemma4, read with the gguf package.
 
 Keys and tensor names are those of the GGUF specification; what they leave open is as llama.cpp has it.
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from gguf import GGUFEndian, GGUFReader
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.gguf_reader import ReaderField, ReaderTensor
 from gguf.quants import dequantize
 from torch import Tensor
@@ -23,14 +23,16 @@ from ..architectures.base import Architecture
 from ..blocks import Blocks, Codes
 from ..memories.base import ALL
 from .checkpoint import Checkpoint, CheckpointError, Part, check_setting, check_window, make_config
+from .gemma_config import RELATIVES, unused_weights
 from .gguf_blocks import empty_blocks, unpack
+from .gguf_gemma import GEMMA, ROPE_FACTORS, gemma_fields
+from .gguf_names import stored_name
 from .gguf_tokenizer import read_gguf_tokenizer
 
 _MAGIC = b"GGUF"
-_ARCHITECTURES = ("llama", "smollm3", "qwen2", "qwen3")
+_ARCHITECTURES = ("llama", "smollm3", "qwen2", "qwen3", *GEMMA)
 _PAIRED = ("llama", "smollm3")
 """Have their queries and keys in the order of rotated pairs."""
-_ROPE_FACTORS = "rope_freqs.weight"
 _OLDER_TYPES = ("Q4_2", "Q4_3", "Q4_0_4_4", "Q4_0_4_8", "Q4_0_8_8", "IQ4_NL_4_4", "IQ4_NL_4_8", "IQ4_NL_8_8")
 _NEWER_TYPES = ("MXFP4", "NVFP4", "Q1_0", "Q2_0")
 _TYPE_NAMES = dict(zip((4, 5, 31, 32, 33, 36, 37, 38, 39, 40, 41, 42), _OLDER_TYPES + _NEWER_TYPES, strict=True))
@@ -51,21 +53,6 @@ _FIELDS = {
     "norm_eps": "attention.layer_norm_rms_epsilon",
 }
 """Settings and their keys, without the architecture's name before them."""
-_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-"""Of a layer's tensors: the decoder's and the file's."""
-_OUTER_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 
 
 class _UnknownTypeError(Exception):
@@ -74,13 +61,34 @@ class _UnknownTypeError(Exception):
 
 class _Reader(GGUFReader):
     """The library's reader, but the end of the file is an error: it would go on with empty values, without an end if
-    the length of an array is damaged. And a type that it does not know is an error of its own."""
+    the length of an array is damaged. And a type that it does not know is an error of its own; arrays are read fast."""
 
     def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Any = None) -> npt.NDArray[Any]:
         values: npt.NDArray[Any] = super()._get(offset, dtype, count, override_order)
         if len(values) != count:
             raise ValueError(f"it ends after {len(self.data)} bytes, in the middle of what is at {offset}")
         return values
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        """An array at once: the library's views, one of each element, take half a minute for a large vocabulary."""
+        if raw_type != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind, count = GGUFValueType(self._get(orig_offs, np.uint32)[0]), int(self._get(orig_offs + 4, np.uint64)[0])
+        start, types = orig_offs + 12, [GGUFValueType.ARRAY, kind]
+        if kind in self.gguf_scalar_to_np:
+            values = self._get(start, self.gguf_scalar_to_np[kind], count)
+            return 12 + values.nbytes, [values], [0], types
+        if kind != GGUFValueType.STRING:
+            return super()._get_field_parts(orig_offs, raw_type)
+        order: Literal["big", "little"] = "big" if self.endianess == GGUFEndian.BIG else "little"
+        data, texts, at = memoryview(self.data), [], start
+        for _ in range(count):
+            first = at + 8
+            at = first + int.from_bytes(data[at:first], order)
+            if at > len(data) or first > len(data):
+                raise ValueError(f"it ends after {len(data)} bytes, in the middle of a text at {first - 8}")
+            texts.append(data[first:at])
+        return at - orig_offs, texts, list(range(count)), types
 
     def _build_tensors(self, start_offs: int, fields: list[ReaderField]) -> None:
         for field in fields:
@@ -146,6 +154,17 @@ class GgufFile:
         if value is not None and type(value) not in (int, float):
             raise CheckpointError(f"{self.path}: {key} is {value!r}; supported is one number")
         return value
+
+    def rope_factor(self, architecture: str) -> float:
+        """What linear scaling divides all rotary frequencies by; 1: there is none. CheckpointError for another kind of
+        scaling."""
+        kind = self.metadata.get(f"{architecture}.rope.scaling.type", "linear")
+        if kind not in ("none", "linear"):
+            raise CheckpointError(
+                f"{self.path}: {architecture}.rope.scaling.type is {kind!r}; supported are 'none' and 'linear'"
+            )
+        keys = ("rope.scaling.factor", "rope.scale_linear") if kind == "linear" else ()  # the second is of older files
+        return next(filter(None, (self.number(f"{architecture}.{key}") for key in keys)), 1.0)  # 0 says nothing
 
     def read(self, name: str, rows: slice = ALL) -> Tensor:
         """float32; those rows of dimension 0. Reads and dequantises no others."""
@@ -279,11 +298,16 @@ def open_gguf(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     file = GgufFile(path)
     architecture = file.metadata.get("general.architecture")
     if architecture not in _ARCHITECTURES:
+        relative = f": {RELATIVES[architecture]}" if architecture in tuple(RELATIVES) else ""
         raise CheckpointError(
-            f"{path}: general.architecture is {architecture!r}; supported are {', '.join(_ARCHITECTURES)}"
+            f"{path}: general.architecture is {architecture!r}{relative}; supported are {', '.join(_ARCHITECTURES)}"
         )
+    gemma = architecture in GEMMA
     _check_supported(file, architecture)
-    config = make_config(path, _fields(file, architecture, overrides), overrides, file)
+    fields = (gemma_fields if gemma else _fields)(file, architecture, overrides)
+    config = make_config(path, fields, overrides, file, architecture if gemma else "llama")
+    unused = {stored_name(name, gemma) for name in unused_weights(config)}
+    unused |= {ROPE_FACTORS} if architecture != "gemma3" else set()
     return Checkpoint(
         path,
         config,
@@ -291,7 +315,7 @@ def open_gguf(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         {name: _part(name, shape, config, architecture) for name, shape in config.shapes().items()},
         read_tokenizer=lambda: read_gguf_tokenizer(path, file.metadata),
         provenance=_provenance(file, architecture),
-        ignored=lambda name: name == _ROPE_FACTORS,
+        ignored=lambda name: name in unused,
         trimmed="vocab_size" in overrides,
         blocks=file.blocks
         if any(file.blocks(name, slice(0)) or file.is_rounded(name) for name in file.shapes)
@@ -312,7 +336,8 @@ def _check_supported(file: GgufFile, architecture: str) -> None:
     }
     for key, value in expected.items():
         if (got := file.metadata.get(key, value)) != value:
-            raise CheckpointError(f"{path}: {key} is {got!r}; supported is {value!r}")
+            whose = "; it is so in Gemma 4 26B-A4B" if key == "gemma4.expert_count" else ""
+            raise CheckpointError(f"{path}: {key} is {got!r}; supported is {value!r}{whose}")
     projections = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
     if bias := next((name for name in file.shapes if name.endswith(".bias") and not name.endswith(projections)), None):
         raise CheckpointError(f"{path}: has the bias {bias}; supported are those of attn_q, attn_k and attn_v")
@@ -349,30 +374,19 @@ def _fields(file: GgufFile, architecture: str, overrides: Mapping[str, Any]) -> 
 
 def _rope_factors(file: GgufFile, architecture: str, pairs: int) -> tuple[float, ...]:
     """Divisors of the rotary frequencies, as many as pairs; none if all are 1."""
-    kind = file.metadata.get(f"{architecture}.rope.scaling.type", "linear")
-    if kind not in ("none", "linear"):
-        raise CheckpointError(
-            f"{file.path}: {architecture}.rope.scaling.type is {kind!r}; supported are 'none' and 'linear'"
-        )
-    factors = [1.0] * pairs
-    if (shape := file.shapes.get(_ROPE_FACTORS)) is not None:
+    factors, factor = [1.0] * pairs, file.rope_factor(architecture)
+    if (shape := file.shapes.get(ROPE_FACTORS)) is not None:
         if shape != (pairs,):
-            raise CheckpointError(f"{file.path}: {_ROPE_FACTORS} has shape {shape}, expected {(pairs,)}")
-        factors = file.read(_ROPE_FACTORS).tolist()
-    if kind == "linear":
-        keys = ("rope.scaling.factor", "rope.scale_linear")  # the second is of older files; 0 says nothing
-        factor = next(filter(None, (file.number(f"{architecture}.{key}") for key in keys)), 1.0)
-        factors = [factor * value for value in factors]
+            raise CheckpointError(f"{file.path}: {ROPE_FACTORS} has shape {shape}, expected {(pairs,)}")
+        factors = file.read(ROPE_FACTORS).tolist()
+    factors = [factor * value for value in factors]
     return tuple(factors) if any(factor != 1.0 for factor in factors) else ()
 
 
 def _part(name: str, shape: tuple[int, ...], config: Architecture, architecture: str) -> Part:
     """Where the decoder's weight `name` is found."""
-    stem, _, kind = name.rpartition(".")
-    if not stem.startswith("layers."):
-        return Part(f"{_OUTER_NAMES[stem]}.{kind}", shape)
-    _, layer, inner = stem.split(".", 2)
-    stored = f"blk.{layer}.{_NAMES[inner]}.{kind}" if inner in _NAMES else name
+    stored = stored_name(name, architecture in GEMMA)
+    inner = name.rpartition(".")[0].split(".", 2)[-1]
     heads = {"self_attn.q_proj": config.heads, "self_attn.k_proj": config.kv_heads}.get(inner)
     if heads is None or architecture not in _PAIRED:
         return Part(stored, shape)

@@ -23,9 +23,11 @@ _REMEDY = "give the model's tokenizer.json (--tokenizer)"
 # Tokens that end a turn or a text, if they are not ordinary ones. eos_token_id alone misses one of the two that a chat
 # model has; some files have it as user-defined.
 _END_TEXTS = {
-    "</s>",
     "<EOT>",
     "<end_of_turn>",
+    "<eos>",
+    "<turn|>",
+    "<|tool_response>",
     "<|end_of_text|>",
     "<|endoftext|>",
     "<|end|>",
@@ -34,6 +36,8 @@ _END_TEXTS = {
     "<|im_end|>",
     "<｜end▁of▁sentence｜>",  # noqa: RUF001 (DeepSeek's bars are not ASCII)
 }
+_END_CONTROL = "</s>"
+"""Ends a text, too, but only as a control token: Gemma has it as HTML's, user-defined."""
 _NO_TOKEN = (-1, 2**32 - 1)
 """What files have as the id of a token that there is not: -1, signed and unsigned."""
 _END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -58,10 +62,11 @@ def read_gguf_tokenizer(path: Path, metadata: Mapping[str, Any]) -> TokenizerSpe
         tokens, types = _vocabulary(values)
         if kind == "gpt2":
             tokenizer, begins = _byte_level(values, tokens)
-        elif kind == "llama":
-            tokenizer, begins = _sentencepiece(path, values, tokens, types)
+        elif kind in ("llama", "gemma4"):
+            merges = _listed_merges(values) if kind == "gemma4" else _merges_of_scores(values, tokens, types)
+            tokenizer, begins = _sentencepiece(path, values, tokens, merges), True
         else:
-            raise CheckpointError(f"tokenizer.ggml.model is {kind!r}; supported: 'gpt2', 'llama'")
+            raise CheckpointError(f"tokenizer.ggml.model is {kind!r}; supported: 'gpt2', 'llama', 'gemma4'")
         _add_tokens(tokenizer, tokens, types)
         keys = (*_END_IDS, *_TEMPLATE_TOKENS.values())
         named = {key: id for key in keys if (id := _token(path, values, tokens, key)) is not None}
@@ -76,6 +81,7 @@ def read_gguf_tokenizer(path: Path, metadata: Mapping[str, Any]) -> TokenizerSpe
     ends = [named[key] for key in _END_IDS if key in named]
     found = (TokenType.CONTROL, TokenType.USER_DEFINED)
     ends += [id for id, token in enumerate(tokens) if token in _END_TEXTS and types[id] in found]
+    ends += [id for id, token in enumerate(tokens) if token == _END_CONTROL and types[id] == TokenType.CONTROL]
     return TokenizerSpec(
         json=tokenizer.to_str().encode(),
         bos_token_id=named.get("bos_token_id") if begins else None,
@@ -143,8 +149,7 @@ def _byte_level(values: Mapping[str, Any], tokens: Sequence[str]) -> tuple[Token
     if name not in PRE_TOKENIZERS:
         raise CheckpointError(f"tokenizer.ggml.pre is {name!r}; known: {', '.join(sorted(PRE_TOKENIZERS))}")
     kind = PRE_TOKENIZERS[name]
-    pairs = (merge.partition(" ") for merge in _strings(values, "merges"))
-    tokenizer = _bpe(tokens, [(left, right) for left, _, right in pairs], ignore_merges=kind.whole_words)
+    tokenizer = _bpe(tokens, _listed_merges(values), ignore_merges=kind.whole_words)
     if kind.nfc:
         tokenizer.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in kind.patterns]
@@ -155,31 +160,36 @@ def _byte_level(values: Mapping[str, Any], tokens: Sequence[str]) -> tuple[Token
     return tokenizer, kind.begins
 
 
+def _listed_merges(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    pairs = (merge.partition(" ") for merge in _strings(values, "merges"))
+    return [(left, right) for left, _, right in pairs]
+
+
 def _sentencepiece(
-    path: Path, values: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
-) -> tuple[Tokenizer, bool]:
+    path: Path, values: Mapping[str, Any], tokens: Sequence[str], merges: Sequence[tuple[str, str]]
+) -> Tokenizer:
     """SentencePiece's BPE: characters, with bytes for those that are no token; spaces are U+2581."""
     if values.get("remove_extra_whitespaces", False):
         raise CheckpointError("tokenizer.ggml.remove_extra_whitespaces is true, which is not supported")
-    scores = values.get("scores", [])
-    if len(scores) != len(tokens):
-        raise CheckpointError(f"tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens")
     unknown = _token(path, values, tokens, "unknown_token_id") or 0
-    merges = _merges_of_scores(tokens, types, scores)
     tokenizer = _bpe(tokens, merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True)
-    prefix = values.get("add_space_prefix", True)  # of every text, and of what follows a special token
+    # Of every text, and of what follows a special token.
+    prefix = values.get("add_space_prefix", values["model"] == "llama")
     spaces = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
-    return tokenizer, True
+    return tokenizer
 
 
-def _merges_of_scores(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
+def _merges_of_scores(values: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> list[tuple[str, str]]:
     """Every pair of tokens that makes a token, the best score of the result first.
 
     SentencePiece joins the adjacent pieces that make the token of the highest score; a list of pairs by rank says that.
     """
+    scores = values.get("scores", [])
+    if len(scores) != len(tokens):
+        raise CheckpointError(f"tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens")
     ids = {token: id for id, token in enumerate(tokens) if types[id] == TokenType.NORMAL}
     pairs = [
         (-scores[id], ids[token[:cut]], ids[token[cut:]])

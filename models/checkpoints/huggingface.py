@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
+from numpy.typing import NDArray
 
 from meki.package.files import read_object, replace_directory
 
@@ -21,6 +22,7 @@ from ..ffns.swiglu import SwiGLUConfig
 from ..source import model_source
 from ..tokenizer import TokenizerSpec, parse_tokenizer, read_tokenizer
 from .checkpoint import Checkpoint, CheckpointError, Part, TensorFile, checkpoint_model, make_config
+from .gemma_config import GEMMA, gemma_gain, unused_weights
 from .huggingface_config import FEATURES, FIELDS, MIXTURE_FIELDS, OWN, OWN_FIELDS, config_fields, language_model
 from .quantized_files import quantized_files
 from .safetensors_files import SafetensorsFiles
@@ -40,7 +42,7 @@ def open_huggingface(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     """The model in the folder `path`. CheckpointError for what cannot be converted."""
     file = path / CONFIG
     whole = _read_object(file)
-    values = language_model(whole)
+    values = language_model(file, whole)
     stored = SafetensorsFiles(_weight_files(path))
     quantization = values.get("quantization_config")
     quantized = None if quantization is None else quantized_files(file, quantization, stored)
@@ -52,11 +54,13 @@ def open_huggingface(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         raise
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{file}: has a value of another kind than expected: {error!r}") from error
-    config = make_config(file, fields, overrides, tensors)
+    config = make_config(file, fields, overrides, tensors, GEMMA.get(values.get("model_type", ""), "llama"))
     folded = any(name.endswith(".folded_table") for name in tensors.shapes)
     parts = {
-        name: Part(head if name == _HEAD else prefix + name, shape) for name, shape in config.shapes(folded).items()
+        name: Part(head if name == _HEAD else prefix + name, shape, _add_one if gemma_gain(name, config) else None)
+        for name, shape in config.shapes(folded).items()
     }
+    unused = {prefix + name for name in unused_weights(config)}
     if config.tied_embeddings:
         _check_tied(file, tensors, head, parts["embed_tokens.weight"].name)
     if values is not whole:
@@ -72,6 +76,7 @@ def open_huggingface(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         # What follows from rope_theta; the same as the embedding; what is for images and sound; what adds nothing.
         ignored=lambda name: (
             name.endswith("rotary_emb.inv_freq")
+            or name in unused
             or (name == head and config.tied_embeddings)
             or (values is not whole and not name.startswith(prefix))
             or (quantized is not None and quantized.is_zero_bias(name))
@@ -81,6 +86,10 @@ def open_huggingface(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         blocks=quantized.blocks if quantized and quantized.has_blocks else None,
         rounded=lambda name: len(tensors.shapes[name]) == 2 and tensors.shapes[name][1] % BLOCK == 0,
     )
+
+
+def _add_one(gain: NDArray[Any]) -> NDArray[Any]:
+    return gain + 1
 
 
 def _weight_files(path: Path) -> list[Path]:

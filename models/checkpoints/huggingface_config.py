@@ -12,6 +12,7 @@ from ..config import as_number
 from ..ffns import FFNS
 from ..memories import MEMORIES
 from .checkpoint import CheckpointError, check_setting, check_window
+from .gemma_config import GEMMA, check_gemma, gemma_fields
 
 _LLAMA = {"qk_norm": False, "qkv_bias": False}
 FEATURES: dict[str, dict[str, Any]] = {
@@ -77,11 +78,14 @@ MIXTURE_FIELDS = {
 """The same of what Qwen3-MoE says otherwise."""
 
 
-def language_model(values: dict[str, Any]) -> dict[str, Any]:
-    """`values`, or, of a model that also sees or hears, the configuration of its language model."""
+def language_model(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, read from `path`, or, of a model that also sees or hears, the configuration of its language model.
+    CheckpointError for one that is known not to be run."""
     inner = values.get("text_config")
-    if values.get("model_type") in (*FEATURES, OWN) or not isinstance(inner, dict):
+    if values.get("model_type") in (*FEATURES, *GEMMA, OWN) or not isinstance(inner, dict):
+        check_gemma(path, values, values)
         return values
+    check_gemma(path, values, inner)
     quantized = inner.get("quantization_config") or values.get("quantization_config")
     return {**inner, "quantization_config": quantized}
 
@@ -92,10 +96,12 @@ def config_fields(
     """Settings of the configuration `values`, read from `path`: those of an architecture, None or absent where it does
     not say. has_head: there is a tensor for it. CheckpointError for what this runtime does not compute."""
     kind = values.get("model_type")
+    if kind in tuple(GEMMA):
+        return gemma_fields(path, values, overrides)
     if kind not in (*FEATURES, OWN):
         raise CheckpointError(
-            f"{path}: model_type is {kind!r}; supported are {', '.join((*FEATURES, OWN))}: decoders of the Llama "
-            "family and MeKi"
+            f"{path}: model_type is {kind!r}; supported are {', '.join((*FEATURES, *GEMMA, OWN))}: decoders of the "
+            "Llama family, Gemma and MeKi"
         )
     own = {name: values.get(name) for name in OWN_FIELDS} if kind == OWN else FEATURES[kind]
     # Newer configurations have all about rotary positions in rope_parameters.

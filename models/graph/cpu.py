@@ -124,7 +124,9 @@ class CpuGraph(Primitives):
 
     def attention(self, qkv: Value, its: Attention) -> Value:
         stage, own = self.stages[-1], its.source is None
-        cache: list[int | str] = [f"blocks.{its.window}", its.kv_heads, f"block_bytes.{its.head_dim}"]
+        blocks = f"blocks.{its.window}" if its.window else "blocks"
+        size = "block_bytes" if its.head_dim == self.config.head_dim else f"block_bytes.{its.head_dim}"
+        cache: list[int | str] = [blocks, its.kv_heads, size]
         stage.layers.append(its.layer)
         if own:
             past = self.input(f"past.{its.layer}", cache, TensorProto.UINT8)

@@ -17,7 +17,7 @@ from ..checkpoints.checkpoint import checkpoint_source
 from ..config import ConfigError
 from ..memories import MEMORIES
 from ..source import Source
-from ..tokenizer import TokenizerSpec, read_tokenizer, without_unknown_ends
+from ..tokenizer import TokenizerSpec, read_tokenizer, without_unknown_tokens
 from .optimizer import Optimizer
 
 
@@ -96,4 +96,4 @@ def open_base(args: argparse.Namespace, settings: Mapping[str, Any]) -> tuple[Ba
         "base": f"{args.base.resolve().name} ({how})",
     }
     base = BaseModel(checkpoint_source(checkpoint), args.base_rate or 0.0, provenance)
-    return base, config, without_unknown_ends(tokenizer, config.vocab_size)
+    return base, config, without_unknown_tokens(tokenizer, config.vocab_size)

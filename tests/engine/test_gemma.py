@@ -31,8 +31,9 @@ CASES: dict[str, Callable[[], Any]] = {
     "gemma4-not-double-wide": functools.partial(gemma4, use_double_wide_mlp=False),
     "gemma4-no-memory": functools.partial(gemma4, hidden_size_per_layer_input=0),
     "gemma4-no-softcap": functools.partial(gemma4, final_logit_softcapping=None, window=300),
-    # The layers that are shared are in the stage before the memory's rows are needed.
     "gemma4-two-own-layers": functools.partial(gemma4, layers=4, pattern=2, num_kv_shared_layers=2),
+    # Whose keys and values all others see is in the stage before the memory's rows are needed.
+    "gemma4-one-own-layer": functools.partial(gemma4, layers=3, pattern=1, num_kv_shared_layers=2),
 }
 
 

@@ -100,8 +100,13 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + np.float32(epsilon)) * weight
 
 
+def gelu(x: np.ndarray) -> np.ndarray:
+    return x / 2 * (1 + np.tanh(float(np.sqrt(2 / np.pi)) * (x + 0.044715 * x**3)))
+
+
 class Linear(OpRun):
-    """residual + f(x) W^T with activations in float32: what the runtime's int8 activations approximate."""
+    """residual + f(x) W^T, or residual + RMSNorm(f(x) W^T), with activations in float32: what the runtime's int8
+    activations approximate."""
 
     op_domain = "meki"
 
@@ -112,18 +117,22 @@ class Linear(OpRun):
         parts: np.ndarray,
         norm: np.ndarray | None = None,
         residual: np.ndarray | None = None,
+        post_norm: np.ndarray | None = None,
         *,
         swiglu: int,
         epsilon: float,
+        geglu: int = 0,
     ) -> tuple[np.ndarray]:
         if norm is not None:
             x = rms_norm(x, norm, epsilon)
         matrix = unpack_parts(weight, parts)
-        if swiglu:
+        if swiglu or geglu:
             k = matrix.shape[1]
             gate, up = x[..., :k], x[..., k : 2 * k]
-            x = gate / (1 + np.exp(-gate)) * up
+            x = (gelu(gate) if geglu else gate / (1 + np.exp(-gate))) * up
         product = x @ matrix.T
+        if post_norm is not None:
+            product = rms_norm(product, post_norm, epsilon)
         return (product if residual is None else residual + product,)
 
 
@@ -141,12 +150,18 @@ class Injection(OpRun):
         rows: np.ndarray,
         out_proj: np.ndarray,
         post_norm: np.ndarray,
+        context: np.ndarray | None = None,
+        context_norm: np.ndarray | None = None,
+        scale: np.ndarray | None = None,
+        *,
         gate_proj_type: int,
         out_proj_type: int,
         epsilon: float,
         layer: int,
         activation: int = 0,
         multiply: int = 0,
+        context_layer: int = 0,
+        row_scale: float = 1,
     ) -> tuple[np.ndarray]:
         w_out = unpack_once(out_proj.tobytes(), out_proj_type, x.shape[-1])
         w_gate = unpack_once(gate_proj.tobytes(), gate_proj_type, rows.shape[-1])
@@ -154,10 +169,14 @@ class Injection(OpRun):
         opened = (
             1 / (1 + np.exp(-gate)),
             gate / (1 + np.exp(-gate)),
-            gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))),
+            gelu(gate),
         )[activation]
-        fused = rows[layer] * opened if multiply else rows[layer] + opened
-        return (x + rms_norm(fused @ w_out.T, post_norm, epsilon),)
+        row = rows[layer] * np.float32(row_scale)
+        if context is not None:
+            its = np.split(context, context.shape[-1] // row.shape[-1], axis=-1)[context_layer]
+            row = row + rms_norm(its, context_norm, epsilon)
+        out = x + rms_norm((row * opened if multiply else row + opened) @ w_out.T, post_norm, epsilon)
+        return (out if scale is None else out * scale,)
 
 
 class Experts(OpRun):
@@ -220,19 +239,27 @@ class Attention(OpRun):
         qkv: np.ndarray,
         past: np.ndarray,
         total_sequence_length: np.ndarray,
-        cos: np.ndarray,
-        sin: np.ndarray,
+        cos: np.ndarray | None = None,
+        sin: np.ndarray | None = None,
         q_norm: np.ndarray | None = None,
         k_norm: np.ndarray | None = None,
         key_offsets: np.ndarray | None = None,
+        frequencies: np.ndarray | None = None,
         *,
         heads: int,
         kv_heads: int,
         epsilon: float,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        head_dim = 2 * cos.shape[1]
+        head_dim: int = 0,
+        scale: float = 0,
+        window: int = 0,
+        value_norm: int = 0,
+        shared: int = 0,
+    ) -> tuple[np.ndarray, ...]:
+        head_dim = head_dim or 2 * cos.shape[1]
+        scale = scale or head_dim**-0.5
         tokens, first = qkv.shape[1], int(total_sequence_length) - qkv.shape[1]
-        split = qkv.astype(np.float64).reshape(tokens, heads + 2 * kv_heads, head_dim)
+        split = qkv.astype(np.float64).reshape(tokens, -1, head_dim)
+        assert split.shape[1] == heads + (0 if shared else 2 * kv_heads)
         cache = past.copy().view(np.float32).reshape(2, -1, kv_heads, head_dim)
         out = np.zeros((tokens, heads, head_dim))
         offsets = np.zeros((kv_heads, head_dim)) if key_offsets is None else key_offsets.reshape(kv_heads, head_dim)
@@ -241,21 +268,30 @@ class Attention(OpRun):
             if norm is not None:
                 x = x / np.sqrt(np.mean(x**2) + epsilon) * norm
             low, high = x[: head_dim // 2], x[head_dim // 2 :]
-            c, s = cos[position], sin[position]
+            if frequencies is None:
+                c, s = cos[position], sin[position]
+            else:
+                angles = position * np.pad(frequencies, (0, head_dim // 2 - len(frequencies)))
+                c, s = np.cos(angles), np.sin(angles)
             return np.concatenate((low * c - high * s, high * c + low * s))
 
         for t in range(tokens):
             position = first + t
-            for g in range(kv_heads):
+            for g in range(0 if shared else kv_heads):
+                value = split[t, heads + kv_heads + g]
                 cache[0, position, g] = turned(split[t, heads + g] - offsets[g], k_norm, position)
-                cache[1, position, g] = split[t, heads + kv_heads + g]
+                cache[1, position, g] = value / np.sqrt(np.mean(value**2) + epsilon) if value_norm else value
+        for t in range(tokens):
+            position = first + t
+            seen = range(max(0, position + 1 - window) if window else 0, position + 1)
             for h in range(heads):
                 g = h // (heads // kv_heads)
-                keys = [cache[0, p, g] + turned(offsets[g], None, p) for p in range(position + 1)]
-                scores = np.stack(keys) @ turned(split[t, h], q_norm, position) / np.sqrt(head_dim)
+                keys = [cache[0, p, g] + turned(offsets[g], None, p) for p in seen]
+                scores = np.stack(keys) @ turned(split[t, h], q_norm, position) * scale
                 weights = np.exp(scores - scores.max())
-                out[t, h] = weights / weights.sum() @ cache[1, : position + 1, g]
-        return out.reshape(1, tokens, -1).astype(np.float32), cache.reshape(-1).view(np.uint8)
+                out[t, h] = weights / weights.sum() @ cache[1, seen, g]
+        heads_out = out.reshape(1, tokens, -1).astype(np.float32)
+        return (heads_out,) if shared else (heads_out, cache.reshape(-1).view(np.uint8))
 
 
 class ShortConvolution(OpRun):
@@ -319,10 +355,14 @@ class ReferenceSession:
         ]
         memory = self.manifest["memory"]
         self.rows = read_rom((package / memory["file"]).read_bytes())[1] if memory else None
-        size = 2 * (capacity or architecture["context"]) * architecture["kv_heads"] * architecture["head_dim"]
+        caches = self.manifest["kv_caches"] or [architecture] * architecture["layers"]
         # Garbage beyond the sequence must not matter: NaN shows it if it does.
         self.values: dict[str, np.ndarray] = {
-            f"past.{layer}": np.full(size, np.nan, np.float32).view(np.uint8) for layer in range(architecture["layers"])
+            f"past.{layer}": np.full(
+                2 * (capacity or architecture["context"]) * its["kv_heads"] * its["head_dim"], np.nan, np.float32
+            ).view(np.uint8)
+            for layer, its in enumerate(caches)
+            if "shared" not in its
         }
         if memory:
             size = architecture["context"] * architecture["hidden"]
@@ -344,7 +384,7 @@ class ReferenceSession:
         for stage, layers in self.stages:
             if layers is not None:
                 self.values["rows"] = self.step_rows(len(ids))[slice(*layers)]
-            outputs = stage.run(None, {name: self.values[name] for name in stage.input_names})
+            outputs = stage.run(None, {name: self.values[name.replace("shared", "past")] for name in stage.input_names})
             for name, value in zip(stage.output_names, outputs, strict=True):
                 self.values[name.replace("present", "past")] = value
         return self.values["logits"]

@@ -56,7 +56,7 @@ MIXTURE = {"ffn_kind": "moe", "experts": 5, "experts_per_token": 2}
         ({"nope_layers": (3,)}, "nope_layers must be below layers (3), got 3"),
         ({"nope_layers": (-1,)}, "nope_layers must be layers' numbers, from 0, got (-1,)"),
         ({"depth": 3}, "unknown configuration keys ['depth']"),
-        ({"ffn_kind": "geglu"}, "ffn_kind must be one of swiglu, moe, got 'geglu'"),
+        ({"ffn_kind": "reglu"}, "ffn_kind must be one of swiglu, geglu, moe, got 'reglu'"),
         ({"experts": 4}, "unknown configuration keys ['experts']; known with ffn_kind swiglu: "),
         ({"ffn_kind": "moe", "experts": 4}, "ffn_kind moe needs experts_per_token, which nobody gave"),
         ({**MIXTURE, "experts": 4097}, "experts must be an integer from 1 to 4096, got 4097"),

@@ -53,7 +53,7 @@ def test_manifest(export: Callable[..., dict[str, Any]], make_model: Callable[..
     assert 0 < errors["weights"]["overall"] <= errors["weights"]["worst"] < 0.01 and 0 < errors["rows"] < 0.01
     assert manifest == {
         "format": "meki-package",
-        "version": 5,
+        "version": 6,
         "name": "p",
         "architecture": {
             **{"kind": "llama", "vocab_size": 300, "layers": 3, "hidden": 64, "ffn": 96, "heads": 4, "kv_heads": 2},
@@ -61,6 +61,7 @@ def test_manifest(export: Callable[..., dict[str, Any]], make_model: Callable[..
             **{"qkv_bias": False, "tied_embeddings": True, "rope_factors": [], "nope_layers": []},
             "ffn_kind": "swiglu",
         },
+        "kv_caches": None,
         "memory": {
             **{"kind": "meki", "address": {"kind": "token"}, "layers": 3, "row_dim": 32, "file": "memory.rom"},
             **{"row_type": "int8", "content_id": content_id, "projector_norm": False, "memory_experts": "both"},

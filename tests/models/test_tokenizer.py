@@ -11,13 +11,15 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, models
 
+from meki.models.package import check_tokenizer
 from meki.models.tokenizer import (
     END_OF_STORY,
     TokenizerSpec,
     canonical_ids,
+    parse_tokenizer,
     read_tokenizer,
     train_tokenizer,
-    without_unknown_ends,
+    without_unknown_tokens,
 )
 
 
@@ -260,7 +262,26 @@ def test_end_tokens_as_others_write_them(folder: Path) -> None:
     write(folder, "generation_config.json", {"eos_token_id": ["301", 7.0, 999, -1]})
     spec = read_tokenizer(folder / "tokenizer.json")
     with pytest.warns(UserWarning, match="end tokens 999, -1 are ignored, the vocabulary's ids are 0 to 301"):
-        assert without_unknown_ends(spec, 302).eos_token_ids == (301, 7)
+        assert without_unknown_tokens(spec, 302).eos_token_ids == (301, 7)
+
+
+def test_special_tokens_that_the_model_does_not_have(tokenizer_json: bytes) -> None:
+    """As Gemma 3's token for images, of which a model for texts has no row. Ordinary ones are another model's."""
+    tokenizer = parse_tokenizer(tokenizer_json)
+    size = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(["<image>"])
+    with pytest.warns(UserWarning, match=f"special tokens <image> are left out: the model has {size} tokens"):
+        kept = without_unknown_tokens(TokenizerSpec(tokenizer.to_str().encode()), size)
+    check_tokenizer(kept, size)
+    text = "the cat <image> sat"
+    assert parse_tokenizer(kept.json).encode(text).ids == parse_tokenizer(tokenizer_json).encode(text).ids
+    whole = TokenizerSpec(tokenizer.to_str().encode())
+    assert without_unknown_tokens(whole, size + 1) == whole
+    tokenizer.add_tokens(["ordinary"])
+    with pytest.warns(UserWarning, match="special tokens <image>"):
+        wrong = without_unknown_tokens(TokenizerSpec(tokenizer.to_str().encode()), size)
+    with pytest.raises(ValueError, match="its largest token id is "):
+        check_tokenizer(wrong, size)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])

@@ -108,6 +108,20 @@ def _shares(types: dict[str, int]) -> str:
     return ", ".join(f"{count / whole:.0%} {type}" for type, count in sorted(types.items(), key=lambda it: -it[1]))
 
 
+def _attention(caches: list[dict[str, int]]) -> str:
+    """How many layers see which positions, and with whose keys and values."""
+    own = [cache for cache in caches if "shared" not in cache]
+    kinds = dict.fromkeys((cache["window"], cache["kv_heads"], cache["head_dim"]) for cache in own)
+    parts = []
+    for kind in kinds:
+        count = sum((cache["window"], cache["kv_heads"], cache["head_dim"]) == kind for cache in own)
+        window, kv_heads, head_dim = kind
+        seen = f"the last {window:,} positions" if window else "all positions"
+        parts.append(f"{count} over {seen} with {kv_heads} KV heads of {head_dim}")
+    shared = len(caches) - len(own)
+    return ", ".join(parts) + (f", {shared} with the keys and values of others" if shared else "")
+
+
 def _lines(info: dict[str, Any]) -> Iterator[str]:
     shape, memory, rom = info["architecture"], info["memory"], info["rom"]
     experts = f" x {shape['experts_per_token']} of {shape['experts']} experts" if "experts" in shape else ""
@@ -122,6 +136,7 @@ def _lines(info: dict[str, Any]) -> Iterator[str]:
             f"{shape['heads']} heads of {shape['head_dim']}, {shape['kv_heads']} KV heads, "
             f"vocabulary {shape['vocab_size']:,}, context {shape['context']:,}",
         ),
+        *([("attention", _attention(info["kv_caches"]))] if info.get("kv_caches") else []),
         ("RAM parameters", f"{info['ram_parameters']:,}" + (f", {active:,} of them active a token" if active else "")),
         ("weight type", weights["type"] + (f", blocks of {weights['block']}" if weights.get("block") else "")),
         *([("matrices", _shares(weights["types"]))] if len(weights["types"]) > 1 else []),

@@ -94,10 +94,25 @@ def write_gguf(
     endian: GGUFEndian = GGUFEndian.LITTLE,
     split: int = 0,
 ) -> Path:
-    """changes: of the metadata, None leaves a key out; types: of tensors, F32 where nothing is said; split: tensors of
+    """changes: of the metadata, None leaves a key out; types, endian, split: as `write_file` has them."""
+    metadata = {**metadata_of(model, architecture), **(changes or {})}
+    tensors = {**tensors_of(model, architecture), **(extra or {})}
+    return write_file(path, architecture, metadata, tensors, types, endian, split)
+
+
+def write_file(
+    path: Path,
+    architecture: str,
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, Floats],
+    types: Mapping[str, Type] | None = None,
+    endian: GGUFEndian = GGUFEndian.LITTLE,
+    split: int = 0,
+) -> Path:
+    """metadata: a key whose value is None is left out; types: of tensors, F32 where nothing is said; split: tensors of
     a part, whose name the gguf package makes of `path`."""
     writer = GGUFWriter(path, architecture, endianess=endian, split_max_tensors=split)
-    for key, value in {**metadata_of(model, architecture), **(changes or {})}.items():
+    for key, value in metadata.items():
         if isinstance(value, bool):
             writer.add_bool(key, value)
         elif isinstance(value, int):
@@ -108,7 +123,7 @@ def write_gguf(
             writer.add_string(key, value)
         elif value is not None:
             writer.add_array(key, value)
-    for name, values in {**tensors_of(model, architecture), **(extra or {})}.items():
+    for name, values in tensors.items():
         kind = (types or {}).get(name, Type.F32)
         writer.add_tensor(name, quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()

@@ -254,7 +254,7 @@ def test_memory_is_bounded(make_model: MakeModel, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("architecture", "changes", "message"),
     [
-        ("gemma3", {}, "general.architecture is 'gemma3'; supported are llama, smollm3, qwen2, qwen3"),
+        ("phi3", {}, "general.architecture is 'phi3'; supported are llama, smollm3, qwen2, qwen3, gemma3, gemma4"),
         ("llama", {"general.type": "adapter"}, "general.type is 'adapter'; supported is 'model'"),
         ("llama", {"llama.expert_count": 8}, "llama.expert_count is 8; supported is 0"),
         ("llama", {"llama.attention.causal": False}, "llama.attention.causal is False"),

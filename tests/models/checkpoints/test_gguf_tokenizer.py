@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -280,6 +281,89 @@ def test_sentencepiece_without_bytes() -> None:
     assert ids == [SPM_TOKENS.index("a"), 0]
 
 
+# Gemma.
+
+
+def gemma_merges() -> list[tuple[str, str]]:
+    """Every pair that makes a token, by the rank of what it makes."""
+    known = {*WORDS, *LETTERS, *RUNS, "\n"}
+    words = [*RUNS[::-1], *WORDS]
+    return [
+        (word[:cut], word[cut:])
+        for word in words
+        for cut in range(1, len(word))
+        if word[:cut] in known and word[cut:] in known
+    ]
+
+
+RUNS = ["\n\n", "\n\n\n", "▁▁▁"]
+GEMMA_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *SPM_TOKENS[3:-1], "\n", *RUNS, "</s>"]
+GEMMA_TURNS = ["<|tool_response>", "<|turn>", "<turn|>", '<|"|>']
+GEMMA4 = change(
+    {},
+    model="gemma4",
+    tokens=GEMMA_TOKENS + GEMMA_TURNS,
+    token_type=[
+        *[CONTROL] * 3,
+        UNKNOWN,
+        CONTROL,
+        *[BYTE] * 256,
+        *[NORMAL] * (len(GEMMA_TOKENS) - 261),
+        USER,
+        CONTROL,
+        CONTROL,
+        USER,
+    ],
+    merges=[" ".join(merge) for merge in gemma_merges()],
+    bos_token_id=2,
+    eos_token_id=1,
+    unknown_token_id=3,
+)
+
+
+@pytest.fixture(scope="module")
+def published() -> transformers.PreTrainedTokenizerBase:
+    """That of transformers, which makes a tokenizer.json of the same tokens and merges."""
+    vocabulary = {token: id for id, token in enumerate(GEMMA_TOKENS)}
+    return transformers.GemmaTokenizer(vocabulary, gemma_merges(), additional_special_tokens=GEMMA_TURNS)
+
+
+@given(text=st.text(alphabet="aehnt   zé😀\n\n") | st.text())
+def test_gemma4_equals_the_published_tokenizer(published: transformers.PreTrainedTokenizerBase, text: str) -> None:
+    for sample in (text, f"<|turn>then\n{text}<turn|>\n"):
+        ids = tokenizer_of(GEMMA4).encode(sample).ids
+        assert ids == published(sample, add_special_tokens=False)["input_ids"]
+
+
+def test_gemma4_special_tokens() -> None:
+    spec, tokenizer = read(GEMMA4), tokenizer_of(GEMMA4)
+    first = len(GEMMA_TOKENS)
+    assert spec.bos_token_id == 2  # where the file does not say, too
+    assert spec.eos_token_ids == (1, first, first + 2)  # not "</s>", which is a tag of HTML here
+    assert tokenizer.decode(tokenizer.encode('<|turn>the <|"|>\n\n<turn|>').ids) == 'the <|"|>\n\n'
+    named = change(GEMMA4, eos_token_id=first + 2)
+    assert read(named).eos_token_ids == (first + 2, 1, first)
+
+
+def test_gemma3_special_tokens() -> None:
+    """Runs of spaces and newlines are tokens that a user defined, found before a text is cut."""
+    more = [("<end_of_turn>", CONTROL), ("\n", USER), ("\n\n", USER), ("  ", USER), ("   ", USER), ("</s>", USER)]
+    tokens = [token for token in SPM_TOKENS if token != "</s>"] + [token for token, _ in more]
+    types = [kind for token, kind in zip(SPM_TOKENS, SPM_TYPES, strict=True) if token != "</s>"]
+    metadata = change(
+        SPM,
+        tokens=tokens,
+        token_type=types + [kind for _, kind in more],
+        scores=SPM_SCORES[1:] + [-1000.0] * len(more),
+        add_space_prefix=False,
+        eos_token_id=None,
+    )
+    spec, tokenizer = read(metadata), tokenizer_of(metadata)
+    assert spec.eos_token_ids == (tokens.index("<end_of_turn>"),)
+    ids = tokenizer.encode("then   the\n\n\n</s>").ids
+    assert [tokens[id] for id in ids] == ["then", "   ", "the", "\n\n", "\n", "</s>"]
+
+
 # What is refused.
 
 
@@ -291,7 +375,7 @@ def test_no_tokenizer() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "bert"}, "tokenizer.ggml.model is 'bert'; supported: 'gpt2', 'llama'"),
+        ({"model": "bert"}, "tokenizer.ggml.model is 'bert'; supported: 'gpt2', 'llama', 'gemma4'"),
         ({"pre": "falcon"}, "tokenizer.ggml.pre is 'falcon'; known: deepseek-coder, .*, default, .*, tekken"),
         ({"pre": None}, "tokenizer.ggml.pre is 'none'; known: "),
         ({"tokens": None}, "tokenizer.ggml.tokens must be an array of strings, got NoneType"),
@@ -319,6 +403,7 @@ def test_refused_twice(original: Tokenizer) -> None:
     [
         ({"scores": None}, "tokenizer.ggml.scores has 0 entries for "),
         ({"scores": [0.0]}, "tokenizer.ggml.scores has 1 entries for "),
+        ({"model": "gemma4"}, "tokenizer.ggml.merges must be an array of strings"),
         ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces is true, which is not supported"),
     ],
 )

@@ -403,7 +403,7 @@ def test_tensor_left_over(saved: Path) -> None:
     [
         (
             {"model_type": "gpt_neox"},
-            "model_type is 'gpt_neox'; supported are llama, mistral, .*, qwen3, qwen3_moe, meki",
+            "model_type is 'gpt_neox'; supported are llama, mistral, .*, qwen3_moe, gemma3_text, gemma4_text, meki",
         ),
         ({"model_type": None}, "model_type is None; supported"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported is 'silu'"),
@@ -481,7 +481,7 @@ def test_a_mixture_of_a_kind_that_is_not_known(make_model: Callable[..., Decoder
     save_pretrained(tmp_path / "saved", make_model(**MIXTURE), provenance={})
     for kind in ("soft", ["moe"], 3):
         edit_config(tmp_path / "saved", ffn_kind=kind)
-        with pytest.raises(CheckpointError, match="ffn_kind must be one of swiglu, moe, got "):
+        with pytest.raises(CheckpointError, match="ffn_kind must be one of swiglu, geglu, moe, got "):
             open_checkpoint(tmp_path / "saved", {})
     edit_config(tmp_path / "saved", ffn_kind="swiglu")
     with pytest.raises(CheckpointError, match=r"unknown configuration keys \['experts', .*known with ffn_kind swiglu"):

@@ -18,9 +18,9 @@ namespace {
 class Rotary {
  public:
   explicit Rotary(const Definition& node) {
-    const bool tables = node.has_input(3);
-    require(tables == node.has_input(4) && tables != node.has_input(8), "give cos and sin, or frequencies");
-    if (tables) {
+    tables_ = node.has_input(3);
+    require(tables_ == node.has_input(4) && tables_ != node.has_input(8), "give cos and sin, or frequencies");
+    if (tables_) {
       const Constant cos = node.constant(3);
       const Constant sin = node.constant(4);
       require(cos.shape.rank == 2 && sin.shape.rank == 2 && cos.shape.sizes == sin.shape.sizes,
@@ -43,13 +43,14 @@ class Rotary {
   }
 
   size_t head_dim() const { return 2 * half_; }
+  bool has_tables() const { return tables_; }
   size_t positions() const { return positions_; }  // of the tables
   const float* cos() const { return cos_; }
   const float* sin() const { return sin_; }
 
   // cos and sin of `tokens` tokens from `position` on, [tokens, head_dim / 2]; in `scratch` unless they are in tables.
   std::array<const float*, 2> lines(size_t position, size_t tokens, Scratch& scratch) const {
-    if (cos_ != nullptr) {
+    if (tables_) {
       require(position + tokens <= positions_, "the sequence is longer than the rotary tables");
       return {cos_ + position * half_, sin_ + position * half_};
     }
@@ -80,7 +81,8 @@ class Rotary {
     double cos;
     double sin;
   };
-  const float* cos_ = nullptr;  // [positions, head_dim / 2]; null: there are no tables
+  bool tables_ = false;
+  const float* cos_ = nullptr;  // [positions, head_dim / 2], of tables
   const float* sin_ = nullptr;
   size_t positions_ = 0;
   size_t half_ = 0;
@@ -106,7 +108,8 @@ class AttentionKernel final : public Kernel {
             "q_norm_weight and k_norm_weight come together or not at all, with `shared` the first alone");
     require(!shared_ || !value_norm_, "value_norm does not go with `shared`");
     if (node.has_input(7)) {
-      require(!norms && !shared_ && rotary_.cos() != nullptr, "key_offsets go with rotary tables, not with QK-norm");
+      require(!norms, "key_offsets do not go with QK-norm");
+      require(!shared_ && rotary_.has_tables(), "key_offsets go with keys and rotary tables");
       offsets_.emplace(node.constant(7).floats(kv_heads_ * layout_.head_dim), layout_, rotary_.cos(), rotary_.sin(),
                        rotary_.positions());
     }
