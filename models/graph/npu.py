@@ -221,14 +221,12 @@ class NpuGraph(Primitives):
         """Past keys and values, and the step's: the layer's own, or those of its source, which an earlier stage may
         have made."""
         source = its.layer if its.source is None else its.source
-        here = f"new_key.{source}" in self._here
+        whose = "" if f"new_key.{source}" in self._here else "shared_"
         names = []
-        for when, tokens in (("past" if here else "shared", self.shape.context), ("new", self.shape.tokens)):
+        for when, tokens in (("past", self.shape.context), ("new", self.shape.tokens)):
             shapes = {"key": [its.kv_heads, its.head_dim, tokens], "value": [its.kv_heads, tokens, its.head_dim]}
             for what, shape in shapes.items():
-                name = f"{when}_{what}.{source}"
-                if when == "new":
-                    name = name if here else f"shared_{name}"
+                name = f"{whose}{when}_{what}.{source}"
                 names.append(name if name in self._here else self.input(name, shape, TensorProto.FLOAT16))
         return names
 
@@ -288,10 +286,10 @@ class NpuGraph(Primitives):
             return mask
         tokens, context = self.shape.tokens, self.shape.context
         cache = self._slots_seen()
-        if window:  # a slot that is as old is the oldest that is not seen
+        if window:
             steps = self.array(f"{mask}.steps", lambda: np.arange(tokens, dtype=np.int32)[:, None] - window)
-            last = self.op("Add", [steps, self._past()], f"{mask}.unseen")
-            near = self.op("Less", [last, "slots"], f"{mask}.near")
+            out = self.op("Add", [steps, self._past()], f"{mask}.out")  # the last position that the token does not see
+            near = self.op("Less", [out, "slots"], f"{mask}.near")
             cache = self.op("Where", [near, cache, "mask.closed"], f"{mask}.slots")
         cache = self._reshape(cache, f"{mask}.row", 1, tokens if window else 1, context)
         if tokens > 1 and not window:
@@ -315,34 +313,39 @@ class NpuGraph(Primitives):
         ]
         return self.op("Where", [self.op("Less", [slots, self._past()], "mask.seen"), *values], "mask.slots")
 
-    def _turns(self, its: Attention) -> tuple[str, str]:
+    def _turns(self, its: Attention) -> list[str]:
         """The rotary cos and sin of the step's tokens, made once a stage for all layers that have the same, float16
         [T, head_dim / 2]."""
-        tokens, context, rotary = self.shape.tokens, self.shape.context, its.rotary
+        tokens, context, rotary, still = self.shape.tokens, self.shape.context, its.rotary, 0
         assert rotary
         if isinstance(rotary, tuple):
             suffix, tables = f".{its.head_dim}.{rotary[0]}.{rotary[-1]}", tables_of(rotary)
             still = its.head_dim // 2 - len(rotary)  # pairs that do not turn
         else:
-            suffix, tables, still = "", rotary, 0
-        names = f"cos{suffix}", f"sin{suffix}"
-        if names[0] in self._here:
-            return names
-        if "position" not in self._here:
-            steps = self.array("steps", lambda: np.arange(tokens, dtype=np.int32))
-            self.op("Add", [steps, self._past()], "position")
+            suffix, tables = "", rotary
 
         def table(index: int) -> np.ndarray:
             # The padding of the last chunk may stand behind the context: it gets a line, whichever.
             return np.pad(np.asarray(tables(context)[index]), ((0, tokens), (0, 0)), "edge")
 
-        for index, name in enumerate(names):
-            half = self._half(f"rope.{name}", functools.partial(table, index))
-            turns = self.op("Gather", [half, "position"], f"{name}.turning" if still else name, axis=0)
-            if still:
-                rest = self._half(f"{name}.still", lambda: np.full((tokens, still), 1 - index))
-                self.op("Concat", [turns, rest], name, axis=-1)
-        return names
+        def turns(index: int, name: str, angle_0: int) -> str:
+            if name in self._here:
+                return name
+            half = self._half(f"rope.{name}", lambda: table(index))
+            turning = self.op("Gather", [half, self._position()], f"{name}.turning" if still else name, axis=0)
+            if not still:
+                return turning
+            rest = self._half(f"{name}.still", lambda: np.full((tokens, still), angle_0))
+            return self.op("Concat", [turning, rest], name, axis=-1)
+
+        return [turns(0, f"cos{suffix}", 1), turns(1, f"sin{suffix}", 0)]
+
+    def _position(self) -> str:
+        """Of the step's tokens, int32 [T]."""
+        if "position" not in self._here:
+            steps = self.array("steps", lambda: np.arange(self.shape.tokens, dtype=np.int32))
+            self.op("Add", [steps, self._past()], "position")
+        return "position"
 
     def _past(self) -> str:
         return self.input("past_length", [1], TensorProto.INT32)

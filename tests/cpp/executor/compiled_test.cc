@@ -353,11 +353,11 @@ TEST_CASE("compiled: names tell what an input or output is") {
   CHECK_FALSE(names.output("new_key.0").is_input);
   CHECK(names.output("new_value.7").kind == IoKind::values);
   CHECK(names.output("new_value.7").layer == 7);
-  CHECK(names.input("shared_key.2").kind == IoKind::seen_keys);
-  CHECK(names.input("shared_value.2").kind == IoKind::seen_values);
+  CHECK(names.input("shared_past_key.2").kind == IoKind::seen_keys);
+  CHECK(names.input("shared_past_value.2").kind == IoKind::seen_values);
   CHECK(names.input("shared_new_key.2").kind == IoKind::seen_new_keys);
   CHECK(names.input("shared_new_value.2").layer == 2);
-  CHECK(names.output("shared_key.2").kind == IoKind::hidden);
+  CHECK(names.output("shared_past_key.2").kind == IoKind::hidden);
   for (const std::string name : {"token_ids", "past.0", "past_key.", "past_key.x", "past_key.1x", "past_value.-1",
                                  "past_key.99999999999", "new_key.0", ""}) {
     CHECK(names.input(name).kind == IoKind::hidden);
@@ -371,8 +371,10 @@ TEST_CASE("compiled: a stage that sees a cache of an earlier one has the same me
   const std::vector<KvCacheInfo> caches = {{.kv_heads = 2, .head_dim = 16}, {.kv_heads = 1, .head_dim = 32}};
   const CompiledKvCache cache({.caches = caches, .context = 40, .chunk = 8}, nullptr);
   const StageNames& names = kCompiledNames;
-  const std::string pairs[][2] = {{"new_key.1", "shared_new_key.1"}, {"new_value.1", "shared_new_value.1"},
-                                  {"past_key.1", "shared_key.1"},    {"past_value.1", "shared_value.1"}};
+  const std::string pairs[][2] = {{"new_key.1", "shared_new_key.1"},
+                                  {"new_value.1", "shared_new_value.1"},
+                                  {"past_key.1", "shared_past_key.1"},
+                                  {"past_value.1", "shared_past_value.1"}};
   for (const auto& [made, seen] : pairs) {
     const bool is_new = made.starts_with("new");
     const Tensor its = cache.tensor(made, is_new ? names.output(made) : names.input(made), 8);
@@ -391,8 +393,9 @@ TEST_CASE("compiled: a stage can see the caches of earlier stages alone") {
       if (file == in) names.first.insert(names.first.end(), seen.begin(), seen.end());
     });
   };
-  CHECK_NOTHROW(load("decode1", {"shared_key.0", "shared_value.0", "shared_new_key.0", "shared_new_value.0"}));
-  for (const char* name : {"shared_key.1", "shared_value.0", "shared_new_key.2", "shared_new_value.0"}) {
+  CHECK_NOTHROW(
+      load("decode1", {"shared_past_key.0", "shared_past_value.0", "shared_new_key.0", "shared_new_value.0"}));
+  for (const char* name : {"shared_past_key.1", "shared_past_value.0", "shared_new_key.2", "shared_new_value.0"}) {
     CAPTURE(name);
     CHECK_THROWS_WITH_AS(load("decode0", {name}), doctest::Contains("is the cache of no earlier stage"), PackageError);
   }

@@ -60,11 +60,9 @@ class NaiveStages:
                     assert rows is not None
                     last_row = first_row + value.type.tensor_type.shape.dim[0].dim_value
                     inputs[name], first_row = rows[first_row:last_row], last_row
-                elif name.startswith("shared_new_"):
-                    inputs[name] = made[name.removeprefix("shared_")]
                 else:
-                    past = name.replace("shared_", "past_")
-                    inputs[name] = self.cache[past] if past in self.cache else made[name]
+                    its = name.removeprefix("shared_")
+                    inputs[name] = self.cache[its] if its in self.cache else made[its]
             made |= self.run(stage, inputs)
         assert rows is None or first_row == len(rows)
         to = slice(self.length, self.length + kept)

@@ -1,4 +1,4 @@
-"""Gemma's static stages, in a naive loop, beside the PyTorch reference: windows, shared caches, per-layer embeddings."""
+"""Gemma's static stages in a naive loop, beside PyTorch: windows, caches that layers share, per-layer embeddings."""
 
 from __future__ import annotations
 
@@ -50,8 +50,9 @@ def test_decode_and_prefill_equal_pytorch(
     plans = plan(weights, Options(CONTEXT, CHUNK, "float16", dense=False))
     paths = {name: [write_stage(weights, stage, tmp_path) for stage in stages] for name, stages in plans.items()}
     assert len(paths["decode"]) == (model.config.layers if shard == 1 else 2 if model.config.memory else 1)
-    shared = [value.name for path in paths["decode"] for value in onnx.load(path).graph.input if "shared_" in value.name]
-    assert bool(shared) == (shard == 1 and model.config.first_narrow < model.config.layers or "two-own" in case)
+    inputs = [value.name for path in paths["decode"] for value in onnx.load(path).graph.input]
+    cut_from_source = shard == 1 and model.config.first_narrow < model.config.layers
+    assert any(name.startswith("shared_") for name in inputs) == (cut_from_source or "two-own" in case)
     with torch.no_grad():
         expected = model(torch.tensor([IDS]))[0].numpy()
     embedded = model.embed_tokens.weight.detach().numpy()[IDS]
@@ -72,5 +73,4 @@ def test_decode_and_prefill_equal_pytorch(
     step("prefill", CONTEXT - 3, CHUNK, 3)
     # As in test_stages.py, for two to three times as many operators.
     scale = np.sqrt(np.mean(np.square(expected)))
-    print(case, shard, np.abs(np.concatenate(got) - expected).max()/scale)
     assert np.abs(np.concatenate(got) - expected).max() < 0.03 * scale
