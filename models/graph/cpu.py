@@ -300,7 +300,7 @@ class PackedGraph(CpuGraph):
         match b:
             case Product():
                 return self._linear(b, a)
-            case Norm(Product() as product, norm):
+            case Norm(Product() as product, norm, 1.0):
                 return self._linear(product, a, norm)
         return super().add(a, b, name)
 
@@ -316,7 +316,7 @@ class PackedGraph(CpuGraph):
         passed: list[Value] = []
         for value in inputs:
             match value:
-                case Norm(x, norm):
+                case Norm(x, norm, 1.0):
                     passed += [x, self.vector(f"{norm}.weight")]
                 case Matrix():
                     weight, attributes[_TYPES_OF_INPUTS[kind, len(passed)]] = self._matrix(value.name)
@@ -360,7 +360,7 @@ class PackedGraph(CpuGraph):
         x, weight = self._in_order(product, parts), ""
         attributes = {"swiglu": 0}
         match x:
-            case Norm(normed, norm):
+            case Norm(normed, norm, 1.0):
                 x, weight = normed, self.vector(f"{norm}.weight")
             case Gated(both, _, kind):
                 x = both

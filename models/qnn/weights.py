@@ -15,6 +15,7 @@ from onnx import NodeProto, TensorProto, helper
 from ..architectures import read_config
 from ..blocks import BLOCK, BLOCK_TYPES, PANEL, Blocks, Codes, Floats, unpack_blocks
 from ..graph.npu import Halves, to_float16
+from ..graph.primitives import Vector
 from ..graph.tensors import read_tensor
 
 _TYPES = {its.code: type for type, its in BLOCK_TYPES.items()}
@@ -65,9 +66,11 @@ class PackageWeights:
                 layers[name.split(".")[1]] += size
         return max(layers.values())
 
-    def vector(self, name: str) -> Floats:
-        """A norm's weight, a bias or a table as it is, float32."""
-        return np.asarray(self._array(name), np.float32)
+    def vector(self, its: Vector) -> Floats:
+        """A norm's weight, a bias or a table, float32. The package may have the product with the factor alone."""
+        if its.tensor in self._tensors:
+            return np.asarray(self._array(its.tensor), np.float32)
+        return np.asarray(self._array(its.name), np.float32) * np.float32(its.factor)
 
     def panels(self, name: str) -> Codes:
         """A packed matrix as the runtime's operators take it."""
