@@ -81,10 +81,10 @@ def cache_line(config: Architecture, context: int) -> str:
     if not any(kinds):
         return line
     parts = [
-        f"{len(its)} layers that see {f'the last {window:,} tokens' if window else 'all'} {sum(its) / 1e6:,.1f}"
+        f"layers that see {f'the last {window:,} tokens' if window else 'all'}: {len(its)}, {sum(its) / 1e6:,.1f} MB"
         for window, its in sorted(kinds.items())
     ]
-    return f"{line} ({', '.join(parts)}: a window takes as much as the whole context)"
+    return f"{line} ({'; '.join(parts)})"
 
 
 def difference_line(name: str, difference: Difference) -> str:
