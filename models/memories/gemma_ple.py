@@ -66,13 +66,12 @@ class GemmaPLEConfig(Memory):
         gate_proj = Matrix(f"{prefix}.per_layer_input_gate", self.dim)
         out_proj = Matrix(f"{prefix}.per_layer_projection", hidden)
         norm, added = f"{prefix}.post_per_layer_input_norm", f"{prefix}.injected"
-        gain = Vector(f"{_NORM}.weight", 2**-0.5)
-        fused = [x, x, "", gate_proj, row, out_proj, Vector(f"{norm}.weight"), contexts, gain, Vector(scalar)]
+        fused = [x, x, "", gate_proj, row, out_proj, Vector(f"{norm}.weight")]
+        fused += [contexts, Vector(f"{_NORM}.weight", 2**-0.5), Vector(scalar)]
         attributes = {"layer": 0, "context_layer": layer, "row_scale": scale, **fusion(GELU_TANH, True)}
         if injected := g.fused("Injection", fused, added, **attributes):
             return injected
-        columns, epsilon = Columns(contexts, layer, layers), g.config.norm_eps
-        context = g.op("RMSNormalization", [columns, gain], f"{prefix}.context", axis=-1, epsilon=epsilon)
+        context = g.norm(Columns(contexts, layer, layers), _NORM, 2**-0.5)
         inputs = g.op("Add", [g.scaled(row, scale), context], f"{prefix}.inputs")
         gate = g.gelu(g.scaled(g.linear(x, gate_proj), 1 / g.STREAM), gate_proj.name)
         out = g.linear(g.op("Mul", [gate, inputs], f"{prefix}.gated"), out_proj)
