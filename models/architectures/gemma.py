@@ -116,7 +116,7 @@ class Gemma(Architecture):
 
     def program(self, g: Primitives) -> None:
         words = g.embedding("embed_tokens")
-        x = g.scaled(words, self.hidden**0.5)
+        x = g.scaled(words, self.hidden**0.5 * g.STREAM)
         for layer in range(self.layers):
             if layer == self.first_narrow:
                 x = g.narrow(x)
@@ -132,10 +132,10 @@ class Gemma(Architecture):
         projections = [Matrix(f"{its.name}.{part}_proj", count * its.head_dim) for part, count in widths.items()]
         qkv = g.linear(g.norm(x, f"{prefix}.input_layernorm"), *projections, name=f"{its.name}.qkv")
         out = g.linear(g.attention(qkv, its), Matrix(f"{its.name}.o_proj", self.hidden))
-        x = g.add(x, g.norm(out, f"{prefix}.post_attention_layernorm"), f"{prefix}.attended")
+        x = g.add(x, g.norm(out, f"{prefix}.post_attention_layernorm", g.STREAM), f"{prefix}.attended")
         h = g.norm(x, f"{prefix}.pre_feedforward_layernorm")
         ffn = self.feed_forward.program(g, h, f"{prefix}.mlp", self.width(layer), self.hidden)
-        return g.add(x, g.norm(ffn, f"{prefix}.post_feedforward_layernorm"), f"{prefix}.fed")
+        return g.add(x, g.norm(ffn, f"{prefix}.post_feedforward_layernorm", g.STREAM), f"{prefix}.fed")
 
 
 class GemmaAttention(nn.Module):

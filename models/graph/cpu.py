@@ -94,7 +94,7 @@ class CpuGraph(Primitives):
             case Mixture():
                 return self._mixture(value)
             case Vector(name, factor):
-                return self.array(f"{name}.times.{factor}", lambda: self.store.joined([name]) * np.float32(factor))
+                return self.array(value.tensor, lambda: self.store.joined([name]) * np.float32(factor))
             case Narrowed(x):
                 name = self.use(x)
                 return self.op("Gather", [name, self._logit_index()], f"{name}.wanted", axis=1)
@@ -127,8 +127,8 @@ class CpuGraph(Primitives):
         blocks = f"blocks.{its.window}" if its.window else "blocks"
         size = "block_bytes" if its.head_dim == self.config.head_dim else f"block_bytes.{its.head_dim}"
         cache: list[int | str] = [blocks, its.kv_heads, size]
+        stage.layers.append(its.layer)
         if own:
-            stage.layers.append(its.layer)
             past = self.input(f"past.{its.layer}", cache, TensorProto.UINT8)
         elif (past := f"present.{its.source}") not in stage.outputs:  # an earlier stage has added to it
             past = self.input(f"shared.{its.source}", cache, TensorProto.UINT8)
@@ -300,7 +300,7 @@ class PackedGraph(CpuGraph):
         match b:
             case Product():
                 return self._linear(b, a)
-            case Norm(Product() as product, norm):
+            case Norm(Product() as product, norm, 1.0):
                 return self._linear(product, a, norm)
         return super().add(a, b, name)
 
@@ -316,7 +316,7 @@ class PackedGraph(CpuGraph):
         passed: list[Value] = []
         for value in inputs:
             match value:
-                case Norm(x, norm):
+                case Norm(x, norm, 1.0):
                     passed += [x, self.vector(f"{norm}.weight")]
                 case Matrix():
                     weight, attributes[_TYPES_OF_INPUTS[kind, len(passed)]] = self._matrix(value.name)
@@ -360,7 +360,7 @@ class PackedGraph(CpuGraph):
         x, weight = self._in_order(product, parts), ""
         attributes = {"swiglu": 0}
         match x:
-            case Norm(normed, norm):
+            case Norm(normed, norm, 1.0):
                 x, weight = normed, self.vector(f"{norm}.weight")
             case Gated(both, _, kind):
                 x = both

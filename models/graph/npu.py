@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from onnx import TensorProto
 
 from ..blocks import BLOCK, BLOCK_TYPES, Blocks, Codes, Floats
 from ..config import CompileError
 from .builder import GraphBuilder
-from .primitives import Attention, Dimensions, Matrix, Primitives, Tables, Value
+from .primitives import Attention, Dimensions, Lazy, Matrix, Primitives, Tables, Value, Vector
 from .tensors import TensorFile
 
 MASKED = -30_000.0
@@ -38,12 +38,22 @@ def to_float16(values: NDArray[np.floating], what: str) -> Halves:
     return halves
 
 
+def tables_of(frequencies: Sequence[float]) -> Tables:
+    """Rotary tables of the pairs that have a frequency."""
+
+    def tables(positions: int) -> tuple[ArrayLike, ArrayLike]:
+        angles = np.arange(positions)[:, None] * np.array(frequencies)
+        return np.cos(angles), np.sin(angles)
+
+    return tables
+
+
 class StoredWeights(Protocol):
     """The weights of a package, by the names that its graphs have for them. n: `rows` of a matrix, k its columns."""
 
     type: str
 
-    def vector(self, name: str) -> Floats: ...
+    def vector(self, its: Vector) -> Floats: ...
 
     def panels(self, name: str) -> Codes: ...
 
@@ -76,6 +86,9 @@ class NpuGraph(Primitives):
     """Values are float16 [1, T, ..]. Between stages they are float32; the head is a stage of its own, for one token."""
 
     DOMAIN = "com.microsoft"
+    STREAM = 1 / 16
+    """Gemma 3 270M reaches 104,000, float16 ends at 65,504. (In norms of the stream norm_eps is not scaled: of a stream
+    of RMS 1 and an epsilon of 1e-6 that is one part in 8,000, less than a rounding.)"""
 
     def __init__(
         self,
@@ -106,7 +119,7 @@ class NpuGraph(Primitives):
             ids = graph.input("token_ids", [1, "T"], TensorProto.INT64)
             out = graph.output("embedding", [1, "T", config.hidden])
             if not weights.parts(name):
-                table = graph.constant(tensors.store(name, to_float16(weights.vector(f"{name}.weight"), name)))
+                table = graph.constant(tensors.store(name, to_float16(weights.vector(Vector(f"{name}.weight")), name)))
                 found = graph.op("Gather", [table, ids], "embedding.float16")
                 graph.op("Cast", [found], out, to=TensorProto.FLOAT)  # the next stage rounds it to float16 all the same
             else:
@@ -159,37 +172,24 @@ class NpuGraph(Primitives):
 
     def attention(self, qkv: Value, its: Attention) -> Value:
         """The cache is an input, the new keys and values are outputs. It is of float16: a bias does it no harm."""
-        if its.window or its.source is not None or its.value_norm or isinstance(its.rotary, tuple):
-            raise CompileError(f"{its.name}: attention over a window or another layer's cache is not supported yet")
-        layer, name, norms = its.layer, its.name, its.norms
-        config, tokens, context, stage = self.config, self.shape.tokens, self.shape.context, self.stages[-1]
-        stage.layers.append(layer)
-        heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
-        mask = self._mask(heads // kv_heads)
-        names = [f"{name}.{part}" for part in "qkv"]
-        total = heads + 2 * kv_heads
-        qkv = self._reshape(qkv, f"{name}.qkv.heads", tokens, total, dim)
-        q, k, v = self._split(qkv, names, [heads, kv_heads, kv_heads], axis=1)
-        if norms:
-            q, k = self._normed(q, heads, norms[0]), self._normed(k, kv_heads, norms[1])
-        q, k = (
-            self.op("Transpose", [x], f"{part}.heads", perm=[1, 0, 2]) for x, part in zip((q, k), names, strict=False)
-        )
-        if its.rotary:
-            turns = self._turns(its.rotary)
-            q, k = (self._rotated(x, part, *turns) for x, part in zip((q, k), names, strict=False))
-        key = self.op("Transpose", [k], f"new_key.{layer}", perm=[0, 2, 1])
-        value = self.op("Transpose", [v], f"new_value.{layer}", perm=[1, 0, 2])
-        stage.output(key, [kv_heads, dim, tokens], TensorProto.FLOAT16)
-        stage.output(value, [kv_heads, tokens, dim], TensorProto.FLOAT16)
-        past_key = self.input(f"past_key.{layer}", [kv_heads, dim, context], TensorProto.FLOAT16)
-        past_value = self.input(f"past_value.{layer}", [kv_heads, context, dim], TensorProto.FLOAT16)
+        self.stages[-1].layers.append(its.layer)
+        heads, kv_heads, dim, name = its.heads, its.kv_heads, its.head_dim, its.name
+        tokens, context = self.shape.tokens, self.shape.context
+        counts = {"q": heads, "k": kv_heads, "v": kv_heads} if its.source is None else {"q": heads}
+        qkv = self._reshape(qkv, f"{name}.qkv.heads", tokens, sum(counts.values()), dim)
+        if its.source is None:
+            q, k, v = self._split(qkv, [f"{name}.{part}" for part in counts], list(counts.values()), axis=1)
+            self._give(self._placed(k, kv_heads, its, 1), v, its)
+        else:
+            q = qkv
+        past_key, past_value, key, value = self._seen(its)
 
         # The queries of a group of heads are rows of one matrix: each key is read once for all of them.
-        q = self.op("Mul", [q, self._half("attention.scale", lambda: np.full(1, dim**-0.5))], f"{name}.scaled")
-        q = self._reshape(q, f"{name}.groups", kv_heads, heads // kv_heads * tokens, dim)
+        q, scale = self._placed(q, heads, its, 0), dim**-0.5 if its.scale is None else its.scale
+        q = self._reshape(self.scaled(q, scale), f"{name}.groups", kv_heads, heads // kv_heads * tokens, dim)
         parts = [self.op("MatMul", [q, k], f"{name}.scores.{k}") for k in (past_key, key)]
         scores = self.op("Concat", parts, f"{name}.scores", axis=-1)
+        mask = self._mask(heads // kv_heads, its.window if its.window < context else 0)
         weights = self.op("Softmax", [self.op("Add", [scores, mask], f"{name}.masked")], f"{name}.softmax", axis=-1)
         names = [f"{name}.weights.{part}" for part in ("past", "own")]
         past_weights, own_weights = self._split(weights, names, [context, tokens], axis=-1)
@@ -200,6 +200,37 @@ class NpuGraph(Primitives):
         out = self._reshape(self.op("Add", sums, f"{name}.sum"), f"{name}.out.heads", heads, tokens, dim)
         out = self.op("Transpose", [out], f"{name}.out.tokens", perm=[1, 0, 2])
         return self._reshape(out, f"{name}.joined", 1, tokens, heads * dim)
+
+    def _placed(self, x: str, heads: int, its: Attention, number: int) -> str:
+        """Queries (number 0) or keys (1), normed and rotated: [T, heads, head_dim] -> [heads, T, head_dim]."""
+        part = f"{its.name}.{'qk'[number]}"
+        if its.norms:
+            x = self._normed(x, part, heads, its.head_dim, self.vector(f"{its.norms[number]}.weight"))
+        x = self.op("Transpose", [x], f"{part}.heads", perm=[1, 0, 2])
+        return self._rotated(x, part, its.head_dim // 2, *self._turns(its)) if its.rotary else x
+
+    def _give(self, k: str, v: str, its: Attention) -> None:
+        """The step's keys, [kv_heads, T, head_dim], and values, [T, kv_heads, head_dim], become outputs."""
+        stage, layer, dim = self.stages[-1], its.layer, its.head_dim
+        if its.value_norm:
+            v = self._normed(v, f"{its.name}.v", its.kv_heads, dim, self._half(f"ones.{dim}", lambda: np.ones(dim)))
+        key = self.op("Transpose", [k], f"new_key.{layer}", perm=[0, 2, 1])
+        value = self.op("Transpose", [v], f"new_value.{layer}", perm=[1, 0, 2])
+        stage.output(key, [its.kv_heads, dim, self.shape.tokens], TensorProto.FLOAT16)
+        stage.output(value, [its.kv_heads, self.shape.tokens, dim], TensorProto.FLOAT16)
+
+    def _seen(self, its: Attention) -> list[str]:
+        """Past keys and values, and the step's: the layer's own, or those of its source, which an earlier stage may
+        have made."""
+        source = its.layer if its.source is None else its.source
+        whose = "" if f"new_key.{source}" in self._here else "shared_"
+        names = []
+        for when, tokens in (("past", self.shape.context), ("new", self.shape.tokens)):
+            shapes = {"key": [its.kv_heads, its.head_dim, tokens], "value": [its.kv_heads, tokens, its.head_dim]}
+            for what, shape in shapes.items():
+                name = f"{whose}{when}_{what}.{source}"
+                names.append(name if name in self._here else self.input(name, shape, TensorProto.FLOAT16))
+        return names
 
     def convolution(self, x: Value, number: int, norm: str, name: str, dilation: int) -> Value:
         raise CompileError(
@@ -221,8 +252,13 @@ class NpuGraph(Primitives):
         logits = self.stages[-1].output("logits", shape)
         self.op("Cast", [self._reshape(x, "head.row", *shape)], logits, to=TensorProto.FLOAT)
 
+    def compute(self, value: Lazy) -> str:
+        if isinstance(value, Vector):
+            return self._half(value.tensor, lambda: self.weights.vector(value))
+        return super().compute(value)
+
     def vector(self, name: str, parts: Sequence[str] = ()) -> str:
-        return self._half(name, lambda: self.weights.vector(name))
+        return self.use(Vector(name))
 
     def array(self, name: str, make: Callable[[], np.ndarray]) -> str:
         self._here[name], stage = name, self.stages[-1]
@@ -246,57 +282,88 @@ class NpuGraph(Primitives):
         halves = "rows.float16"
         return halves if halves in self._here else self.op("Cast", ["rows"], halves, to=TensorProto.FLOAT16)
 
-    def _mask(self, group: int) -> str:
+    def _mask(self, group: int, window: int) -> str:
         """What a token sees, by the step's place in the sequence, made once a stage: float16 [1, group * T, C + T], or
-        [1, 1, C + 1] if T is 1. group: query heads of a key head."""
-        if "mask" in self._here:
-            return "mask"
+        [1, 1, C + 1] if T is 1. group: query heads of a key head; window: as `Attention` has it."""
+        mask = f"mask.{group}.{window}"
+        if mask in self._here:
+            return mask
         tokens, context = self.shape.tokens, self.shape.context
-        slots = self.array("slots", lambda: np.arange(context, dtype=np.int32))
+        cache = self._slots_seen()
+        if window:
+            steps = self.array(f"{mask}.steps", lambda: np.arange(tokens, dtype=np.int32)[:, None] - window)
+            out = self.op("Add", [steps, self._past()], f"{mask}.out")  # the last position that the token does not see
+            near = self.op("Less", [out, "slots"], f"{mask}.near")
+            cache = self.op("Where", [near, cache, "mask.closed"], f"{mask}.slots")
+        cache = self._reshape(cache, f"{mask}.row", 1, tokens if window else 1, context)
+        if tokens > 1 and not window:
+            cache = self.op("Expand", [cache, self._ints(1, tokens, context)], f"{mask}.cache")
+        distance = np.arange(tokens)[:, None] - np.arange(tokens)
+        seen = (distance >= 0) & (distance < (window or tokens))
+        own = self._half(f"{mask}.own", lambda: np.where(seen, 0, MASKED)[None])
+        if tokens == 1:  # one row serves all query heads of a group
+            return self.op("Concat", [cache, own], mask, axis=-1)
+        rows = self.op("Concat", [cache, own], f"{mask}.tokens", axis=-1)
+        return self.op("Concat", [rows] * group, mask, axis=1)
+
+    def _slots_seen(self) -> str:
+        """Of the cache, whether there is something in it: float16 [C]. Made once a stage, with its constants."""
+        if "mask.slots" in self._here:
+            return "mask.slots"
+        slots = self.array("slots", lambda: np.arange(self.shape.context, dtype=np.int32))
         values = [
             self._half("mask.open", lambda: np.zeros(1)),
             self._half("mask.closed", lambda: np.full(1, MASKED)),
         ]
-        cache = self.op("Where", [self.op("Less", [slots, self._past()], "mask.seen"), *values], "mask.slots")
-        cache = self._reshape(cache, "mask.row", 1, 1, context)
-        if tokens > 1:
-            cache = self.op("Expand", [cache, self._ints(1, tokens, context)], "mask.cache")
-        own = self._half("mask.own", lambda: np.triu(np.full((1, tokens, tokens), MASKED), 1))
-        if tokens == 1:  # one row serves all query heads of a group
-            return self.op("Concat", [cache, own], "mask", axis=-1)
-        rows = self.op("Concat", [cache, own], "mask.tokens", axis=-1)
-        return self.op("Concat", [rows] * group, "mask", axis=1)
+        return self.op("Where", [self.op("Less", [slots, self._past()], "mask.seen"), *values], "mask.slots")
 
-    def _turns(self, tables: Tables) -> tuple[str, str]:
-        """The rotary cos and sin of the step's tokens, made once a stage, float16 [T, head_dim / 2]."""
-        if "cos" in self._here:
-            return "cos", "sin"
-        tokens, context = self.shape.tokens, self.shape.context
-        steps = self.array("steps", lambda: np.arange(tokens, dtype=np.int32))
-        position = self.op("Add", [steps, self._past()], "position")
+    def _turns(self, its: Attention) -> list[str]:
+        """The rotary cos and sin of the step's tokens, made once a stage for all layers that have the same, float16
+        [T, head_dim / 2]."""
+        tokens, context, rotary, still = self.shape.tokens, self.shape.context, its.rotary, 0
+        assert rotary
+        if isinstance(rotary, tuple):
+            suffix, tables = f".{its.head_dim}.{rotary[0]}.{rotary[-1]}", tables_of(rotary)
+            still = its.head_dim // 2 - len(rotary)  # pairs that do not turn
+        else:
+            suffix, tables = "", rotary
 
         def table(index: int) -> np.ndarray:
             # The padding of the last chunk may stand behind the context: it gets a line, whichever.
             return np.pad(np.asarray(tables(context)[index]), ((0, tokens), (0, 0)), "edge")
 
-        for index, name in enumerate(("cos", "sin")):
-            half = self._half(f"rope.{name}", functools.partial(table, index))
-            self.op("Gather", [half, position], name, axis=0)
-        return "cos", "sin"
+        def turns(index: int, name: str, angle_0: int) -> str:
+            if name in self._here:
+                return name
+            half = self._half(f"rope.{name}", lambda: table(index))
+            turning = self.op("Gather", [half, self._position()], f"{name}.turning" if still else name, axis=0)
+            if not still:
+                return turning
+            rest = self._half(f"{name}.still", lambda: np.full((tokens, still), angle_0))
+            return self.op("Concat", [turning, rest], name, axis=-1)
+
+        return [turns(0, f"cos{suffix}", 1), turns(1, f"sin{suffix}", 0)]
+
+    def _position(self) -> str:
+        """Of the step's tokens, int32 [T]."""
+        if "position" not in self._here:
+            steps = self.array("steps", lambda: np.arange(self.shape.tokens, dtype=np.int32))
+            self.op("Add", [steps, self._past()], "position")
+        return "position"
 
     def _past(self) -> str:
         return self.input("past_length", [1], TensorProto.INT32)
 
-    def _normed(self, x: str, heads: int, norm: str) -> str:
-        """RMSNorm of each head. x: [T, heads, head_dim]."""
-        tokens, dim = self.shape.tokens, self.config.head_dim
+    def _normed(self, x: str, name: str, heads: int, dim: int, weight: str) -> str:
+        """RMSNorm of each head. x: [T, heads, dim]."""
         # QAIRT 2.51 norms wrongly over some shapes whose first dimension is not 1, such as [16, 2, 32].
-        rows = self._reshape(x, f"{x}.rows", 1, tokens * heads, dim)
-        return self._reshape(self.norm(rows, norm), f"{x}.normed.heads", tokens, heads, dim)
+        rows = self._reshape(x, f"{name}.rows", 1, self.shape.tokens * heads, dim)
+        epsilon = self.config.norm_eps
+        normed = self.op("RMSNormalization", [rows, weight], f"{name}.normed", axis=-1, epsilon=epsilon)
+        return self._reshape(normed, f"{name}.normed.heads", self.shape.tokens, heads, dim)
 
-    def _rotated(self, x: str, name: str, cos: str, sin: str) -> str:
-        """x: [heads, T, head_dim]."""
-        half = self.config.head_dim // 2
+    def _rotated(self, x: str, name: str, half: int, cos: str, sin: str) -> str:
+        """x: [heads, T, 2 * half]."""
         a, b = self._split(x, [f"{name}.a", f"{name}.b"], [half, half], axis=-1)
 
         def turned(kind: str, u: str, v: str, out: str) -> str:

@@ -78,6 +78,7 @@ class Lazy:
 class Norm(Lazy):
     x: Value
     name: str
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,11 @@ class Vector(Lazy):
     name: str
     factor: float = 1.0
 
+    @property
+    def tensor(self) -> str:
+        """What a package's graphs call it."""
+        return self.name if self.factor == 1 else f"{self.name}.times.{self.factor}"
+
 
 Value = str | Lazy
 """The name of a tensor, or what is none yet."""
@@ -139,7 +145,7 @@ class StageGraph(GraphBuilder):
     def __init__(self, *domains: str) -> None:
         super().__init__(*domains)
         self.layers: list[int] = []
-        """Of the decoder, whose KV caches it has."""
+        """Of the decoder, whose attention it has."""
         self.rows: range | None = None
         """Layers of the memory whose rows it takes."""
 
@@ -151,6 +157,8 @@ class Primitives(ABC):
     """Of the operators that are not ONNX's own."""
     tokens: int | str
     """T."""
+    STREAM: ClassVar[float] = 1.0
+    """What a residual stream is multiplied with that is too large for the graph's values; Gemma's is."""
 
     def __init__(self, config: Dimensions) -> None:
         self.config = config
@@ -167,9 +175,9 @@ class Primitives(ABC):
     def begin_layer(self, layer: int) -> None:  # noqa: B027 (not every graph is)
         """Here a graph may be cut for its size."""
 
-    def norm(self, x: Value, name: str) -> Value:
-        """x / sqrt(mean(x^2) + norm_eps) * `name`.weight, over the last axis."""
-        return Norm(x, name)
+    def norm(self, x: Value, name: str, factor: float = 1.0) -> Value:
+        """x / sqrt(mean(x^2) + norm_eps) * `name`.weight * factor, over the last axis."""
+        return Norm(x, name, factor)
 
     def linear(self, x: Value, *matrices: Matrix, name: str = "", bias: bool = False) -> Value:
         """x times the transposed matrices, one below the other in one called `name`: [.., sum of their outputs].
@@ -187,7 +195,7 @@ class Primitives(ABC):
 
     def scaled(self, x: Value, factor: float) -> Value:
         """x * factor."""
-        return Scaled(x, factor)
+        return x if factor == 1 else Scaled(x, factor)
 
     def sum(self, x: Value, name: str) -> Value:
         """Over the last axis, which stays with one element."""
@@ -324,7 +332,7 @@ class Primitives(ABC):
 
     def compute(self, value: Lazy) -> str:
         if isinstance(value, Norm):
-            weight, x, out = self.vector(f"{value.name}.weight"), self.use(value.x), f"{value.name}.out"
+            weight, x, out = Vector(f"{value.name}.weight", value.factor), self.use(value.x), f"{value.name}.out"
             out = f"{out}.of.{x}" if out in self._here else out  # several values may have one norm
             return self.op("RMSNormalization", [x, weight], out, axis=-1, epsilon=self.config.norm_eps)
         if isinstance(value, Scaled):

@@ -59,7 +59,7 @@ class GemmaPLEConfig(Memory):
         """None: what a layer has of it is the decoder's."""
 
     def inject(self, g: Primitives, layer: int, x: Value, words: Value, scalar: str) -> Value:
-        """x with what the memory adds to it, times the number `scalar`. words: E[ids]."""
+        """x, the stream times `g.STREAM`, with what the memory adds, times the number `scalar`. words: E[ids]."""
         prefix, layers, hidden = f"layers.{layer}", self.layers(g.config), g.config.hidden
         row, scale = g.rows(layer, self.dim), (self.dim / 2) ** 0.5
         contexts = g.here(g.linear(words, Matrix(_PROJECTION, layers * self.dim)))
@@ -71,11 +71,11 @@ class GemmaPLEConfig(Memory):
         attributes = {"layer": 0, "context_layer": layer, "row_scale": scale, **fusion(GELU_TANH, True)}
         if injected := g.fused("Injection", fused, added, **attributes):
             return injected
-        context = g.norm(Columns(contexts, layer, layers), _NORM)
-        inputs = g.op("Add", [g.scaled(row, scale), g.scaled(context, 2**-0.5)], f"{prefix}.inputs")
-        gate = g.gelu(g.linear(x, gate_proj), gate_proj.name)
+        context = g.norm(Columns(contexts, layer, layers), _NORM, 2**-0.5)
+        inputs = g.op("Add", [g.scaled(row, scale), context], f"{prefix}.inputs")
+        gate = g.gelu(g.scaled(g.linear(x, gate_proj), 1 / g.STREAM), gate_proj.name)
         out = g.linear(g.op("Mul", [gate, inputs], f"{prefix}.gated"), out_proj)
-        return g.op("Mul", [g.add(x, g.norm(out, norm), added), g.vector(scalar)], f"{prefix}.scaled")
+        return g.op("Mul", [g.add(x, g.norm(out, norm, g.STREAM), added), g.vector(scalar)], f"{prefix}.scaled")
 
     def tables(self, config: Any) -> dict[str, tuple[int, int]]:
         return {self.JOINT_TABLE: (self.entries(config), self.layers(config) * self.dim)}

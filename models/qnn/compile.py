@@ -62,13 +62,29 @@ def summary(entry: dict[str, Any], compiled: dict[str, Compiled], config: Archit
         )
     size = sum(file["bytes"] for file in entry["files"].values())
     lines.append(f"  {'in all':<16} {size / 1e6:23,.1f} MB {sum(c.seconds for c in compiled.values()):8,.1f} s")
-    cache = 2 * 2 * config.layers * config.kv_heads * config.head_dim * entry["context"]  # keys and values, float16
     loaded = sum(stage.binary_bytes for name, stage in compiled.items() if not name.startswith("dense_"))
     lines.append(
         f"  loaded together: {loaded / 1e6:,.1f} MB, decode and prefill having the weights each; the KV cache takes "
-        f"{cache / 1e6:,.1f} MB more"
+        f"{cache_line(config, entry['context'])}"
     )
     return "\n".join(lines)
+
+
+def cache_line(config: Architecture, context: int) -> str:
+    """What the KV cache takes, by what its layers see."""
+    alike = {"kv_heads": config.kv_heads, "head_dim": config.head_dim, "window": 0}
+    kinds = dict[int, list[int]]()
+    for cache in config.kv_caches() or [alike] * config.layers:
+        if "shared" not in cache:  # keys and values, float16
+            kinds.setdefault(cache["window"], []).append(2 * 2 * cache["kv_heads"] * cache["head_dim"] * context)
+    line = f"{sum(map(sum, kinds.values())) / 1e6:,.1f} MB more"
+    if not any(kinds):
+        return line
+    parts = [
+        f"layers that see {f'the last {window:,} tokens' if window else 'all'}: {len(its)}, {sum(its) / 1e6:,.1f} MB"
+        for window, its in sorted(kinds.items())
+    ]
+    return f"{line} ({'; '.join(parts)})"
 
 
 def difference_line(name: str, difference: Difference) -> str:

@@ -30,7 +30,7 @@ class StaticStage:
     index: int
     """Of the stage in its set."""
     layers: tuple[int, ...] = ()
-    """Of the decoder, whose KV caches it has."""
+    """Of the decoder, whose attention it has."""
     rows: range | None = None
     """Layers of the memory whose rows it takes."""
 
@@ -100,12 +100,7 @@ def cut(name: str, config: Architecture, shape: Shape, weights: PackageWeights) 
             for index, stage in enumerate(whole.graph(weights).stages)
         ]
 
-    if shape.precision == "float16":
-        tables = (1 if config.tied_embeddings else 2) * config.vocab_size * config.hidden
-        layer_bytes = 2 * (weights.parameters - tables) / config.layers
-    else:
-        layer_bytes = weights.layer_bytes
-    a_stage = max(1, int(SHARD_BYTES // layer_bytes))
+    a_stage = max(1, int(SHARD_BYTES // weights.layer_bytes(shape.precision)))
     cuts: set[int] = set()
     for first, count in ((stage.layers[0], len(stage.layers)) for stage in stages(frozenset()) if stage.layers):
         shards = -(-count // a_stage)

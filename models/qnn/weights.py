@@ -15,6 +15,7 @@ from onnx import NodeProto, TensorProto, helper
 from ..architectures import read_config
 from ..blocks import BLOCK, BLOCK_TYPES, PANEL, Blocks, Codes, Floats, unpack_blocks
 from ..graph.npu import Halves, to_float16
+from ..graph.primitives import Vector
 from ..graph.tensors import read_tensor
 
 _TYPES = {its.code: type for type, its in BLOCK_TYPES.items()}
@@ -51,18 +52,25 @@ class PackageWeights:
                 return {node.input[3]: [(gate, self.config.memory.dim)], node.input[5]: [(out, self.config.hidden)]}
         return {}
 
-    @property
-    def layer_bytes(self) -> int:
-        """Of the packed matrices of the layer that has most."""
+    def layer_bytes(self, precision: str) -> int:
+        """Of the weights of the layer that has most: in float16, or of the packed matrices."""
+        if precision == "float16":
+            tables = self.config.memory.tables(self.config) if self.config.memory else {}
+            shapes = self.config.shapes(folded=True)
+            sizes = {name: 2 * math.prod(shapes[name]) for name in shapes.keys() - tables.keys()}
+        else:
+            sizes = {name: self._tensors[name].dims[0] for name in self._parts}
         layers: Counter[str] = Counter()
-        for name in self._parts:
+        for name, size in sizes.items():
             if name.startswith("layers."):
-                layers[name.split(".")[1]] += self._tensors[name].dims[0]
+                layers[name.split(".")[1]] += size
         return max(layers.values())
 
-    def vector(self, name: str) -> Floats:
-        """A norm's weight, a bias or a table as it is, float32."""
-        return np.asarray(self._array(name), np.float32)
+    def vector(self, its: Vector) -> Floats:
+        """A norm's weight, a bias or a table, float32. The package may have the product with the factor alone."""
+        if its.tensor in self._tensors:
+            return np.asarray(self._array(its.tensor), np.float32)
+        return np.asarray(self._array(its.name), np.float32) * np.float32(its.factor)
 
     def panels(self, name: str) -> Codes:
         """A packed matrix as the runtime's operators take it."""

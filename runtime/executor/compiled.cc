@@ -82,9 +82,8 @@ class CompiledExecutor final : public Executor {
     switch (io.kind) {
       case IoKind::past_length: return {name, ElementType::int32, {1}, past_length_.data()};
       case IoKind::rows: return rows_tensor(name, stage, shape, manifest_.memory->row_dim);
-      case IoKind::keys:
-      case IoKind::values: return cache_.tensor(name, io, shape.tokens);
-      default: return hidden_.tensor(name, shape.tokens);
+      case IoKind::hidden: return hidden_.tensor(name, shape.tokens);
+      default: return cache_.tensor(name, io, shape.tokens);
     }
   }
 
@@ -153,7 +152,12 @@ std::shared_ptr<const CompiledModel> load_model(const Manifest& manifest, const 
 const StageNames kCompiledNames = {
     .inputs = {{"past_length", IoKind::past_length}, {"rows", IoKind::rows}},
     .outputs = {},
-    .states = {{"past_key.", "new_key.", IoKind::keys}, {"past_value.", "new_value.", IoKind::values}},
+    .states = {{"past_key.", "new_key.", IoKind::keys},
+               {"past_value.", "new_value.", IoKind::values},
+               {"shared_past_key.", "", IoKind::seen_keys},
+               {"shared_past_value.", "", IoKind::seen_values},
+               {"shared_new_key.", "", IoKind::seen_new_keys},
+               {"shared_new_value.", "", IoKind::seen_new_values}},
     .remedy = "compile the model again",
 };
 

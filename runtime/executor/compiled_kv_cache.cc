@@ -162,12 +162,13 @@ Tensor CompiledKvCache::tensor(const std::string& name, const Io& io, size_t wid
   const Layer& layer = layers_[index_[io.layer]];
   const auto heads = static_cast<int64_t>(layer.kv_heads);
   const auto dim = static_cast<int64_t>(layer.head_dim);
-  const auto tokens = static_cast<int64_t>(io.is_input ? context_ : width);
-  const bool shared = io.is_input && !shared_cache_.empty();
-  if (io.kind == IoKind::keys) {
-    return {name, ElementType::float16, {heads, dim, tokens}, io.is_input ? layer.keys : layer.new_keys, shared};
+  const bool is_new = !io.is_input || io.kind == IoKind::seen_new_keys || io.kind == IoKind::seen_new_values;
+  const auto tokens = static_cast<int64_t>(is_new ? width : context_);
+  const bool shared = !is_new && !shared_cache_.empty();
+  if (io.kind == IoKind::keys || io.kind == IoKind::seen_keys || io.kind == IoKind::seen_new_keys) {
+    return {name, ElementType::float16, {heads, dim, tokens}, is_new ? layer.new_keys : layer.keys, shared};
   }
-  return {name, ElementType::float16, {heads, tokens, dim}, io.is_input ? layer.values : layer.new_values, shared};
+  return {name, ElementType::float16, {heads, tokens, dim}, is_new ? layer.new_values : layer.values, shared};
 }
 
 }  // namespace meki

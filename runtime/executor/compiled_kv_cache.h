@@ -38,8 +38,8 @@ class CompiledKvCache final : public SequenceState {
   size_t bytes(size_t) const override { return readers_bytes_; }
   void append_noise(size_t tokens) override;
 
-  // Of one layer: keys float16 [kv_heads, head_dim, tokens], values [kv_heads, tokens, head_dim]. An input has all
-  // tokens of the context, an output the `width` of a step.
+  // Of one layer: keys float16 [kv_heads, head_dim, tokens], values [kv_heads, tokens, head_dim]. Those of past tokens
+  // have all tokens of the context, new ones the `width` of a step.
   Tensor tensor(const std::string& name, const Io& io, size_t width) const;
 
  private:

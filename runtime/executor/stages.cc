@@ -34,6 +34,18 @@ Io parse(std::string_view name, bool is_input, const StageNames& names) {
   return {IoKind::hidden, 0, is_input};
 }
 
+// The state that an earlier stage has given back, of what a stage sees of it.
+std::optional<IoKind> seen_state(IoKind kind) {
+  switch (kind) {
+    case IoKind::seen_cache: return IoKind::cache;
+    case IoKind::seen_keys:
+    case IoKind::seen_new_keys: return IoKind::keys;
+    case IoKind::seen_values:
+    case IoKind::seen_new_values: return IoKind::values;
+    default: return std::nullopt;
+  }
+}
+
 // The checks of one pass through the stages.
 class Checker {
  public:
@@ -46,8 +58,8 @@ class Checker {
     for (const std::string& name : stage.graph->inputs()) {
       const Io io = names_.input(name);
       if (io.kind == IoKind::rows) takes_rows = true;
-      if (io.kind == IoKind::seen_cache) {
-        require(made_[IoKind::cache].contains(io.layer), "input \"" + name + "\" is the cache of no earlier stage");
+      if (const auto seen = seen_state(io.kind)) {
+        require(made_[*seen].contains(io.layer), "input \"" + name + "\" is the cache of no earlier stage");
       } else if (is_state(io)) {
         add(io, name, taken_[io.kind]);
       }

@@ -37,6 +37,11 @@ enum class IoKind {
   convolution,  // the cache of a convolution's inputs, updated in place; not every layer has one
   keys,         // of past tokens as an input, of the step's as an output
   values,       // as keys
+  // Those of a layer of an earlier stage, which this one sees as well:
+  seen_keys,
+  seen_values,
+  seen_new_keys,  // of the step's tokens
+  seen_new_values,
   logits,
   hidden,  // from an earlier stage, for a later one
 };

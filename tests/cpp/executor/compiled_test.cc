@@ -10,6 +10,7 @@
 #include "runtime/base/error.h"
 #include "runtime/base/half.h"
 #include "runtime/engine/session.h"
+#include "runtime/executor/compiled_kv_cache.h"
 #include "tests/cpp/allocations.h"
 #include "tests/cpp/engine/session_support.h"
 #include "tests/cpp/executor/fake_compiled.h"
@@ -352,12 +353,51 @@ TEST_CASE("compiled: names tell what an input or output is") {
   CHECK_FALSE(names.output("new_key.0").is_input);
   CHECK(names.output("new_value.7").kind == IoKind::values);
   CHECK(names.output("new_value.7").layer == 7);
+  CHECK(names.input("shared_past_key.2").kind == IoKind::seen_keys);
+  CHECK(names.input("shared_past_value.2").kind == IoKind::seen_values);
+  CHECK(names.input("shared_new_key.2").kind == IoKind::seen_new_keys);
+  CHECK(names.input("shared_new_value.2").layer == 2);
+  CHECK(names.output("shared_past_key.2").kind == IoKind::hidden);
   for (const std::string name : {"token_ids", "past.0", "past_key.", "past_key.x", "past_key.1x", "past_value.-1",
                                  "past_key.99999999999", "new_key.0", ""}) {
     CHECK(names.input(name).kind == IoKind::hidden);
   }
   for (const std::string name : {"rows", "past_key.0", "new_key.", "logits"}) {
     CHECK(names.output(name).kind == IoKind::hidden);
+  }
+}
+
+TEST_CASE("compiled: a stage that sees a cache of an earlier one has the same memory") {
+  const std::vector<KvCacheInfo> caches = {{.kv_heads = 2, .head_dim = 16}, {.kv_heads = 1, .head_dim = 32}};
+  const CompiledKvCache cache({.caches = caches, .context = 40, .chunk = 8}, nullptr);
+  const StageNames& names = kCompiledNames;
+  const std::string pairs[][2] = {{"new_key.1", "shared_new_key.1"},
+                                  {"new_value.1", "shared_new_value.1"},
+                                  {"past_key.1", "shared_past_key.1"},
+                                  {"past_value.1", "shared_past_value.1"}};
+  for (const auto& [made, seen] : pairs) {
+    const bool is_new = made.starts_with("new");
+    const Tensor its = cache.tensor(made, is_new ? names.output(made) : names.input(made), 8);
+    const Tensor same = cache.tensor(seen, names.input(seen), 8);
+    CHECK(same.name == seen);
+    CHECK(same.data == its.data);
+    CHECK(same.shape == its.shape);
+    CHECK(its.shape[made.find("key") == std::string::npos ? 1 : 2] == (is_new ? 8 : 40));
+  }
+}
+
+TEST_CASE("compiled: a stage can see the caches of earlier stages alone") {
+  const FakeCompiledModel model(Kind::two_stages);  // layer 0 in the first stage, 1 and 2 in the second
+  const auto load = [&model](const char* in, const Strings& seen) {
+    model.load([&](const std::string& file, FakeCompiledModel::Names& names) {
+      if (file == in) names.first.insert(names.first.end(), seen.begin(), seen.end());
+    });
+  };
+  CHECK_NOTHROW(
+      load("decode1", {"shared_past_key.0", "shared_past_value.0", "shared_new_key.0", "shared_new_value.0"}));
+  for (const char* name : {"shared_past_key.1", "shared_past_value.0", "shared_new_key.2", "shared_new_value.0"}) {
+    CAPTURE(name);
+    CHECK_THROWS_WITH_AS(load("decode0", {name}), doctest::Contains("is the cache of no earlier stage"), PackageError);
   }
 }
 

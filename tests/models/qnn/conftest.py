@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from meki.models.architectures.llama import LlamaConfig
+from meki.models.architectures.base import Architecture
 from meki.models.qnn.stages import Options, plan, write_stage
 from meki.models.qnn.weights import PackageWeights
 
@@ -29,11 +29,16 @@ def run_on_cpu(stage: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarr
 class NaiveStages:
     """A sequence on stages, in files that are run in order, with the caches that they share."""
 
-    def __init__(self, config: LlamaConfig, context: int, run: Run = run_on_cpu) -> None:
+    def __init__(self, config: Architecture, context: int, run: Run = run_on_cpu) -> None:
         self.config, self.run, self.length = config, run, 0
-        shape = (config.kv_heads, config.head_dim, context)
-        self.keys = [np.zeros(shape, np.float16) for _ in range(config.layers)]
-        self.values = [np.zeros((shape[0], context, shape[1]), np.float16) for _ in range(config.layers)]
+        alike = [{"kv_heads": config.kv_heads, "head_dim": config.head_dim}] * config.layers
+        self.cache: dict[str, np.ndarray] = {}
+        """By the names of the inputs."""
+        for layer, its in enumerate(config.kv_caches() or alike):
+            if "shared" not in its:
+                heads, dim = its["kv_heads"], its["head_dim"]
+                self.cache[f"past_key.{layer}"] = np.zeros((heads, dim, context), np.float16)
+                self.cache[f"past_value.{layer}"] = np.zeros((heads, context, dim), np.float16)
 
     def step(
         self, stages: Sequence[Path], head: Path, embedded: np.ndarray, rows: np.ndarray | None, kept: int
@@ -42,35 +47,32 @@ class NaiveStages:
 
         embedded: float32 [T, hidden]; rows: float32 [layers, T, memory_dim].
         """
-        hidden = {"embedding": embedded[None]}
+        made = {"embedding": embedded[None]}
+        first_row = 0
         for stage in stages:
             graph = onnx.load(stage, load_external_data=False).graph
             inputs: dict[str, np.ndarray] = {}
-            layers = sorted(
-                int(value.name.split(".")[1]) for value in graph.output if value.name.startswith("new_key.")
-            )
             for value in graph.input:
-                name, _, layer = value.name.partition(".")
+                name = value.name
                 if name == "past_length":
-                    inputs[value.name] = np.array([self.length], np.int32)
+                    inputs[name] = np.array([self.length], np.int32)
                 elif name == "rows":
                     assert rows is not None
-                    count = value.type.tensor_type.shape.dim[0].dim_value
-                    # A stage with layer 0's injection has one more layer of rows than it has layers of its own.
-                    last = layers[-1] + 1 if layers else 1
-                    inputs["rows"] = rows[last - count : last]
-                elif name in ("past_key", "past_value"):
-                    inputs[value.name] = (self.keys if name == "past_key" else self.values)[int(layer)]
+                    last_row = first_row + value.type.tensor_type.shape.dim[0].dim_value
+                    inputs[name], first_row = rows[first_row:last_row], last_row
                 else:
-                    inputs[value.name] = hidden[value.name]
-            outputs = self.run(stage, inputs)
-            for layer in layers:
-                to = slice(self.length, self.length + kept)
-                self.keys[layer][:, :, to] = outputs.pop(f"new_key.{layer}")[:, :, :kept]
-                self.values[layer][:, to] = outputs.pop(f"new_value.{layer}")[:, :kept]
-            hidden |= outputs
+                    its = name.removeprefix("shared_")
+                    inputs[name] = self.cache[its] if its in self.cache else made[its]
+            made |= self.run(stage, inputs)
+        assert rows is None or first_row == len(rows)
+        to = slice(self.length, self.length + kept)
+        for name in made:
+            if name.startswith("new_key."):
+                self.cache[name.replace("new_", "past_")][:, :, to] = made[name][:, :, :kept]
+            elif name.startswith("new_value."):
+                self.cache[name.replace("new_", "past_")][:, to] = made[name][:, :kept]
         self.length += kept
-        final = hidden["final"]
+        final = made["final"]
         return np.concatenate([self.run(head, {"final": final[:, t : t + 1]})["logits"] for t in range(kept)])
 
 

@@ -16,9 +16,10 @@ import pytest
 
 from meki.models.config import CompileError
 from meki.models.qnn import package as package_module
-from meki.models.qnn.compile import main
+from meki.models.qnn.compile import cache_line, main
 from meki.models.qnn.compiler import Compiled
 from meki.package import read_manifest
+from tests.engine.gemma_models import gemma4
 
 pytestmark = pytest.mark.qnn
 
@@ -79,6 +80,14 @@ def test_compiles_and_compares(package: Path, capsys: pytest.CaptureFixture[str]
     manifest = json.loads(after["manifest.json"])
     manifest.pop("qnn")
     assert manifest == json.loads(before["manifest.json"])
+
+
+def test_the_cache_by_what_layers_see() -> None:
+    _, model = gemma4(window=24)
+    # Of 7 layers the last 3 share; keys and values of 2 heads, in float16, of 32 in layer 2 and of 16 in 0, 1 and 3.
+    assert cache_line(model.config, 100_000) == (
+        "64.0 MB more (layers that see all: 1, 25.6 MB; layers that see the last 24 tokens: 3, 38.4 MB)"
+    )
 
 
 def test_defaults_and_a_second_chip(

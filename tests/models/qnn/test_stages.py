@@ -13,6 +13,7 @@ import torch
 
 from meki.models.architectures.llama import Decoder
 from meki.models.config import CompileError, ConfigError
+from meki.models.graph.primitives import Vector
 from meki.models.qnn import stages as stages_module
 from meki.models.qnn.stages import Options, plan, write_stage
 from meki.models.quantize import Int4Recipe, quantize_weight
@@ -124,7 +125,7 @@ def test_what_lies_behind_the_sequence_is_never_seen(
 
     def run(garbage: float) -> np.ndarray:
         naive = naive_stages(model.config, CONTEXT)
-        for cache in (*naive.keys, *naive.values):
+        for cache in naive.cache.values():
             cache[:] = garbage
         steps = [naive.step(stages, tmp_path / "head.onnx", embedded[[t]], rows[:, [t]], 1) for t in range(len(ids))]
         return np.concatenate(steps)
@@ -140,7 +141,7 @@ def test_embedding_has_the_packages_table(weights: str, make_package: Callable[.
     assert [value.name for value in (*graph.input, *graph.output)] == ["token_ids", "embedding"]
     table = onnx.numpy_helper.to_array(graph.initializer[0])
     if weights == "float32":
-        np.testing.assert_array_equal(table, source.vector("embed_tokens.weight").astype(np.float16))
+        np.testing.assert_array_equal(table, source.vector(Vector("embed_tokens.weight")).astype(np.float16))
     else:  # packed, byte for byte
         np.testing.assert_array_equal(table, source.panels("embed_tokens"))
 
