@@ -6,25 +6,34 @@ import dataclasses
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+from ..blocks import Floats
 from ..config import ConfigError, Rule, check, frozen
 from ..ffns import FFNS
 from ..ffns.base import FFN
 from ..ffns.swiglu import SwiGLUConfig
 from ..graph.primitives import Dimensions, Primitives
+from ..graph.weights import Weights
 from ..memories import MEMORIES, Memory
 
-if TYPE_CHECKING:
-    from ..source import Source
+
+class Stored(Protocol):
+    """Where a model's values are, as `source.Source` has it."""
+
+    @property
+    def weights(self) -> Weights: ...
+
+    @property
+    def row_blocks(self) -> Callable[[], Iterator[Floats]]: ...
 
 
-def load_weights(module: nn.Module, source: Source, prefix: str = "") -> None:
+def load_weights(module: nn.Module, source: Stored, prefix: str = "") -> None:
     """Gives a module, which may be on the device "meta", its weights: those whose names begin with `prefix`."""
     state = {
         name: torch.from_numpy(source.weights(f"{prefix}{name}")).to(tensor.dtype)  # not all are float32: ids are not
@@ -48,7 +57,7 @@ class Model(nn.Module, ABC):
     def begin(self, ids: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
         """The first layer's residual stream, and what every layer is given beside it. ids: int64 [b, t]."""
 
-    def load_begin(self, source: Source, ids: Tensor) -> None:
+    def load_begin(self, source: Stored, ids: Tensor) -> None:
         """Gives a model on the device "meta" what `begin` needs for these tokens, or a part of them. ids: int64."""
         load_weights(self.embed_tokens, source, "embed_tokens.")
 

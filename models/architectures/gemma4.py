@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,9 @@ from torch import Tensor, nn
 from ..config import FLAG, WIDTH, ConfigError, Rule, integer, is_positive
 from ..graph.primitives import Attention, Primitives, Value
 from ..memories.gemma_ple import GemmaPLEConfig
-from .base import load_weights
+from .base import Stored, load_weights
 from .gemma import Gemma, GemmaDecoder, GemmaLayer, frequencies
 from .llama import MOST_LAYERS
-
-if TYPE_CHECKING:
-    from ..source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +141,7 @@ class Gemma4Decoder(GemmaDecoder):
             self.per_layer_model_projection = nn.Linear(config.hidden, config.layers * config.memory.dim, bias=False)
             self.per_layer_projection_norm = nn.RMSNorm(config.memory.dim, eps=config.norm_eps)
 
-    def load_begin(self, source: Source, ids: Tensor) -> None:
+    def load_begin(self, source: Stored, ids: Tensor) -> None:
         """Of the per-layer embedding the rows of these tokens alone."""
         super().load_begin(source, ids)
         if isinstance(self.config.memory, GemmaPLEConfig):
@@ -175,7 +172,7 @@ class Gemma4Decoder(GemmaDecoder):
 class SomeRows(nn.Module):
     """Some rows of a per-layer embedding, by their numbers in the whole table: [..] -> [.., layers * p]."""
 
-    def __init__(self, source: Source, numbers: Tensor) -> None:
+    def __init__(self, source: Stored, numbers: Tensor) -> None:
         """Reads the table once, a block of it at a time. numbers: int64 [n], ascending."""
         super().__init__()
         self.numbers, found, first = numbers, [], 0
