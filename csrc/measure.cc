@@ -17,6 +17,7 @@
 #include "csrc/bindings.h"
 #include "runtime/measure/bandwidth.h"
 #include "runtime/measure/process.h"
+#include "runtime/measure/rows_in_ram.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -30,7 +31,10 @@ std::optional<py::dict> as_dict(const std::optional<ResidentMemory>& memory) {
   if (!memory) return std::nullopt;
   py::dict dict("resident"_a = memory->resident, "anonymous"_a = memory->anonymous, "file"_a = memory->file,
                 "shared"_a = memory->shared, "peak"_a = memory->peak);
-  if (memory->rom) dict["rom"] = *memory->rom;
+  if (memory->rom) {
+    dict["rom"] = *memory->rom;
+    dict["without_rom"] = memory->without_rom();
+  }
   return dict;
 }
 
@@ -113,6 +117,15 @@ void bind_measure(py::module_& m) {
       "each, reads `bandwidth_bytes` of memory. `progress` is told what comes next. KeyboardInterrupt is raised\n"
       "between two steps. ValueError for a plan that does not fit the number of engines, its contenders.");
   m.def(
+      "with_rows_in_ram",
+      [](const std::shared_ptr<Engine>& engine) {
+        return std::const_pointer_cast<Engine>(with_rows_in_ram(engine, poll_signals));
+      },
+      "engine"_a, py::call_guard<py::gil_scoped_release>(),
+      "The same engine on the same weights, with every row in memory: what reading them from storage is measured\n"
+      "beside, and nothing that meki.Engine offers. Takes the ROM's size of memory. ValueError for a dense model,\n"
+      "RuntimeError if there is not as much, PackageError for a damaged row.");
+  m.def(
       "profile_decode",
       [](const std::shared_ptr<Engine>& engine, const Plan& plan, size_t depth) {
         Profile profile = profile_decode(engine, plan, depth, poll_signals);
@@ -127,8 +140,8 @@ void bind_measure(py::module_& m) {
       "rom"_a,
       "Bytes of this process: \"resident\", of it \"anonymous\" (heap and caches), \"file\" (mapped files) and\n"
       "\"shared\"; \"peak\", the greatest that \"resident\" ever was; and \"rom\", what of \"file\" is the file "
-      "`rom`.\n"
-      "None where the system does not tell.");
+      "`rom`,\n"
+      "with \"without_rom\", what of \"resident\" is not. None where the system does not tell.");
 }
 
 }  // namespace meki

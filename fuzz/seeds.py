@@ -91,6 +91,9 @@ def manifests() -> Iterator[tuple[str, bytes]]:
     yield "n-grams", json.dumps({**manifest, "memory": memory, "files": files}).encode()
     dense = {**manifest, "memory": None, "dense_stages": None, "stages": [{"file": "dense.onnx", "rows": None}]}
     yield "dense", json.dumps(dense).encode()
+    own = {"kv_heads": 1, "head_dim": 32, "window": 4}
+    caches = [own, {**own, "window": 0}, *({"shared": layer % 2} for layer in range(6))]
+    yield "caches", json.dumps({**manifest, "version": 6, "kv_caches": caches}).encode()
 
 
 def graphs() -> Iterator[tuple[str, bytes]]:
@@ -157,6 +160,13 @@ def configs() -> Iterator[tuple[str, bytes]]:
     yield "qwen", files({**CONFIG, "model_type": "qwen3", "use_sliding_window": False}, {"chat_template": templates})
     mixture = {"moe_intermediate_size": 4, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
     yield "qwen-moe", files({**CONFIG, "model_type": "qwen3_moe", **mixture, "mlp_only_layers": []})
+    gemma = {"hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4, "num_hidden_layers": 4}
+    rope = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")}
+    yield "gemma3", files({**CONFIG, **gemma, "model_type": "gemma3_text", "rope_parameters": rope})
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+    ple = {"hidden_size_per_layer_input": 2, "vocab_size_per_layer_input": 8, "final_logit_softcapping": 30.0}
+    text = {**CONFIG, **gemma, **kinds, **ple, "model_type": "gemma4_text", "global_head_dim": 4}
+    yield "gemma4", files({"model_type": "gemma4", "text_config": text}, {"eos_token": "<turn|>"})
     own = {"model_type": "meki", "qk_norm": True, "qkv_bias": False, "memory_dim": 4, "projector_norm": False}
     yield "meki", files({**CONFIG, **own, "rope_factors": [1.5]})
     numbers = {
@@ -271,8 +281,18 @@ def ggufs() -> Iterator[tuple[str, bytes]]:
             stored = names[stem] if stem in names else f"blk.0.{inner[stem]}"
             writer.add_tensor(f"{stored}.weight", np.ones(shape, np.float16))
 
+    def gemma4(writer: gguf.GGUFWriter) -> None:
+        fill(writer, "gemma4")
+        writer.add_embedding_length_per_layer_input(2)
+        writer.add_shared_kv_layers(0)
+        writer.add_sliding_window(4)
+        writer.add_sliding_window_pattern([False])
+        writer.add_key_length_swa(2)
+        writer.add_final_logit_softcapping(30.0)
+
     yield "llama", gguf_file("llama", lambda writer: fill(writer, "llama"))
     yield "gpt2", gguf_file("qwen2", lambda writer: fill(writer, "gpt2"))
+    yield "gemma4", gguf_file("gemma4", gemma4)
     yield "layers-with-a-point", gguf_file("smollm3", lambda writer: writer.add_float32("smollm3.block_count", 1.0))
 
 

@@ -15,7 +15,7 @@ from meki.cli.arguments import path
 from meki.cli.errors import report
 
 from .config import ConfigError, check, frozen
-from .tokenizer import TokenizerSpec, read_tokenizer, without_unknown_tokens
+from .tokenizer import TokenizerSpec, read_tokenizer, with_visible_marks, without_unknown_tokens
 
 if TYPE_CHECKING:  # importing it loads PyTorch
     from .source import Source
@@ -61,7 +61,7 @@ def open_source(path: Path, args: argparse.Namespace) -> Opened:
     tokenizer = tokenizer or checkpoint.read_tokenizer()
     if tokenizer is None:
         raise FileNotFoundError(f"{path}: has no tokenizer.json; name the model's with --tokenizer")
-    tokenizer = without_unknown_tokens(tokenizer, checkpoint.config.vocab_size)
+    tokenizer = with_visible_marks(without_unknown_tokens(tokenizer, checkpoint.config.vocab_size))
     return Opened(checkpoint_source(checkpoint), tokenizer, checkpoint.provenance)
 
 

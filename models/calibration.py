@@ -13,10 +13,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from .architectures.base import load_weights
 from .blocks import Blocks
 from .gptq import gptq
 from .quantize import Int4Recipe
-from .source import Source, load_weights
+from .source import Source
 
 TEXT = Path(__file__).with_name("calibration.txt")
 """Passages of English novels and of state papers (all in the public domain), of this project's documents and code, and
@@ -42,42 +43,40 @@ class CalibratedBlocks(Int4Recipe):
     """The matrices of a source by the recipe, those of 4 bits rounded with a text. To be read in the order of the
     layers; for one thread."""
 
+    @torch.no_grad()
     def __init__(self, source: Source, windows: Tensor) -> None:
-        """source: in training form; windows: of token ids, int64 [n, length]. In memory are their residual streams, the
-        embedding and one layer in float32, and the second moments of this layer's inputs."""
+        """source: in training form; windows: of token ids, int64 [n, length]. In memory are their residual streams and
+        what all layers are given, one layer in float32, and the second moments of this layer's inputs; at first the
+        embedding, too."""
         super().__init__(source.config.layers)
-        self._source, self._windows = source, windows
+        self._source = source
         with torch.device("meta"):
-            self._model = source.config.module()
-        load_weights(self._model.embed_tokens, source, "embed_tokens.")
-        self._states: list[Tensor] = []  # what the next layer is given, of so many windows each
+            model = source.config.module()
+        model.load_begin(source, windows)
+        self._states = [model.begin(ids) for ids in windows.split(_WINDOWS_AT_ONCE)]
+        """What the next layer is given, of so many windows each."""
+        self._layers = model.layers
         self._next = 0
         self._moments: dict[str, Tensor] = {}
 
     def read(self, name: str) -> Blocks | None:
         if self.type(name) == "int8":
             return None
-        prefix, layer, _ = name.split(".", 2)
+        prefix, layer, own = name.split(".", 2)
         assert prefix == "layers" and int(layer) >= self._next - 1, name
         while int(layer) >= self._next:
             self._run_layer()
-        weight = self._model.get_parameter(name).detach().numpy()
+        weight = self._layers[int(layer)].get_parameter(own).detach().numpy()
         return gptq(weight, self._moments[name], self.type(name), name)
 
     @torch.no_grad()
     def _run_layer(self) -> None:
         if self._next:
-            self._model.layers[self._next - 1] = nn.Identity()  # its weights are not needed any more
-        layer, prefix = self._model.layers[self._next], f"layers.{self._next}."
+            self._layers[self._next - 1] = nn.Identity()  # its weights are not needed any more
+        layer, prefix = self._layers[self._next], f"layers.{self._next}."
         load_weights(layer, self._source, prefix)
         moments = Moments(layer, prefix)
-        for at, ids in enumerate(self._windows.split(_WINDOWS_AT_ONCE)):
-            x, shared = self._model.begin(ids)
-            if self._next:
-                x = self._states[at]
-            else:
-                self._states.append(x)
-            self._states[at] = layer(x, *shared)
+        self._states = [(layer(x, *shared), shared) for x, shared in self._states]
         self._moments = moments.close()
         self._next += 1
 

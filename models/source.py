@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import nn
 
 from .architectures.base import Architecture, Model
 from .blocks import Floats
@@ -62,15 +60,6 @@ def model_source(model: Model) -> Source:
         return values if rows == ALL else values[rows]
 
     return lazy_source(model.config, read)
-
-
-def load_weights(module: nn.Module, source: Source, prefix: str = "") -> None:
-    """Gives a module, which may be on the device "meta", its weights: those whose names begin with `prefix`."""
-    state = {
-        name: torch.from_numpy(source.weights(f"{prefix}{name}")).to(tensor.dtype)  # not all are float32: ids are not
-        for name, tensor in module.state_dict().items()
-    }
-    module.load_state_dict(state, assign=True)
 
 
 def random_source(config: Architecture) -> Source:

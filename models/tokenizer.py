@@ -122,6 +122,22 @@ def without_unknown_tokens(tokenizer: TokenizerSpec, vocab_size: int) -> Tokeniz
     return tokenizer
 
 
+_MARKS = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>')
+"""With which Gemma 4 sets off the parts of an answer: its thoughts, calls of tools and their strings."""
+
+
+def with_visible_marks(tokenizer: TokenizerSpec) -> TokenizerSpec:
+    """With text for the marks of an answer's parts, which as special tokens would have none: the parts would run into
+    each other, and the chat template could not tell them apart in what it is given back."""
+    values = json.loads(tokenizer.json)
+    marks = [token for token in values["added_tokens"] if token["special"] and token["content"] in _MARKS]
+    if not marks:
+        return tokenizer
+    for token in marks:
+        token["special"] = False
+    return replace(tokenizer, json=json.dumps(values, ensure_ascii=False).encode())
+
+
 def _token_id(path: Path, tokenizer: Tokenizer, token: str) -> int:
     found = tokenizer.token_to_id(token)
     if found is None:

@@ -4,8 +4,8 @@
 
 Needs `meki-bench` and the Python package `gguf`. PACKAGE gives the shapes. llama.cpp runs a model with random Q4_0
 weights of these shapes, which is written to --workdir once. All its matrices have 4.5 bits a weight, the tied head too:
-llama-quantize would make the head Q6_K, which is more to read. Peers run the dense backbone; ours runs PACKAGE as it
-is, with its memory.
+llama-quantize would make the head Q6_K, which is more to read. Peers run the dense backbone, of a Gemma 4 with the
+per-layer embedding; ours runs PACKAGE as it is, with its memory.
 
 llama.cpp gets its best setting: for each test every one in SETTINGS is tried first, briefly. Its llama-bench fills the
 KV cache by real prefill, which for 10,240 tokens takes minutes: once for each setting that is tried, once to measure.
@@ -46,12 +46,11 @@ from meki.bench.output import check_writable, to_json
 from meki.cli.arguments import integer, token_counts
 from meki.cli.errors import run_command
 from meki.models.architectures import read_config
-from meki.models.architectures.llama import LlamaConfig
 from meki.package import has_random_weights, read_manifest
 from meki.package.files import write_file
 
 from .engines import PROBE_REPETITIONS, SETTINGS, Genai, LlamaBench, Meki, Setting, Workload, best_setting, find_binary
-from .llama_model import cached_gguf
+from .llama_model import PeerConfig, cached_gguf
 
 PROGRAM = "peers"
 OURS, LLAMA, GENAI = "meki", "llama.cpp", "onnxruntime-genai"
@@ -126,7 +125,7 @@ def run_rounds(
     return {name: np.transpose(values).tolist() for name, values in samples.items()}, record
 
 
-def compare(args: argparse.Namespace, manifest: dict[str, Any], config: LlamaConfig) -> dict[str, Any]:
+def compare(args: argparse.Namespace, manifest: dict[str, Any], config: PeerConfig) -> dict[str, Any]:
     """Measures, prints the table and returns all figures."""
     workloads = [
         Workload("prefill", 0, args.prefill),
@@ -193,8 +192,8 @@ def run(args: argparse.Namespace) -> None:
         check_writable(args.json)
     manifest = read_manifest(args.package)
     config = read_config(manifest)
-    if not isinstance(config, LlamaConfig):
-        raise ValueError(f"{args.package} has an architecture of kind {config.kind}, expected {LlamaConfig.kind}")
+    if not isinstance(config, PeerConfig):
+        raise ValueError(f"{args.package} has an architecture of kind {config.kind}, expected llama or gemma4")
     longest = max(args.prefill, max(*args.depths, 1) + args.tokens + 1)  # decode begins and ends with a token
     if longest > config.context:
         raise ValueError(f"{longest:,} tokens, but {args.package} has a context of {config.context:,}")

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from meki.models.architectures.llama import LlamaConfig
+from .llama_model import PeerConfig
 
 PROBE_REPETITIONS, PROBE_PREFILL, PROBE_DECODE = 3, 128, 8
 STDERR_LINES = 8
@@ -212,7 +212,7 @@ class Genai:
 
     PIECE = 512  # of the prefill that fills a cache: attention's scratch grows with the square of it
 
-    def __init__(self, folder: Path, config: LlamaConfig, threads: int) -> None:
+    def __init__(self, folder: Path, config: PeerConfig, threads: int) -> None:
         try:
             import onnxruntime_genai
         except ImportError as error:

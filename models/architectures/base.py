@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,18 @@ from ..ffns.base import FFN
 from ..ffns.swiglu import SwiGLUConfig
 from ..graph.primitives import Dimensions, Primitives
 from ..memories import MEMORIES, Memory
+
+if TYPE_CHECKING:
+    from ..source import Source
+
+
+def load_weights(module: nn.Module, source: Source, prefix: str = "") -> None:
+    """Gives a module, which may be on the device "meta", its weights: those whose names begin with `prefix`."""
+    state = {
+        name: torch.from_numpy(source.weights(f"{prefix}{name}")).to(tensor.dtype)  # not all are float32: ids are not
+        for name, tensor in module.state_dict().items()
+    }
+    module.load_state_dict(state, assign=True)
 
 
 class Model(nn.Module, ABC):
@@ -35,6 +47,10 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def begin(self, ids: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
         """The first layer's residual stream, and what every layer is given beside it. ids: int64 [b, t]."""
+
+    def load_begin(self, source: Source, ids: Tensor) -> None:
+        """Gives a model on the device "meta" what `begin` needs for these tokens, or a part of them. ids: int64."""
+        load_weights(self.embed_tokens, source, "embed_tokens.")
 
     def forward(self, ids: Tensor) -> Tensor:
         x, shared = self.begin(ids)

@@ -145,6 +145,7 @@ class GemmaAttention(nn.Module):
         super().__init__()
         self.its = its = config.attention(layer)
         self.eps = config.norm_eps
+        self.is_seen = any(config.attention(other).source == layer for other in range(config.layers))
         self.q_proj = nn.Linear(config.hidden, its.heads * its.head_dim, bias=False)
         self.q_norm = nn.RMSNorm(its.head_dim, eps=config.norm_eps)
         if its.source is None:
@@ -154,7 +155,8 @@ class GemmaAttention(nn.Module):
         self.o_proj = nn.Linear(its.heads * its.head_dim, config.hidden, bias=False)
 
     def forward(self, x: Tensor, seen: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
-        """seen: keys and values, [b, kv_heads, t, head_dim], of the layers before, to which it adds its own."""
+        """seen: keys and values, [b, kv_heads, t, head_dim], of those layers before that others see, too, to which it
+        adds its own."""
         its, (batch, length, _) = self.its, x.shape
         turns = self._turns(length, x.device)
         q = apply_rope(self._heads(self.q_norm, self.q_proj(x)), *turns)
@@ -162,11 +164,12 @@ class GemmaAttention(nn.Module):
             v = self._heads(nn.Identity(), self.v_proj(x))
             if its.value_norm:
                 v = F.rms_norm(v, (its.head_dim,), eps=self.eps)
-            seen[its.layer] = apply_rope(self._heads(self.k_norm, self.k_proj(x)), *turns), v
-        k, v = (
-            values.repeat_interleave(its.heads // its.kv_heads, dim=1)
-            for values in seen[its.layer if its.source is None else its.source]
-        )
+            own = apply_rope(self._heads(self.k_norm, self.k_proj(x)), *turns), v
+            if self.is_seen:
+                seen[its.layer] = own
+        else:
+            own = seen[its.source]
+        k, v = (values.repeat_interleave(its.heads // its.kv_heads, dim=1) for values in own)
         visible = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         if its.window:
             visible = visible.triu(1 - its.window)

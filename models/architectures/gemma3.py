@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..config import POSITIVE
+from ..config import POSITIVE, ConfigError
 from ..graph.primitives import Attention
 from .gemma import Gemma, GemmaDecoder, frequencies
 
@@ -23,6 +23,11 @@ class Gemma3Config(Gemma):
     kind = "gemma3"
     RULES: ClassVar = {**Gemma.RULES, "query_scalar": POSITIVE, "rope_factor": POSITIVE}
     STATED: ClassVar[tuple[str, ...]] = (*Gemma.STATED, "query_scalar")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.memory:
+            raise ConfigError(f"a decoder of kind gemma3 has no memory, got {self.memory.kind}")
 
     def attention(self, layer: int) -> Attention:
         full, name = self.is_full(layer), f"layers.{layer}.self_attn"

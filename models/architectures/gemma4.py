@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from ..config import FLAG, WIDTH, ConfigError, Rule, integer, is_positive
 from ..graph.primitives import Attention, Primitives, Value
 from ..memories.gemma_ple import GemmaPLEConfig
+from .base import load_weights
 from .gemma import Gemma, GemmaDecoder, GemmaLayer, frequencies
 from .llama import MOST_LAYERS
+
+if TYPE_CHECKING:
+    from ..source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +135,7 @@ class Gemma4Layer(GemmaLayer):
 
 class Gemma4Decoder(GemmaDecoder):
     LAYER = Gemma4Layer
+    embed_tokens_per_layer: nn.Embedding | SomeRows
 
     def __init__(self, config: Gemma4Config) -> None:
         super().__init__(config)
@@ -138,6 +143,14 @@ class Gemma4Decoder(GemmaDecoder):
             self.embed_tokens_per_layer = nn.Embedding(config.memory.entries(config), config.layers * config.memory.dim)
             self.per_layer_model_projection = nn.Linear(config.hidden, config.layers * config.memory.dim, bias=False)
             self.per_layer_projection_norm = nn.RMSNorm(config.memory.dim, eps=config.norm_eps)
+
+    def load_begin(self, source: Source, ids: Tensor) -> None:
+        """Of the per-layer embedding the rows of these tokens alone."""
+        super().load_begin(source, ids)
+        if isinstance(self.config.memory, GemmaPLEConfig):
+            for name in ("per_layer_model_projection", "per_layer_projection_norm"):
+                load_weights(self.get_submodule(name), source, f"{name}.")
+            self.embed_tokens_per_layer = SomeRows(source, self._rows(ids).unique())
 
     def begin(self, ids: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
         words = self.embed_tokens(ids)
@@ -149,6 +162,29 @@ class Gemma4Decoder(GemmaDecoder):
         if not isinstance(memory, GemmaPLEConfig):
             return None
         shape = (self.config.layers, memory.dim)
-        rows = self.embed_tokens_per_layer(ids.where(ids < memory.entries(self.config), 0)).unflatten(-1, shape)
+        rows = self.embed_tokens_per_layer(self._rows(ids)).unflatten(-1, shape)
         contexts = self.per_layer_projection_norm(self.per_layer_model_projection(words).unflatten(-1, shape))
         return rows * (memory.dim / 2) ** 0.5 + contexts * 2**-0.5
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        """Of the table."""
+        assert self.config.memory is not None
+        return ids.where(ids < self.config.memory.entries(self.config), 0)
+
+
+class SomeRows(nn.Module):
+    """Some rows of a per-layer embedding, by their numbers in the whole table: [..] -> [.., layers * p]."""
+
+    def __init__(self, source: Source, numbers: Tensor) -> None:
+        """Reads the table once, a block of it at a time. numbers: int64 [n], ascending."""
+        super().__init__()
+        self.numbers, found, first = numbers, [], 0
+        for block in source.row_blocks():  # [layers, entries, p]
+            last = first + block.shape[1]
+            inside = numbers[(numbers >= first) & (numbers < last)] - first
+            found.append(torch.from_numpy(block[:, inside.numpy()]).transpose(0, 1).flatten(1))
+            first = last
+        self.rows = torch.cat(found)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return self.rows[torch.searchsorted(self.numbers, numbers)]

@@ -15,13 +15,13 @@ from torch import Tensor
 from meki.package.files import check_downloaded
 
 from ..architectures import ARCHITECTURES
-from ..architectures.base import Architecture, Model
+from ..architectures.base import Architecture, Model, load_weights
 from ..blocks import BLOCK, Blocks, Floats
 from ..config import ConfigError, check
 from ..memories import MEMORIES
 from ..memories.base import ALL
 from ..rom import StoredRows
-from ..source import Source, SourceRows, lazy_source, load_weights
+from ..source import Source, SourceRows, lazy_source
 from ..tokenizer import TokenizerSpec
 
 

@@ -81,7 +81,7 @@ class _Reader(GGUFReader):
         if kind != GGUFValueType.STRING:
             return super()._get_field_parts(orig_offs, raw_type)
         order: Literal["big", "little"] = "big" if self.endianess == GGUFEndian.BIG else "little"
-        data, texts, at = memoryview(self.data), [], start
+        data, texts, at = self.data.data, [], start
         for _ in range(count):
             first = at + 8
             at = first + int.from_bytes(data[at:first], order)

@@ -72,11 +72,10 @@ def _gemma3_fields(file: GgufFile, layers: int, values: Mapping[str, Any]) -> di
     heads, hidden = values.get("heads"), values.get("hidden")
     head_dim = values.get("head_dim") or file.number("gemma3.attention.key_length")
     _check_same(file, "head_dim", head_dim, "gemma3.attention.value_length", "gemma3.rope.dimension_count")
-    joined = layers == _LAYERS_27B and heads and hidden
     return {
         "ffn": file.number("gemma3.feed_forward_length"),
         "head_dim": head_dim,
-        "query_scalar": hidden // heads if joined else head_dim,
+        "query_scalar": hidden // heads if layers == _LAYERS_27B and hidden and heads else head_dim,
         "rope_factor": file.rope_factor("gemma3"),  # of full layers alone
     }
 

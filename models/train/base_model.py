@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..architectures.base import Architecture, Model
+from ..architectures.llama import LlamaConfig
 from ..arguments import UsageError
 from ..checkpoints import open_checkpoint
 from ..checkpoints.checkpoint import checkpoint_source
@@ -74,6 +75,11 @@ def open_base(args: argparse.Namespace, settings: Mapping[str, Any]) -> tuple[Ba
         checkpoint = open_checkpoint(args.base, {name: value for name, value in settings.items() if name not in own})
     except FileNotFoundError as error:
         raise UsageError(f"--base: {error}") from error
+    if checkpoint.config.kind != LlamaConfig.kind:
+        raise UsageError(
+            f"--base: {args.base} is a decoder of kind {checkpoint.config.kind}; those of the Llama family can be "
+            "given a memory"
+        )
     if checkpoint.config.memory:
         raise UsageError(
             f"--base: {args.base} has a memory already ({checkpoint.config.memory.kind}); give a model without one"

@@ -7,7 +7,7 @@ import numpy
 import numpy.typing
 import os
 import typing
-__all__: list[str] = ['Block', 'Case', 'Engine', 'EngineOptions', 'Measurement', 'PackageError', 'Plan', 'Rom', 'RomInfo', 'Sampler', 'SamplingOptions', 'Session', 'SessionOptions', 'Snapshot', 'Stats', 'cpu_kernels', 'measure', 'profile_decode', 'read_manifest', 'resident_memory']
+__all__: list[str] = ['Block', 'Case', 'Engine', 'EngineOptions', 'Measurement', 'PackageError', 'Plan', 'Rom', 'RomInfo', 'Sampler', 'SamplingOptions', 'Session', 'SessionOptions', 'Snapshot', 'Stats', 'cpu_kernels', 'measure', 'profile_decode', 'read_manifest', 'resident_memory', 'with_rows_in_ram']
 class PackageError(OSError):
     """
     A package, or a file of one, that cannot be used: missing, damaged, inconsistent, or changed while in
@@ -445,6 +445,12 @@ def read_manifest(path: os.PathLike | str | bytes, provider: str = 'cpu', soc: s
 def resident_memory(rom: os.PathLike | str | bytes | None) -> dict | None:
     """
     Bytes of this process: "resident", of it "anonymous" (heap and caches), "file" (mapped files) and
-    "shared"; "peak", the greatest that "resident" ever was; and "rom", what of "file" is the file `rom`.
-    None where the system does not tell.
+    "shared"; "peak", the greatest that "resident" ever was; and "rom", what of "file" is the file `rom`,
+    with "without_rom", what of "resident" is not. None where the system does not tell.
+    """
+def with_rows_in_ram(engine: Engine) -> Engine:
+    """
+    The same engine on the same weights, with every row in memory: what reading them from storage is measured
+    beside, and nothing that meki.Engine offers. Takes the ROM's size of memory. ValueError for a dense model,
+    RuntimeError if there is not as much, PackageError for a damaged row.
     """

@@ -74,6 +74,7 @@ Json make_report(const Engine& engine, const Options& options, const Plan& plan,
       {"row_hit_rate", or_null(figures.row_hit_rate)},
       {"storage_bytes_per_token", or_null(figures.storage_bytes_per_token)},
       {"resident_bytes", memory ? Json(memory->resident) : Json()},
+      {"resident_without_rom_bytes", memory ? Json(memory->without_rom()) : Json()},
       {"peak_resident_bytes", memory ? Json(memory->peak) : Json()},
   };
 }

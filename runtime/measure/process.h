@@ -14,6 +14,8 @@ struct ResidentMemory {
   uint64_t shared = 0;            // of `resident`: shared memory
   uint64_t peak = 0;              // the greatest that `resident` ever was
   std::optional<uint64_t> rom{};  // of `file`: the file that was asked for
+
+  uint64_t without_rom() const { return resident - rom.value_or(0); }
 };
 // rom: the file whose mappings' share is of interest; none: no file's. Nothing where the system does not tell.
 std::optional<ResidentMemory> resident_memory(const std::optional<std::filesystem::path>& rom = {});

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +130,30 @@ def test_a_ring_holds_what_is_seen_and_a_rewind_beyond_it_computes_again(
     other.restore(saved)
     other.append(IDS[:30])
     close(other.logits(), exact(IDS + IDS[:30])[1800:])
+
+
+TEMPLATE = """{{ bos_token }}{% for message in messages -%}
+<|turn>{{ "model" if message.role == "assistant" else message.role }}
+{{ message.content.split("<channel|>")[-1] }}<turn|>
+{% endfor %}{% if add_generation_prompt %}<|turn>model
+{% endif %}"""
+"""Gemma 4's turns, in short: of an answer the thoughts are left out once it has been given."""
+
+
+def test_a_chat_goes_back_further_than_the_rings_hold(tokenizer_spec: TokenizerSpec, tmp_path: Path) -> None:
+    _, ours = gemma4()
+    spec = dataclasses.replace(tokenizer_spec, chat_template=TEMPLATE, special_tokens={"bos_token": ""})
+    engine = Engine(export(ours, spec, tmp_path / "package"), kv_type="float32")
+    question = {"role": "user", "content": "Once the ship had come to the lighthouse, what did the keeper do?"}
+    options: Any = {"max_new_tokens": 8, "ignore_eos": True, "temperature": 0.0}
+    for length in (30, 1500):  # of an answer of which nothing is kept; the rings have 1,024 positions beside the window
+        its = engine.session()
+        first = its.chat([question], **{**options, "max_new_tokens": length})
+        turns = [question, {"role": "assistant", "content": "thoughts<channel|>The cat."}, question]
+        again = its.chat(turns, **options)
+        assert again.token_ids == engine.session().chat(turns, **options).token_ids
+        assert first.stats.new_tokens == length
+        assert (again.stats.cached_tokens > 0) == (length == 30)
 
 
 @pytest.mark.parametrize("make", [gemma3, gemma4])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -19,6 +20,7 @@ from meki.models.tokenizer import (
     parse_tokenizer,
     read_tokenizer,
     train_tokenizer,
+    with_visible_marks,
     without_unknown_tokens,
 )
 
@@ -304,6 +306,21 @@ def test_a_key_that_is_there_twice(folder: Path) -> None:
     """The last one counts, as for everyone."""
     (folder / "generation_config.json").write_text('{"eos_token_id": 5, "eos_token_id": 6}')
     assert read_tokenizer(folder / "tokenizer.json").eos_token_ids == (6,)
+
+
+def test_marks_of_an_answers_parts_have_a_text() -> None:
+    tokenizer = train_tokenizer(["a thought and an answer"] * 4, 270)
+    tokenizer.add_special_tokens(["<turn|>", "<|channel>", "<channel|>"])
+    spec = TokenizerSpec(tokenizer.to_str().encode(), eos_token_ids=(270,))
+    visible = with_visible_marks(spec)
+    assert dataclasses.replace(visible, json=spec.json) == spec
+    text = "<|channel>thought\na<channel|>an answer<turn|>"
+    ids = tokenizer.encode(text).ids
+    after = parse_tokenizer(visible.json)
+    assert after.encode(text).ids == ids
+    assert tokenizer.decode(ids) == "thought\naan answer"
+    assert after.decode(ids) == "<|channel>thought\na<channel|>an answer"
+    assert with_visible_marks(visible) is visible
 
 
 def test_canonical_ids_are_alike_but_for_case_accents_forms_and_space_around() -> None:

@@ -27,7 +27,7 @@ TINY = find_model("meki-tiny")
 IDS = np.random.default_rng(5).integers(0, 4096, 70).tolist()  # more than one block of the KV cache
 MEASURED = {
     *("version", "onnxruntime", "load_s", "decode_tokens_per_s", "prefill_tokens_per_s", "stall_us"),
-    *("storage_bytes_per_token", "resident_bytes", "peak_resident_bytes"),
+    *("storage_bytes_per_token", "resident_bytes", "resident_without_rom_bytes", "peak_resident_bytes"),
 }
 QUICK = ("--depth", 100, "--prefill", 20, "--tokens", 6, "--repetitions", 3)
 
@@ -82,6 +82,7 @@ def test_report(bench: Any) -> None:
     assert report["storage_bytes_per_token"] is None or report["storage_bytes_per_token"] >= 0
     # The program has touched the weights of the package at least, and is not larger than what it ever was.
     assert manifest["weights"]["decode_bytes"] < report["resident_bytes"] <= report["peak_resident_bytes"]
+    assert report["resident_without_rom_bytes"] == report["resident_bytes"]  # the ROM is read, not mapped
 
 
 def test_a_row_cache_has_what_the_round_before_read(bench: Any) -> None:

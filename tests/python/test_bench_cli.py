@@ -76,7 +76,10 @@ def test_the_bundled_model_with_everything(tmp_path: Path, capsys: pytest.Captur
         assert (times["injection"] > 0) == (entry["memory"] == "meki")
         # What the profiler saw lies within the step. It counts whole microseconds, so it sees at most what there was.
         assert times["rest"] > 0
-    assert report["memory"]["resident"] >= report["memory"]["anonymous"] > 0
+    memory = report["memory"]
+    assert memory["resident"] >= memory["anonymous"] > 0
+    assert memory["without_rom"] == memory["resident"] - memory["rom"] > 0
+    assert f"without rom {memory['without_rom'] / 1e6:,.0f} MB" in printed.out
     assert report["environment"]["kv_type"] == "int8"
     assert report["environment"]["simd"] == _core.cpu_kernels()
     assert not report["environment"]["random_weights"]
@@ -138,6 +141,28 @@ def test_rows_come_from_storage_unless_there_is_a_row_cache(package: Path, tmp_p
         assert [result["row_hit_rate"] for result in json.loads(path.read_text())["results"]] == [rate, rate]
 
 
+@pytest.mark.parametrize("rom", ["warm", "cold"])
+def test_beside_rows_in_ram(package: Path, rom: str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "report.json"
+    arguments = ["--compare", "ram", "--rom", rom, "--parts", "--json", str(path), "--plot", str(tmp_path)]
+    assert main([str(package), *QUICK, "--depths", "0,64", "--repetitions", "6", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "from storage / in RAM" in out and "rows in RAM: all were read" in out and "random weights: " in out
+    report = json.loads(path.read_text())
+    tests = [("prefill", 0), ("decode", 0), ("decode", 64)]
+    assert result_keys(report) == [(*test, memory) for test in tests for memory in ("meki", "meki in RAM")]
+    for streamed, in_ram in zip(report["results"][::2], report["results"][1::2], strict=True):
+        assert (streamed["row_hit_rate"], in_ram["row_hit_rate"]) == (0, 1)
+        assert streamed["bytes_per_token"] == in_ram["bytes_per_token"]
+    for entry in report["compare"]:
+        low, high = entry["ci95"]
+        assert len(entry["samples"]) == 6 and 0 < low <= entry["ratio"] <= high
+    # Whose rows are where makes no difference to a kernel.
+    assert [(entry["memory"], entry["depth"]) for entry in report["parts"]] == [("meki", 0), ("meki", 64)]
+    assert report["protocol"]["compare"] == "ram"
+    assert {file.name for file in tmp_path.iterdir()} == {"report.json", "speed.png", "parts.png"}
+
+
 def test_a_dense_package(dense_package: Path, tmp_path: Path, capsys) -> None:
     path = tmp_path / "report.json"
     assert main([str(dense_package), *QUICK, "--depths", "0", "--parts", "--json", str(path)]) == 0
@@ -187,7 +212,8 @@ def test_arguments_that_do_not_fit_the_model(package: Path, arguments: list[str]
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--compare", "dense"], ["--rom", "cold"], ["--row-cache", "1"], ["--rom-delay-ms", "1"]]
+    "arguments",
+    [["--compare", "dense"], ["--compare", "ram"], ["--rom", "cold"], ["--row-cache", "1"], ["--rom-delay-ms", "1"]],
 )
 def test_a_dense_package_has_no_memory(dense_package: Path, arguments: list[str], capsys) -> None:
     assert main([str(dense_package), *arguments]) == 2

@@ -60,6 +60,7 @@ def report() -> Report:
         deep = [decode_blocks(3 * SPEEDS[name][i], stalls=name == "meki") for name in SPEEDS]
         rounds.append([prefill, shallow, deep])
     memory = {"resident": 90_000_000, "anonymous": 60_000_000, "file": 30_000_000, "shared": 0, "peak": 95_000_000}
+    memory |= {"rom": 2_000_000, "without_rom": 88_000_000}
     environment = {
         "model": "small",
         "random_weights": True,
@@ -87,6 +88,7 @@ def report() -> Report:
         "tokens": 16,
         "repetitions": 3,
         "turn": 4,
+        "compare": "dense",
         "synthetic_depth": True,
         "rom": "cold",
         "rom_delay_ms": 5.0,
@@ -275,6 +277,11 @@ def test_markdown(report: Report) -> None:
 def test_too_few_groups_have_no_interval(report: Report) -> None:
     report["compare"][0]["ci95"] = None
     assert tables(output.to_markdown(report))[1][0]["95% confidence interval"] == "needs 6 groups"
+
+
+def test_the_table_says_what_was_compared(report: Report) -> None:
+    report["protocol"]["compare"] = "ram"
+    assert tables(output.to_markdown(report))[1][0]["from storage / in RAM"] == f"{report['compare'][0]['ratio']:.4f}"
 
 
 def test_plots_show_the_figures(report: Report) -> None:

@@ -26,7 +26,8 @@ def test_resident_memory_of_a_file(file: Path) -> None:
             mapping[page]
         touched = resident_memory(file)
         assert touched["rom"] == len(mapping)
+        assert touched["without_rom"] == touched["resident"] - len(mapping)
         assert touched["file"] >= before["file"] + len(mapping)
         assert touched["peak"] >= touched["resident"]
         assert resident_memory(file.with_name("other.rom"))["rom"] == 0
-    assert "rom" not in resident_memory(None)
+    assert not {"rom", "without_rom"} & resident_memory(None).keys()

@@ -33,6 +33,7 @@ def measure_beside(
         environment=describe(other, engines[0]),
         protocol={
             "synthetic_depth": plan.synthetic_depth,
+            "compare": "dense",
             "depths": plan.depths,
             "rom": rom if other.has_memory else None,
             "rom_delay_ms": other.options.get("rom_delay_ms", 0.0),

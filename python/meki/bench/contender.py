@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,15 @@ class Contender:
     """One of the things that a round measures in turn."""
 
     memory: str
-    """Its kind, such as "meki", or "dense": the package has none, or it is switched off."""
+    """Its kind, such as "meki", with " in RAM" where all its rows are; or "dense": none, or it is switched off."""
     weight_bytes: int
     """Of the weights that one decode step reads."""
     row_bytes: int
     """Of the bundles that one decode step reads; 0 without a memory."""
+
+    def with_rows_in_ram(self) -> Contender:
+        """What `_core.with_rows_in_ram` makes of this one's engine."""
+        return replace(self, memory=f"{self.memory} in RAM")
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,9 @@ def _environment(report: Report) -> Iterator[str]:
         f"{report['read_bandwidth_gb_s']:.1f} GB/s"
     )
     if (memory := report["memory"]) is not None:
-        parts = ", ".join(f"{name} {memory[name] / 1e6:,.0f} MB" for name in memory if name != "resident")
+        parts = ", ".join(
+            f"{name.replace('_', ' ')} {memory[name] / 1e6:,.0f} MB" for name in memory if name != "resident"
+        )
         caches = "all caches" + (" of both models" if report["compare"] else "")
         yield f"- resident memory of the process with {caches}: {memory['resident'] / 1e6:,.0f} MB ({parts})"
     yield from (f"- **{label}**" for label in report["labels"])
@@ -117,9 +119,14 @@ def _results(report: Report) -> Iterator[str]:
 
 
 def _comparison(report: Report) -> Iterator[str]:
-    yield "Speed with the memory, relative to the same package with its memory switched off:"
+    if report["protocol"]["compare"] == "ram":
+        yield "Speed with rows from storage, relative to the same model with all of them in RAM:"
+        ratio = "from storage / in RAM"
+    else:
+        yield "Speed with the memory, relative to the same package with its memory switched off:"
+        ratio = "with memory / dense"
     yield ""
-    yield from head(["depth", "with memory / dense", "95% confidence interval", "groups"], "l")
+    yield from head(["depth", ratio, "95% confidence interval", "groups"], "l")
     for entry in report["compare"]:
         interval = entry["ci95"]
         shown = "needs 6 groups" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"

@@ -89,12 +89,12 @@ def _storage(blocks: Sequence[Block]) -> float | None:
     return sum(fetched) / sum(block.tokens for block in blocks) if len(fetched) == len(blocks) else None
 
 
-def _comparison(case: Case, meki: Sequence[Sequence[Block]], dense: Sequence[Sequence[Block]]) -> dict[str, Any]:
-    """Speed with the memory by speed without: a sample is the ratio in one group of turns, A B B A."""
+def _comparison(case: Case, first: Sequence[Sequence[Block]], second: Sequence[Sequence[Block]]) -> dict[str, Any]:
+    """Speed of the first contender by that of the second: a sample is the ratio in one group of turns, A B B A."""
     samples, turns = [], Plan.GROUP // Plan.TURN
-    for blocks in zip(meki, dense, strict=True):
-        for first in range(0, len(blocks[0]), turns):
-            ours, theirs = (speed(run[first : first + turns]) for run in blocks)
+    for blocks in zip(first, second, strict=True):
+        for begin in range(0, len(blocks[0]), turns):
+            ours, theirs = (speed(run[begin : begin + turns]) for run in blocks)
             samples.append(ours / theirs)
     interval = median_interval(samples)
     return {
@@ -115,6 +115,10 @@ def _labels(environment: dict[str, Any], protocol: dict[str, Any]) -> list[str]:
         labels.append("synthetic depth: the cache was filled, not computed")
     if protocol["rom"] == "cold":
         labels.append("cold ROM: dropped from the page cache before every step; the system may keep pages")
+    if protocol["compare"] == "ram":
+        labels.append(
+            "rows in RAM: all were read before, and resident memory holds them; without --compare it does not"
+        )
     if protocol["rom_delay_ms"]:
         labels.append(f"artificial delay: {protocol['rom_delay_ms']:g} ms were added to every read of the ROM")
     if protocol["row_cache_mib"]:

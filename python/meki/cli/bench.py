@@ -55,7 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokens", type=integer(1), default=32, metavar="N", help="decode steps of a test (default: %(default)s)")
     add("--repetitions", type=integer(1), default=5, metavar="N", help="rounds of all tests (default: %(default)s)")
     add("--synthetic-depth", action="store_true", help="fill the cache instead of computing it; every output says so")
-    add("--compare", choices=("dense",), help="take turns with the same package, its memory switched off")
+    add(
+        "--compare",
+        choices=("dense", "ram"),
+        help="take turns with the same package, its memory switched off, or all its rows in RAM (as much as the ROM)",
+    )
     add("--parts", action="store_true", help="time by part of a decode step, in a profiled run of its own")
     add = add_engine_options(parser, row_cache=0)  # all rounds decode the same tokens
     add(
@@ -101,7 +105,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _check_memory(arguments: argparse.Namespace, package: Package) -> None:
     for option, given in (
-        ("--compare dense", arguments.compare is not None),
+        (f"--compare {arguments.compare}", arguments.compare is not None),
         ("--rom cold", arguments.rom == "cold"),
         ("--row-cache", arguments.row_cache > 0),
         ("--rom-delay-ms", arguments.rom_delay_ms > 0),
@@ -154,8 +158,12 @@ def _plan(arguments: argparse.Namespace, context: int) -> _core.Plan:
 
 
 def _measure(arguments: argparse.Namespace, package: Package, plan: _core.Plan) -> Report:
-    memories = (True, False) if plan.compare else (True,)
+    memories = (True, False) if arguments.compare == "dense" else (True,)
     engines = [package.engine(memory=memory) for memory in memories]
+    contenders = [package.contender(memory=memory) for memory in memories]
+    if arguments.compare == "ram":
+        engines.append(_core.with_rows_in_ram(engines[0]))
+        contenders.append(contenders[0].with_rows_in_ram())
     environment = describe(package, engines[0])
     profiled = [(memory, depth) for depth in plan.depths for memory in memories]
     units = plan.units + len(profiled) * arguments.parts
@@ -176,10 +184,10 @@ def _measure(arguments: argparse.Namespace, package: Package, plan: _core.Plan) 
         "tokens": plan.tokens,
         "repetitions": plan.repetitions,
         "turn": plan.turn,
+        "compare": arguments.compare,
         "synthetic_depth": plan.synthetic_depth,
         "rom": arguments.rom if package.has_memory else None,
         "rom_delay_ms": arguments.rom_delay_ms,
         "row_cache_mib": arguments.row_cache,
     }
-    contenders = [package.contender(memory=memory) for memory in memories]
     return make_report(contenders, plan, measurement, parts=parts, environment=environment, protocol=protocol)

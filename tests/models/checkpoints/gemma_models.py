@@ -8,6 +8,12 @@ from typing import Any
 import torch
 import transformers
 
+from meki import Engine
+from meki.models.checkpoints import open_checkpoint
+from meki.models.checkpoints.checkpoint import checkpoint_source
+from meki.models.package import export_package
+from meki.models.tokenizer import TokenizerSpec
+
 IDS = [2, 17, 299, 4, 4, 250, 31, 8, 100, 77, 3, 212, 90, 91, 92, 5, 5, 6, 7, 100, 2, 250]
 
 COMMON: dict[str, Any] = {
@@ -68,3 +74,11 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
     """Of IDS, [n, vocab], by a model of transformers or one of ours."""
     logits = model(torch.tensor([IDS]))
     return (logits if isinstance(logits, torch.Tensor) else logits.logits)[0]
+
+
+def export(source: Path, out: Path, tokenizer: TokenizerSpec) -> Engine:
+    """A package of the checkpoint, all in float32, in the engine."""
+    checkpoint = open_checkpoint(source, {})
+    options: dict[str, Any] = {"weights": "float32", "provenance": checkpoint.provenance}
+    export_package(checkpoint_source(checkpoint), tokenizer, out, name="p", rows="float32", **options)
+    return Engine(out, kv_type="float32", threads=1)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from meki.models.arguments import UsageError
 from meki.models.checkpoints import CheckpointError, open_checkpoint
 from meki.models.checkpoints.checkpoint import checkpoint_model
 from meki.models.memories.gemma_ple import GemmaPLEConfig
+from meki.models.tokenizer import TokenizerSpec
+from meki.models.train.base_model import open_base
 
-from .gemma_models import GEMMA4, TYPES4, logits_of, random_gemma, save_gemma
+from .gemma_models import GEMMA4, IDS, TYPES4, export, logits_of, random_gemma, save_gemma
 
 # Eight layers of 64 in float32, summed in another order: some 1e-6 of logits that reach about 10.
 TOLERANCE = 1e-4
@@ -65,8 +70,13 @@ def assert_same(folder: Path, model: torch.nn.Module, **overrides: Any) -> None:
     ],
     ids=str,
 )
-def test_logits_of_transformers(kind: str, overrides: dict[str, Any], tmp_path: Path) -> None:
-    assert_same(tmp_path, save_gemma(kind, tmp_path, **overrides))
+def test_logits_of_transformers(
+    kind: str, overrides: dict[str, Any], tokenizer_spec: TokenizerSpec, tmp_path: Path
+) -> None:
+    model = save_gemma(kind, tmp_path / "m", **overrides)
+    assert_same(tmp_path / "m", model)
+    package = export(tmp_path / "m", tmp_path / "p", tokenizer_spec)
+    np.testing.assert_allclose(package.logits(IDS), logits_of(model).numpy(), rtol=0, atol=TOLERANCE)
 
 
 def test_an_older_configuration(tmp_path: Path) -> None:
@@ -257,3 +267,17 @@ def test_settings_of_the_user(tmp_path: Path) -> None:
     assert TYPES4[0] == "sliding_attention" and GEMMA4["sliding_window"] == 5
     edit_config(tmp_path, sliding_window=4, final_logit_softcapping=None)
     assert_same(tmp_path, model, window=5, logit_softcap=30.0)
+
+
+def test_memories_are_not_added(tmp_path: Path) -> None:
+    """By training, or by a setting of the user."""
+    save_gemma("gemma3_text", tmp_path)
+    with pytest.raises(
+        CheckpointError, match="a decoder of kind gemma3 has no memory, got meki; correct it with --set"
+    ):
+        open_checkpoint(tmp_path, {"memory_dim": 16})
+    args = argparse.Namespace(base=tmp_path, rate=1e-3, base_rate=None, tokenizer=None)
+    with pytest.raises(
+        UsageError, match="is a decoder of kind gemma3; those of the Llama family can be given a memory"
+    ):
+        open_base(args, {"memory_dim": 16})

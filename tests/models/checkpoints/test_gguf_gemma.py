@@ -17,8 +17,9 @@ from gguf.quants import dequantize, quantize
 
 from meki.models.checkpoints import CheckpointError, open_checkpoint
 from meki.models.checkpoints.checkpoint import checkpoint_model, checkpoint_source
+from meki.models.tokenizer import TokenizerSpec
 
-from .gemma_models import logits_of, random_gemma
+from .gemma_models import IDS, export, logits_of, random_gemma
 from .gguf_models import write_file
 
 # Eight layers of 64 in float32, summed in another order: some 1e-6 of logits that reach about 10.
@@ -141,12 +142,20 @@ def write(
     ],
     ids=str,
 )
-def test_logits_of_transformers(kind: str, overrides: dict[str, Any], changes: dict[str, Any], tmp_path: Path) -> None:
+def test_logits_of_transformers(
+    kind: str,
+    overrides: dict[str, Any],
+    changes: dict[str, Any],
+    tokenizer_spec: TokenizerSpec,
+    tmp_path: Path,
+) -> None:
     model = random_gemma(f"{kind}_text", **overrides)
     path = write(tmp_path / "m.gguf", model, kind, changes)
     expected, ours = logits_of(model), logits_of(checkpoint_model(open_checkpoint(path, {})))
     assert expected.std() > 1
     torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE)
+    package = export(path, tmp_path / "p", tokenizer_spec)
+    np.testing.assert_allclose(package.logits(IDS), expected.numpy(), rtol=0, atol=TOLERANCE)
 
 
 def test_keys_and_values_of_layers_that_share_others(tmp_path: Path) -> None:

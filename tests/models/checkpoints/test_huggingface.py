@@ -353,8 +353,8 @@ def test_a_model_that_also_sees(tokenizer_spec: TokenizerSpec, tmp_path: Path, p
     with torch.no_grad():
         expected = model(torch.tensor([IDS])).logits[0].numpy()
     np.testing.assert_allclose(logits_of(package), expected, rtol=0, atol=TOLERANCE)
-    edit_config(folder, text_config={**config, "model_type": "gemma3_text"})
-    with pytest.raises(CheckpointError, match="model_type is 'gemma3_text'; supported are"):
+    edit_config(folder, text_config={**config, "model_type": "phi3"})
+    with pytest.raises(CheckpointError, match="model_type is 'phi3'; supported are"):
         open_checkpoint(folder, {})
 
 

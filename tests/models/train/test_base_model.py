@@ -260,7 +260,11 @@ def test_a_package_that_says_what_the_training_form_says_and_without_memory_what
         ([], "--freeze", "--base: are its weights to change? give --freeze, or --base-rate R"),
         (["meki-tiny"], "--base", "--freeze and --base-rate are for the model of --base; name one, or omit them"),
         (["--base", "absent"], "--base", "--base: absent: no such file or directory; expected a Hugging Face folder"),
-        ([], "--set", "--base: no memory is to be added; give the width of one (engram_dim, memory_dim, ple_dim)"),
+        (
+            [],
+            "--set",
+            "--base: no memory is to be added; give the width of one (engram_dim, per_layer_dim, memory_dim, ple_dim)",
+        ),
         (["--set", "ple_dim=16"], "", "a model has one memory; set all others to 0"),
         (["--set", "memory_projector=linear", "--set", "memory_experts=static"], "", "has no projector"),
         (["--rate", "0"], "", "--rate is 0, expected more"),
