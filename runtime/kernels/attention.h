@@ -62,8 +62,8 @@ struct AttentionArgs {
   const KeyOffsets* offsets = nullptr;   // of the keys; null: none
   size_t window = 0;                     // positions that a token sees, itself included; 0: all
   std::byte* cache = nullptr;            // the layer's
-  size_t cache_blocks = 0;  // that it has, [blocks, kv_heads]; position p is in block p / 64 modulo so many. All that the
-                            // tokens see has to be in it at once, with a window `window + tokens` positions
+  size_t cache_blocks = 0;  // that it has, [blocks, kv_heads]; position p is in block p / 64 modulo so many. All that
+                            // the tokens see has to be in it at once, with a window `window + tokens` positions
   float* out = nullptr;     // [tokens, heads * head_dim]
 };
 

@@ -20,7 +20,7 @@ using Json = Node::Json;
 constexpr size_t kMaxManifestBytes = 16 << 20;
 constexpr uint64_t kVersion = 6;
 constexpr uint64_t kOldestVersion = 5;  // which has no "kv_caches"
-constexpr int kMaxDepth = 64;  // of nested JSON values; the format needs 4
+constexpr int kMaxDepth = 64;           // of nested JSON values; the format needs 4
 
 constexpr uint64_t kMaxLayers = 65'535;
 constexpr uint64_t kMaxWidth = 1 << 20;
@@ -36,8 +36,8 @@ Architecture parse_architecture(const Node& node) {
   number("ffn", 1, kMaxWidth);  // of no use here, but a manifest without it is not one
   number("heads", 1, kMaxWidth);
   architecture.context = number("context", 1, INT32_MAX);
-  architecture.kv_caches.assign(
-      architecture.layers, {.kv_heads = number("kv_heads", 1, kMaxWidth), .head_dim = number("head_dim", 1, kMaxWidth)});
+  architecture.kv_caches.assign(architecture.layers, {.kv_heads = number("kv_heads", 1, kMaxWidth),
+                                                      .head_dim = number("head_dim", 1, kMaxWidth)});
   return architecture;
 }
 
