@@ -40,6 +40,7 @@ class Contender:
 
     def rewind(self) -> None:
         self._session.rewind(self._depth)
+        self._session.logits(self._depth)  # what a window does not have any more is computed again: not in a step
         self._session.reset_stats()
 
     def step(self, token: int) -> int:

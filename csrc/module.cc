@@ -329,7 +329,9 @@ void bind_engine(py::module_& m) {
            "the first pending one. ValueError for a position that is not pending.")
       .def(
           "rewind", [](GuardedSession& s, size_t length) { s.call(&Session::rewind, length); }, "length"_a,
-          "Keeps the first `length` tokens of the sequence.")
+          "Keeps the first `length` tokens of the sequence. Where a layer with a window does not reach back so far, "
+          "all\n"
+          "of them are pending.")
       .def(
           "snapshot", [](GuardedSession& s) { return s.call(&Session::snapshot); },
           "A copy of the computed tokens and their state; pending ones are not part of it.")

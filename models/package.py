@@ -27,7 +27,7 @@ from .tokenizer import TokenizerSpec, parse_tokenizer
 
 FORMAT = "meki-package"
 VERSION = 6
-_HEAD_DIM_MULTIPLE = 16  # of heads that the runtime's attention takes
+_HEAD_DIM_MULTIPLE, _MOST_HEAD_DIM = 16, 512  # of heads that the runtime's attention takes
 
 PhaseProgress = Callable[[str, int, int], object]
 """Called with (what is being written, done, in all)."""
@@ -47,10 +47,11 @@ def check_exportable(config: Architecture, weight_type: str) -> None:
     if weight_type not in WEIGHT_TYPES:
         raise ConfigError(f"weight type: got {weight_type!r}, expected one of {', '.join(WEIGHT_TYPES)}")
     for head_dim in config.head_dims:
-        if head_dim % _HEAD_DIM_MULTIPLE == 0:
+        if head_dim % _HEAD_DIM_MULTIPLE == 0 and head_dim <= _MOST_HEAD_DIM:
             continue
         raise ConfigError(
-            f"head_dim is {head_dim}: the runtime's attention needs a multiple of {_HEAD_DIM_MULTIPLE}; "
+            f"head_dim is {head_dim}: the runtime's attention needs a multiple of {_HEAD_DIM_MULTIPLE} up to "
+            f"{_MOST_HEAD_DIM}; "
             "such a model cannot be exported"
         )
     memory = {next(iter(config.memory.SETTINGS)): config.memory.dim} if config.memory else {}

@@ -113,7 +113,7 @@ def without_unknown_tokens(tokenizer: TokenizerSpec, vocab_size: int) -> Tokeniz
         kept = tuple(token for token in tokenizer.eos_token_ids if token not in ends)
         tokenizer = replace(tokenizer, eos_token_ids=kept)
     values = json.loads(tokenizer.json)
-    unknown = [token for token in values["added_tokens"] if token["special"] and token["id"] >= vocab_size]
+    unknown = [token for token in values.get("added_tokens", []) if token["special"] and token["id"] >= vocab_size]
     if unknown:
         names = ", ".join(token["content"] for token in unknown)
         warnings.warn(f"special tokens {names} are left out: the model has {vocab_size} tokens", stacklevel=2)
@@ -130,7 +130,7 @@ def with_visible_marks(tokenizer: TokenizerSpec) -> TokenizerSpec:
     """With text for the marks of an answer's parts, which as special tokens would have none: the parts would run into
     each other, and the chat template could not tell them apart in what it is given back."""
     values = json.loads(tokenizer.json)
-    marks = [token for token in values["added_tokens"] if token["special"] and token["content"] in _MARKS]
+    marks = [token for token in values.get("added_tokens", []) if token["special"] and token["content"] in _MARKS]
     if not marks:
         return tokenizer
     for token in marks:

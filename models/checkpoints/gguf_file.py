@@ -331,7 +331,7 @@ def _check_supported(file: GgufFile, architecture: str) -> None:
         "general.type": "model",
         f"{architecture}.expert_count": 0,
         f"{architecture}.attention.causal": True,
-        f"{architecture}.attention.scale": 0.0,  # that is, 1 / sqrt(head_dim)
+        f"{architecture}.attention.scale": 0.0,  # that is, the architecture's own
         f"{architecture}.rope.scaling.attn_factor": 1.0,
     }
     for key, value in expected.items():

@@ -5,6 +5,7 @@ Keys are those of the GGUF specification; what they leave open is as llama.cpp h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ def gemma_fields(file: GgufFile, architecture: str, overrides: Mapping[str, Any]
         check_setting(file.path, name, values[name])
     layers, heads = min(values.get("layers", 0), MOST_LAYERS), values.get("heads")
     if not values.get("window") and "context" in values:  # of one that sees all positions in every layer
-        values |= {"window": values["context"], "full_layers": tuple(range(layers))}
+        values = {"full_layers": tuple(range(layers)), **values, "window": values["context"]}
     own = _gemma4_fields(file, layers) if architecture == "gemma4" else _gemma3_fields(file, layers, values)
     return {
         "vocab_size": next(iter(file.shapes.get("token_embd.weight", ())), None),
@@ -70,12 +71,13 @@ def _check_supported(file: GgufFile) -> None:
 
 def _gemma3_fields(file: GgufFile, layers: int, values: Mapping[str, Any]) -> dict[str, Any]:
     heads, hidden = values.get("heads"), values.get("hidden")
+    is_27b = file.number("gemma3.block_count") == _LAYERS_27B
     head_dim = values.get("head_dim") or file.number("gemma3.attention.key_length")
     _check_same(file, "head_dim", head_dim, "gemma3.attention.value_length", "gemma3.rope.dimension_count")
     return {
         "ffn": file.number("gemma3.feed_forward_length"),
         "head_dim": head_dim,
-        "query_scalar": hidden // heads if layers == _LAYERS_27B and hidden and heads else head_dim,
+        "query_scalar": hidden // heads if is_27b and hidden and heads else head_dim,
         "rope_factor": file.rope_factor("gemma3"),  # of full layers alone
     }
 
@@ -152,7 +154,8 @@ def _rotary_part(file: GgufFile, head_dim: int | None) -> float | None:
             f"{file.path}: {ROPE_FACTORS} has other factors than 1 for the first pairs and 1e30 for the rest, which is "
             "not supported"
         )
-    return turning / pairs
+    part = turning / pairs
+    return part if int(part * pairs) == turning else math.nextafter(part, 1)  # the configuration takes whole pairs
 
 
 def _check_same(file: GgufFile, name: str, expected: Any, *keys: str) -> None:

@@ -283,7 +283,8 @@ class Gated(Lazy):
 
 
 class PackedGraph(CpuGraph):
-    """A graph with packed matrices. The operators that take them compute the norm or SwiGLU before, too."""
+    """A graph with packed matrices. The operators that take them compute what stands before them, a norm or a gate, and
+    behind them, a norm or a residual, too."""
 
     def swiglu(self, x: Value, name: str) -> Value:
         return Gated(x, name, "swiglu")
@@ -312,7 +313,10 @@ class PackedGraph(CpuGraph):
                 return self.use(super().swiglu(x, name) if kind == "swiglu" else super().geglu(x, name))
         return super().compute(value)
 
-    def fused(self, kind: str, inputs: Sequence[Value | Matrix], output: str, **attributes: int) -> Value:
+    def fused(self, kind: str, inputs: Sequence[Value | Matrix], output: str, **attributes: int) -> Value | None:
+        weights = [f"{value.name}.weight" for value in inputs if isinstance(value, Matrix)]
+        if not all(self.store.is_packed([weight]) and self.store.order([weight]) is None for weight in weights):
+            return None  # which the operator does not take
         passed: list[Value] = []
         for value in inputs:
             match value:

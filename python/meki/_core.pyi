@@ -267,7 +267,8 @@ class Session:
         """
     def rewind(self, length: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
-        Keeps the first `length` tokens of the sequence.
+        Keeps the first `length` tokens of the sequence. Where a layer with a window does not reach back so far, all
+        of them are pending.
         """
     def snapshot(self) -> Snapshot:
         """

@@ -324,7 +324,8 @@ class Session:
 
     def rewind(self, length: int) -> None:
         """Keeps the first `length` tokens of the sequence, and what is computed of them; ends an earlier stream of this
-        session. ValueError if there are fewer."""
+        session. A layer with a window may not reach back so far: then all is computed again when it is needed.
+        ValueError if there are fewer."""
         self._core.rewind(check_integer("length", length, len(self._core.tokens)))
         self._begin()
 

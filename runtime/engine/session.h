@@ -74,7 +74,8 @@ class Session {
   // Throws std::invalid_argument unless tokens[first] is pending, or first is tokens().size(): then there are none.
   void logits(size_t first, float* out, const Poll& poll = {});
 
-  // Keeps the first `length` tokens. Throws std::invalid_argument if there are fewer.
+  // Keeps the first `length` tokens; where the state does not reach back to there (SequenceState::truncate), more than
+  // these are pending. Throws std::invalid_argument if there are fewer.
   void rewind(size_t length);
   // A copy of the computed tokens and their state; pending ones are not part of it.
   Snapshot snapshot() const;

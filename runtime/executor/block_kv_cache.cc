@@ -66,14 +66,14 @@ void BlockKvCache::truncate(size_t length) {
 template <class Piece>
 void BlockKvCache::for_blocks(size_t length, Piece piece) const {
   for (const Layer& layer : layers_) {
-    for (size_t block = layer.first_seen(length) / kBlock; block < blocks_of(length); ++block) piece(layer, block);
+    for (size_t block = layer.first_kept(length); block < blocks_of(length); ++block) piece(layer, block);
   }
 }
 
 size_t BlockKvCache::snapshot_bytes(size_t tokens) const {
   size_t bytes = 0;
   for (const Layer& layer : layers_) {
-    bytes += (blocks_of(tokens) - layer.first_seen(tokens) / kBlock) * layer.block_bytes();
+    bytes += (blocks_of(tokens) - layer.first_kept(tokens)) * layer.block_bytes();
   }
   return bytes;
 }
@@ -92,7 +92,7 @@ void BlockKvCache::copy_to(std::byte* snapshot) const {
 
 void BlockKvCache::restore(std::span<const std::byte> snapshot, size_t length) {
   const bool fits = std::all_of(layers_.begin(), layers_.end(), [length](const Layer& layer) {
-    return blocks_of(length) - layer.first_seen(length) / kBlock <= layer.blocks;
+    return blocks_of(length) - layer.first_kept(length) <= layer.blocks;
   });
   if (!fits || snapshot.size() != snapshot_bytes(length)) {
     throw bad_snapshot(snapshot.size(), snapshot_bytes(length), length);
@@ -102,7 +102,7 @@ void BlockKvCache::restore(std::span<const std::byte> snapshot, size_t length) {
     std::copy_n(from, layer.block_bytes(), at(layer, block));
     from += layer.block_bytes();
   });
-  for (Layer& layer : layers_) layer.first = layer.first_seen(length) / kBlock * kBlock;
+  for (Layer& layer : layers_) layer.first = layer.first_kept(length) * kBlock;
   length_ = length;
 }
 

@@ -26,7 +26,7 @@ class BlockKvCache final : public SequenceState {
   void append(size_t tokens) override { length_ += tokens; }
   // To 0 where a ring does not have any more what the next token sees.
   void truncate(size_t length) override;
-  // Of a ring, what the next token sees.
+  // Of a ring, what the last token and the next one see.
   std::vector<std::byte> snapshot() const override;
   // Of a state of `tokens` tokens.
   size_t snapshot_bytes(size_t tokens) const;
@@ -51,6 +51,8 @@ class BlockKvCache final : public SequenceState {
 
     // The first position that the token at `position` sees.
     size_t first_seen(size_t position) const;
+    // The first block of a snapshot of `length` tokens, from which the last of them can be computed again.
+    size_t first_kept(size_t length) const { return first_seen(length > 0 ? length - 1 : 0) / KvLayout::kBlock; }
     size_t block_bytes() const { return layout.kv_heads * layout.block_bytes(); }
   };
   // Calls piece(layer, block) for every block of a snapshot of `length` tokens, in its order.

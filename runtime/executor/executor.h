@@ -33,7 +33,8 @@ class Executor {
   // model. Throws PackageError.
   virtual void prepare(const Prefetcher* rows) = 0;
   // Runs a step; afterwards the state has its tokens. Rows are waited for just before the first stage that takes some;
-  // returns the nanoseconds of it. Throws PackageError; the state is then as before.
+  // returns the nanoseconds of it. Throws PackageError; the state is then as before,
+  // but that it may reach less far back.
   virtual uint64_t run(const Step& step) = 0;
   // Of the last token of the last step, float32 [vocab_size].
   std::span<const float> last_logits() const { return {logits_.as<float>(), logits_.size() / sizeof(float)}; }

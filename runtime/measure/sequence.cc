@@ -60,6 +60,7 @@ Block PrefillSequence::run() {
 DecodeSequence::DecodeSequence(const std::shared_ptr<const Engine>& engine, size_t depth, size_t steps, bool synthetic,
                                StepHooks hooks)
     : hooks_(std::move(hooks)),
+      synthetic_(synthetic),
       base_(std::max<size_t>(depth, 1) - 1),
       starts_(random_ids(*engine, kStarts)),
       session_(engine, {.context = decode_context(depth, steps)}) {
@@ -96,6 +97,10 @@ void DecodeSequence::step(bool counted) {
 void DecodeSequence::begin() {
   for (size_t tries = 0; tries < kStarts; ++tries) {
     session_.rewind(base_);
+    if (synthetic_ && session_.pending() > 0) {  // a ring does not reach back so far: filled again, not computed
+      session_.rewind(0);
+      session_.fill_synthetic(base_);
+    }
     session_.append(std::span(starts_).subspan(next_start_++ % kStarts, 1));
     session_.start(kGreedy, 0);
     hooks_.before_step();

@@ -76,6 +76,7 @@ class DecodeSequence {
   void begin();
 
   const StepHooks hooks_;
+  const bool synthetic_;
   const size_t base_;  // tokens below the last one of the depth, from which a generation starts
   const std::vector<int64_t> starts_;
   Session session_;

@@ -16,7 +16,7 @@ struct KvCacheInfo {
   uint32_t kv_heads = 0;
   uint32_t head_dim = 0;
   uint32_t window = 0;               // positions that a token sees, itself included; 0: all
-  std::optional<uint32_t> shared{};  // the earlier layer whose cache it is; none: its own
+  std::optional<uint32_t> shared{};  // the earlier layer whose cache it is, whose shape the rest is; none: its own
 };
 
 // The shape of the decoder; the fields of "architecture" that the runtime needs, and "kv_caches".

@@ -250,6 +250,19 @@ TEST_CASE("KV cache: a snapshot of a ring has what the next token sees, for a ri
   }
 }
 
+TEST_CASE("KV cache: after a snapshot the last token can be computed again, whatever the length") {
+  for (size_t length = 90; length < 240; ++length) {
+    CAPTURE(length);
+    Ring from;
+    from.grow(length);
+    Ring to;
+    to.cache.restore(from.cache.snapshot(), length);
+    to.cache.truncate(length - 1);
+    CHECK(to.cache.length() == length - 1);
+    CHECK(to.sees_window());
+  }
+}
+
 TEST_CASE("dynamic state: memory that nobody has, or that no 64 bits count, is an error that says what it is for") {
   constexpr size_t kHuge = size_t{1} << 50;
   const std::pair<size_t, size_t> cases[] = {{kHuge, 1}, {kHuge, kHuge}, {std::numeric_limits<size_t>::max(), 2}};

@@ -15,8 +15,10 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 
+from meki import Engine
 from meki.models.checkpoints import CheckpointError, open_checkpoint
 from meki.models.checkpoints.checkpoint import checkpoint_model, checkpoint_source
+from meki.models.package import export_package
 from meki.models.tokenizer import TokenizerSpec
 
 from .gemma_models import IDS, export, logits_of, random_gemma
@@ -199,6 +201,25 @@ def test_matrices_keep_their_bits(kind: str, tmp_path: Path) -> None:
         rows = np.concatenate(list(source.row_blocks()), axis=1)
         table = stored("per_layer_token_embd.weight", Type.Q4_0)
         np.testing.assert_array_equal(rows.transpose(1, 0, 2).reshape(table.shape), table)
+
+
+@pytest.mark.parametrize(
+    "quantised", [("attn_q", "ffn_down"), ("attn_q", "ffn_down", "inp_gate"), ("inp_gate", "proj")]
+)
+def test_a_mixture_of_types_runs(quantised: tuple[str, ...], tokenizer_spec: TokenizerSpec, tmp_path: Path) -> None:
+    """The small matrices of the per-layer embedding may be floats, both or one, where others are quantised."""
+    wide = {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 300}
+    types = {f"blk.{n}.{name}.weight": Type.Q8_0 for n in range(8) for name in quantised}
+    model = random_gemma("gemma4_text", **wide)
+    path = write(tmp_path / "m.gguf", model, "gemma4", types=types)
+    checkpoint = open_checkpoint(path, {})
+    export_package(
+        checkpoint_source(checkpoint), tokenizer_spec, tmp_path / "p", name="p", weights="source", provenance={}
+    )
+    expected = logits_of(checkpoint_model(checkpoint))
+    got = Engine(tmp_path / "p", kv_type="float32").logits(IDS)
+    # Inputs of products are rounded to 8 bits: some 0.4% each.
+    assert np.sqrt(np.mean((got - expected.numpy().reshape(got.shape)) ** 2)) < 0.1 * expected.numpy().std()
 
 
 FACTORS = "rope_freqs.weight"

@@ -29,6 +29,8 @@ class Rotary {
       sin_ = static_cast<const float*>(sin.data);
       positions_ = static_cast<size_t>(cos.shape.sizes[0]);
       half_ = static_cast<size_t>(cos.shape.sizes[1]);
+      const auto stated = static_cast<size_t>(node.choice("head_dim", INT32_MAX));
+      require(stated == 0 || stated == head_dim(), "head_dim is another than that of the rotary tables");
       return;
     }
     const size_t head_dim = node.positive("head_dim");
@@ -103,6 +105,7 @@ class AttentionKernel final : public Kernel {
         layout_(kv_type, kv_heads_, rotary_.head_dim()),
         scale_(node.number("scale", 1 / std::sqrt(static_cast<float>(layout_.head_dim)))) {
     require(heads_ % kv_heads_ == 0, "heads is not a multiple of kv_heads");
+    require(node.outputs() == (shared_ ? 1 : 2), "the cache is an output unless it is shared");
     const bool norms = node.has_input(5);
     require(node.has_input(6) == (norms && !shared_),
             "q_norm_weight and k_norm_weight come together or not at all, with `shared` the first alone");
@@ -138,7 +141,7 @@ class AttentionKernel final : public Kernel {
     // All blocks from the first that is seen to the last that is written.
     const size_t first = window_ == 0 || past < window_ ? 0 : past + 1 - window_;
     require((length + KvLayout::kBlock - 1) / KvLayout::kBlock - first / KvLayout::kBlock <= cache_blocks,
-            "the sequence is longer than the KV cache");
+            "the sequence is longer than the KV cache, or the window is another than the manifest's");
     const auto* const cache = call.input<std::byte>(1);
     require(shared_ || call.output<std::byte>(1, blocks) == cache, "past and present are not the same memory");
     thread_local Scratch scratch;

@@ -176,6 +176,11 @@ class Definition {
     api_.check(api_.KernelInfo_GetInputName(info_, index, nullptr, &size));
     return size > 1;
   }
+  size_t outputs() const {
+    size_t count = 0;
+    api_.check(api_.KernelInfo_GetOutputCount(info_, &count));
+    return count;
+  }
   Constant constant(size_t index) const {
     int is_constant = 0;
     const ort::Value* value = nullptr;
