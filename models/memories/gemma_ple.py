@@ -14,13 +14,14 @@ import numpy as np
 from ..blocks import Floats
 from ..config import WIDTH, ConfigError, integer
 from ..graph.primitives import Columns, Matrix, Primitives, Value, Vector
-from .base import GELU_TANH, Memory, Read, fusion
+from .base import GELU_TANH, Read, fusion
+from .ple import TokenTable
 
 _PROJECTION, _NORM = "per_layer_model_projection", "per_layer_projection_norm"
 
 
 @dataclass(frozen=True)
-class GemmaPLEConfig(Memory):
+class GemmaPLEConfig(TokenTable):
     """p: width of a row, d: hidden, E: the word embedding, T: the table, whose rows the ROM has as they are.
 
     context  c = RMSNorm_p(W_model E[id])                   a p of it for each layer
@@ -28,32 +29,18 @@ class GemmaPLEConfig(Memory):
     output   y = RMSNorm_d(W_out (gelu_tanh(W_gate x) * i))     x: the residual stream behind the FFN
     """
 
-    vocab_size: int = 0
-    """Of the table, whose first row serves all tokens beyond it; 0: the model's."""
-
     kind = "gemma_ple"
     SETTINGS: ClassVar = {"per_layer_dim": "dim", "per_layer_vocab_size": "vocab_size"}
     RULES: ClassVar = {"per_layer_dim": integer(0, WIDTH), "per_layer_vocab_size": integer(0, 2**31 - 1)}
     RESIDUAL = ("post_per_layer_input_norm.weight",)
     JOINT_TABLE = "embed_tokens_per_layer.weight"
 
-    def entries(self, config: Any) -> int:
-        return self.vocab_size or super().entries(config)
-
-    def address(self, config: Any) -> dict[str, Any]:
-        """With `vocab_size` only if it is not the model's."""
-        entries = self.entries(config)
-        return {"kind": "token"} | ({"vocab_size": entries} if entries != config.vocab_size else {})
-
     def check(self, config: Any) -> None:
         if config.kind != "gemma4":
             raise ConfigError(
                 f"per_layer_dim is {self.dim}, which decoders of kind gemma4 alone have, not {config.kind}"
             )
-        if self.vocab_size > config.vocab_size:
-            raise ConfigError(
-                f"per_layer_vocab_size is {self.vocab_size}, the model has {config.vocab_size} tokens; give fewer"
-            )
+        super().check(config)
 
     def module(self, config: Any, layer: int) -> None:
         """None: what a layer has of it is the decoder's."""

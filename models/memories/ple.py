@@ -59,11 +59,29 @@ class PLE(MemoryLayer):
 
 
 @dataclass(frozen=True)
-class PLEConfig(Memory):
-    """A per-layer embedding behind every FFN."""
+class TokenTable(Memory):
+    """A memory whose table may have fewer rows than the model has tokens; its settings are `dim` and `vocab_size`."""
 
     vocab_size: int = 0
     """Of the table, whose first row serves all tokens beyond it; 0: the model's."""
+
+    def entries(self, config: Any) -> int:
+        return self.vocab_size or super().entries(config)
+
+    def address(self, config: Any) -> dict[str, Any]:
+        """With `vocab_size` only if it is not the model's."""
+        entries = self.entries(config)
+        return {"kind": "token"} | ({"vocab_size": entries} if entries != config.vocab_size else {})
+
+    def check(self, config: Any) -> None:
+        if self.vocab_size > config.vocab_size:
+            _, setting = self.SETTINGS
+            raise ConfigError(f"{setting} is {self.vocab_size}, the model has {config.vocab_size} tokens; give fewer")
+
+
+@dataclass(frozen=True)
+class PLEConfig(TokenTable):
+    """A per-layer embedding behind every FFN."""
 
     kind = "ple"
     SETTINGS: ClassVar = {"ple_dim": "dim", "ple_vocab_size": "vocab_size"}
@@ -76,20 +94,6 @@ class PLEConfig(Memory):
         "post_norm.weight",
     )
     RESIDUAL = ("ple.post_norm.weight",)
-
-    def entries(self, config: Any) -> int:
-        return self.vocab_size or super().entries(config)
-
-    def address(self, config: Any) -> dict[str, Any]:
-        """With `vocab_size` only if it is not the model's."""
-        entries = self.entries(config)
-        return {"kind": "token"} | ({"vocab_size": entries} if entries != config.vocab_size else {})
-
-    def check(self, config: Any) -> None:
-        if self.vocab_size > config.vocab_size:
-            raise ConfigError(
-                f"ple_vocab_size is {self.vocab_size}, the model has {config.vocab_size} tokens; give fewer"
-            )
 
     def module(self, config: Any, layer: int) -> PLE:
         return PLE(self.entries(config), config.hidden, self.dim, config.norm_eps)

@@ -44,10 +44,6 @@ BlockKvCache::BlockKvCache(KvType type, std::span<const KvCacheInfo> caches, siz
   if (huge) memory_.prefer_huge_pages();
 }
 
-size_t BlockKvCache::Layer::first_seen(size_t position) const {
-  return window == 0 || position < window ? 0 : position + 1 - window;
-}
-
 void BlockKvCache::begin(size_t tokens) {
   const size_t end = blocks_of(length_ + tokens);
   for (Layer& layer : layers_) {
@@ -56,8 +52,9 @@ void BlockKvCache::begin(size_t tokens) {
 }
 
 void BlockKvCache::truncate(size_t length) {
-  const bool kept = std::all_of(layers_.begin(), layers_.end(),
-                                [length](const Layer& layer) { return layer.first <= layer.first_seen(length); });
+  const bool kept = std::all_of(layers_.begin(), layers_.end(), [length](const Layer& layer) {
+    return layer.first <= first_seen(length, layer.window);
+  });
   length_ = kept ? length : 0;
   if (length_ > 0) return;
   for (Layer& layer : layers_) layer.first = 0;

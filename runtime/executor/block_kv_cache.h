@@ -49,10 +49,10 @@ class BlockKvCache final : public SequenceState {
     size_t offset = 0;  // in memory_
     size_t first = 0;   // the oldest position that it has
 
-    // The first position that the token at `position` sees.
-    size_t first_seen(size_t position) const;
     // The first block of a snapshot of `length` tokens, from which the last of them can be computed again.
-    size_t first_kept(size_t length) const { return first_seen(length > 0 ? length - 1 : 0) / KvLayout::kBlock; }
+    size_t first_kept(size_t length) const {
+      return first_seen(length > 0 ? length - 1 : 0, window) / KvLayout::kBlock;
+    }
     size_t block_bytes() const { return layout.kv_heads * layout.block_bytes(); }
   };
   // Calls piece(layer, block) for every block of a snapshot of `length` tokens, in its order.

@@ -17,11 +17,6 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
-// The first position that the token at `position` sees.
-size_t first_seen(size_t position, size_t window) {
-  return window == 0 || position < window ? 0 : position + 1 - window;
-}
-
 // How the work is cut into pieces of work. A row is one query head of one token; the rows of a kv head are ordered by
 // token, then head. A piece is a tile of rows of one kv head against one range of cache blocks.
 struct Partition {

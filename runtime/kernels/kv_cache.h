@@ -51,6 +51,11 @@ struct KvLayout {
   }
 };
 
+// The first position that the token at `position` sees. window: how many it sees, itself included; 0: all.
+constexpr size_t first_seen(size_t position, size_t window) {
+  return window == 0 || position < window ? 0 : position + 1 - window;
+}
+
 // Stores one head's key and value (each float32 [head_dim]) as position `slot` (0 to 63) of `block`.
 void append(const KvLayout& layout, std::byte* block, size_t slot, const float* key, const float* value);
 

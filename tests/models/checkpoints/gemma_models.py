@@ -13,16 +13,12 @@ from meki.models.checkpoints import open_checkpoint
 from meki.models.checkpoints.checkpoint import checkpoint_source
 from meki.models.package import export_package
 from meki.models.tokenizer import TokenizerSpec
+from tests.engine.gemma_models import SHAPE
 
 IDS = [2, 17, 299, 4, 4, 250, 31, 8, 100, 77, 3, 212, 90, 91, 92, 5, 5, 6, 7, 100, 2, 250]
 
 COMMON: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
+    **SHAPE,
     "max_position_embeddings": 128,
     "sliding_window": 5,
     "initializer_range": 0.2,  # so that logits differ far beyond rounding

@@ -139,7 +139,7 @@ class AttentionKernel final : public Kernel {
     const auto cache_blocks = static_cast<size_t>(blocks.sizes[0]);
     const size_t past = length - tokens;
     // All blocks from the first that is seen to the last that is written.
-    const size_t first = window_ == 0 || past < window_ ? 0 : past + 1 - window_;
+    const size_t first = first_seen(past, window_);
     require((length + KvLayout::kBlock - 1) / KvLayout::kBlock - first / KvLayout::kBlock <= cache_blocks,
             "the sequence is longer than the KV cache, or the window is another than the manifest's");
     const auto* const cache = call.input<std::byte>(1);
