@@ -27,12 +27,12 @@ BlockKvCache::BlockKvCache(KvType type, std::span<const KvCacheInfo> caches, siz
       continue;
     }
     index_.push_back(layers_.size());
-    const size_t ring = blocks_of(its.window + chunk + kSlack) + 1;  // neither end need be a block's
-    const size_t blocks = its.window > 0 ? std::min(ring, blocks_of(context)) : blocks_of(context);
+    const size_t ring = its.window + chunk + kSlack + kBlock;  // neither end need be a block's
+    const size_t blocks = KvLayout::blocks_for(its.window > 0 ? std::min(ring, context) : context);
     layers_.push_back({KvLayout(type, its.kv_heads, its.head_dim), its.window, blocks, 1});
     // At most 2^20 kv heads, 2^25 blocks and 2^18 bytes a block: no overflow here, but perhaps in the sum.
     Layer& layer = layers_.back();
-    const size_t size = blocks * layer.block_bytes();
+    const size_t size = blocks * layer.layout.kv_heads * layer.layout.block_bytes();
     if (size >= 4 * kHugePage) {  // else the part-filled pages would outweigh the rest
       huge = true;
       if (bytes) bytes = checked_round_up(*bytes, kHugePage);
@@ -63,14 +63,19 @@ void BlockKvCache::truncate(size_t length) {
 template <class Piece>
 void BlockKvCache::for_blocks(size_t length, Piece piece) const {
   for (const Layer& layer : layers_) {
-    for (size_t block = layer.first_kept(length); block < blocks_of(length); ++block) piece(layer, block);
+    for (size_t block = layer.first_kept(length); block < blocks_of(length); ++block) {
+      for (size_t head = 0; head < layer.layout.kv_heads; ++head) {
+        piece(at(layer, head, block * kBlock), layer.layout.block_bytes());
+      }
+    }
   }
 }
 
 size_t BlockKvCache::snapshot_bytes(size_t tokens) const {
   size_t bytes = 0;
   for (const Layer& layer : layers_) {
-    bytes += (blocks_of(tokens) - layer.first_kept(tokens)) * layer.block_bytes();
+    const size_t blocks = blocks_of(tokens) - layer.first_kept(tokens);
+    bytes += blocks * layer.layout.kv_heads * layer.layout.block_bytes();
   }
   return bytes;
 }
@@ -82,9 +87,8 @@ std::vector<std::byte> BlockKvCache::snapshot() const {
 }
 
 void BlockKvCache::copy_to(std::byte* snapshot) const {
-  for_blocks(length_, [this, &snapshot](const Layer& layer, size_t block) {
-    snapshot = std::copy_n(at(layer, block), layer.block_bytes(), snapshot);
-  });
+  for_blocks(length_,
+             [&snapshot](const std::byte* block, size_t bytes) { snapshot = std::copy_n(block, bytes, snapshot); });
 }
 
 void BlockKvCache::restore(std::span<const std::byte> snapshot, size_t length) {
@@ -95,9 +99,9 @@ void BlockKvCache::restore(std::span<const std::byte> snapshot, size_t length) {
     throw bad_snapshot(snapshot.size(), snapshot_bytes(length), length);
   }
   const std::byte* from = snapshot.data();
-  for_blocks(length, [this, &from](const Layer& layer, size_t block) {
-    std::copy_n(from, layer.block_bytes(), at(layer, block));
-    from += layer.block_bytes();
+  for_blocks(length, [&from](std::byte* block, size_t bytes) {
+    std::copy_n(from, bytes, block);
+    from += bytes;
   });
   for (Layer& layer : layers_) layer.first = layer.first_kept(length) * kBlock;
   length_ = length;
@@ -121,8 +125,7 @@ void BlockKvCache::append_noise(size_t tokens) {
   for (const Layer& layer : layers_) {
     for (size_t position = std::max(length_, layer.first); position < length_ + tokens; ++position) {
       for (size_t head = 0; head < layer.layout.kv_heads; ++head) {
-        std::byte* const block = at(layer, position / kBlock) + layer.layout.block_offset(head, 0);
-        meki::append(layer.layout, block, position % kBlock, row(), row());
+        meki::append(layer.layout, at(layer, head, position), position % kBlock, row(), row());
       }
     }
   }
@@ -135,7 +138,7 @@ Tensor BlockKvCache::tensor(const std::string& name, size_t index) const {
           ElementType::uint8,
           {static_cast<int64_t>(layer.blocks), static_cast<int64_t>(layer.layout.kv_heads),
            static_cast<int64_t>(layer.layout.block_bytes())},
-          at(layer, 0)};
+          at(layer, 0, 0)};
 }
 
 }  // namespace meki

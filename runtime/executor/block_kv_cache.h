@@ -44,7 +44,7 @@ class BlockKvCache final : public SequenceState {
   struct Layer {
     KvLayout layout;
     size_t window;      // 0: all positions
-    size_t blocks;      // that it has room for
+    size_t blocks;      // that it has room for: whole runs
     size_t readers;     // layers that see it
     size_t offset = 0;  // in memory_
     size_t first = 0;   // the oldest position that it has
@@ -53,13 +53,14 @@ class BlockKvCache final : public SequenceState {
     size_t first_kept(size_t length) const {
       return first_seen(length > 0 ? length - 1 : 0, window) / KvLayout::kBlock;
     }
-    size_t block_bytes() const { return layout.kv_heads * layout.block_bytes(); }
   };
-  // Calls piece(layer, block) for every block of a snapshot of `length` tokens, in its order.
+  // Calls piece(block, bytes) for every block of a snapshot of `length` tokens, in its order.
   template <class Piece>
   void for_blocks(size_t length, Piece piece) const;
-  std::byte* at(const Layer& layer, size_t block) const {
-    return memory_.data() + layer.offset + block % layer.blocks * layer.block_bytes();
+  // The block of a kv head that has a position.
+  std::byte* at(const Layer& layer, size_t head, size_t position) const {
+    const size_t within = position % (layer.blocks * KvLayout::kBlock);
+    return memory_.data() + layer.offset + layer.layout.block_offset(head, within);
   }
 
   std::vector<size_t> index_;  // of each layer of the model, in layers_

@@ -17,16 +17,42 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
-// How the work is cut into pieces of work. A row is one query head of one token; the rows of a kv head are ordered by
-// token, then head. A piece is a tile of rows of one kv head against one range of cache blocks.
+// The ranges of blocks that a sequence is cut into, whatever its length: of `step` blocks each, without a window twice as
+// long after every 8, so that a long sequence has few of them and each of these is a small part of it.
+class Ranges {
+ public:
+  Ranges(size_t step, size_t window) : step_(step), grow_(window == 0) {}
+
+  // The range that has `block`.
+  size_t index(size_t block) const {
+    if (!grow_) return block / step_;
+    size_t doubled = 0;
+    while (block >= start(8 * (doubled + 1))) ++doubled;
+    return 8 * doubled + (block - start(8 * doubled)) / (step_ << doubled);
+  }
+  // Its first block.
+  size_t start(size_t index) const {
+    if (!grow_) return index * step_;
+    const size_t doubled = index / 8;
+    return (8 * ((size_t{1} << doubled) - 1) + (index % 8 << doubled)) * step_;
+  }
+
+ private:
+  size_t step_;
+  bool grow_;
+};
+
+// How the work is cut into pieces. A row is one query head of one token; the rows of a kv head are ordered by token,
+// then head. A tile of rows goes through the ranges of blocks that it sees: in one piece, or in a piece for each range.
 struct Partition {
   size_t group;  // query heads of a kv head
   size_t rows;   // of one kv head
   size_t tile_rows;
-  size_t tiles;         // of one kv head
-  size_t first_block;   // that is seen
-  size_t splits;        // ranges of cache blocks
-  size_t split_blocks;  // in one range
+  size_t tiles;  // of one kv head
+  Ranges ranges;
+  size_t first_range;  // that is seen
+  size_t range_count;
+  bool split;  // each range is a piece
   bool integer;
 
   Partition(const KvLayout& layout, const AttentionArgs& args)
@@ -34,29 +60,52 @@ struct Partition {
         rows(args.tokens * group),
         tile_rows(std::min(rows, kTileRows)),
         tiles(divide_up(rows, tile_rows)),
-        first_block(first_seen(args.past, args.window) / kBlock),
-        integer(layout.type == KvType::int8 || layout.type == KvType::int4) {
-    // Enough for any number of threads, and the same for all: sums of other pieces would be other sums.
-    constexpr size_t kPieces = 64;
-    const size_t blocks = divide_up(args.past + args.tokens, kBlock) - first_block;
-    const size_t wanted = divide_up(kPieces, tiles * layout.kv_heads);
-    split_blocks = std::max<size_t>(2, divide_up(blocks, wanted));
-    splits = divide_up(blocks, split_blocks);
-  }
+        // With few heads there are more ranges, for as many pieces.
+        ranges(std::clamp<size_t>(layout.kv_heads, 2, KvLayout::kRun), args.window),
+        first_range(ranges.index(first_seen(args.past, args.window) / kBlock)),
+        range_count(ranges.index((args.past + args.tokens - 1) / kBlock) + 1 - first_range),
+        split(range_count > 1 && tiles * layout.kv_heads < kPieces),
+        integer(layout.type == KvType::int8 || layout.type == KvType::int4) {}
+
+  static constexpr size_t kPieces = 64;  // enough for any number of threads
 };
 
-// What a piece leaves behind for one row when there are several splits: the running maximum, sum and output.
-struct Partial {
-  float* maxima;   // [kv_heads, rows, splits]
-  float* sums;     // [kv_heads, rows, splits]
-  float* outputs;  // [kv_heads, rows, splits, head_dim]
+// The online softmax of `rows` rows over a part of the sequence. Passive data.
+struct Sums {
+  float* maxima;   // [rows]
+  float* sums;     // [rows]
+  float* outputs;  // [rows, head_dim]
+
+  void clear(size_t rows, size_t head_dim) const {
+    std::fill_n(maxima, rows, kMinusInfinity);
+    std::fill_n(sums, rows, 0.0F);
+    std::fill_n(outputs, rows * head_dim, 0.0F);
+  }
+  Sums from(size_t row, size_t head_dim) const { return {maxima + row, sums + row, outputs + row * head_dim}; }
+
+  // Adds what the next part of the sequence has for each row.
+  void add(const Sums& next, size_t rows, size_t head_dim) const {
+    for (size_t row = 0; row < rows; ++row) {
+      const float largest = std::max(maxima[row], next.maxima[row]);
+      // A part in which nothing is seen has weight 0; its sum may be NaN.
+      const auto weight = [largest](float maximum) {
+        return maximum == kMinusInfinity ? 0 : std::exp(maximum - largest);
+      };
+      const float kept = weight(maxima[row]);
+      const float added = weight(next.maxima[row]);
+      maxima[row] = largest;
+      sums[row] = kept * sums[row] + added * next.sums[row];
+      float* const output = outputs + row * head_dim;
+      const float* const others = next.outputs + row * head_dim;
+      for (size_t e = 0; e < head_dim; ++e) output[e] = kept * output[e] + added * others[e];
+    }
+  }
 };
 
 // The queries of all kv heads, as struct Queries has them.
 struct Prepared {
   float* values;
-  int8_t* high;
-  int8_t* low;
+  int8_t* codes;
   float* scales;
   int32_t* sums;
   float* offsets;  // [kv_heads, rows, 2 * KeyOffsets::pairs()], of KeyOffsets::prepare
@@ -95,21 +144,17 @@ void hadamard(float* values, size_t size) {
   for (size_t i = 0; i < size; ++i) values[i] *= norm;
 }
 
-// A query in 15 bits: scale * (128 * high + low).
+// A query in 8 bits.
 void quantize_query(const float* query, size_t head_dim, const Prepared& out, size_t row) {
-  constexpr float kLargest = 127 * 128;
   const float largest = largest_magnitude(query, head_dim);
-  const float inverse = quantizer(kLargest, largest);
-  out.scales[row] = largest / kLargest;
-  int8_t* const high = out.high + row * head_dim;
-  int8_t* const low = out.low + row * head_dim;
+  const float inverse = quantizer(127, largest);
+  out.scales[row] = largest / 127;
+  int8_t* const codes = out.codes + row * head_dim;
   for (size_t g = 0; g < head_dim / 16; ++g) {
     int32_t sum = 0;
     for (size_t e = 16 * g; e < 16 * (g + 1); ++e) {
-      const int32_t code = std::clamp(round_to_int(query[e] * inverse), -127 * 128, 127 * 128);
-      high[e] = static_cast<int8_t>(code >> 7);
-      low[e] = static_cast<int8_t>(code & 127);
-      sum += code;
+      codes[e] = static_cast<int8_t>(std::clamp(round_to_int(query[e] * inverse), -127, 127));
+      sum += codes[e];
     }
     out.sums[row * (head_dim / 16) + g] = sum;
   }
@@ -121,15 +166,14 @@ class Attention {
       : simd_(simd), layout_(layout), args_(args), partition_(layout, args) {
     const size_t dim = layout.head_dim;
     const size_t rows = layout.kv_heads * partition_.rows;
-    const size_t partials = partition_.splits > 1 ? rows * partition_.splits : 0;
+    const size_t partials = partition_.split ? rows * partition_.range_count : 0;
     const size_t codes = partition_.integer ? rows * dim : 0;
     const size_t offsets = rows * 2 * pairs();
     thread_local Scratch scratch;
-    scratch.begin(Scratch::bytes<float>(rows * dim) + 2 * Scratch::bytes<int8_t>(codes) + Scratch::bytes<float>(rows) +
+    scratch.begin(Scratch::bytes<float>(rows * dim) + Scratch::bytes<int8_t>(codes) + Scratch::bytes<float>(rows) +
                   Scratch::bytes<int32_t>(rows * dim / 16) + Scratch::bytes<float>(offsets) +
                   2 * Scratch::bytes<float>(partials) + Scratch::bytes<float>(partials * dim));
     queries_ = {scratch.take<float>(rows * dim),
-                scratch.take<int8_t>(codes),
                 scratch.take<int8_t>(codes),
                 scratch.take<float>(rows),
                 scratch.take<int32_t>(rows * dim / 16),
@@ -137,8 +181,10 @@ class Attention {
     partial_ = {scratch.take<float>(partials), scratch.take<float>(partials), scratch.take<float>(partials * dim)};
   }
 
-  size_t pieces() const { return layout_.kv_heads * partition_.tiles * partition_.splits; }
-  size_t splits() const { return partition_.splits; }
+  size_t pieces() const {
+    return layout_.kv_heads * partition_.tiles * (partition_.split ? partition_.range_count : 1);
+  }
+  bool split() const { return partition_.split; }
 
   // Appends one kv head's keys and values, and prepares the queries of its group.
   void prepare(size_t kv_head) const {
@@ -158,77 +204,77 @@ class Attention {
         normalise_and_rotate(query, dim, args_.q_norm_weight, args_.epsilon, cos, sin);
         for (size_t e = 0; e < dim; ++e) query[e] *= args_.scale;
         if (args_.offsets != nullptr) args_.offsets->prepare(kv_head, query, queries_.offsets + row * 2 * pairs());
-        if (layout_.type == KvType::int4) hadamard(query, dim);
-        if (partition_.integer) quantize_query(query, dim, queries_, row);
+        if (!partition_.integer) continue;
+        hadamard(query, dim);
+        quantize_query(query, dim, queries_, row);
       }
     }
   }
 
   void piece(size_t index) const {
-    const size_t split = index % partition_.splits;
-    const size_t tile = index / partition_.splits % partition_.tiles;
-    const size_t kv_head = index / partition_.splits / partition_.tiles;
+    const size_t dim = layout_.head_dim;
+    const size_t ranges = partition_.split ? partition_.range_count : 1;
+    const size_t tile = index / ranges % partition_.tiles;
+    const size_t kv_head = index / ranges / partition_.tiles;
     const size_t first = tile * partition_.tile_rows;
     const size_t count = std::min(partition_.tile_rows, partition_.rows - first);
-    // Only blocks that the tile's tokens may see.
-    const size_t begin = std::max(partition_.first_block + split * partition_.split_blocks,
-                                  first_seen(args_.past + first / partition_.group, args_.window) / kBlock);
-    const size_t end = std::min(partition_.first_block + (split + 1) * partition_.split_blocks,
-                                divide_up(args_.past + (first + count - 1) / partition_.group + 1, kBlock));
-    const size_t dim = layout_.head_dim;
-    const Queries queries = slice(kv_head, first, count);
-    alignas(64) float scores[kTileRows * kBlock];
-    alignas(64) float outputs[kTileRows * KvLayout::kMaxHeadDim];
-    float maxima[kTileRows];
-    float sums[kTileRows];
-    std::fill_n(outputs, count * dim, 0.0F);
-    std::fill_n(maxima, count, kMinusInfinity);
-    std::fill_n(sums, count, 0.0F);
-
-    const auto type = static_cast<size_t>(layout_.type);
-    for (size_t b = begin; b < end; ++b) {
-      const std::byte* const block = block_of(kv_head, b);
-      const std::byte* const next = b + 1 < end ? block_of(kv_head, b + 1) : nullptr;
-      const size_t values = layout_.values_offset();
-      simd_.scores[type](queries, block, next, scores);
-      if (args_.offsets != nullptr) add_offsets(kv_head, first, count, b * kBlock, scores);
-      mask(first, count, b * kBlock, scores);
-      for (size_t q = 0; q < count; ++q) {
-        simd_.softmax(scores + q * kBlock, maxima + q, sums + q, outputs + q * dim, dim);
-      }
-      simd_.values[type](scores, count, dim, block + values, next != nullptr ? next + values : nullptr, outputs);
+    if (partition_.split) {
+      const size_t range = partition_.range_count - 1 - index % ranges;  // the longest first
+      attend(kv_head, first, count, range, partial(kv_head, range).from(first, dim));
+      return;
     }
-    for (size_t q = 0; q < count; ++q) {
-      if (partition_.splits == 1) {
-        finish(kv_head, first + q, outputs + q * dim, sums[q]);
-      } else {
-        const size_t at = (kv_head * partition_.rows + first + q) * partition_.splits + split;
-        partial_.maxima[at] = maxima[q];
-        partial_.sums[at] = sums[q];
-        std::copy_n(outputs + q * dim, dim, partial_.outputs + at * dim);
-      }
+    alignas(64) float outputs[2][kTileRows * KvLayout::kMaxHeadDim];
+    float maxima[2][kTileRows];
+    float sums[2][kTileRows];
+    const Sums total{maxima[0], sums[0], outputs[0]};
+    const Sums next{maxima[1], sums[1], outputs[1]};
+    attend(kv_head, first, count, 0, total);
+    for (size_t range = 1; range < partition_.range_count; ++range) {
+      attend(kv_head, first, count, range, next);
+      total.add(next, count, dim);
     }
+    finish(kv_head, first, count, total);
   }
 
-  // Joins the splits of the rows of one kv head.
+  // Joins the ranges of the rows of one kv head.
   void combine(size_t kv_head) const {
-    const size_t dim = layout_.head_dim;
-    float output[KvLayout::kMaxHeadDim];
-    for (size_t row = 0; row < partition_.rows; ++row) {
-      const size_t at = (kv_head * partition_.rows + row) * partition_.splits;
-      const float largest = *std::max_element(partial_.maxima + at, partial_.maxima + at + partition_.splits);
-      float sum = 0;
-      std::fill_n(output, dim, 0.0F);
-      for (size_t split = at; split < at + partition_.splits; ++split) {
-        const float weight = std::exp(partial_.maxima[split] - largest);
-        sum += weight * partial_.sums[split];
-        for (size_t e = 0; e < dim; ++e) output[e] += weight * partial_.outputs[split * dim + e];
-      }
-      finish(kv_head, row, output, sum);
+    const Sums total = partial(kv_head, 0);
+    for (size_t range = 1; range < partition_.range_count; ++range) {
+      total.add(partial(kv_head, range), partition_.rows, layout_.head_dim);
     }
+    finish(kv_head, 0, partition_.rows, total);
   }
 
  private:
+  // `count` rows from `first` on over the blocks of one range that they see.
+  void attend(size_t kv_head, size_t first, size_t count, size_t range, const Sums& out) const {
+    const size_t dim = layout_.head_dim;
+    out.clear(count, dim);
+    const size_t index = partition_.first_range + range;
+    const size_t begin = std::max(partition_.ranges.start(index),
+                                  first_seen(args_.past + first / partition_.group, args_.window) / kBlock);
+    const size_t end = std::min(partition_.ranges.start(index + 1),
+                                divide_up(args_.past + (first + count - 1) / partition_.group + 1, kBlock));
+    const Queries queries = slice(kv_head, first, count);
+    const auto type = static_cast<size_t>(layout_.type);
+    alignas(64) float scores[kTileRows * kBlock];
+    for (size_t b = begin; b < end; ++b) {
+      const std::byte* const block = block_of(kv_head, b);
+      simd_.scores[type](queries, block, scores);
+      if (args_.offsets != nullptr) add_offsets(kv_head, first, count, b * kBlock, scores);
+      mask(first, count, b * kBlock, scores);
+      for (size_t q = 0; q < count; ++q) {
+        simd_.softmax(scores + q * kBlock, out.maxima + q, out.sums + q, out.outputs + q * dim, dim);
+      }
+      simd_.values[type](scores, count, dim, block + layout_.values_offset(), out.outputs);
+    }
+  }
+
+  Sums partial(size_t kv_head, size_t range) const {
+    const size_t row = (kv_head * partition_.range_count + range) * partition_.rows;
+    return partial_.from(row, layout_.head_dim);
+  }
+
   Queries slice(size_t kv_head, size_t first, size_t count) const {
     const size_t dim = layout_.head_dim;
     const size_t row = kv_head * partition_.rows + first;
@@ -236,8 +282,7 @@ class Attention {
     return {count,
             dim,
             queries_.values + row * dim,
-            queries_.high + codes,
-            queries_.low + codes,
+            queries_.codes + codes,
             queries_.scales + row,
             queries_.sums + row * (dim / 16)};
   }
@@ -254,7 +299,7 @@ class Attention {
     std::copy_n(key_in, dim, key);
     if (args_.offsets != nullptr) args_.offsets->subtract(kv_head, key);
     normalise_and_rotate(key, dim, args_.k_norm_weight, args_.epsilon, cos, sin);
-    if (layout_.type == KvType::int4) hadamard(key, dim);
+    if (partition_.integer) hadamard(key, dim);
     float value[KvLayout::kMaxHeadDim];
     const float inverse = args_.value_norm ? inverse_rms(value_in, dim, args_.epsilon) : 1;
     for (size_t e = 0; e < dim; ++e) value[e] = value_in[e] * inverse;
@@ -281,12 +326,15 @@ class Attention {
     }
   }
 
-  void finish(size_t kv_head, size_t row, const float* output, float sum) const {
+  void finish(size_t kv_head, size_t first, size_t count, const Sums& total) const {
     const size_t dim = layout_.head_dim;
-    const size_t head = kv_head * partition_.group + row % partition_.group;
-    float* const out = args_.out + (row / partition_.group * args_.heads + head) * dim;
-    const float inverse = 1 / sum;
-    for (size_t e = 0; e < dim; ++e) out[e] = output[e] * inverse;
+    for (size_t i = 0; i < count; ++i) {
+      const size_t row = first + i;
+      const size_t head = kv_head * partition_.group + row % partition_.group;
+      float* const out = args_.out + (row / partition_.group * args_.heads + head) * dim;
+      const float inverse = 1 / total.sums[i];
+      for (size_t e = 0; e < dim; ++e) out[e] = total.outputs[i * dim + e] * inverse;
+    }
   }
 
   const Simd& simd_;
@@ -294,7 +342,7 @@ class Attention {
   const AttentionArgs& args_;
   const Partition partition_;
   Prepared queries_{};
-  Partial partial_{};
+  Sums partial_{};  // [kv_heads, ranges, rows], if each range is a piece
 };
 
 }  // namespace
@@ -308,7 +356,7 @@ void attention(const Simd& simd, const KvLayout& layout, const AttentionArgs& ar
   const Attention work(simd, layout, args);
   threads(layout.kv_heads, [&work](size_t kv_head) { work.prepare(kv_head); });
   threads(work.pieces(), [&work](size_t index) { work.piece(index); });
-  if (work.splits() > 1) threads(layout.kv_heads, [&work](size_t kv_head) { work.combine(kv_head); });
+  if (work.split()) threads(layout.kv_heads, [&work](size_t kv_head) { work.combine(kv_head); });
 }
 
 }  // namespace meki

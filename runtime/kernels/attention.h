@@ -62,8 +62,8 @@ struct AttentionArgs {
   const KeyOffsets* offsets = nullptr;   // of the keys; null: none
   size_t window = 0;                     // positions that a token sees, itself included; 0: all
   std::byte* cache = nullptr;            // the layer's
-  size_t cache_blocks = 0;  // that it has, [blocks, kv_heads]; position p is in block p / 64 modulo so many. All that
-                            // the tokens see has to be in it at once, with a window `window + tokens` positions
+  size_t cache_blocks = 0;  // that it has for each head, whole runs; position p is in block p / 64 modulo so many. All
+                            // that the tokens see has to be in it at once, with a window `window + tokens` positions
   float* out = nullptr;     // [tokens, heads * head_dim]
 };
 
@@ -72,11 +72,12 @@ struct AttentionArgs {
 //
 //   out = softmax(scale * q K^T) V
 //
-// by the online softmax (Milakov and Gimelshein, arXiv 1805.02867), split over the sequence where there are too few
-// heads and tokens to occupy many threads evenly (Flash-Decoding). How it is split, and so the result, depends on the
-// shapes alone, not on the number of threads. A key or value is read once for all query heads of its group. Queries and
-// keys of an int4 cache are rotated by an orthonormal Hadamard matrix over the largest power of two that divides
-// head_dim, which leaves their products as they are. Thread-safe on distinct caches. Throws std::bad_alloc.
+// by the online softmax (Milakov and Gimelshein, arXiv 1805.02867) over ranges of the sequence, whose results are joined
+// in their order. Where the tokens are too few to occupy many threads, the ranges are pieces of work (Flash-Decoding).
+// They depend on positions alone: a token's result is the same to the bit whatever tokens are computed beside it and by
+// however many threads. A key or value is read once for all query heads of its group. Queries and
+// keys of an integer cache are rotated by an orthonormal Hadamard matrix over the largest power of two that divides
+// head_dim, which leaves their products as they are and spreads outliers before they are rounded. Thread-safe on distinct caches. Throws std::bad_alloc.
 void attention(const Simd& simd, const KvLayout& layout, const AttentionArgs& args, const Parallel& parallel);
 
 }  // namespace meki

@@ -7,16 +7,18 @@ namespace meki {
 
 // How keys and values are stored. float32 is exact; int8 has one float32 scale a token and head, the largest magnitude
 // divided by 127; int4 one float16 scale for every 32 elements of a token and head: for values the largest magnitude
-// divided by 7, for keys the element of largest magnitude divided by -8. Who stores int4 keys rotates them first
-// (attention.h): spreading outlier channels halves what 4 bits lose.
+// divided by 7, for keys the element of largest magnitude divided by -8. Who stores integer keys rotates them first
+// (attention.h): spreading outlier channels halves what 4 bits lose, and 8 bits lose a third to an eighth.
 enum class KvType { float32, float16, int8, int4 };
 
 std::string_view name_of(KvType type);
 // Throws std::invalid_argument.
 KvType parse_kv_type(std::string_view name);
 
-// Where things are in one layer's cache. The cache is a sequence of blocks [position / 64, kv_heads]: a block has one
-// head's keys and values of 64 consecutive positions, in the order that the kernels stream them:
+// Where things are in one layer's cache. The cache is a sequence of blocks [position / 512, kv_heads, 8]: a block has
+// one head's keys and values of 64 consecutive positions, and 8 of them are a run of neighbours, because hardware fetches
+// ahead what is read in a row, and does so twice as fast as any prefetch instruction. In the order that the kernels
+// stream them, a block has
 //
 //   float32, float16   keys [head_dim][64], values [64][head_dim]
 //   int8               key scales float [64], keys [head_dim / 4][64][4],
@@ -29,6 +31,7 @@ KvType parse_kv_type(std::string_view name);
 // Integer products then need no shuffles: one 32-bit lane takes 4 neighbouring bytes. Passive data.
 struct KvLayout {
   static constexpr size_t kBlock = 64;  // positions of a block
+  static constexpr size_t kRun = 8;     // blocks of one head that are neighbours
   static constexpr size_t kGroup = 32;  // elements that share a scale, int4
   static constexpr size_t kMaxHeadDim = 512;
 
@@ -43,11 +46,16 @@ struct KvLayout {
 
   size_t block_bytes() const { return 2 * (scale_bytes + code_bytes); }
   size_t values_offset() const { return scale_bytes + code_bytes; }
-  // Of one layer with room for `tokens` tokens.
+  // Of the blocks of one layer that `tokens` tokens fill.
   size_t bytes(size_t tokens) const { return (tokens + kBlock - 1) / kBlock * kv_heads * block_bytes(); }
+  // How many blocks a head has in a layer with room for `tokens` tokens: whole runs.
+  static constexpr size_t blocks_for(size_t tokens) {
+    return (tokens + kRun * kBlock - 1) / (kRun * kBlock) * kRun;
+  }
   // The block of a kv head that has position `position`, from a layer's cache.
   size_t block_offset(size_t kv_head, size_t position) const {
-    return (position / kBlock * kv_heads + kv_head) * block_bytes();
+    const size_t block = position / kBlock;
+    return ((block / kRun * kv_heads + kv_head) * kRun + block % kRun) * block_bytes();
   }
 };
 

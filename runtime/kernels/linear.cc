@@ -21,9 +21,9 @@ constexpr size_t kChunk = 512;  // elements of the input that are made and round
 
 // One row of the input, rounded.
 void quantize_row(const Simd& simd, const LinearInput& input, const float* x, size_t inputs, int8_t* codes,
-                  float* scales, int32_t* sums) {
+                  float* scales, int32_t* excess) {
   if (input.kind == LinearInput::Kind::plain) {
-    simd.quantize(x, inputs, codes, scales, sums);
+    simd.quantize(x, inputs, codes, scales, excess);
     return;
   }
   const bool norm = input.kind == LinearInput::Kind::norm;
@@ -37,7 +37,7 @@ void quantize_row(const Simd& simd, const LinearInput& input, const float* x, si
     } else {
       gated(x + first, x + inputs + first, count, made);
     }
-    simd.quantize(made, count, codes + first, scales + first / 32, sums + first / 16);
+    simd.quantize(made, count, codes + first, scales + first / 32, excess + first / 16);
   }
 }
 
@@ -63,7 +63,7 @@ void multiply(const Simd& simd, const PackedWeight& weight, const Activations& x
     for (size_t t = 0; t < x.tokens; ++t) {  // the last panel, where it is not full
       float full[16];
       const size_t at = t * blocks;
-      panel(rows, {1, x.inputs, x.codes + 32 * at, x.scales + at, x.sums + 2 * at}, full, 16);
+      panel(rows, {1, x.inputs, x.codes + 32 * at, x.scales + at, x.excess + 2 * at}, full, 16);
       std::copy_n(full, weight.outputs - p * 16, out + t * stride + p * 16);
     }
   }
@@ -85,7 +85,7 @@ void linear(const Simd& simd, std::span<const PackedWeight> weights, const Linea
                 Scratch::bytes<int32_t>(tokens * blocks * 2));
   auto* const codes = scratch.take<int8_t>(tokens * inputs);
   auto* const scales = scratch.take<float>(tokens * blocks);
-  auto* const sums = scratch.take<int32_t>(tokens * blocks * 2);
+  auto* const excess = scratch.take<int32_t>(tokens * blocks * 2);
   size_t outputs = 0;
   size_t bytes = 0;
   for (const PackedWeight& weight : weights) {
@@ -97,11 +97,11 @@ void linear(const Simd& simd, std::span<const PackedWeight> weights, const Linea
   threads((tokens + kTokens - 1) / kTokens, [=, &simd, &input](size_t piece) {
     for (size_t t = piece * kTokens; t < std::min(tokens, (piece + 1) * kTokens); ++t) {
       quantize_row(simd, input, input.x + t * input.stride, inputs, codes + t * inputs, scales + t * blocks,
-                   sums + t * blocks * 2);
+                   excess + t * blocks * 2);
     }
   });
 
-  const Activations x{tokens, inputs, codes, scales, sums};
+  const Activations x{tokens, inputs, codes, scales, excess};
   const Pieces pieces{std::min(kPieceBytes, bytes / (kPiecesPerThread * threads.threads))};
   size_t count = 0;
   for (const PackedWeight& weight : weights) count += pieces.count(weight);

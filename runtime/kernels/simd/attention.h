@@ -21,26 +21,19 @@ void for_queries(size_t count, Tile tile) {
   for (; q < count; ++q) tile.template operator()<1>(q);
 }
 
-// Calls columns<V>(first) for the V vectors of columns from `first` on, kLargest at a time. `count` is a multiple
-// of 16.
+// Calls columns<V>(first) for the V vectors of columns from `first` on, kLargest at a time, then half as many. `count`
+// is a multiple of 16.
 template <int kLargest, class Columns>
-void for_columns(size_t count, Columns columns) {
-  size_t e = 0;
+void for_columns(size_t count, Columns columns, size_t e = 0) {
   for (; e + kLanes * kLargest <= count; e += kLanes * kLargest) columns.template operator()<kLargest>(e);
-  for (; e < count; e += 16) columns.template operator()<16 / kLanes>(e);
-}
-
-// The same place of the block that is streamed next. Null but for the first queries: once is enough.
-inline const std::byte* next_at(const std::byte* next, size_t first, size_t at) {
-  return first == 0 && next != nullptr ? next + at : nullptr;
+  if constexpr (kLanes * kLargest > 16) for_columns<kLargest / 2>(count, columns, e);
 }
 
 // sum[q][v] += sum over k of numbers[q][k] * rows[k][vector v], for `count` rows of `columns` elements.
 template <int Q, int V, class T>
 void add_products(const T* rows, size_t columns, size_t count, const float* numbers, size_t stride,
-                  const std::byte* next, Floats (&sum)[Q][V]) {
+                  Floats (&sum)[Q][V]) {
   for (size_t k = 0; k < count; ++k) {
-    if (next != nullptr) prefetch(next + k * columns * sizeof(T), kLanes * V * sizeof(T));
     for (int v = 0; v < V; ++v) {
       const Floats row = load(rows + k * columns + kLanes * v);
       for (int q = 0; q < Q; ++q) sum[q][v] = fma(row, broadcast(numbers[q * stride + k]), sum[q][v]);
@@ -49,15 +42,14 @@ void add_products(const T* rows, size_t columns, size_t count, const float* numb
 }
 
 template <class T>
-void scores_float(const Queries& queries, const std::byte* block, const std::byte* next, float* scores) {
+void scores_float(const Queries& queries, const std::byte* block, float* scores) {
   const T* const keys = reinterpret_cast<const T*>(block);
   for_queries<4>(queries.count, [=, &queries]<int Q>(size_t first) {
     constexpr int V = kFloatVectors<Q>;
     const size_t head_dim = queries.head_dim;
     for (size_t p = 0; p < kBlock; p += kLanes * V) {
       Floats sum[Q][V] = {};
-      add_products(keys + p, kBlock, head_dim, queries.values + first * head_dim, head_dim,
-                   next_at(next, first, p * sizeof(T)), sum);
+      add_products(keys + p, kBlock, head_dim, queries.values + first * head_dim, head_dim, sum);
       for (int q = 0; q < Q; ++q) {
         for (int v = 0; v < V; ++v) store(scores + (first + q) * kBlock + p + kLanes * v, sum[q][v]);
       }
@@ -66,8 +58,7 @@ void scores_float(const Queries& queries, const std::byte* block, const std::byt
 }
 
 template <class T>
-void values_float(const float* weights, size_t count, size_t head_dim, const std::byte* block, const std::byte* next,
-                  float* outputs) {
+void values_float(const float* weights, size_t count, size_t head_dim, const std::byte* block, float* outputs) {
   const T* const values = reinterpret_cast<const T*>(block);
   for_queries<4>(count, [=]<int Q>(size_t first) {
     for_columns<kFloatVectors<Q>>(head_dim, [&]<int V>(size_t e) {
@@ -76,8 +67,7 @@ void values_float(const float* weights, size_t count, size_t head_dim, const std
       for (int q = 0; q < Q; ++q) {
         for (int v = 0; v < V; ++v) sum[q][v] = load(out + q * head_dim + kLanes * v);
       }
-      add_products(values + e, head_dim, kBlock, weights + first * kBlock, kBlock, next_at(next, first, e * sizeof(T)),
-                   sum);
+      add_products(values + e, head_dim, kBlock, weights + first * kBlock, kBlock, sum);
       for (int q = 0; q < Q; ++q) {
         for (int v = 0; v < V; ++v) store(out + q * head_dim + kLanes * v, sum[q][v]);
       }
@@ -85,20 +75,12 @@ void values_float(const float* weights, size_t count, size_t head_dim, const std
   });
 }
 
-// Of the next kDepth / 4 rows of codes, V vectors.
-template <int V>
-[[gnu::always_inline]] inline void prefetch_rows(const std::byte* next, size_t k, size_t columns) {
-  if (next == nullptr) return;
-  for (size_t row = k; row < k + kDepth; row += 4) prefetch(next + row * columns, 4 * kLanes * V);
-}
-
 // sums[q][v] += sum over k of numbers[q][k] * code k of the columns of vector v, for codes int8 [count /
 // 4][columns][4].
 template <int Q, int V, class Numbers>
 void add_byte_products(const std::byte* codes, size_t columns, size_t count, const Numbers (&numbers)[Q],
-                       const std::byte* next, Sums<Q, V>& sums) {
+                       Sums<Q, V>& sums) {
   for (size_t k = 0; k < count; k += kDepth) {
-    prefetch_rows<V>(next, k, columns);
     Code code[V];
     for (int v = 0; v < V; ++v) {
       code[v] = unpack<Numbers::kByteOffset>(load_rows(codes + k * columns + 4 * kLanes * v, 4 * columns));
@@ -110,11 +92,10 @@ void add_byte_products(const std::byte* codes, size_t columns, size_t count, con
 // The same for numbers from `from` on and nibbles 0 to 15, of which there are 2 * count: low ones first.
 template <int Q, int V, class Numbers>
 void add_nibble_products(const std::byte* codes, size_t columns, size_t count, const Numbers (&numbers)[Q], size_t from,
-                         const std::byte* next, Sums<Q, V>& sums) {
+                         Sums<Q, V>& sums) {
   constexpr int N = V < kNibbleVectors ? V : kNibbleVectors;
 #pragma GCC unroll 1  // unrolled, GCC moves additions around until it spills
   for (size_t k = 0; k < count; k += kDepth) {
-    prefetch_rows<V>(next, k, columns);
     for (int v = 0; v < V; v += N) {
       Code code[2][N];
       for (int i = 0; i < N; ++i) {
@@ -129,9 +110,9 @@ void add_nibble_products(const std::byte* codes, size_t columns, size_t count, c
   }
 }
 
-inline void scores_int8(const Queries& queries, const std::byte* block, const std::byte* next, float* scores) {
+inline void scores_int8(const Queries& queries, const std::byte* block, float* scores) {
   for_queries<4>(queries.count, [=, &queries]<int Q>(size_t first) {
-    constexpr int V = kInt8Vectors<Q>;
+    constexpr int V = kInt8ScoreVectors<Q>;
     const auto* const scales = reinterpret_cast<const float*>(block);
     QueryNumbers numbers[Q];
     int32_t excess[Q] = {};
@@ -147,7 +128,7 @@ inline void scores_int8(const Queries& queries, const std::byte* block, const st
       const size_t at = kBlock * sizeof(float) + 4 * p;
       Sums<Q, V> sums;
       for (int q = 0; q < Q; ++q) sums.start(q, -excess[q]);
-      add_byte_products(block + at, kBlock, queries.head_dim, numbers, next_at(next, first, at), sums);
+      add_byte_products(block + at, kBlock, queries.head_dim, numbers, sums);
       for (int q = 0; q < Q; ++q) {
         const Floats query_scale = broadcast(queries.scales[first + q]);
         for (int v = 0; v < V; ++v) {
@@ -159,7 +140,7 @@ inline void scores_int8(const Queries& queries, const std::byte* block, const st
   });
 }
 
-inline void scores_int4(const Queries& queries, const std::byte* block, const std::byte* next, float* scores) {
+inline void scores_int4(const Queries& queries, const std::byte* block, float* scores) {
   for_queries<4>(queries.count, [=, &queries]<int Q>(size_t first) {
     constexpr int V = kInt4ScoreVectors<Q>;
     const size_t groups = queries.head_dim / kGroup;
@@ -175,7 +156,7 @@ inline void scores_int4(const Queries& queries, const std::byte* block, const st
           const int32_t* const of_query = queries.sums + (first + q) * 2 * groups + 2 * g;
           sums.start(q, -8 * (of_query[0] + of_query[1]));  // nibbles are code + 8
         }
-        add_nibble_products(block + at, kBlock, kGroup / 2, numbers, g * kGroup, next_at(next, first, at), sums);
+        add_nibble_products(block + at, kBlock, kGroup / 2, numbers, g * kGroup, sums);
         for (int v = 0; v < V; ++v) {
           const Floats scale = load(scales + g * kBlock + p + kLanes * v);
           for (int q = 0; q < Q; ++q) total[q][v] = fma(to_floats(sums.get(q, v)), scale, total[q][v]);
@@ -191,18 +172,18 @@ inline void scores_int4(const Queries& queries, const std::byte* block, const st
   });
 }
 
-// weight * value scale in 14 bits: codes 0 .. 16383 that are worth `unit` each.
+// weight * value scale in 8 bits: codes 0 .. 255 that are worth `unit` each.
 template <class T>
 void quantize_weights(const float* weights, const T* scales, WeightNumbers& out) {
   constexpr int N = kBlock / kLanes;
   Floats scaled[N];
   for (int v = 0; v < N; ++v) scaled[v] = mul(load(weights + kLanes * v), load(scales + kLanes * v));
   const float largest = largest_or_nan(scaled);
-  const Floats inverse = broadcast(quantizer(16383, largest));
+  const Floats inverse = broadcast(quantizer(255, largest));
   Ints rounded[N];
   for (int v = 0; v < N; ++v) rounded[v] = round(mul(scaled[v], inverse));
   out.set(rounded);
-  out.unit = largest / 16383;
+  out.unit = largest / 255;
 }
 
 // out[q][vector v] += sums * unit.
@@ -218,28 +199,28 @@ void add_scaled(const Sums<Q, V>& sums, const WeightNumbers (&weights)[Q], float
 }
 
 inline void values_int8(const float* weights, size_t count, size_t head_dim, const std::byte* block,
-                        const std::byte* next, float* outputs) {
+                        float* outputs) {
   // Inlined into one function, GCC spills what the inner loops of all Q need.
   for_queries<kInt8ValueQueries>(count, [=]<int Q>(size_t first) __attribute__((noinline)) {
     WeightNumbers numbers[Q];
     for (int q = 0; q < Q; ++q) {
       quantize_weights(weights + (first + q) * kBlock, reinterpret_cast<const float*>(block), numbers[q]);
     }
-    for_columns<kInt8Vectors<Q>>(head_dim, [&]<int V>(size_t e) {
+    for_columns<kInt8ValueVectors<Q>>(head_dim, [&]<int V>(size_t e) {
       const size_t at = kBlock * sizeof(float) + 4 * e;
       Sums<Q, V> sums;
-      for (int q = 0; q < Q; ++q) sums.start(q, 0);
-      add_byte_products(block + at, head_dim, kBlock, numbers, next_at(next, first, at), sums);
+      for (int q = 0; q < Q; ++q) sums.start(q, -WeightNumbers::kByteOffset * numbers[q].sum);
+      add_byte_products(block + at, head_dim, kBlock, numbers, sums);
       add_scaled(sums, numbers, outputs + first * head_dim + e, head_dim);
     });
   });
 }
 
 inline void values_int4(const float* weights, size_t count, size_t head_dim, const std::byte* block,
-                        const std::byte* next, float* outputs) {
+                        float* outputs) {
   for_queries<4>(count, [=]<int Q>(size_t first) {
     constexpr int kVectors = kGroup / kLanes;  // of a group
-    constexpr int V = kInt8Vectors<Q> < kVectors ? kInt8Vectors<Q> : kVectors;
+    constexpr int V = kInt8ValueVectors<Q> < kVectors ? kInt8ValueVectors<Q> : kVectors;
     for (size_t g = 0; g < head_dim / kGroup; ++g) {
       WeightNumbers numbers[Q];
       for (int q = 0; q < Q; ++q) {
@@ -250,7 +231,7 @@ inline void values_int4(const float* weights, size_t count, size_t head_dim, con
         const size_t at = head_dim / kGroup * kBlock * sizeof(uint16_t) + 4 * e;
         Sums<Q, V> sums;
         for (int q = 0; q < Q; ++q) sums.start(q, -8 * numbers[q].sum);  // nibbles are code + 8
-        add_nibble_products(block + at, head_dim, kBlock / 2, numbers, 0, next_at(next, first, at), sums);
+        add_nibble_products(block + at, head_dim, kBlock / 2, numbers, 0, sums);
         add_scaled(sums, numbers, outputs + first * head_dim + e, head_dim);
       }
     }

@@ -1,7 +1,7 @@
 #pragma once
 
-// Vectors of AVX2 with FMA and F16C (common.h says what they are). Products of bytes go through 16 bits: queries and
-// weights have 15, and _mm256_madd_epi16 cannot saturate with them.
+// Vectors of AVX2 with FMA and F16C (common.h says what they are). Products with the cache go through 16 bits:
+// _mm256_maddubs_epi16 would saturate.
 
 #include <immintrin.h>
 
@@ -88,15 +88,15 @@ inline void store_codes(const Ints (&x)[4], int8_t* out) {
 template <int Q>
 constexpr int kFloatVectors = 8 / Q;
 template <int Q>
-constexpr int kInt8Vectors = 8 / Q;
+constexpr int kInt8ScoreVectors = 8 / Q;
+template <int Q>
+constexpr int kInt8ValueVectors = 8 / Q;
 template <int Q>
 constexpr int kInt4ScoreVectors = 4 / Q;  // there are as many totals
 constexpr int kInt8ValueQueries = 4;
 constexpr int kNibbleVectors = 1;
 constexpr int kPanelVectors = 2;
 constexpr int kPanelTokens = 4;
-// Into the second-level cache: the first has too few outstanding misses to stream from memory with.
-constexpr int kPrefetch = 2;
 
 inline __m256i load_bytes(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
 inline __m256i broadcast4(const void* at) {
@@ -146,9 +146,7 @@ struct QueryNumbers {
 
   void set(const Queries& queries, size_t query) {
     for (size_t e = 0; e < queries.head_dim; e += 16) {
-      const size_t at = query * queries.head_dim + e;
-      const __m256i high = _mm256_slli_epi16(load_wide(queries.high + at), 7);
-      store_paired(_mm256_add_epi16(high, load_wide(queries.low + at)), paired + e);
+      store_paired(load_wide(queries.codes + query * queries.head_dim + e), paired + e);
     }
   }
 };
@@ -163,7 +161,7 @@ struct WeightNumbers {
     __m256i sums = _mm256_setzero_si256();
     for (int v = 0; v < 8; v += 2) {
       const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32(rounded[v], rounded[v + 1]), 0xD8);
-      const __m256i code = _mm256_max_epi16(_mm256_min_epi16(both, _mm256_set1_epi16(16383)), _mm256_setzero_si256());
+      const __m256i code = _mm256_max_epi16(_mm256_min_epi16(both, _mm256_set1_epi16(255)), _mm256_setzero_si256());
       sums = add(sums, _mm256_madd_epi16(code, _mm256_set1_epi16(1)));
       store_paired(code, paired + 8 * v);
     }
@@ -187,10 +185,10 @@ struct Sums {
   Ints get(int q, int v) const { return sum[q][v]; }
 };
 
-template <int kBits, int T, int G>
-void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const int32_t (&excess)[T][G],
+template <WeightType kType, int T, int G>
+void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const int32_t* const (&excess)[T],
                     Ints (&out)[T][2][G]) {
-  if constexpr (kBits == 4) {
+  if constexpr (weight_bits(kType) == 4) {
     // Nibbles, 0 to 15, times inputs in 8 bits: eight pairs of products fit into 16 bits.
     const __m256i mask = _mm256_set1_epi8(15);
     Ints sum[T][2] = {};
@@ -220,7 +218,7 @@ void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const 
     for (int t = 0; t < T; ++t) {
       for (int h = 0; h < 2; ++h) {
         const __m256i wide = _mm256_madd_epi16(sum[t][h], _mm256_set1_epi16(1));
-        out[t][h][0] = _mm256_sub_epi32(wide, _mm256_set1_epi32(excess[t][0]));
+        out[t][h][0] = code_offset(kType) == 0 ? wide : add(wide, _mm256_set1_epi32(*excess[t]));
       }
     }
   } else {

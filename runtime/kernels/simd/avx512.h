@@ -1,7 +1,7 @@
 #pragma once
 
 // Vectors of AVX-512 F, BW, DQ, VL and VNNI (common.h says what they are). _mm512_dpbusd_epi32 adds up 4 products of
-// unsigned by signed bytes in every lane: numbers are 128 * high + low.
+// unsigned by signed bytes in every lane.
 
 #include <immintrin.h>
 
@@ -69,17 +69,21 @@ inline void store_codes(const Ints (&x)[2], int8_t* out) {
 template <int Q>
 constexpr int kFloatVectors = 4;
 template <int Q>
-constexpr int kInt8Vectors = Q > 2 ? 2 : 4;
+constexpr int kInt8ScoreVectors = 4;
+template <int Q>
+constexpr int kInt8ValueVectors = 16 / Q;
 template <int Q>
 constexpr int kInt4ScoreVectors = Q > 2 ? 2 : 4;
 constexpr int kInt8ValueQueries = 2;
 constexpr int kNibbleVectors = 4;
 constexpr int kPanelVectors = 1;
 constexpr int kPanelTokens = 8;
-// Into the second-level cache: the first has too few outstanding misses to stream from memory with.
-constexpr int kPrefetch = 2;
 
-inline __m512i load_bytes(const void* at) { return _mm512_loadu_si512(at); }
+inline __m512i load_bytes(const void* at) {
+  __m512i bytes = _mm512_loadu_si512(at);
+  asm("" : "+v"(bytes));
+  return bytes;
+}
 inline __m512i broadcast4(const void* at) {
   int32_t word;
   __builtin_memcpy(&word, at, sizeof(word));
@@ -99,19 +103,14 @@ inline Code high_nibbles(Bytes bytes) { return low_nibbles(_mm512_srli_epi16(byt
 
 struct QueryNumbers {
   static constexpr int kByteOffset = 128;  // numbers are signed
-  const int8_t* high;
-  const int8_t* low;
+  const int8_t* codes;
 
-  void set(const Queries& queries, size_t query) {
-    high = queries.high + query * queries.head_dim;
-    low = queries.low + query * queries.head_dim;
-  }
+  void set(const Queries& queries, size_t query) { codes = queries.codes + query * queries.head_dim; }
 };
 
 struct WeightNumbers {
   static constexpr int kByteOffset = 0;
-  alignas(64) uint8_t high[KvLayout::kBlock];
-  alignas(64) uint8_t low[KvLayout::kBlock];
+  alignas(64) uint8_t codes[KvLayout::kBlock];
   int32_t sum;
   float unit;
 
@@ -119,11 +118,9 @@ struct WeightNumbers {
     __m512i sums = _mm512_setzero_si512();
     for (int v = 0; v < 4; ++v) {
       const __m512i code =
-          _mm512_max_epi32(_mm512_min_epi32(rounded[v], _mm512_set1_epi32(16383)), _mm512_setzero_si512());
+          _mm512_max_epi32(_mm512_min_epi32(rounded[v], _mm512_set1_epi32(255)), _mm512_setzero_si512());
       sums = add(sums, code);
-      _mm_store_si128(reinterpret_cast<__m128i*>(high) + v, _mm512_cvtepi32_epi8(_mm512_srli_epi32(code, 7)));
-      _mm_store_si128(reinterpret_cast<__m128i*>(low) + v,
-                      _mm512_cvtepi32_epi8(_mm512_and_si512(code, _mm512_set1_epi32(127))));
+      _mm_store_si128(reinterpret_cast<__m128i*>(codes) + v, _mm512_cvtepi32_epi8(code));
     }
     sum = sum_of(sums);
   }
@@ -137,34 +134,48 @@ Ints dot(Ints sum, Code code, __m512i number) {
 
 template <int Q, int V>
 struct Sums {
-  Ints high[Q][V];
-  Ints low[Q][V];
+  Ints sum[Q][V];
 
   void start(int q, int32_t initial) {
-    for (int v = 0; v < V; ++v) {
-      high[q][v] = _mm512_setzero_si512();
-      low[q][v] = _mm512_set1_epi32(initial);
-    }
+    for (Ints& vector : sum[q]) vector = _mm512_set1_epi32(initial);
   }
   template <int N, class Numbers>
   void add(int q, int v, const Code (&code)[N], const Numbers& numbers, size_t k) {
-    const __m512i h = broadcast4(numbers.high + k);
-    const __m512i l = broadcast4(numbers.low + k);
-    for (int i = 0; i < N; ++i) {
-      high[q][v + i] = dot<Numbers::kByteOffset>(high[q][v + i], code[i], h);
-      low[q][v + i] = dot<Numbers::kByteOffset>(low[q][v + i], code[i], l);
-    }
+    const __m512i number = broadcast4(numbers.codes + k);
+    for (int i = 0; i < N; ++i) sum[q][v + i] = dot<Numbers::kByteOffset>(sum[q][v + i], code[i], number);
   }
-  Ints get(int q, int v) const { return _mm512_add_epi32(_mm512_slli_epi32(high[q][v], 7), low[q][v]); }
+  Ints get(int q, int v) const { return sum[q][v]; }
 };
 
-template <int kBits, int T, int G>
-void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const int32_t (&excess)[T][G],
+// A group's share of the excess, for codes with an offset of kOffset.
+template <int kOffset, int G>
+Ints excess_of(const int32_t* excess, int g) {
+  if constexpr (kOffset == 0) return _mm512_setzero_si512();
+  const Ints eighth = _mm512_set1_epi32(G == 1 ? excess[0] : g == 0 ? excess[1] : excess[0] - excess[1]);
+  return kOffset == 8 ? eighth : _mm512_slli_epi32(eighth, 4);
+}
+
+template <WeightType kType, int T, int G>
+void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const int32_t* const (&excess)[T],
                     Ints (&out)[T][1][G]) {
+  constexpr int kOffset = code_offset(kType);
+  if constexpr (weight_bits(kType) == 4 && T == 1) {
+    // High nibbles stay where they are: their products are 16 times as large, which one shift of the sum undoes.
+    Ints low = excess_of<kOffset, 1>(excess[0], 0);
+    Ints high = _mm512_setzero_si512();
+    for (int i = 0; i < 4; ++i) {
+      const __m512i bytes = load_bytes(codes + 64 * i);
+      low = _mm512_dpbusd_epi32(low, low_nibbles(bytes), broadcast4(xs[0] + 4 * i));
+      const __m512i shifted = _mm512_andnot_si512(_mm512_set1_epi8(15), bytes);
+      high = _mm512_dpbusd_epi32(high, shifted, broadcast4(xs[0] + 16 + 4 * i));
+    }
+    out[0][0][0] = add(low, _mm512_srai_epi32(high, 4));
+    return;
+  }
   __m512i row[8];  // columns 4i .. 4i + 3 of all 16 rows
-  for (int i = 0; i < kBits; ++i) {
+  for (int i = 0; i < weight_bits(kType); ++i) {
     const __m512i bytes = load_bytes(codes + 64 * i);
-    if constexpr (kBits == 4) {
+    if constexpr (weight_bits(kType) == 4) {
       row[i] = low_nibbles(bytes);
       row[4 + i] = high_nibbles(bytes);
     } else {
@@ -173,13 +184,9 @@ void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const 
   }
   for (int t = 0; t < T; ++t) {
     for (int g = 0; g < G; ++g) {
-      __m512i even = _mm512_set1_epi32(-excess[t][g]);
-      __m512i odd = _mm512_setzero_si512();
-      for (int i = 8 / G * g; i < 8 / G * (g + 1); i += 2) {
-        even = _mm512_dpbusd_epi32(even, row[i], broadcast4(xs[t] + 4 * i));
-        odd = _mm512_dpbusd_epi32(odd, row[i + 1], broadcast4(xs[t] + 4 * i + 4));
-      }
-      out[t][0][g] = add(even, odd);
+      Ints sum = excess_of<kOffset, G>(excess[t], g);
+      for (int i = 8 / G * g; i < 8 / G * (g + 1); ++i) sum = _mm512_dpbusd_epi32(sum, row[i], broadcast4(xs[t] + 4 * i));
+      out[t][0][g] = sum;
     }
   }
 }

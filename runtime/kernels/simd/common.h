@@ -16,30 +16,22 @@
 //   round, round_level, to_floats   to Ints and back. NaN becomes any integer; of round_level, one of -127 .. 127
 //   first_of, sum_of, largest_of    of the lanes; largest_of may pass over a NaN
 //   largest_or_nan    of an array of vectors of numbers >= 0; NaN if one of them is. store_codes: 32 Ints as bytes
-//   kPrefetch         locality of __builtin_prefetch for what is streamed
 //
 // and, for products of bytes, which differ most,
 //
 //   Bytes, Code       kDepth bytes of every column, as loaded by load_rows, and as multiplied: unpack (of int8),
 //                     low_nibbles and high_nibbles (0 .. 15)
-//   QueryNumbers, WeightNumbers     what Code is multiplied by: a query's 15 bits, 64 weights' 14 bits. unpack turns
-//                                   bytes into the code + kByteOffset of the numbers that it is for
+//   QueryNumbers, WeightNumbers     what Code is multiplied by: a query's signed bytes, 64 weights' unsigned ones. unpack
+//                                   turns bytes into the code + kByteOffset of the numbers that it is for
 //   Sums<Q, V>        int32 sums of Q rows of numbers times V vectors of columns: start, add, get
 //   block_products    of one block of a panel with T tokens, without the excess that the offset of its codes brings:
-//   int32
-//                     [T][kPanelVectors][groups of inputs with a scale of their own]
+//                     int32 [T][kPanelVectors][groups of inputs with a scale of their own]
 //   k...Vectors, k...Queries, k...Tokens   what the registers hold at a time, of queries, tokens and vectors
 
 #include <cstddef>
 
 namespace meki {
 namespace {
-
-// The lines of the next `bytes` bytes. GCC removes calls of a function that does nothing but prefetch, as if it had no
-// effect (seen with 12); inlined at once it is no such function.
-[[gnu::always_inline]] inline void prefetch(const std::byte* at, size_t bytes) {
-  for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line, 0, kPrefetch);
-}
 
 // As in rounding.h, which must not be included here.
 inline float quantizer(float levels, float largest) { return largest > 1e-30F ? levels / largest : 0; }

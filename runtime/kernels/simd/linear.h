@@ -34,7 +34,7 @@ inline void geglu(const float* gate, const float* up, size_t count, float* out) 
   });
 }
 
-inline void quantize(const float* x, size_t inputs, int8_t* codes, float* scales, int32_t* sums) {
+inline void quantize(const float* x, size_t inputs, int8_t* codes, float* scales, int32_t* excess) {
   constexpr int N = 32 / kLanes;
   for (size_t b = 0; b < inputs / 32; ++b, x += 32, codes += 32) {
     Floats magnitudes[N];
@@ -45,40 +45,37 @@ inline void quantize(const float* x, size_t inputs, int8_t* codes, float* scales
     for (int v = 0; v < N; ++v) code[v] = round_level(mul(load(x + kLanes * v), inverse));
     store_codes(code, codes);
     scales[b] = largest / 127;
+    Ints halves[2];
     for (int half = 0; half < 2; ++half) {
-      Ints sum = code[half * N / 2];
-      for (int v = 1; v < N / 2; ++v) sum = add(sum, code[half * N / 2 + v]);
-      sums[2 * b + half] = sum_of(sum);
+      halves[half] = code[half * N / 2];
+      for (int v = 1; v < N / 2; ++v) halves[half] = add(halves[half], code[half * N / 2 + v]);
     }
+    excess[2 * b] = -8 * sum_of(add(halves[0], halves[1]));
+    excess[2 * b + 1] = -8 * sum_of(halves[0]);
   }
 }
 
 // T tokens against a panel.
 template <WeightType kType, int T>
 void panel_tokens(const std::byte* panel, const Activations& x, size_t first, float* out, size_t stride) {
-  constexpr int kBits = weight_bits(kType);
   constexpr int kGroups = weight_groups(kType);
   constexpr int H = 16 / kLanes;
   const size_t blocks = x.inputs / 32;
   Floats total[T][H] = {};
   for (size_t b = 0; b < blocks; ++b, panel += block_bytes(kType)) {
-    if constexpr (T == 1) prefetch(panel + 4096, block_bytes(kType));  // decode: bound by memory
     const int8_t* xs[T];
-    int32_t excess[T][kGroups];  // what a code of 0 brings
+    const int32_t* excess[T];
     float sum[T];
     for (int t = 0; t < T; ++t) {
       const size_t at = (first + t) * blocks + b;
       xs[t] = x.codes + 32 * at;
-      const int32_t* const halves = x.sums + 2 * at;
-      for (int g = 0; g < kGroups; ++g) {
-        excess[t][g] = code_offset(kType) * (kGroups == 2 ? halves[g] : halves[0] + halves[1]);
-      }
-      if constexpr (has_minimum(kType)) sum[t] = x.scales[at] * static_cast<float>(halves[0] + halves[1]);
+      excess[t] = x.excess + 2 * at;
+      if constexpr (has_minimum(kType)) sum[t] = x.scales[at] * -0.125F * static_cast<float>(*excess[t]);
     }
     const auto* const row_scales = reinterpret_cast<const uint16_t*>(panel + code_bytes(kType));
     for (int h = 0; h < H; h += kPanelVectors) {
       Ints products[T][kPanelVectors][kGroups];
-      block_products<kBits>(panel + 4 * kLanes * h, xs, excess, products);
+      block_products<kType>(panel + 4 * kLanes * h, xs, excess, products);
       for (int v = 0; v < kPanelVectors; ++v) {
         const uint16_t* const row = row_scales + kLanes * (h + v);
         for (int g = 0; g < kGroups; ++g) {

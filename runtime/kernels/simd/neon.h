@@ -1,7 +1,7 @@
 #pragma once
 
-// Vectors of NEON with the dot products of ARMv8.2 (common.h says what they are), but for products with the cache:
-// those are in neon_dotprod.h and neon_i8mm.h.
+// Vectors of NEON with the dot products of ARMv8.2 (common.h says what they are), which add up 4 products of bytes in
+// every lane: vdotq_s32 of signed ones, vdotq_u32 of unsigned ones.
 
 #include <arm_neon.h>
 
@@ -69,41 +69,46 @@ inline void store_codes(const Ints (&x)[8], int8_t* out) {
 template <int Q>
 constexpr int kFloatVectors = 16 / Q;
 template <int Q>
-constexpr int kInt8Vectors = 8 / Q;
+constexpr int kInt8ScoreVectors = 16 / Q;
+template <int Q>
+constexpr int kInt8ValueVectors = 16 / Q;
 template <int Q>
 constexpr int kInt4ScoreVectors = 8 / Q;
 constexpr int kInt8ValueQueries = 4;
 constexpr int kPanelVectors = 2;
 constexpr int kPanelTokens = 4;
-constexpr int kPrefetch = 3;
+constexpr int kNibbleVectors = 8;
 
 inline int8x16_t load_bytes(const std::byte* at) { return vld1q_s8(reinterpret_cast<const int8_t*>(at)); }
-inline int8x16_t broadcast4(const int8_t* at) {
+inline int8x16_t broadcast4(const void* at) {
   int32_t word;
   __builtin_memcpy(&word, at, sizeof(word));
   return vreinterpretq_s8_s32(vdupq_n_s32(word));
+}
+
+constexpr size_t kDepth = 4;
+using Bytes = int8x16_t;
+using Code = int8x16_t;
+inline Bytes load_rows(const std::byte* at, size_t) { return load_bytes(at); }
+template <int kOffset>
+Code unpack(Bytes bytes) {
+  return kOffset == 0 ? bytes : veorq_s8(bytes, vdupq_n_s8(-128));
 }
 inline int8x16_t low_nibbles(int8x16_t bytes) { return vandq_s8(bytes, vdupq_n_s8(15)); }
 inline int8x16_t high_nibbles(int8x16_t bytes) {
   return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(bytes), 4));
 }
 
-// Numbers are 128 * high + low.
 struct QueryNumbers {
-  static constexpr int kByteOffset = 0;
-  const int8_t* high;
-  const int8_t* low;
+  static constexpr int kByteOffset = 0;  // signed by signed
+  const int8_t* codes;
 
-  void set(const Queries& queries, size_t query) {
-    high = queries.high + query * queries.head_dim;
-    low = queries.low + query * queries.head_dim;
-  }
+  void set(const Queries& queries, size_t query) { codes = queries.codes + query * queries.head_dim; }
 };
 
 struct WeightNumbers {
-  static constexpr int kByteOffset = 0;
-  int8_t high[KvLayout::kBlock];
-  int8_t low[KvLayout::kBlock];
+  static constexpr int kByteOffset = 128;  // unsigned by unsigned
+  uint8_t codes[KvLayout::kBlock];
   int32_t sum;
   float unit;
 
@@ -112,23 +117,46 @@ struct WeightNumbers {
     for (int v = 0; v < 16; v += 2) {
       int32x4_t code[2];
       for (int i = 0; i < 2; ++i) {
-        code[i] = vmaxq_s32(vminq_s32(rounded[v + i], vdupq_n_s32(16383)), vdupq_n_s32(0));
+        code[i] = vmaxq_s32(vminq_s32(rounded[v + i], vdupq_n_s32(255)), vdupq_n_s32(0));
         sums = add(sums, code[i]);
       }
-      const int16x8_t codes = vcombine_s16(vmovn_s32(code[0]), vmovn_s32(code[1]));
-      vst1_s8(high + 4 * v, vshrn_n_s16(codes, 7));
-      vst1_s8(low + 4 * v, vmovn_s16(vandq_s16(codes, vdupq_n_s16(127))));
+      const int16x8_t both = vcombine_s16(vmovn_s32(code[0]), vmovn_s32(code[1]));
+      vst1_u8(codes + 4 * v, vmovn_u16(vreinterpretq_u16_s16(both)));
     }
     sum = sum_of(sums);
   }
 };
 
-template <int kBits, int T, int G>
-void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const int32_t (&excess)[T][G],
+template <int Q, int V>
+struct Sums {
+  Ints sum[Q][V];
+
+  void start(int q, int32_t initial) {
+    for (Ints& vector : sum[q]) vector = vdupq_n_s32(initial);
+  }
+  template <int N, class Numbers>
+  void add(int q, int v, const Code (&code)[N], const Numbers& numbers, size_t k) {
+    const int8x16_t number = broadcast4(numbers.codes + k);
+    for (int i = 0; i < N; ++i) {
+      Ints& its = sum[q][v + i];
+      if constexpr (Numbers::kByteOffset == 0) {
+        its = vdotq_s32(its, code[i], number);
+      } else {
+        its = vreinterpretq_s32_u32(vdotq_u32(vreinterpretq_u32_s32(its), vreinterpretq_u8_s8(code[i]),
+                                              vreinterpretq_u8_s8(number)));
+      }
+    }
+  }
+  Ints get(int q, int v) const { return sum[q][v]; }
+};
+
+template <WeightType kType, int T, int G>
+void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const int32_t* const (&excess)[T],
                     Ints (&out)[T][2][G]) {
+  constexpr int kBits = weight_bits(kType);
   // Of nibbles; bytes become signed by themselves.
   for (int t = 0; t < T; ++t) {
-    for (int g = 0; g < G; ++g) out[t][0][g] = out[t][1][g] = vdupq_n_s32(kBits == 4 ? -excess[t][g] : 0);
+    for (int g = 0; g < G; ++g) out[t][0][g] = out[t][1][g] = vdupq_n_s32(code_offset(kType) == 8 ? *excess[t] : 0);
   }
   for (int i = 0; i < kBits; ++i) {
     for (int v = 0; v < 2; ++v) {

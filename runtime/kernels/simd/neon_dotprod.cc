@@ -1,4 +1,4 @@
-#include "runtime/kernels/simd/neon_dotprod.h"
+#include "runtime/kernels/simd/neon.h"
 
 #include "runtime/kernels/simd/algorithms.h"
 

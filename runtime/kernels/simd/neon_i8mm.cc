@@ -1,9 +1,25 @@
-#include "runtime/kernels/simd/neon_i8mm.h"
+// Linear layers of several tokens by the 8-bit matrix products of ARMv8.6 (i8mm): vmmlaq_s32 multiplies 2 rows of 8
+// bytes by 2 rows of 8 bytes, twice what a dot product does.
+
+#include "runtime/kernels/simd/neon.h"
 
 #include "runtime/kernels/simd/algorithms.h"
 
 namespace meki {
 namespace {
+
+// 4 rows x 8 columns as operands of 2 rows x 8 columns: rows 0 and 1, rows 2 and 3.
+struct RowPairs {
+  int8x16_t pair[2];
+
+  // Of two vectors of 4 rows x 4 columns, side by side.
+  RowPairs(int8x16_t left, int8x16_t right) {
+    const int32x4_t a = vreinterpretq_s32_s8(left);
+    const int32x4_t b = vreinterpretq_s32_s8(right);
+    pair[0] = vreinterpretq_s8_s32(vzip1q_s32(a, b));
+    pair[1] = vreinterpretq_s8_s32(vzip2q_s32(a, b));
+  }
+};
 
 // 2P tokens against a panel. Sums are of 2 rows and 2 tokens: row 0 with either token, then row 1.
 template <int P, WeightType kType>
@@ -22,20 +38,18 @@ void matrix_panel_tokens(const std::byte* panel, const Activations& x, size_t fi
       const int8_t* const codes = x.codes + token * x.inputs + 32 * b;
       for (int k = 0; k < 4; ++k) xs[p][k] = vcombine_s8(vld1_s8(codes + 8 * k), vld1_s8(codes + x.inputs + 8 * k));
       const size_t at[2] = {token * blocks + b, (token + 1) * blocks + b};
-      int32_t sums[2];
-      for (int t = 0; t < 2; ++t) sums[t] = x.sums[2 * at[t]] + x.sums[2 * at[t] + 1];
-      const int32_t both[4] = {sums[0], sums[1], sums[0], sums[1]};
+      const int32_t both[4] = {x.excess[2 * at[0]], x.excess[2 * at[1]], x.excess[2 * at[0]], x.excess[2 * at[1]]};
       const float scales[4] = {x.scales[at[0]], x.scales[at[1]], x.scales[at[0]], x.scales[at[1]]};
       // Of nibbles; bytes become signed by themselves.
-      excess[p] = vmulq_n_s32(vld1q_s32(both), kBits == 4 ? -code_offset(kType) : 0);
+      excess[p] = code_offset(kType) == 8 ? vld1q_s32(both) : vdupq_n_s32(0);
       token_scale[p] = vld1q_f32(scales);
-      token_sum[p] = vmulq_f32(token_scale[p], vcvtq_f32_s32(vld1q_s32(both)));
+      token_sum[p] = vmulq_f32(vmulq_n_f32(token_scale[p], -0.125F), vcvtq_f32_s32(vld1q_s32(both)));
     }
     const auto* const row_scales = reinterpret_cast<const uint16_t*>(panel + code_bytes(kType));
     for (int v = 0; v < 4; ++v) {
       const std::byte* const codes = panel + 16 * v;
       int32x4_t sum[P][2];
-      const auto add = [&](const Code& rows, int k) {
+      const auto add = [&](const RowPairs& rows, int k) {
         for (int p = 0; p < P; ++p) {
           for (int i = 0; i < 2; ++i) sum[p][i] = vmmlaq_s32(sum[p][i], rows.pair[i], xs[p][k]);
         }
@@ -52,13 +66,14 @@ void matrix_panel_tokens(const std::byte* panel, const Activations& x, size_t fi
       for (int g = 0; g < kGroups; ++g) {
         for (int p = 0; p < P; ++p) sum[p][0] = sum[p][1] = excess[p];
         for (int i = kBits / kGroups * g; i < kBits / kGroups * (g + 1); i += 2) {
-          const Bytes bytes = load_rows(codes + 64 * i, 64);
+          const int8x16_t left = load_bytes(codes + 64 * i);
+          const int8x16_t right = load_bytes(codes + 64 * (i + 1));
           if constexpr (kBits == 4) {
-            add(low_nibbles(bytes), i / 2);
-            add(high_nibbles(bytes), 2 + i / 2);
+            add({low_nibbles(left), low_nibbles(right)}, i / 2);
+            add({high_nibbles(left), high_nibbles(right)}, 2 + i / 2);
           } else {
             const int8x16_t sign = vdupq_n_s8(-128);  // code + 128 to code
-            add(unpack<0>({veorq_s8(bytes.left, sign), veorq_s8(bytes.right, sign)}), i / 2);
+            add({veorq_s8(left, sign), veorq_s8(right, sign)}, i / 2);
           }
         }
         add_scaled(row_scales + 16 * g, [&](float32x4_t so_far, float32x4_t row_scale, int p, int i) {

@@ -18,7 +18,7 @@ float to_float(float value) { return value; }
 float to_float(uint16_t half) { return half_to_float(half); }
 
 template <class T>
-void scores_float(const Queries& queries, const std::byte* block, const std::byte*, float* scores) {
+void scores_float(const Queries& queries, const std::byte* block, float* scores) {
   const T* const keys = reinterpret_cast<const T*>(block);
   for (size_t q = 0; q < queries.count; ++q) {
     float* const row = scores + q * kBlock;
@@ -31,8 +31,7 @@ void scores_float(const Queries& queries, const std::byte* block, const std::byt
 }
 
 template <class T>
-void values_float(const float* weights, size_t count, size_t head_dim, const std::byte* block, const std::byte*,
-                  float* outputs) {
+void values_float(const float* weights, size_t count, size_t head_dim, const std::byte* block, float* outputs) {
   const T* const values = reinterpret_cast<const T*>(block);
   for (size_t q = 0; q < count; ++q) {
     for (size_t p = 0; p < kBlock; ++p) {
@@ -43,12 +42,9 @@ void values_float(const float* weights, size_t count, size_t head_dim, const std
   }
 }
 
-int32_t query_code(const Queries& queries, size_t q, size_t e) {
-  const size_t index = q * queries.head_dim + e;
-  return 128 * queries.high[index] + queries.low[index];
-}
+int32_t query_code(const Queries& queries, size_t q, size_t e) { return queries.codes[q * queries.head_dim + e]; }
 
-void scores_int8(const Queries& queries, const std::byte* block, const std::byte*, float* scores) {
+void scores_int8(const Queries& queries, const std::byte* block, float* scores) {
   const auto* const scales = reinterpret_cast<const float*>(block);
   const auto* const codes = reinterpret_cast<const int8_t*>(scales + kBlock);
   for (size_t q = 0; q < queries.count; ++q) {
@@ -64,7 +60,7 @@ void scores_int8(const Queries& queries, const std::byte* block, const std::byte
 
 int nibble(std::byte byte, bool high) { return (std::to_integer<int>(byte) >> (high ? 4 : 0) & 15) - 8; }
 
-void scores_int4(const Queries& queries, const std::byte* block, const std::byte*, float* scores) {
+void scores_int4(const Queries& queries, const std::byte* block, float* scores) {
   const size_t groups = queries.head_dim / kGroup;
   const auto* const scales = reinterpret_cast<const uint16_t*>(block);
   const std::byte* const codes = block + groups * kBlock * sizeof(uint16_t);
@@ -84,18 +80,17 @@ void scores_int4(const Queries& queries, const std::byte* block, const std::byte
   }
 }
 
-// weight * value scale in 14 bits: codes 0 .. 16383 that are worth `unit` each.
+// weight * value scale in 8 bits: codes 0 .. 255 that are worth `unit` each.
 float quantize_weights(const float* weights, const float* scales, int32_t* codes) {
   float scaled[kBlock];
   for (size_t p = 0; p < kBlock; ++p) scaled[p] = weights[p] * scales[p];
   const float largest = largest_magnitude(scaled, kBlock);
-  const float inverse = quantizer(16383, largest);
-  for (size_t p = 0; p < kBlock; ++p) codes[p] = std::clamp(round_to_int(scaled[p] * inverse), 0, 16383);
-  return largest / 16383;
+  const float inverse = quantizer(255, largest);
+  for (size_t p = 0; p < kBlock; ++p) codes[p] = std::clamp(round_to_int(scaled[p] * inverse), 0, 255);
+  return largest / 255;
 }
 
-void values_int8(const float* weights, size_t count, size_t head_dim, const std::byte* block, const std::byte*,
-                 float* outputs) {
+void values_int8(const float* weights, size_t count, size_t head_dim, const std::byte* block, float* outputs) {
   const auto* const scales = reinterpret_cast<const float*>(block);
   const auto* const codes = reinterpret_cast<const int8_t*>(scales + kBlock);
   int32_t w[kBlock];
@@ -109,8 +104,7 @@ void values_int8(const float* weights, size_t count, size_t head_dim, const std:
   }
 }
 
-void values_int4(const float* weights, size_t count, size_t head_dim, const std::byte* block, const std::byte*,
-                 float* outputs) {
+void values_int4(const float* weights, size_t count, size_t head_dim, const std::byte* block, float* outputs) {
   const size_t groups = head_dim / kGroup;
   const auto* const halves = reinterpret_cast<const uint16_t*>(block);
   const std::byte* const codes = block + groups * kBlock * sizeof(uint16_t);
@@ -165,15 +159,16 @@ void geglu(const float* gate, const float* up, size_t count, float* out) {
   }
 }
 
-void quantize(const float* x, size_t inputs, int8_t* codes, float* scales, int32_t* sums) {
+void quantize(const float* x, size_t inputs, int8_t* codes, float* scales, int32_t* excess) {
   for (size_t b = 0; b < inputs / 32; ++b) {
     const float largest = largest_magnitude(x + b * 32, 32);
     const float inverse = quantizer(127, largest);
     scales[b] = largest / 127;
-    sums[2 * b] = sums[2 * b + 1] = 0;
+    excess[2 * b] = excess[2 * b + 1] = 0;
     for (size_t i = b * 32; i < (b + 1) * 32; ++i) {
       codes[i] = static_cast<int8_t>(std::clamp(round_to_int(x[i] * inverse), -127, 127));
-      sums[i / 16] += codes[i];
+      excess[2 * b] -= 8 * codes[i];
+      if (i % 32 < 16) excess[2 * b + 1] -= 8 * codes[i];
     }
   }
 }

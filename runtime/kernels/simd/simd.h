@@ -11,25 +11,26 @@
 namespace meki {
 
 // The queries that one head's keys and values serve: those of the query heads of its group, of one or more tokens. All
-// are scaled already. Integer caches take them in 15 bits, query = scale * (128 * high + low)
-// with high in -127 .. 127 and low in 0 .. 127, so that what is lost is lost in the cache alone. Passive data.
+// are scaled already. Integer caches take them in 8 bits, query = scale * code with codes of -127 .. 127: as many as a
+// key has. Passive data.
 struct Queries {
   size_t count = 0;
   size_t head_dim = 0;
   const float* values = nullptr;  // [count, head_dim]
-  const int8_t* high = nullptr;   // [count, head_dim]
-  const int8_t* low = nullptr;    // [count, head_dim]
+  const int8_t* codes = nullptr;  // [count, head_dim]
   const float* scales = nullptr;  // [count]
-  const int32_t* sums = nullptr;  // [count, head_dim / 16]: of 128 * high + low over 16 elements
+  const int32_t* sums = nullptr;  // [count, head_dim / 16]: of the codes of 16 elements
 };
 
-// Inputs of a quantised linear layer: x = scale * code, in blocks of 32. Passive data.
+// Inputs of a quantised linear layer: x = scale * code, in blocks of 32. What stands in `excess` is what products with
+// codes of weights that have an offset of 8 have too much, negated: -8 times the sum of a block's 32 codes, and of the
+// first 16 of them. Passive data.
 struct Activations {
   size_t tokens = 0;
   size_t inputs = 0;              // a multiple of 32
   const int8_t* codes = nullptr;  // [tokens, inputs], -127 .. 127
   const float* scales = nullptr;  // [tokens, inputs / 32]
-  const int32_t* sums = nullptr;  // [tokens, inputs / 16], of the codes
+  const int32_t* excess = nullptr;  // [tokens, inputs / 32, 2]
 };
 
 // What an instruction set must provide; everything else is shared. Pure functions without state. Integer parts are
@@ -39,16 +40,14 @@ struct Simd {
   std::string_view name;
 
   // scores[q][p] = query q . key p of one cache block, float32 [queries.count][64]. `block` is the block's keys
-  // (scales, then codes); `next`, if not null, is what the caller will stream next, to be prefetched. Indexed by
-  // KvType.
-  using Scores = void (*)(const Queries& queries, const std::byte* block, const std::byte* next, float* scores);
+  // (scales, then codes). Indexed by KvType.
+  using Scores = void (*)(const Queries& queries, const std::byte* block, float* scores);
   Scores scores[4];
 
   // outputs[q] += sum over p of weights[q][p] * value p of one cache block; weights float32 [count][64], all >= 0,
-  // outputs float32 [count][head_dim]. Integer caches round weight * value scale to 14 bits relative to the block's
-  // largest. Indexed by KvType.
-  using Values = void (*)(const float* weights, size_t count, size_t head_dim, const std::byte* block,
-                          const std::byte* next, float* outputs);
+  // outputs float32 [count][head_dim]. Integer caches round weight * value scale to 8 bits, 0 .. 255, relative to the
+  // block's largest. Indexed by KvType.
+  using Values = void (*)(const float* weights, size_t count, size_t head_dim, const std::byte* block, float* outputs);
   Values values[4];
 
   // One step of the online softmax for one query: replaces 64 scores (-inf: masked) by exp(score - maximum), keeps the
@@ -63,7 +62,7 @@ struct Simd {
   void (*geglu)(const float* gate, const float* up, size_t count, float* out);
 
   // x float32 [inputs] -> one row of Activations.
-  void (*quantize)(const float* x, size_t inputs, int8_t* codes, float* scales, int32_t* sums);
+  void (*quantize)(const float* x, size_t inputs, int8_t* codes, float* scales, int32_t* excess);
 
   // out[t * stride + r] = x_t . row r for the 16 rows of one packed panel (docs/package-format.md) and all tokens.
   // Indexed by WeightType; none for float32.

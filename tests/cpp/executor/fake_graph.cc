@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "runtime/executor/dynamic.h"
+#include "runtime/kernels/kv_cache.h"
 #include "runtime/rows/open_rows.h"
 
 namespace meki::test {
@@ -149,7 +150,11 @@ class FakeBinding final : public Binding {
   }
 
   float& at(const Cache& cache, uint32_t kind, uint32_t head, int64_t position, uint32_t i) const {
-    return cache.data[((kind * kHeads + head) * capacity_ + position) * kHeadDim + i];
+    // Within the block of its position and head; in there it is the graph's own business.
+    const KvLayout layout(KvType::float32, kHeads, kHeadDim);
+    const auto p = static_cast<size_t>(position);
+    float* const block = cache.data + layout.block_offset(head, p) / sizeof(float);
+    return block[(kind * KvLayout::kBlock + p % KvLayout::kBlock) * kHeadDim + i];
   }
 
   // What step token `t` brings: its id or hidden vector, and its memory rows.

@@ -141,30 +141,22 @@ QuerySet::QuerySet(size_t count_, size_t head_dim_, std::vector<float> values_)
     : count(count_),
       head_dim(head_dim_),
       values(std::move(values_)),
-      high(count * head_dim),
-      low(count * head_dim),
+      codes(count * head_dim),
       scales(count),
       sums(count * head_dim / 16) {
   for (size_t q = 0; q < count; ++q) {
     double largest = 0;
     for (size_t e = 0; e < head_dim; ++e) largest = std::max(largest, std::fabs(double{values[q * head_dim + e]}));
-    scales[q] = static_cast<float>(largest / (127 * 128));
+    scales[q] = static_cast<float>(largest / 127);
     for (size_t i = q * head_dim; i < (q + 1) * head_dim; ++i) {
-      const int code = largest > 0 ? static_cast<int>(std::lround(values[i] / largest * (127 * 128))) : 0;
-      high[i] = static_cast<int8_t>(std::floor(code / 128.0));
-      low[i] = static_cast<int8_t>(code - 128 * high[i]);
-      sums[i / 16] += code;
+      codes[i] = static_cast<int8_t>(largest > 0 ? std::lround(values[i] / largest * 127) : 0);
+      sums[i / 16] += codes[i];
     }
   }
 }
 
 Queries QuerySet::view() const {
-  return {count, head_dim, values.data(), high.data(), low.data(), scales.data(), sums.data()};
-}
-
-int QuerySet::code(size_t query, size_t element) const {
-  const size_t i = query * head_dim + element;
-  return 128 * high[i] + low[i];
+  return {count, head_dim, values.data(), codes.data(), scales.data(), sums.data()};
 }
 
 ActivationSet::ActivationSet(size_t tokens_, size_t inputs_, std::vector<int8_t> codes_, std::vector<float> scales_)
@@ -172,8 +164,11 @@ ActivationSet::ActivationSet(size_t tokens_, size_t inputs_, std::vector<int8_t>
       inputs(inputs_),
       codes(std::move(codes_)),
       scales(std::move(scales_)),
-      sums(tokens * inputs / 16) {
-  for (size_t i = 0; i < codes.size(); ++i) sums[i / 16] += codes[i];
+      excess(tokens * inputs / 16) {
+  for (size_t i = 0; i < codes.size(); ++i) {
+    excess[i / 32 * 2] -= 8 * codes[i];
+    if (i % 32 < 16) excess[i / 32 * 2 + 1] -= 8 * codes[i];
+  }
 }
 
 std::pair<int, int> code_range(WeightType type) {

@@ -83,19 +83,18 @@ class Threads {
   bool reversed_;
 };
 
-// Queries and their 15-bit codes.
+// Queries and their 8-bit codes.
 struct QuerySet {
   size_t count;
   size_t head_dim;
   std::vector<float> values;
-  std::vector<int8_t> high;
-  std::vector<int8_t> low;
+  std::vector<int8_t> codes;
   std::vector<float> scales;
   std::vector<int32_t> sums;
 
   QuerySet(size_t count, size_t head_dim, std::vector<float> values);
   Queries view() const;
-  int code(size_t query, size_t element) const;
+  int code(size_t query, size_t element) const { return codes[query * head_dim + element]; }
 };
 
 // Inputs of a linear layer in 8 bits.
@@ -104,10 +103,10 @@ struct ActivationSet {
   size_t inputs;
   std::vector<int8_t> codes;
   std::vector<float> scales;
-  std::vector<int32_t> sums;
+  std::vector<int32_t> excess;
 
   ActivationSet(size_t tokens, size_t inputs, std::vector<int8_t> codes, std::vector<float> scales);
-  Activations view() const { return {tokens, inputs, codes.data(), scales.data(), sums.data()}; }
+  Activations view() const { return {tokens, inputs, codes.data(), scales.data(), excess.data()}; }
 };
 
 // A weight matrix [outputs, inputs] with random scales, of either sign, and minimums, and its packed panels.

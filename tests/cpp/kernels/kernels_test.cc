@@ -60,7 +60,7 @@ void check_scores(const Simd& path, const KvLayout& layout, const QuerySet& quer
   const size_t head_dim = layout.head_dim;
   const bool integer = layout.type == KvType::int8 || layout.type == KvType::int4;
   std::vector<float> scores(queries.count * kBlock + 1, kNaN);
-  path.scores[static_cast<size_t>(layout.type)](queries.view(), block, nullptr, scores.data());
+  path.scores[static_cast<size_t>(layout.type)](queries.view(), block, scores.data());
   Errors errors;
   for (size_t p = 0; p < kBlock; ++p) {
     std::vector<Stored> key(head_dim);
@@ -114,11 +114,7 @@ TEST_CASE("scores: the largest codes do not overflow") {
       append(layout, block.data(), slot, key.data(), key.data());
     }
     for (const float value : {1.0F, -1.0F}) {
-      QuerySet queries(5, head_dim, std::vector<float>(5 * head_dim, value));
-      check_scores(path, layout, queries, block.data());
-      std::ranges::fill(queries.low, int8_t{127});  // the largest that struct Queries allows
-      std::ranges::fill(queries.sums, 16 * (128 * queries.high[0] + 127));
-      std::ranges::fill(queries.values, queries.scales[0] * static_cast<float>(queries.code(0, 0)));
+      const QuerySet queries(5, head_dim, std::vector<float>(5 * head_dim, value));
       check_scores(path, layout, queries, block.data());
     }
   });
@@ -148,10 +144,10 @@ TEST_CASE("values: every path against the weighted sum of what is stored, and ag
       const std::vector<float> before = random.floats(count * head_dim, -1, 1);
       std::vector<float> outputs = before;
       outputs.push_back(kNaN);
-      path.values[type](weights.data(), count, head_dim, values, nullptr, outputs.data());
+      path.values[type](weights.data(), count, head_dim, values, outputs.data());
       CHECK(std::isnan(outputs.back()));
       std::vector<float> portable = before;
-      simd_paths().back()->values[type](weights.data(), count, head_dim, values, nullptr, portable.data());
+      simd_paths().back()->values[type](weights.data(), count, head_dim, values, portable.data());
 
       Errors errors;
       Errors differences;
@@ -171,8 +167,8 @@ TEST_CASE("values: every path against the weighted sum of what is stored, and ag
             codes += std::fabs(value[p].code);
           }
           // float types round every product and sum. Integer types round each weight * scale to a multiple of
-          // largest / 16383, by half of one (a little more: 16383 * 4 * 2^-24, for three roundings on the way).
-          const double weight_error = integer ? largest / 16383 * 0.504 * codes : 0;
+          // largest / 255, by half of one (a little more: 255 * 4 * 2^-24, for three roundings on the way).
+          const double weight_error = integer ? largest / 255 * 0.5001 * codes : 0;
           errors.add(outputs[q * head_dim + e], exact, weight_error + 66 * kRounding * (magnitude + weight_error));
           // Once rounded, integers are exact and the same everywhere: what differs is one product and one sum.
           if (integer) {
@@ -197,12 +193,12 @@ TEST_CASE("values: weights of 0 leave the outputs alone, the largest codes do no
       for (size_t slot = 0; slot < kBlock; ++slot) append(layout, block.data(), slot, row.data(), row.data());
       std::vector<float> outputs(5 * head_dim, 0.25F);
       const std::byte* const stored = block.data() + layout.values_offset();
-      values(std::vector<float>(5 * kBlock, 0.0F).data(), 5, head_dim, stored, nullptr, outputs.data());
+      values(std::vector<float>(5 * kBlock, 0.0F).data(), 5, head_dim, stored, outputs.data());
       Errors unchanged;
       for (const float output : outputs) unchanged.add(output, 0.25, 0);
       CHECK(unchanged.worst() == 0);
-      // Every weight * scale is the largest: no rounding to 14 bits. 1 / 7 as a half is up to 2^-11 off.
-      values(std::vector<float>(5 * kBlock, 1.0F).data(), 5, head_dim, stored, nullptr, outputs.data());
+      // Every weight * scale is the largest: no rounding to 8 bits. 1 / 7 as a half is up to 2^-11 off.
+      values(std::vector<float>(5 * kBlock, 1.0F).data(), 5, head_dim, stored, outputs.data());
       Errors errors;
       const double scale_error = layout.type == KvType::int4 ? 0x1p-11 : 0;
       for (const float output : outputs) errors.add(output, 0.25 + 64 * value, 64 * (70 * kRounding + scale_error));
@@ -370,12 +366,12 @@ TEST_CASE("NaN: a key's reaches its scores, a value's all outputs that it weighs
       append(layout, block.data(), slot, row.data(), row.data());
       const QuerySet queries(5, head_dim, random.floats(5 * head_dim, 1, 2));
       std::vector<float> scores(5 * kBlock);
-      path.scores[type](queries.view(), block.data(), nullptr, scores.data());
+      path.scores[type](queries.view(), block.data(), scores.data());
       for (size_t i = 0; i < scores.size(); ++i) REQUIRE(std::isnan(scores[i]) == (i % kBlock == slot));
 
       std::vector<float> outputs(5 * head_dim);
       path.values[type](random.floats(5 * kBlock, 0.1F, 1).data(), 5, head_dim, block.data() + layout.values_offset(),
-                        nullptr, outputs.data());
+                        outputs.data());
       bool all = true;
       for (size_t q = 0; q < 5; ++q) all = all && std::isnan(outputs[q * head_dim + where]);
       CHECK(all);

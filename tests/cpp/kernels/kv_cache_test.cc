@@ -85,8 +85,14 @@ TEST_CASE("kv layout: sizes") {
   CHECK(layout.bytes(0) == 0);
   CHECK(layout.bytes(64) == 3 * 2560);
   CHECK(layout.bytes(65) == 6 * 2560);
-  CHECK(layout.block_offset(2, 63) == 2 * 2560);
-  CHECK(layout.block_offset(1, 64) == 4 * 2560);
+  CHECK(layout.block_offset(2, 63) == 16 * 2560);
+  CHECK(layout.block_offset(1, 64) == 9 * 2560);
+  CHECK(layout.block_offset(2, 511) == 23 * 2560);
+  CHECK(layout.block_offset(1, 512) == 32 * 2560);
+  CHECK(KvLayout::blocks_for(0) == 0);
+  CHECK(KvLayout::blocks_for(1) == 8);
+  CHECK(KvLayout::blocks_for(512) == 8);
+  CHECK(KvLayout::blocks_for(513) == 16);
 
   for (const size_t wrong : {size_t{0}, size_t{8}, size_t{24}, size_t{528}}) {
     check_names(error_of<std::invalid_argument>([&] { KvLayout(KvType::int8, 1, wrong); }), std::to_string(wrong));
