@@ -4,8 +4,9 @@
 
 namespace meki {
 
-// Runs pieces of work on the threads of whoever provides it. Pieces are taken one by one by whichever thread is free,
-// so a slow or busy core takes fewer of them. A view: copy it freely, within the life of what `context` points to.
+// Runs pieces of work on the threads of whoever provides it. A thread takes neighbouring pieces one after the other as
+// long as there are some, and a thread that is done takes over pieces of the others, so that a slow or busy core does
+// fewer of them. A view: copy it freely, within the life of what `context` points to.
 struct Parallel {
   size_t threads = 1;
   void* context = nullptr;

@@ -15,6 +15,10 @@ namespace meki {
 
 // Threads that share the pieces of one piece of work after another.
 //
+// Each thread begins with an equal range of neighbouring pieces, whose memory it reads in a row: with a common counter,
+// threads would alternate, and hardware that fetches ahead for one of them would fetch what another one reads. Who is
+// done with his own pieces takes the second half of another's.
+//
 // Decode hands over work every few tens of microseconds, so an idle worker looks for more for a while (kSpin) before it
 // sleeps. Nobody waits for a worker that has not come: whoever is there takes the pieces, and only a piece that a
 // worker has begun is waited for. A core that is busy elsewhere costs its share of the work, not a time slice at every
@@ -35,20 +39,25 @@ class ThreadPool {
  private:
   using Nanoseconds = std::chrono::nanoseconds;
   using Piece = void (*)(void* data, size_t index);
-  static constexpr uint64_t kClosed = uint64_t{1} << 62;  // as `next_`: there is no work
+  // The pieces of one thread that nobody has taken: begin in the low half, end in the high one. A value that was
+  // replaced does not come back within a run, because each piece is taken once.
+  struct alignas(64) Range {
+    std::atomic<uint64_t> pieces{0};
+  };
 
   void run(size_t pieces, Piece piece, void* data);
-  void take_pieces();
-  void serve();
+  void take_pieces(size_t thread);
+  bool take_over(size_t thread);
+  void serve(size_t thread);
   bool wait_for_work(Nanoseconds& spin);
 
   const pid_t process_;
   std::atomic_flag busy_;  // a caller has the workers
 
-  // The work. A worker counts itself in `active_` before it looks at `next_`, and the caller closes `next_` before it
-  // waits for `active_` to become 0: so the other three change only while no worker can see them.
-  alignas(64) std::atomic<uint64_t> next_{kClosed};  // the next piece to take
-  size_t pieces_ = 0;
+  // The work. A worker counts itself in `active_` before it looks at `open_`, and the caller closes that before it waits
+  // for `active_` to become 0: so the others change only while no worker can see them.
+  alignas(64) std::atomic<bool> open_{false};
+  std::vector<Range> ranges_;  // of the caller, then of each worker
   Piece piece_ = nullptr;
   void* data_ = nullptr;
   alignas(64) std::atomic<size_t> active_{0};

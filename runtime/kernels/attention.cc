@@ -219,7 +219,7 @@ class Attention {
     const size_t first = tile * partition_.tile_rows;
     const size_t count = std::min(partition_.tile_rows, partition_.rows - first);
     if (partition_.split) {
-      const size_t range = partition_.range_count - 1 - index % ranges;  // the longest first
+      const size_t range = index % ranges;
       attend(kv_head, first, count, range, partial(kv_head, range).from(first, dim));
       return;
     }
