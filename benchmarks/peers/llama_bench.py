@@ -60,7 +60,7 @@ LLAMA_SETTINGS = (
 IK_SETTINGS = tuple(
     replace(setting, repack=repack, merge=merge)
     for setting, (repack, merge) in itertools.product(
-        (*LLAMA_SETTINGS, Setting(True, "q8_KV", "q8_0"), Setting(True, "q8_KV", "q8_KV")),
+        (*LLAMA_SETTINGS, Setting(True, "q8_KV", "q8_0")),  # it keeps no V so
         ((False, False), (True, False), (True, True)),
     )
 )
@@ -219,12 +219,22 @@ class FreshBench(Bench):
 def best_setting(
     measure: Callable[[Workload, Setting], list[float]], workload: Workload, settings: Sequence[Setting]
 ) -> tuple[Setting, dict[str, list[float]]]:
-    """The setting with the greatest median tokens/s in a shortened workload, and what all of them reached."""
+    """The setting with the greatest median tokens/s in a shortened workload, and what all of them reached: nothing,
+    where the program fails. PeerError if it fails with every one."""
     short = replace(
         workload, tokens=min(workload.tokens, PROBE_PREFILL if workload.kind == "prefill" else PROBE_DECODE)
     )
-    reached = {setting: measure(short, setting) for setting in settings}
-    best = max(settings, key=lambda setting: float(np.median(reached[setting])))
+    reached: dict[Setting, list[float]] = {}
+    errors = []
+    for setting in settings:
+        try:
+            reached[setting] = measure(short, setting)
+        except PeerError as error:
+            reached[setting] = []
+            errors.append(error)
+    if len(errors) == len(settings):
+        raise errors[0]
+    best = max(settings, key=lambda setting: float(np.median(reached[setting] or [0.0])))
     return best, {str(setting): samples for setting, samples in reached.items()}
 
 
@@ -256,11 +266,14 @@ class LlamaBench:
 
             def probe(workload: Workload, setting: Setting) -> list[float]:
                 repetitions = PROBE_REPETITIONS if self.bench.fills_once or not workload.depth else 1
-                with self.bench(self.binary, self.model, workload, setting, self.threads, 1, repetitions) as bench:
-                    samples: list[float] = bench.measure()["samples_ts"]
-                speed = float(np.median(samples))
-                progress.write(f"{self.name}, {workload}, {setting}: {speed:.1f} tokens/s", file=sys.stderr)
-                progress.update()
+                told = "failed"
+                try:
+                    with self.bench(self.binary, self.model, workload, setting, self.threads, 1, repetitions) as bench:
+                        samples: list[float] = bench.measure()["samples_ts"]
+                    told = f"{np.median(samples):.1f} tokens/s"
+                finally:
+                    progress.write(f"{self.name}, {workload}, {setting}: {told}", file=sys.stderr)
+                    progress.update()
                 return samples
 
             self.found = [best_setting(probe, workload, self.tried) for workload in self.workloads]

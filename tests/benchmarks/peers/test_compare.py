@@ -198,7 +198,7 @@ def test_comparison(package: Path, tmp_path: Path, stand_ins: list[str], capsys:
     assert [test["best_peer"] for test in tests] == ["ik_llama.cpp", "ik_llama.cpp", "llama.cpp"]
     assert [test["settings"] for test in tests] == [{"llama.cpp": best, "ik_llama.cpp": repacked}] * 3
     assert [len(tried) for tried in figures["engines"]["llama.cpp"]["settings_tried"]] == [5] * 3
-    assert [len(tried) for tried in figures["engines"]["ik_llama.cpp"]["settings_tried"]] == [21] * 3
+    assert [len(tried) for tried in figures["engines"]["ik_llama.cpp"]["settings_tried"]] == [18] * 3
     assert len(figures["engines"]["meki"]["meki_bench"]) == 2
     assert [file.suffix for file in (tmp_path / "work").iterdir()] == [".gguf"]
 

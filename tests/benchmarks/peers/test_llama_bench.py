@@ -55,6 +55,21 @@ def test_best_setting_is_the_best_median_of_a_short_run() -> None:
     assert seen[-1] == Workload("prefill", 0, 3)
 
 
+def test_a_setting_that_fails_is_not_the_best() -> None:
+    settings = [Setting(True, key_type, "f16") for key_type in ("q4_0", "q8_0")]
+
+    def measure(workload: Workload, setting: Setting) -> list[float]:
+        if setting.key_type == "q4_0":
+            raise PeerError("no such kernel")
+        return [3.0]
+
+    best, tried = best_setting(measure, DECODE, settings)
+    assert best == settings[1]
+    assert tried == {str(settings[0]): [], str(settings[1]): [3.0]}
+    with pytest.raises(PeerError, match="no such kernel"):
+        best_setting(measure, DECODE, settings[:1])
+
+
 def bench(binary: str, workload: Workload = DECODE, measurements: int = 1) -> StandingBench:
     return StandingBench(binary, Path("model.gguf"), workload, SETTING, 2, measurements, 1)
 
