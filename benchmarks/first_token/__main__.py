@@ -4,8 +4,9 @@
 
 Each repetition is a process of its own that does what `meki-run --prompt` does; one before them is not counted, so that
 all files are in the page cache. Prints a table of medians, with the 10th and the 90th percentile. As many processes
-more run with ONNX Runtime's profiler, which slows them: from these is what says "profiled". Python's modules are those
-that it has compiled before: with PYTHONDONTWRITEBYTECODE set, `python -m compileall` them first.
+more run with ONNX Runtime's profiler, which slows them: from these is what says "profiled". The engine's own time ends
+when it has the interpreter again, which the tokenizer may hold longer. Python's modules are those that it has compiled
+before: with PYTHONDONTWRITEBYTECODE set, `python -m compileall` them first.
 """
 
 from __future__ import annotations
