@@ -73,7 +73,7 @@ def same_bits(gguf: Path, package: Path) -> Path:
     target = gguf.with_suffix(".package")
     if not target.is_dir():
         convert = find_binary("meki-convert", "install this package: pip install '.[models]'")
-        tokenizer = package / "tokenizer.json"
+        tokenizer = package / read_manifest(package)["tokenizer"]["file"]
         command = [convert, str(gguf), "--tokenizer", str(tokenizer), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
