@@ -64,7 +64,8 @@ def measure(base: Package, other: Package, arguments: argparse.Namespace, progre
             "-" if its["row_hit_rate"] is None else f"{its['row_hit_rate']:.0%}",
             f"{its['weight_bytes'] / 1e6:.1f}",
         ]
-    for label in [f"read bandwidth {report['read_bandwidth_gb_s']:.1f} GB/s", *report["labels"]]:
+    (bandwidth,) = report["read_bandwidth"]
+    for label in [f"read bandwidth {bandwidth['gb_s']:.1f} GB/s", *report["labels"]]:
         progress.write(f"{other.path.name}: {label}", file=sys.stderr)
 
 

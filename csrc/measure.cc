@@ -55,7 +55,8 @@ void bind_plan(py::module_& m) {
            "depths: in the cache when decode begins. prefill: 0 for none. tokens: decode steps of each contender in "
            "one\n"
            "run of a test, at least 1; to compare, a multiple of GROUP. repetitions: rounds. compare: two contenders,\n"
-           "which take turns. cold: drop the contenders' rows from the page cache before every step.")
+           "which take turns; if not, each of any number makes all of its steps in a row. cold: drop the contenders'\n"
+           "rows from the page cache before every step.")
       .def_readonly_static("TURN", &Plan::kTurn,
                            "Decode steps that a contender measures before it is the other one's turn.")
       .def_readonly_static("GROUP", &Plan::kGroup, "Steps of each contender in one group of turns, A B B A.")
@@ -93,7 +94,9 @@ void bind_results(py::module_& m) {
   py::class_<Measurement>(m, "Measurement", "What measure() found.")
       .def_readonly("cases", &Measurement::cases)
       .def_readonly("rounds", &Measurement::rounds, "[repetition][case][contender]: blocks, one a turn.")
-      .def_readonly("bandwidths", &Measurement::bandwidths, "Bytes/s, before the first round and after each.")
+      .def_readonly(
+          "bandwidths", &Measurement::bandwidths,
+          "Bytes/s before the first round and after each, by the number of threads, for each that a contender has.")
       .def_property_readonly(
           "memory", [](const Measurement& measurement) { return as_dict(measurement.memory); },
           "resident_memory() after every test has run once.");
@@ -109,12 +112,13 @@ void bind_measure(py::module_& m) {
       [](const std::vector<std::shared_ptr<Engine>>& engines, const Plan& plan,
          const std::function<void(const std::string&)>& progress, size_t bandwidth_bytes) {
         const std::vector<std::shared_ptr<const Engine>> contenders(engines.begin(), engines.end());
-        const auto bandwidth = [&] { return read_bandwidth(contenders.at(0)->threads(), bandwidth_bytes); };
+        const auto bandwidth = [&](size_t threads) { return read_bandwidth(threads, bandwidth_bytes); };
         return measure(contenders, plan, {.poll = poll_signals, .progress = progress, .read_bandwidth = bandwidth});
       },
       "engines"_a, "plan"_a, "progress"_a, "bandwidth_bytes"_a, py::call_guard<py::gil_scoped_release>(),
       "Runs every test once to warm up, then `plan.repetitions` rounds of all tests; before the first round and after\n"
-      "each, reads `bandwidth_bytes` of memory. `progress` is told what comes next. KeyboardInterrupt is raised\n"
+      "each, reads `bandwidth_bytes` of memory with as many threads as a contender has. `progress` is told what comes "
+      "next. KeyboardInterrupt is raised\n"
       "between two steps. ValueError for a plan that does not fit the number of engines, its contenders.");
   m.def(
       "with_rows_in_ram",

@@ -1,20 +1,23 @@
 """Prefill and decode speed beside other engines: the same shapes, the same threads, measured in turn.
 
-    python -m benchmarks.peers.compare PACKAGE --llama-bench PATH [--genai DIR] [--depths 0,10240] [--json FILE]
+    python -m benchmarks.peers.compare PACKAGE --llama-bench PATH [--ik-llama-bench PATH] [--genai DIR] [--openvino DIR]
+        [--same-bits] [--depths 0,10240] [--json FILE]
 
-Needs `meki-bench` and the Python package `gguf`. PACKAGE gives the shapes. llama.cpp runs a model with random Q4_0
-weights of these shapes, which is written to --workdir once. All its matrices have 4.5 bits a weight, the tied head too:
-llama-quantize would make the head Q6_K, which is more to read. Peers run the dense backbone, of a Gemma 4 with the
-per-layer embedding; ours runs PACKAGE as it is, with its memory.
+Needs `meki-bench` and the Python package `gguf`. PACKAGE gives the shapes. llama.cpp and ik_llama.cpp run a model with
+random Q4_0 weights of these shapes, which is written to --workdir once. All its matrices have 4.5 bits a weight, the
+tied head too: llama-quantize would make the head Q6_K, which is more to read. Peers run the dense backbone, of a Gemma
+4 with the per-layer embedding; ours runs PACKAGE as it is, with its memory. With --same-bits ours runs, besides, the
+very model that they run: `meki-convert` makes a package of it, which keeps its bits, so that equal bytes are read.
 
-llama.cpp gets its best setting: for each test every one in SETTINGS is tried first, briefly. Its llama-bench fills the
-KV cache by real prefill, which for 10,240 tokens takes minutes: once for each setting that is tried, once to measure.
-One llama-bench process makes all measurements of a test. It is stopped (SIGSTOP) while others measure, and keeps its
-memory: for each test a copy of the weights, for each depth two of its KV cache. llama.cpp's threads wait for each other
-by spinning: with other work on the machine it falls tenfold, so measure on a quiet one.
+Both get their best setting: for each test every one in LLAMA_SETTINGS or IK_SETTINGS (llama_bench.py) is tried first,
+briefly. A llama-bench fills the KV cache by real prefill, which for 10,240 tokens takes up to minutes: llama.cpp's once
+for each setting that is tried, once to measure; ik_llama.cpp's once for each setting and each round. One llama-bench
+process of llama.cpp makes all measurements of a test. It is stopped (SIGSTOP) while others measure, and keeps its
+memory: for each test a copy of the weights, for each depth two of its KV cache. Their threads wait for each other by
+spinning: with other work on the machine they fall tenfold, so measure on a quiet one.
 
-onnxruntime-genai is measured if --genai names a folder with a model of the same shapes, for example made by (needs
-torch, transformers, onnx and onnx_ir too)
+onnxruntime-genai and openvino-genai are measured if --genai or --openvino names a folder with a model of the same
+shapes, for example made by (needs torch, transformers, onnx and onnx_ir, or optimum-intel and nncf)
 
     python -c "import torch; from transformers import Qwen3Config, Qwen3ForCausalLM; \\
         torch.set_default_dtype(torch.bfloat16); \\
@@ -23,6 +26,8 @@ torch, transformers, onnx and onnx_ir too)
             max_position_embeddings=40960, rope_theta=5e5, tie_word_embeddings=True, \\
             bos_token_id=0, eos_token_id=0, pad_token_id=0)).save_pretrained('hf')"
     python -m onnxruntime_genai.models.builder -m hf -o genai -p int4 -e cpu
+    optimum-cli export openvino -m hf --task text-generation-with-past --weight-format int4 --group-size 32 \\
+        --ratio 1.0 --sym --all-layers openvino
 """
 
 from __future__ import annotations
@@ -34,7 +39,6 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +50,19 @@ from meki.bench.output import check_writable, to_json
 from meki.cli.arguments import integer, token_counts
 from meki.cli.errors import run_command
 from meki.models.architectures import read_config
-from meki.package import has_random_weights, read_manifest
+from meki.package import read_manifest
 from meki.package.files import write_file
 
-from .engines import PROBE_REPETITIONS, SETTINGS, Genai, LlamaBench, Meki, Setting, Workload, best_setting, find_binary
+from .engines import PEERS, Job, Peer
 from .llama_model import PeerConfig, cached_gguf
+from .ours import Meki, same_bits
+from .workload import Engine, Workload
 
 PROGRAM = "peers"
-OURS, LLAMA, GENAI = "meki", "llama.cpp", "onnxruntime-genai"
+OURS, SAME_BITS = "meki", "meki, same bits"
+
+Samples = Mapping[str, Sequence[Sequence[float]]]
+"""Of each engine, by its name: tokens/s [workloads, rounds]."""
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
@@ -71,58 +80,36 @@ def spread(values: Sequence[float]) -> str:
     return f"{number(median)} ({number(low)} to {number(high)})"
 
 
-def table(
-    workloads: Sequence[Workload],
-    samples: Mapping[str, Sequence[Sequence[float]]],
-    labels: Mapping[str, str],
-    settings: Sequence[Setting],
-) -> str:
-    """A markdown table.
+def best(samples: Samples, test: int) -> str:
+    """The engine with the greatest median."""
+    return max(samples, key=lambda name: float(np.median(samples[name][test])))
 
-    samples: for each engine, ours first, tokens/s [workloads, rounds]; settings: llama.cpp's, [workloads].
-    """
-    ours, *peers = samples
-    names = ["test", labels[ours], *(name for peer in peers for name in (labels[peer], "ratio"))]
-    lines = [*head([*names, "best setting of llama.cpp"], "l" * (len(names) + 1))]
-    for i, workload in enumerate(workloads):
-        cells = [str(workload), spread(samples[ours][i])]
-        for peer in peers:
-            cells += [spread(samples[peer][i]), spread(ratios(samples[ours][i], samples[peer][i]))]
-        lines.append(row([*cells, str(settings[i])]))
+
+def table(workloads: Sequence[Workload], ours: Samples, peers: Samples, settings: Mapping[str, Sequence[str]]) -> str:
+    """A markdown table: a line for each test and peer. settings: of each peer, [workloads]."""
+    figures = [column for name in ours for column in (f"{name}, tokens/s", f"{name} / peer")]
+    lines = [*head(["test", "peer", "its best setting", "peer, tokens/s", *figures, "best peer"], "lll")]
+    for test, workload in enumerate(workloads):
+        for peer, theirs in peers.items():
+            cells = [str(workload), peer, settings[peer][test] or "as it comes", spread(theirs[test])]
+            for its in ours.values():
+                cells += [spread(its[test]), spread(ratios(its[test], theirs[test]))]
+            lines.append(row([*cells, best(peers, test)]))
     return "\n".join(lines)
 
 
-def find_settings(
-    llama_bench: str, model: Path, workloads: Sequence[Workload], threads: int
-) -> list[tuple[Setting, dict[str, list[float]]]]:
-    """llama.cpp's best setting for each workload, and the tokens/s that each setting reached."""
-
-    def probe(workload: Workload, setting: Setting) -> list[float]:
-        with LlamaBench(llama_bench, model, workload, setting, threads, 1, PROBE_REPETITIONS) as bench:
-            samples: list[float] = bench.measure()["samples_ts"]
-        progress.write(f"llama.cpp, {workload}, {setting}: {spread(samples)} tokens/s", file=sys.stderr)
-        progress.update()
-        return samples
-
-    with tqdm(desc="settings", total=len(workloads) * len(SETTINGS), disable=None) as progress:
-        return [best_setting(probe, workload) for workload in workloads]
-
-
-def run_rounds(
-    meki: Meki, benches: Sequence[LlamaBench], genai: Genai | None, rounds: int
-) -> tuple[dict[str, list[list[float]]], dict[str, Any]]:
-    """tokens/s of each engine [workloads, rounds], and the last record of llama-bench."""
-    samples: dict[str, list[list[float]]] = {name: [] for name in (OURS, LLAMA, *([GENAI] if genai else []))}
-    record: dict[str, Any] = {}
+def run_rounds(engines: Sequence[Engine], rounds: int) -> dict[str, list[list[float]]]:
+    """tokens/s of each engine [workloads, rounds]."""
+    samples: dict[str, list[list[float]]] = {engine.name: [] for engine in engines}
     for _ in tqdm(range(rounds), desc="rounds", disable=None):
-        samples[OURS].append(meki.round())
-        samples[LLAMA].append([])
-        for bench in benches:
-            record = bench.measure()
-            samples[LLAMA][-1] += record["samples_ts"]
-        if genai:
-            samples[GENAI].append([genai.measure(workload) for workload in meki.workloads])
-    return {name: np.transpose(values).tolist() for name, values in samples.items()}, record
+        for engine in engines:
+            samples[engine.name].append(engine.round())
+    return {name: np.transpose(values).tolist() for name, values in samples.items()}
+
+
+def named_peers(args: argparse.Namespace) -> list[tuple[Peer, str]]:
+    """With the values of their options."""
+    return [(peer, value) for peer in PEERS if (value := getattr(args, peer.option)) is not None]
 
 
 def compare(args: argparse.Namespace, manifest: dict[str, Any], config: PeerConfig) -> dict[str, Any]:
@@ -131,65 +118,59 @@ def compare(args: argparse.Namespace, manifest: dict[str, Any], config: PeerConf
         Workload("prefill", 0, args.prefill),
         *(Workload("decode", depth, args.tokens) for depth in args.depths),
     ]
-    llama_bench = find_binary(args.llama_bench, "build it from llama.cpp's sources and name its path")
-    meki_bench = find_binary("meki-bench", "install this package: pip install .")
-    meki = Meki(meki_bench, args.package, workloads, args.threads, args.kv_type)
-    genai = Genai(args.genai, config, args.threads) if args.genai else None
-    meki.round()  # what it cannot do is known before minutes are spent on others; its files are warm
-    meki.reports.clear()
-
-    model = cached_gguf(config, args.workdir)
-    found = find_settings(llama_bench, model, workloads, args.threads)
-    settings = [setting for setting, _ in found]
+    gguf = cached_gguf(config, args.workdir)
+    packages = {OURS: args.package} | ({SAME_BITS: same_bits(gguf, args.package)} if args.same_bits else {})
+    job = Job(gguf, config, workloads, args.threads, args.repetitions)
     with contextlib.ExitStack() as stack:
-        benches = [
-            stack.enter_context(LlamaBench(llama_bench, model, workload, setting, args.threads, args.repetitions, 1))
-            for workload, setting in zip(workloads, settings, strict=True)
-        ]
-        samples, record = run_rounds(meki, benches, genai, args.repetitions)
+        engines: list[Engine] = []
+        for name, package in packages.items():
+            engines.append(Meki(name, package, workloads, args.threads, args.kv_type))
+        for peer, value in named_peers(args):
+            engines.append(peer.open(value, job))
+            stack.callback(engines[-1].close)
+        for engine in engines:
+            engine.prepare()
+        samples = run_rounds(engines, args.repetitions)
 
-    versions = {OURS: metadata.version("meki"), LLAMA: f"{record['build_commit']} ({record['build_number']})"}
-    models = {OURS: f"{manifest['weights']['type']} weights, {args.kv_type} KV", LLAMA: "Q4_0 weights"}
-    if genai:
-        versions[GENAI], models[GENAI] = metadata.version(GENAI), f"model {args.genai.resolve().name}"
-    own = "random too" if has_random_weights(manifest) else "its own weights"
+    ours = {name: values for name, values in samples.items() if name in packages}
+    peers = {name: values for name, values in samples.items() if name not in packages}
+    settings = {engine.name: engine.settings() for engine in engines}
     print(
         f"{config.layers} layers, hidden {config.hidden}, FFN {config.ffn}, {config.heads} query and {config.kv_heads} "
-        f"KV heads of {config.head_dim}, vocabulary {config.vocab_size:,}. "
-        f"llama.cpp: random weights of these shapes; ours: {own}. "
+        f"KV heads of {config.head_dim}, vocabulary {config.vocab_size:,}. Threads: {args.threads}. "
+        f"tokens/s, and ours / theirs round by round: median (p10 to p90) of {args.repetitions} interleaved rounds. "
         f"Our KV cache has a synthetic depth, theirs real tokens.\n"
-        f"Threads: {args.threads}. tokens/s, and ours / theirs round by round: median (p10 to p90) of "
-        f"{args.repetitions} interleaved rounds.\n"
     )
-    labels = {name: f"{name} {versions[name]}, {models[name]}" for name in samples}
-    print(table(workloads, samples, labels, settings))
+    print("\n".join(f"- {engine.name}: {engine.describe()}" for engine in engines), end="\n\n")
+    print(table(workloads, ours, peers, settings))
     return {
         "package": manifest["name"],
         "architecture": manifest["architecture"],
-        "llama_weights": "random weights of these shapes, Q4_0",
-        "own_weights": manifest["provenance"].get("weights"),
-        "synthetic_depth": {name: name == OURS for name in samples},
+        "synthetic_depth": {name: name in ours for name in samples},
         "threads": args.threads,
-        "machine": {"platform": platform.platform(), "cpu": record["cpu_info"]},
-        "versions": versions,
+        "platform": platform.platform(),
         "tests": [
             {
                 **dataclasses.asdict(workload),
-                "samples": {name: values[i] for name, values in samples.items()},
-                "ratios": {name: ratios(samples[OURS][i], samples[name][i]) for name in samples if name != OURS},
-                "llama_setting": str(found[i][0]),
-                "llama_settings_tried": found[i][1],
+                "samples": {name: values[test] for name, values in samples.items()},
+                "ratios": {
+                    name: {peer: ratios(its[test], theirs[test]) for peer, theirs in peers.items()}
+                    for name, its in ours.items()
+                },
+                "settings": {name: settings[name][test] for name in peers},
+                "best_peer": best(peers, test),
             }
-            for i, workload in enumerate(workloads)
+            for test, workload in enumerate(workloads)
         ],
-        "llama_bench": record,
-        "meki_bench": meki.reports,
+        "engines": {engine.name: {"description": engine.describe(), **engine.figures()} for engine in engines},
     }
 
 
 def run(args: argparse.Namespace) -> None:
     if args.json:
         check_writable(args.json)
+    if not named_peers(args):
+        raise ValueError(f"no peer to compare with; name one with {', '.join(peer.option for peer in PEERS)}")
     manifest = read_manifest(args.package)
     config = read_config(manifest)
     if not isinstance(config, PeerConfig):
@@ -210,8 +191,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("package", type=Path, help="a directory made by meki-convert")
-    add("--llama-bench", required=True, metavar="PATH", help="a build of llama.cpp for this machine")
-    add("--genai", type=Path, metavar="DIR", help="a model of onnxruntime-genai with the same shapes")
+    for peer in PEERS:
+        add(peer.option, dest=peer.option, metavar=peer.metavar, help=peer.help)
+    add("--same-bits", action="store_true", help="measure the peers' model in ours, too, converted to the bit")
     add("--depths", type=token_counts, default=(0, 10240), help="tokens in the KV cache, such as 0,10240")
     add("--prefill", type=integer(1), default=512, help="tokens of the prefill test")
     add("--tokens", type=integer(1), default=32, help="tokens of a decode test")

@@ -54,16 +54,20 @@ def measure_speeds(
         )
         packages[name] = Package.open(out / name, options)
     plan = _core.Plan(depths=(0,), prefill=0, tokens=TOKENS, repetitions=ROUNDS, compare=True)
-    models, environment = {}, {}
+    models, environment, threads = {}, {}, 0
     for name, package in packages.items():
         say = functools.partial(_say, advance, name)
         report = measure_beside(packages[baseline], package, plan, say, BANDWIDTH_BYTES)
         (compared,), environment = report["compare"], report["environment"]
-        speed = report["results"][0]["median"]
+        speed, threads = report["results"][0]["median"], report["results"][0]["threads"]
         models[name] = {"tokens_per_s": speed, "ratio": compared["ratio"], "ci95": compared["ci95"]}
-    keys = ("cpu", "threads", "simd", "meki")
+    keys = ("cpu", "simd", "meki")
     random = [name for name in configs if name not in checkpoints]
-    return {"models": models, "random": random, "environment": {key: environment[key] for key in keys}}
+    return {
+        "models": models,
+        "random": random,
+        "environment": {**{key: environment[key] for key in keys}, "threads": threads},
+    }
 
 
 def _say(advance: Callable[[str], None], name: str, text: str) -> None:

@@ -307,7 +307,8 @@ class Plan:
         """
         depths: in the cache when decode begins. prefill: 0 for none. tokens: decode steps of each contender in one
         run of a test, at least 1; to compare, a multiple of GROUP. repetitions: rounds. compare: two contenders,
-        which take turns. cold: drop the contenders' rows from the page cache before every step.
+        which take turns; if not, each of any number makes all of its steps in a row. cold: drop the contenders'
+        rows from the page cache before every step.
         """
     def context(self, depth: typing.SupportsInt | typing.SupportsIndex) -> int:
         """
@@ -404,9 +405,9 @@ class Measurement:
     What measure() found.
     """
     @property
-    def bandwidths(self) -> list[float]:
+    def bandwidths(self) -> dict[int, list[float]]:
         """
-        Bytes/s, before the first round and after each.
+        Bytes/s before the first round and after each, by the number of threads, for each that a contender has.
         """
     @property
     def cases(self) -> list[Case]:
@@ -429,7 +430,7 @@ def cpu_kernels() -> str:
 def measure(engines: collections.abc.Sequence[Engine], plan: Plan, progress: collections.abc.Callable[[str], None], bandwidth_bytes: typing.SupportsInt | typing.SupportsIndex) -> Measurement:
     """
     Runs every test once to warm up, then `plan.repetitions` rounds of all tests; before the first round and after
-    each, reads `bandwidth_bytes` of memory. `progress` is told what comes next. KeyboardInterrupt is raised
+    each, reads `bandwidth_bytes` of memory with as many threads as a contender has. `progress` is told what comes next. KeyboardInterrupt is raised
     between two steps. ValueError for a plan that does not fit the number of engines, its contenders.
     """
 def profile_decode(engine: Engine, plan: Plan, depth: typing.SupportsInt | typing.SupportsIndex) -> tuple[Block, list[bool]]:

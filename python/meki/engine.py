@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Unpack
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Unpack
 
 from . import _core
 from .generation import GenerationResult, TextStream
@@ -30,6 +28,10 @@ from .options import (
 )
 from .package import check_parsed_files, compiled_targets, find_model, has_random_weights, read_manifest
 from .prompt import PromptEncoder
+
+if TYPE_CHECKING:  # a text needs no numpy, which takes 0.1 s to load
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Engine:
@@ -92,8 +94,12 @@ class Engine:
         self.manifest = read_manifest(self.path, provider, soc or "")
         chip = soc or next(iter(compiled_targets(self.manifest))) if provider == "qnn" else None
         check_parsed_files(self.path, self.manifest, chip)
-        self._core = _core.Engine.open(str(self.path), options)
-        self._prompts = PromptEncoder(self.path, self.manifest, template)
+        with ThreadPoolExecutor(1) as beside:  # the engine needs no interpreter: the tokenizer is read meanwhile
+            opening = beside.submit(_core.Engine.open, str(self.path), options)
+            try:
+                self._prompts = PromptEncoder(self.path, self.manifest, template)
+            finally:
+                self._core = opening.result()  # what it refuses comes first
         self.tokenizer = self._prompts.tokenizer
         self._lock = threading.Lock()
         self._idle: tuple[tuple[int, bool], Session] | None = None  # of the last chat, by its context and prefetch

@@ -6,8 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from . import _core
 from .options import CheckedOptions
 from .text import Detokenizer, StopStrings, Vocabulary
@@ -136,8 +134,8 @@ class TextStream(Iterator[str]):
     def _collect(self, finish_reason: str | None) -> GenerationResult:
         core = self._core.stats
         memory = _core.resident_memory(None)
-        stall_us = np.array(core.stall_ns, dtype=np.float64) / 1000
-        p50, p99 = np.percentile(stall_us, (50, 99)).tolist() if stall_us.size else (None, None)
+        stall_us = sorted(stall / 1000 for stall in core.stall_ns)
+        p50, p99 = (_percentile(stall_us, rank) for rank in (0.50, 0.99)) if stall_us else (None, None)
         stats = GenerationStats(
             prompt_tokens=self._prompt_tokens,
             # The last tokens of the sequence before may not have been computed: those are part of this prefill.
@@ -160,3 +158,11 @@ class TextStream(Iterator[str]):
 
 def _per_second(count: int, nanoseconds: int) -> float | None:
     return count * 1e9 / nanoseconds if count and nanoseconds else None
+
+
+def _percentile(ordered: Sequence[float], rank: float) -> float:
+    """Of sorted values, with linear interpolation between neighbours. rank: 0 to 1."""
+    at = rank * (len(ordered) - 1)
+    below = int(at)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (at - below) * (ordered[above] - ordered[below])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import operator
 import os
-import secrets
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -134,7 +133,7 @@ def check_options(options: GenerationOptions, vocab_size: int = 2**31) -> Checke
         values[name] = check_integer(name, value, 2**31 - 1) if name == "top_k" else check_number(name, value)
     seed = options.get("seed")
     # 32 bits are fresh enough, and exact in every JSON reader.
-    seed = secrets.randbits(32) if seed is None else check_integer("seed", seed, 2**64 - 1)
+    seed = int.from_bytes(os.urandom(4)) if seed is None else check_integer("seed", seed, 2**64 - 1)
     sampling = _core.SamplingOptions(seed=seed, **values)
     _core.Sampler(sampling, 1)  # raises what a generation would raise later
     stop = options.get("stop", ())

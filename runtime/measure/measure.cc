@@ -1,6 +1,9 @@
 #include "runtime/measure/measure.h"
 
+#include <algorithm>
 #include <deque>
+#include <numeric>
+#include <set>
 #include <stdexcept>
 
 namespace meki::bench {
@@ -22,8 +25,8 @@ void check(const Plan& plan, size_t contenders) {
   const auto require = [](bool holds, const std::string& what) {
     if (!holds) throw std::invalid_argument(what);
   };
-  const size_t expected = plan.compare ? 2 : 1;
-  require(contenders == expected, std::to_string(contenders) + " contenders, the plan has " + std::to_string(expected));
+  require(contenders > 0, "no contenders, expected at least 1");
+  require(!plan.compare || contenders == 2, std::to_string(contenders) + " contenders, to compare there have to be 2");
   require(plan.tokens > 0, "tokens is 0, expected at least 1");
   require(!plan.compare || plan.tokens % Plan::kGroup == 0, "tokens is " + std::to_string(plan.tokens) +
                                                                 ", to compare it has to be a multiple of " +
@@ -71,7 +74,7 @@ Blocks run(Test& test, const Plan& plan, bool reverse) {
   }
   for (DecodeSequence& sequence : test.decodes) sequence.rewind();
   if (!test.decodes.empty()) {
-    for (const size_t contender : turns(plan, reverse)) {
+    for (const size_t contender : turns(plan, test.decodes.size(), reverse)) {
       blocks[contender].push_back(test.decodes[contender].decode(plan.turn(), plan.lead_in));
     }
   }
@@ -95,9 +98,12 @@ Measurement measure(Contenders contenders, const Plan& plan, const Hooks& hooks)
     }
     return results;
   };
+  std::set<size_t> thread_counts;
+  for (const auto& engine : contenders) thread_counts.insert(engine->threads());
   Measurement result;
   const auto measure_bandwidth = [&] {
-    if (hooks.read_bandwidth) result.bandwidths.push_back(hooks.read_bandwidth());
+    if (!hooks.read_bandwidth) return;
+    for (const size_t threads : thread_counts) result.bandwidths[threads].push_back(hooks.read_bandwidth(threads));
   };
   for (const Test& test : tests) result.cases.push_back(test.description);
   run_round("warm-up", false);
@@ -110,11 +116,14 @@ Measurement measure(Contenders contenders, const Plan& plan, const Hooks& hooks)
   return result;
 }
 
-std::vector<size_t> turns(const Plan& plan, bool reverse) {
-  if (!plan.compare) return {0};
-  const size_t first = reverse ? 1 : 0;
-  const size_t second = 1 - first;
-  std::vector<size_t> order;
+std::vector<size_t> turns(const Plan& plan, size_t contenders, bool reverse) {
+  std::vector<size_t> order(contenders);
+  std::iota(order.begin(), order.end(), size_t{0});
+  if (reverse) std::reverse(order.begin(), order.end());
+  if (!plan.compare) return order;
+  const size_t first = order[0];
+  const size_t second = order[1];
+  order.clear();
   for (size_t steps = 0; steps < plan.tokens; steps += Plan::kGroup) {
     order.insert(order.end(), {first, second, second, first});
   }

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -32,28 +33,30 @@ struct Case {
 using Blocks = std::vector<std::vector<Block>>;
 
 struct Measurement {
-  std::vector<Case> cases;                  // prefill, if there is one, then the depths in the plan's order
-  std::vector<std::vector<Blocks>> rounds;  // [repetition][case]
-  std::vector<double> bandwidths;           // bytes/s, before the first round and after each
-  std::optional<ResidentMemory> memory;     // after every test has run once; `rom` is that of the first contender
+  std::vector<Case> cases;                           // prefill, if there is one, then the depths in the plan's order
+  std::vector<std::vector<Blocks>> rounds;           // [repetition][case]
+  std::map<size_t, std::vector<double>> bandwidths;  // bytes/s before the first round and after each, by the number of
+                                                     // threads, for each that a contender has
+  std::optional<ResidentMemory> memory;  // after every test has run once; `rom` is that of the first contender
 };
 
 // What measure() calls. All may throw to interrupt.
 struct Hooks {
   Session::Poll poll = [] {};                                             // before every step and between prefill's
   std::function<void(const std::string&)> progress = [](const auto&) {};  // told what comes next, Plan::units() times
-  std::function<double()> read_bandwidth{};                               // empty: not measured
+  std::function<double(size_t threads)> read_bandwidth{};                 // empty: not measured
 };
 
 // Runs every test once to warm up, then `plan.repetitions` rounds of all tests.
 //
-// Round r runs every test once, so that a drift of the machine hits all alike; every other round begins with the other
-// contender. Sessions, one a test and contender, are kept from round to round and rewound. Throws std::invalid_argument
-// for a plan that does not fit the number of contenders, and what sequences throw.
+// Round r runs every test once, so that a drift of the machine hits all alike; every other round begins with the end
+// of the contenders. Sessions, one a test and contender, are kept from round to round and rewound. Throws
+// std::invalid_argument for a plan that does not fit the number of contenders, and what sequences throw.
 Measurement measure(Contenders contenders, const Plan& plan, const Hooks& hooks);
 
-// Who measures when in one run of a decode test: alone, or A B B A, which neither a linear drift nor the order favours.
-std::vector<size_t> turns(const Plan& plan, bool reverse);
+// Who measures when in one run of a decode test: one after the other, or to compare A B B A, which neither a linear
+// drift nor the order favours.
+std::vector<size_t> turns(const Plan& plan, size_t contenders, bool reverse);
 
 struct Profile {
   Block block;

@@ -19,7 +19,8 @@ struct Plan {
                                  // multiple of kGroup
   size_t repetitions = 5;        // rounds
   bool synthetic_depth = false;  // fill the cache instead of computing it
-  bool compare = false;          // two contenders, which take turns; if not, there is one
+  bool compare = false;          // two contenders, which take turns of kTurn; if not, each of any number makes all of
+                                 // its steps in a row
   bool cold = false;             // drop the contenders' rows from the page cache before every step
   size_t lead_in = 1;            // decode steps before each turn that are not measured
 

@@ -48,8 +48,10 @@ def test_the_bundled_model_with_everything(tmp_path: Path, capsys: pytest.Captur
     manifest = read_manifest(find_model("meki-tiny"))
     tests = [("prefill", 0), ("decode", 0), ("decode", 64)]
     assert result_keys(report) == [(*test, memory) for test in tests for memory in ("meki", "dense")]
+    (bandwidth,) = report["read_bandwidth"]
+    assert bandwidth["threads"] == 1 and len(bandwidth["samples_gb_s"]) == 4
     for result in report["results"]:
-        assert len(result["samples"]) == 3
+        assert len(result["samples"]) == 3 and result["threads"] == 1
         assert 0 < result["p10"] <= result["median"] <= result["p90"]
         assert (result["stall_us"] is not None) == (result["memory"] == "meki")
         assert result["synthetic_depth"] is False
@@ -58,11 +60,10 @@ def test_the_bundled_model_with_everything(tmp_path: Path, capsys: pytest.Captur
             assert result["weight_bytes"] == manifest["weights"][key]
             total = result["weight_bytes"] + result["kv_bytes"] + result["row_bytes"]
             assert result["bytes_per_token"] == total
-            expected = total * result["median"] / (report["read_bandwidth_gb_s"] * 1e9)
+            expected = total * result["median"] / (bandwidth["gb_s"] * 1e9)
             assert result["bandwidth_fraction"] == pytest.approx(expected)
     kv = {result["depth"]: result["kv_bytes"] for result in report["results"] if result["test"] == "decode"}
     assert 0 < kv[0] < kv[64]
-    assert len(report["read_bandwidth_samples_gb_s"]) == 4
     for entry in report["compare"]:
         assert len(entry["samples"]) == 3 and entry["ratio"] > 0 and entry["ci95"] is None
     assert [(entry["memory"], entry["depth"]) for entry in report["parts"]] == [
@@ -163,6 +164,32 @@ def test_beside_rows_in_ram(package: Path, rom: str, tmp_path: Path, capsys) -> 
     assert {file.name for file in tmp_path.iterdir()} == {"report.json", "speed.png", "parts.png"}
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two threads need two cores")
+def test_several_numbers_of_threads(package: Path, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "report.json"
+    arguments = [
+        "--threads",
+        "1,2",
+        "--tokens",
+        "4",
+        "--repetitions",
+        "2",
+        "--prefill",
+        "16",
+        "--depths",
+        "0",
+        "--parts",
+    ]
+    assert main([str(package), *arguments, "--json", str(path)]) == 0
+    assert "1 and 2 threads" in capsys.readouterr().out
+    report = json.loads(path.read_text())
+    expected = [(test, threads) for test in ("prefill", "decode") for threads in (1, 2)]
+    assert [(result["test"], result["threads"]) for result in report["results"]] == expected
+    assert all(len(result["samples"]) == 2 for result in report["results"])
+    assert [(entry["threads"], len(entry["samples_gb_s"])) for entry in report["read_bandwidth"]] == [(1, 3), (2, 3)]
+    assert [entry["threads"] for entry in report["parts"]] == [1, 2]
+
+
 def test_a_dense_package(dense_package: Path, tmp_path: Path, capsys) -> None:
     path = tmp_path / "report.json"
     assert main([str(dense_package), *QUICK, "--depths", "0", "--parts", "--json", str(path)]) == 0
@@ -202,6 +229,11 @@ def test_arguments_of_the_wrong_form(arguments: list[str], message: str, capsys)
         (["--prefill", "128"], "needs a context of 129 tokens, the model's has 128; give at most 127"),
         (["--compare", "dense", "--tokens", "12"], "--tokens is 12, .* give a multiple of 8"),
         (["--threads", "-1"], "threads must be from 0 to 1024, got -1"),
+        (
+            ["--threads", "1,2", "--compare", "ram"],
+            "--compare ram takes turns with one number of threads, --threads has 2",
+        ),
+        (["--threads", "900,1000"], r"--threads 900,1000 are \d+, \d+ threads here; give different numbers"),
     ],
 )
 def test_arguments_that_do_not_fit_the_model(package: Path, arguments: list[str], message: str, capsys) -> None:

@@ -45,8 +45,8 @@ def decode_blocks(slowness: float, *, stalls: bool) -> list[Block]:
 @pytest.fixture
 def report() -> Report:
     contenders = [
-        Contender("meki", weight_bytes=500_000, row_bytes=2_048),
-        Contender("dense", weight_bytes=480_000, row_bytes=0),
+        Contender(2, "meki", weight_bytes=500_000, row_bytes=2_048),
+        Contender(2, "dense", weight_bytes=480_000, row_bytes=0),
     ]
     cases = [
         Case(kind="prefill", depth=0, tokens=64, kv_bytes=None),
@@ -72,7 +72,6 @@ def report() -> Report:
         "simd": "avx2",
         "cores": 4,
         "available_cores": 2,
-        "threads": 2,
         "rom_access": "mmap",
         "system": "Linux 6.1 x86_64",
         "python": "3.11.7",
@@ -95,13 +94,13 @@ def report() -> Report:
         "row_cache_mib": 3,
     }
     parts = [
-        {"memory": "meki", "depth": depth, "tokens": 16, "synthetic_depth": True, "us_per_token": times}
+        {"memory": "meki", "threads": 2, "depth": depth, "tokens": 16, "synthetic_depth": True, "us_per_token": times}
         for depth, times in ((0, dict.fromkeys(PARTS, 10.0)), (1024, {part: 20.0 + len(part) for part in PARTS}))
     ]
     return make_report(
         contenders,
         Plan(depths=(0, 1024), prefill=64, tokens=16, repetitions=3, synthetic_depth=True, compare=True),
-        Measurement(cases=cases, rounds=rounds, bandwidths=[1e9, BANDWIDTH, BANDWIDTH, 3e9], memory=memory),
+        Measurement(cases=cases, rounds=rounds, bandwidths={2: [1e9, BANDWIDTH, BANDWIDTH, 3e9]}, memory=memory),
         parts=parts,
         environment=environment,
         protocol=protocol,
@@ -139,7 +138,8 @@ def test_bytes_and_bandwidth(report: Report) -> None:
     meki, dense = (find(report, "decode", 1024, memory) for memory in ("meki", "dense"))
     assert meki["bytes_per_token"] == 500_000 + KV_BYTES + 2_048
     assert dense["bytes_per_token"] == 480_000 + KV_BYTES
-    assert report["read_bandwidth_gb_s"] == 2.0  # the median of four
+    # The median of four.
+    assert report["read_bandwidth"] == [{"threads": 2, "gb_s": 2.0, "samples_gb_s": [1.0, 2.0, 2.0, 3.0]}]
     assert meki["bandwidth_fraction"] == pytest.approx(802_048 * meki["median"] / BANDWIDTH)
     assert meki["storage_bytes_per_token"] == 512
     prefill = find(report, "prefill", 0, "meki")
@@ -152,9 +152,9 @@ def test_storage_that_the_system_does_not_tell_is_absent(report: Report) -> None
     counts = {"sample_ns": 0, "stall_ns": (1,), "storage_bytes": None, "rom_requests": 9, "rom_hits": 0}
     rounds = [[[[Block(tokens=64, ns=1000, **counts)]]]]
     made = make_report(
-        [Contender("meki", 1, 1)],
+        [Contender(2, "meki", 1, 1)],
         plan,
-        Measurement(cases=cases, rounds=rounds, bandwidths=[1e9], memory=None),
+        Measurement(cases=cases, rounds=rounds, bandwidths={2: [1e9]}, memory=None),
         parts=[],
         environment={**report["environment"], "machine_note": None, "random_weights": False},
         protocol={**report["protocol"], "synthetic_depth": False, "rom": "warm", **NOTHING_ADDED},
@@ -259,7 +259,7 @@ def test_markdown(report: Report) -> None:
     assert len(results) == 6
     deep = next(row for row in results if row["test"] == "decode 16" and row["depth"].startswith("1,024"))
     result = find(report, "decode", 1024, "meki")
-    assert deep["memory"] == "meki" and deep["depth"] == "1,024 (synthetic)"
+    assert deep["memory"] == "meki" and deep["threads"] == "2" and deep["depth"] == "1,024 (synthetic)"
     assert deep["tokens/s"] == f"{result['median']:.1f}"
     assert (deep["wait p50, us"], deep["wait p99, us"]) == ("2.50", "50.00")
     assert deep["MB a token"] == "0.8"
@@ -272,6 +272,47 @@ def test_markdown(report: Report) -> None:
     for shown in ("small", "int4 weights", "float16 rows (mmap, cold)", "int8 KV", "4 cores (2 available)", "avx2"):
         assert shown in markdown
     assert "2.0 GB/s" in markdown and "90 MB (anonymous 60 MB" in markdown and "of both models" in markdown
+
+
+@pytest.fixture
+def several(report: Report) -> Report:
+    """Of one contender with 1 thread and with 4, which are twice as fast."""
+    plan = Plan(depths=(0, 1024), prefill=0, tokens=16, repetitions=1)
+    cases = [Case(kind="decode", depth=depth, tokens=16, kv_bytes=10_000) for depth in (0, 1024)]
+    rounds = [[[[block(16, ns, (1,))] for ns in (32e6, 16e6)] for _ in cases]]
+    parts = [{**report["parts"][0], "threads": threads} for threads in (1, 4)]
+    return make_report(
+        [Contender(threads, "meki", weight_bytes=500_000, row_bytes=2_048) for threads in (1, 4)],
+        plan,
+        Measurement(cases=cases, rounds=rounds, bandwidths={1: [1e9, 1e9], 4: [3e9, 3e9]}, memory=report["memory"]),
+        parts=parts,
+        environment=report["environment"],
+        protocol={**report["protocol"], "compare": None},
+    )
+
+
+def test_every_figure_says_with_how_many_threads(several: Report) -> None:
+    found = [(result["depth"], result["threads"], result["median"]) for result in several["results"]]
+    assert found == [(depth, *figure) for depth in (0, 1024) for figure in ((1, 500.0), (4, 1000.0))]
+    for result in several["results"]:
+        # Of the bandwidth with as many threads.
+        expected = 512_048 * result["median"] / {1: 1e9, 4: 3e9}[result["threads"]]
+        assert result["bandwidth_fraction"] == pytest.approx(expected)
+    markdown = output.to_markdown(several)
+    results, parts = tables(markdown)
+    assert [row["threads"] for row in results] == ["1", "4", "1", "4"]
+    assert {"meki at 0, 1 thread", "meki at 0, 4 threads"} <= parts[0].keys()
+    assert "1 and 4 threads" in markdown and "1.0 GB/s (1 thread), 3.0 GB/s (4 threads)" in markdown
+    assert "with all caches for every number of threads" in markdown
+    rows = list(csv.DictReader(io.StringIO(output.to_csv(several).decode())))
+    assert [(row["threads"], row["read_bandwidth_gb_s"]) for row in rows] == [("1", "1.0"), ("4", "3.0")] * 2
+    axes = Figure().add_subplot()
+    plot._speed(several, axes)
+    assert [line.get_label() for line in axes.lines] == ["meki, 1 thread", "meki, 4 threads"]
+    axes = Figure().add_subplot()
+    plot._parts(several, axes)
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["meki at 0, 1 thread", "meki at 0, 4 threads"]
 
 
 def test_too_few_groups_have_no_interval(report: Report) -> None:

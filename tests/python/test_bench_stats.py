@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meki.bench.stats import CONFIDENCE, median_interval, percentiles
+from meki.generation import _percentile
 
 numbers = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30)
 
@@ -27,6 +28,9 @@ def test_percentiles(samples: list[float]) -> None:
     # The same formula in another order of operations: some roundings of 2^-53 of the greatest number.
     expected = [naive_percentile(samples, rank) for rank in (50, 10, 90)]
     assert percentiles(samples, 50, 10, 90) == pytest.approx(expected, rel=1e-12, abs=1e-8)
+    # A generation has its own, as numpy would take longer to load than to compute.
+    its = [_percentile(sorted(samples), rank) for rank in (0.5, 0.1, 0.9)]
+    assert its == pytest.approx(expected, rel=1e-12, abs=1e-8)
 
 
 def test_one_sample_is_its_own_percentiles() -> None:

@@ -473,6 +473,21 @@ def test_a_tokenizer_of_a_larger_model(package: Path, change_package: Callable[.
         Engine(path)
 
 
+def test_a_token_that_the_model_does_not_have(package: Path, change_package: Callable[..., Path]) -> None:
+    """Behind a gap, where opening does not look: a prompt with it is refused."""
+    tokenizer = json.loads((package / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    del vocabulary["z"]
+    vocabulary["q"] = 4000
+    path = change_package(
+        lambda manifest: manifest["contents"].update({"tokenizer.json": json.dumps(tokenizer).encode()})
+    )
+    engine = Engine(path)
+    with pytest.raises(ValueError, match="4000"):
+        engine.generate("q")
+    assert engine.generate("a", max_new_tokens=1).token_ids
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -506,7 +521,7 @@ def test_no_onnxruntime(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_running_a_model_imports_only_what_it_needs(package: Path) -> None:
     program = (
         "import sys; from meki import Engine; Engine(sys.argv[1]).generate('a', max_new_tokens=2);"
-        "print([name for name in ('torch', 'onnx', 'onnxruntime', 'jinja2') if name in sys.modules])"
+        "print([name for name in ('torch', 'numpy', 'onnx', 'onnxruntime', 'jinja2') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program, package], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

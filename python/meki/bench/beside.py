@@ -26,7 +26,7 @@ def measure_beside(
     """
     engines = [other.engine(), base.engine(memory=False)]
     return make_report(
-        [other.contender(), base.contender(memory=False)],
+        [other.contender(engines[0]), base.contender(engines[1], memory=False)],
         plan,
         _core.measure(engines, plan, advance, bandwidth_bytes),
         parts=[],

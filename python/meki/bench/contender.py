@@ -16,6 +16,8 @@ from ..package import MANIFEST, read_manifest, reads_per_token
 class Contender:
     """One of the things that a round measures in turn."""
 
+    threads: int
+    """That compute."""
     memory: str
     """Its kind, such as "meki", with " in RAM" where all its rows are; or "dense": none, or it is switched off."""
     weight_bytes: int
@@ -67,12 +69,17 @@ class Package:
         """memory and profile: as of `Engine`."""
         return Engine(self.path, **self.options, memory=memory, profile=profile)._core
 
-    def contender(self, *, memory: bool = True) -> Contender:
-        """What an engine opened with the same `memory` is in a measurement."""
+    def with_threads(self, threads: int) -> Package:
+        """The same with engines of so many threads."""
+        return replace(self, options={**self.options, "threads": threads})
+
+    def contender(self, engine: _core.Engine, *, memory: bool = True) -> Contender:
+        """What `engine`, opened with the same `memory`, is in a measurement."""
         weights = self.manifest["weights"]
         rom = self.rom if memory else None
         bundle_bytes = _core.Rom(str(rom)).info.bundle_bytes if rom else 0
         return Contender(
+            threads=engine.threads,
             memory=self.manifest["memory"]["kind"] if rom else "dense",
             weight_bytes=weights["decode_bytes" if memory or not self.has_memory else "dense_decode_bytes"],
             row_bytes=bundle_bytes * reads_per_token(self.manifest),

@@ -36,7 +36,6 @@ def describe(package: Package, engine: _core.Engine) -> dict[str, Any]:
         "simd": _core.cpu_kernels(),
         "cores": os.cpu_count(),
         "available_cores": len(os.sched_getaffinity(0)),
-        "threads": engine.threads,
         "rom_access": engine.rom_access,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),

@@ -16,13 +16,13 @@ from .report import Report
 
 _ABSENT = "-"
 _RESULT_FIELDS = (
-    *("test", "depth", "tokens", "memory", "synthetic_depth", "median", "p10", "p90"),
+    *("test", "depth", "tokens", "memory", "threads", "synthetic_depth", "median", "p10", "p90"),
     *("bytes_per_token", "kv_bytes", "weight_bytes", "row_bytes", "bandwidth_fraction", "row_hit_rate"),
     "storage_bytes_per_token",
 )
 _PROTOCOL_FIELDS = ("repetitions", "rom", "rom_delay_ms", "row_cache_mib")
 _ENVIRONMENT_FIELDS = (
-    *("model", "random_weights", "weights", "rows", "kv_type", "threads"),
+    *("model", "random_weights", "weights", "rows", "kv_type"),
     *("cpu", "simd", "onnxruntime", "meki", "started"),
 )
 
@@ -49,11 +49,12 @@ def to_csv(report: Report) -> bytes:
     text = io.StringIO()
     common = {field: report["environment"][field] for field in _ENVIRONMENT_FIELDS}
     common |= {field: report["protocol"][field] for field in _PROTOCOL_FIELDS}
-    common["read_bandwidth_gb_s"] = report["read_bandwidth_gb_s"]
+    bandwidths = {entry["threads"]: entry["gb_s"] for entry in report["read_bandwidth"]}
     rows = [
         {field: result[field] for field in _RESULT_FIELDS}
         | {f"stall_us_{rank}": (result["stall_us"] or {}).get(rank) for rank in ("p50", "p99")}
         | common
+        | {"read_bandwidth_gb_s": bandwidths[result["threads"]]}
         for result in report["results"]
     ]
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
@@ -80,25 +81,41 @@ def _environment(report: Report) -> Iterator[str]:
     cores = f"{it['cores']} cores" + (
         f" ({it['available_cores']} available)" if it["available_cores"] != it["cores"] else ""
     )
-    yield f"- {it['cpu']}, {cores}, {it['threads']} threads, {it['simd']} kernels"
+    yield f"- {it['cpu']}, {cores}, {threads_of(report)}, {it['simd']} kernels"
     software = f"meki {it['meki']}, onnxruntime {it['onnxruntime']}, Python {it['python']}"
     yield f"- {software}, {it['system']}, {it['started']}"
     rounds = protocol["repetitions"]
-    yield f"- medians of {rounds} interleaved round{'s' if rounds > 1 else ''}; read bandwidth in the same run " + (
-        f"{report['read_bandwidth_gb_s']:.1f} GB/s"
+    yield (
+        f"- medians of {rounds} interleaved round{'s' if rounds > 1 else ''}; read bandwidth in the same run "
+        + ", ".join(
+            f"{entry['gb_s']:.1f} GB/s" + f" ({threads_text(entry['threads'])})" * (len(report["read_bandwidth"]) > 1)
+            for entry in report["read_bandwidth"]
+        )
     )
     if (memory := report["memory"]) is not None:
         parts = ", ".join(
             f"{name.replace('_', ' ')} {memory[name] / 1e6:,.0f} MB" for name in memory if name != "resident"
         )
-        caches = "all caches" + (" of both models" if report["compare"] else "")
+        several = " of both models" if report["compare"] else " for every number of threads"
+        caches = "all caches" + several * (bool(report["compare"]) or len(report["read_bandwidth"]) > 1)
         yield f"- resident memory of the process with {caches}: {memory['resident'] / 1e6:,.0f} MB ({parts})"
     yield from (f"- **{label}**" for label in report["labels"])
 
 
 def _results(report: Report) -> Iterator[str]:
     cold, cached = report["protocol"]["rom"] == "cold", report["protocol"]["row_cache_mib"] > 0
-    header = ["test", "depth", "memory", "tokens/s", "p10", "p90", "wait p50, us", "wait p99, us", "MB a token"]
+    header = [
+        "test",
+        "depth",
+        "memory",
+        "threads",
+        "tokens/s",
+        "p10",
+        "p90",
+        "wait p50, us",
+        "wait p99, us",
+        "MB a token",
+    ]
     header += ["of bandwidth", *(["rows from the cache"] if cached else [])]
     yield from head([*header, *(["from storage, bytes a token"] if cold else [])], "lll")
     for result in report["results"]:
@@ -108,6 +125,7 @@ def _results(report: Report) -> Iterator[str]:
                 f"{result['test']} {result['tokens']}",
                 f"{result['depth']:,}" + (" (synthetic)" if result["synthetic_depth"] else ""),
                 result["memory"],
+                str(result["threads"]),
                 *(_number(result[key], ",.1f") for key in ("median", "p10", "p90")),
                 *(_number(stall.get(rank), ",.2f") for rank in ("p50", "p99")),
                 _number(result["bytes_per_token"], ",.1f", 1e-6),
@@ -140,12 +158,29 @@ def _parts(report: Report) -> Iterator[str]:
     )
     yield ""
     entries = report["parts"]
-    yield from head(["part", *(f"{entry['memory']} at {entry['depth']:,}" for entry in entries)], "l")
+    yield from head(["part", *(part_title(report, entry) for entry in entries)], "l")
     totals = [sum(entry["us_per_token"].values()) for entry in entries]
     for part in PARTS:
         times = [entry["us_per_token"][part] for entry in entries]
         yield row([part, *(f"{time:,.1f} ({time / total:.0%})" for time, total in zip(times, totals, strict=True))])
     yield row(["sum", *(f"{total:,.1f}" for total in totals)])
+
+
+def threads_of(report: Report) -> str:
+    """The numbers of threads that it has figures of, such as "1 and 2 threads"."""
+    counts = [entry["threads"] for entry in report["read_bandwidth"]]
+    return " and ".join([*map(str, counts[:-1]), threads_text(counts[-1])])
+
+
+def part_title(report: Report, entry: dict[str, Any]) -> str:
+    """What one of its "parts" is of."""
+    several = len(report["read_bandwidth"]) > 1
+    return f"{entry['memory']} at {entry['depth']:,}" + f", {threads_text(entry['threads'])}" * several
+
+
+def threads_text(count: int) -> str:
+    """Such as "2 threads"."""
+    return f"{count} thread{'s' * (count > 1)}"
 
 
 def _number(value: Any, form: str, unit: float = 1.0) -> str:

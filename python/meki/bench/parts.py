@@ -71,8 +71,10 @@ def measure_parts(package: Package, plan: _core.Plan, *, memory: bool, depth: in
     report's entry of "parts", in microseconds a token.
     """
     with TemporaryDirectory(prefix="meki-bench-") as directory:
-        # The engine ends here: only then are the traces complete.
-        block, history = _core.profile_decode(package.engine(memory=memory, profile=f"{directory}/trace"), plan, depth)
+        engine = package.engine(memory=memory, profile=f"{directory}/trace")
+        contender = package.contender(engine, memory=memory)
+        block, history = _core.profile_decode(engine, plan, depth)
+        del engine  # only then are the traces complete
         times = dict.fromkeys(PARTS, 0.0)
         traces = list(Path(directory).iterdir())
         if not traces:
@@ -84,7 +86,8 @@ def measure_parts(package: Package, plan: _core.Plan, *, memory: bool, depth: in
     times["stall"] = sum(block.stall_ns) / 1000
     times["rest"] = block.ns / 1000 - sum(times.values())  # still 0 in the sum
     return {
-        "memory": package.contender(memory=memory).memory,
+        "memory": contender.memory,
+        "threads": contender.threads,
         "depth": depth,
         "tokens": block.tokens,
         "synthetic_depth": depth > 1,

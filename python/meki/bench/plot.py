@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from .output import part_title, threads_of, threads_text
 from .parts import PARTS
 from .report import Report
 
@@ -37,7 +38,7 @@ def _draw(report: Report, draw: Callable[[Report, Axes], None]) -> bytes:
     axes = figure.add_subplot()
     draw(report, axes)
     it = report["environment"]
-    caption = [f"{it['cpu']}, {it['threads']} threads, {it['simd']}; meki {it['meki']}", *report["labels"]]
+    caption = [f"{it['cpu']}, {threads_of(report)}, {it['simd']}; meki {it['meki']}", *report["labels"]]
     figure.supxlabel("\n".join(caption), fontsize=8)
     out = io.BytesIO()
     FigureCanvasAgg(figure).print_png(out)
@@ -47,10 +48,13 @@ def _draw(report: Report, draw: Callable[[Report, Axes], None]) -> bytes:
 def _speed(report: Report, axes: Axes) -> None:
     """Median tokens/s of decode against depth, with a band from p10 to p90."""
     decode = [result for result in report["results"] if result["test"] == "decode"]
-    for memory in dict.fromkeys(result["memory"] for result in decode):
-        results = sorted((result for result in decode if result["memory"] == memory), key=lambda r: r["depth"])
+    lines: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for result in sorted(decode, key=lambda result: result["depth"]):
+        lines.setdefault((result["memory"], result["threads"]), []).append(result)
+    several = len(report["read_bandwidth"]) > 1
+    for (memory, threads), results in lines.items():
         depths, medians, low, high = ([result[key] for result in results] for key in ("depth", "median", "p10", "p90"))
-        axes.plot(depths, medians, marker="o", label=memory)
+        axes.plot(depths, medians, marker="o", label=memory + f", {threads_text(threads)}" * several)
         axes.fill_between(depths, low, high, alpha=0.25)
     it = report["environment"]
     axes.set_title(f"Decode, {it['model']}: {it['weights']} weights, {it['kv_type']} KV cache")
@@ -63,7 +67,7 @@ def _speed(report: Report, axes: Axes) -> None:
 def _parts(report: Report, axes: Axes) -> None:
     """A stacked bar for every entry of "parts", in milliseconds a token."""
     entries = report["parts"]
-    names = [f"{entry['memory']} at {entry['depth']:,}" for entry in entries]
+    names = [part_title(report, entry) for entry in entries]
     bottom = [0.0] * len(entries)
     for part in PARTS:
         times = [entry["us_per_token"][part] / 1000 for entry in entries]

@@ -23,19 +23,25 @@ def make_report(
     protocol: dict[str, Any],
 ) -> Report:
     """The fields are described in docs/benchmark.md. Speeds are tokens/s, GB are 1e9 bytes."""
-    (bandwidth,) = percentiles(measurement.bandwidths, 50)
+    bandwidths = {threads: percentiles(samples, 50)[0] for threads, samples in measurement.bandwidths.items()}
     results, compare = [], []
     for index, case in enumerate(measurement.cases):
         # Of each contender: its blocks in each round.
         runs = list(zip(*(blocks[index] for blocks in measurement.rounds), strict=True))
         for contender, its in zip(contenders, runs, strict=True):
-            results.append(_result(contender, case, plan, its, bandwidth))
+            results.append(_result(contender, case, plan, its, bandwidths[contender.threads]))
         if plan.compare and case.kind == "decode":
             compare.append(_comparison(case, *runs))
     return {
         "results": results,
-        "read_bandwidth_gb_s": bandwidth / 1e9,
-        "read_bandwidth_samples_gb_s": [sample / 1e9 for sample in measurement.bandwidths],
+        "read_bandwidth": [
+            {
+                "threads": threads,
+                "gb_s": bandwidths[threads] / 1e9,
+                "samples_gb_s": [sample / 1e9 for sample in samples],
+            }
+            for threads, samples in measurement.bandwidths.items()
+        ],
         "compare": compare,
         "parts": parts,
         "environment": environment,
@@ -58,6 +64,7 @@ def _result(
         "depth": case.depth,
         "tokens": case.tokens,
         "memory": contender.memory,
+        "threads": contender.threads,
         "synthetic_depth": plan.synthetic_depth and case.depth > 1,
         "samples": samples,
         "median": median,

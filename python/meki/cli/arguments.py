@@ -85,6 +85,13 @@ token_counts = _argument(
 )
 """The type of an argument that is different numbers of tokens, as in 0,1024."""
 
+thread_counts = _argument(
+    lambda text: tuple(int(part) for part in text.split(",")),
+    lambda counts: len(set(counts)) == len(counts),
+    "expected different numbers of threads with commas between them, as in 1,2; got",
+)
+"""The type of an argument that is different numbers of threads, as in 1,2."""
+
 token_ids = _argument(
     lambda text: [int(part) for part in text.split(",")],
     lambda ids: True,
@@ -104,12 +111,18 @@ def text_of(name: str, data: bytes) -> str:
 
 
 def add_engine_options(
-    parser: argparse.ArgumentParser, row_cache: int = DEFAULT_ROW_CACHE
+    parser: argparse.ArgumentParser, row_cache: int = DEFAULT_ROW_CACHE, several_threads: bool = False
 ) -> Callable[..., argparse.Action]:
     """Adds the options of every command that opens an engine; returns what adds further ones to their group.
-    row_cache: the default of --row-cache."""
+    row_cache: the default of --row-cache. several_threads: --threads is a list."""
     add = parser.add_argument_group("engine").add_argument
-    add("--threads", type=int, default=0, metavar="N", help="compute threads (default: one per available core)")
+    add(
+        "--threads",
+        type=thread_counts if several_threads else int,
+        default=(0,) if several_threads else 0,
+        metavar="N,..." if several_threads else "N",
+        help="compute threads (default: one per available core)",
+    )
     add(
         "--kv-type",
         choices=("float32", "float16", "int8", "int4"),

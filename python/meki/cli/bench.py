@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         help="take turns with the same package, its memory switched off, or all its rows in RAM (as much as the ROM)",
     )
     add("--parts", action="store_true", help="time by part of a decode step, in a profiled run of its own")
-    add = add_engine_options(parser, row_cache=0)  # all rounds decode the same tokens
+    add = add_engine_options(parser, row_cache=0, several_threads=True)  # all rounds decode the same tokens
     add(
         "--rom",
         choices=("warm", "cold"),
@@ -88,6 +88,11 @@ def _run(arguments: argparse.Namespace) -> None:
         output.check_directory(arguments.plot if arguments.plot.exists() else arguments.plot.parent)
     for file in filter(None, (arguments.json, arguments.csv)):
         output.check_writable(file)
+    if arguments.compare is not None and len(arguments.threads) > 1:
+        raise ValueError(
+            f"--compare {arguments.compare} takes turns with one number of threads, --threads has "
+            f"{len(arguments.threads)}; give one, or omit --compare"
+        )
     options = {**engine_options(arguments), "rom_delay_ms": arguments.rom_delay_ms}
     package = Package.open(find_model(arguments.model), options)
     _check_memory(arguments, package)
@@ -158,14 +163,24 @@ def _plan(arguments: argparse.Namespace, context: int) -> _core.Plan:
 
 
 def _measure(arguments: argparse.Namespace, package: Package, plan: _core.Plan) -> Report:
+    packages = [package.with_threads(threads) for threads in arguments.threads]
     memories = (True, False) if arguments.compare == "dense" else (True,)
-    engines = [package.engine(memory=memory) for memory in memories]
-    contenders = [package.contender(memory=memory) for memory in memories]
+    variants = [(package, memory) for package in packages for memory in memories]
+    engines = [package.engine(memory=memory) for package, memory in variants]
+    contenders = [
+        package.contender(engine, memory=memory) for (package, memory), engine in zip(variants, engines, strict=True)
+    ]
+    counts = [contender.threads for contender in contenders]
+    if len(packages) > 1 and len(set(counts)) < len(counts):
+        raise ValueError(
+            f"--threads {','.join(map(str, arguments.threads))} are {', '.join(map(str, counts))} threads here; give "
+            "different numbers, none above that of the available cores"
+        )
     if arguments.compare == "ram":
         engines.append(_core.with_rows_in_ram(engines[0]))
         contenders.append(contenders[0].with_rows_in_ram())
     environment = describe(package, engines[0])
-    profiled = [(memory, depth) for depth in plan.depths for memory in memories]
+    profiled = [(depth, *variant) for depth in plan.depths for variant in variants]
     units = plan.units + len(profiled) * arguments.parts
     with tqdm(total=units, unit="run", leave=False, disable=None) as progress:
 
@@ -175,9 +190,9 @@ def _measure(arguments: argparse.Namespace, package: Package, plan: _core.Plan) 
 
         measurement = _core.measure(engines, plan, advance, _BANDWIDTH_BYTES)
         parts: list[dict[str, Any]] = []
-        for memory, depth in profiled if arguments.parts else ():
+        for depth, its, memory in profiled if arguments.parts else ():
             advance(f"profiling at {depth:,}")
-            parts.append(measure_parts(package, plan, memory=memory, depth=depth))
+            parts.append(measure_parts(its, plan, memory=memory, depth=depth))
     protocol = {
         "depths": plan.depths,
         "prefill": plan.prefill,

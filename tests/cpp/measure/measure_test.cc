@@ -38,7 +38,7 @@ struct Rival {
     return bench::measure(engines, plan,
                           {.progress = [this](const std::string& text) { told.push_back(text); },
                            .read_bandwidth =
-                               [this] {
+                               [this](size_t) {
                                  log.push_back({"bandwidth"});
                                  return static_cast<double>(log.size());
                                }});
@@ -83,8 +83,11 @@ TEST_CASE("measure: rounds interleave the tests and alternate the contenders") {
   const Names once = {"bandwidth"};
   const Names forward = round("meki", "dense");
   CHECK(rival.ran() == concat_all({forward, once, forward, once, round("dense", "meki"), once}));
-  REQUIRE(measurement.bandwidths.size() == 3);
-  CHECK(measurement.bandwidths.back() == static_cast<double>(rival.log.size()));
+  REQUIRE(measurement.bandwidths.size() == 1);
+  const auto& [threads, bandwidths] = *measurement.bandwidths.begin();
+  CHECK(threads == rival.meki.engine()->threads());
+  REQUIRE(bandwidths.size() == 3);
+  CHECK(bandwidths.back() == static_cast<double>(rival.log.size()));
   REQUIRE(measurement.rounds.size() == 2);
   for (const auto& blocks : measurement.rounds) CHECK(blocks.size() == 3);
   REQUIRE(measurement.memory.has_value());
@@ -147,6 +150,39 @@ TEST_CASE("measure: one contender decodes in one block") {
   CHECK(measurement.rounds[0][0][0][0].tokens == 5);
 }
 
+TEST_CASE("measure: several contenders run each test one after the other, the last one first in every other round") {
+  Rival rival;
+  Plan plan = small_plan();
+  plan.compare = false;
+  std::vector<size_t> bandwidths;
+  const std::vector<std::shared_ptr<const Engine>> engines = {rival.meki.engine(), rival.dense.engine()};
+  const Measurement measurement = bench::measure(engines, plan, {.read_bandwidth = [&](size_t threads) {
+                                                   bandwidths.push_back(threads);
+                                                   return 1.0;
+                                                 }});
+  Names expected;
+  for (const bool reverse : {false, false, true}) {  // the warm-up, and two rounds
+    const Names order = reverse ? Names{"dense", "meki"} : Names{"meki", "dense"};
+    for (const std::string& who : order) expected.push_back(who + " prefill");
+    for (const std::string what : {" decode", " decode deep"}) {
+      // Both rewind, which is a run of one token, too; neighbours of the same name are one entry.
+      for (const std::string& who : concat_all({{"meki", "dense"}, order})) {
+        if (expected.back() != who + what) expected.push_back(who + what);
+      }
+    }
+  }
+  CHECK(rival.ran() == expected);
+  for (const auto& round : measurement.rounds) {
+    REQUIRE(round.size() == 3);
+    for (const Blocks& blocks : round) {
+      REQUIRE(blocks.size() == 2);
+      for (const auto& its : blocks) CHECK(its.size() == 1);
+    }
+    CHECK(round[1][1][0].tokens == plan.tokens);
+  }
+  CHECK(bandwidths == std::vector<size_t>(3, engines[0]->threads()));  // both have as many
+}
+
 TEST_CASE("measure: progress is told as often as announced") {
   std::vector<Plan> plans(3, small_plan());
   plans[1].prefill = 0;
@@ -165,7 +201,7 @@ TEST_CASE("measure: turns cancel a linear drift") {
   Plan plan = small_plan();
   plan.tokens = 32;
   for (const bool reverse : {false, true}) {
-    const std::vector<size_t> order = bench::turns(plan, reverse);
+    const std::vector<size_t> order = bench::turns(plan, 2, reverse);
     REQUIRE(order.size() * plan.turn() == 2 * plan.tokens);
     for (size_t group = 0; group < order.size(); group += 4) {
       size_t places[2] = {};
@@ -183,8 +219,8 @@ TEST_CASE("measure: a plan that does not fit its contenders is refused") {
     const std::vector<std::shared_ptr<const Engine>> engines(contenders, model.engine);
     return error_of<std::invalid_argument>([&] { bench::measure(engines, plan, {}); });
   };
-  check_names(refusal({.depths = {0}, .tokens = 8, .compare = true}, 1), "1 contenders, the plan has 2");
-  check_names(refusal({.depths = {0}, .tokens = 8}, 2), "2 contenders, the plan has 1");
+  check_names(refusal({.depths = {0}, .tokens = 8, .compare = true}, 1), "1 contenders, to compare there have to be 2");
+  check_names(refusal({.depths = {0}, .tokens = 8}, 0), "no contenders");
   check_names(refusal({.depths = {0}, .tokens = 0}, 1), "tokens is 0");
   check_names(refusal({.depths = {0}, .tokens = 12, .compare = true}, 2), "multiple of 8");
 }

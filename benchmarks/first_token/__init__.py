@@ -1,0 +1,1 @@
+"""The time of a fresh process to a model's first token, by part."""
