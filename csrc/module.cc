@@ -265,8 +265,9 @@ void bind_engine(py::module_& m) {
 
   const SessionOptions session;
   py::class_<SessionOptions>(m, "SessionOptions", "What one session needs.")
-      .def(py::init([](size_t context, bool prefetch, size_t chunk, const MakeDrafter* drafter, size_t draft_tokens) {
-             return SessionOptions{context, prefetch, chunk, drafter != nullptr ? *drafter : nullptr, draft_tokens};
+      .def(py::init([](size_t context, bool prefetch, size_t chunk, const std::optional<MakeDrafter>& drafter,
+                       size_t draft_tokens) {
+             return SessionOptions{context, prefetch, chunk, drafter.value_or(MakeDrafter()), draft_tokens};
            }),
            py::kw_only(), "context"_a = session.context, "prefetch"_a = session.prefetch, "chunk"_a = session.chunk,
            "drafter"_a = py::none(), "draft_tokens"_a = session.draft_tokens,

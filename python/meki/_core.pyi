@@ -190,7 +190,7 @@ class SessionOptions:
     """
     DEFAULT_DRAFT_TOKENS: typing.ClassVar[int] = 7
     MOST_DRAFT_TOKENS: typing.ClassVar[int] = 15
-    def __init__(self, *, context: typing.SupportsInt | typing.SupportsIndex = 0, prefetch: bool = True, chunk: typing.SupportsInt | typing.SupportsIndex = 256, drafter: MakeDrafter = None, draft_tokens: typing.SupportsInt | typing.SupportsIndex = 7) -> None:
+    def __init__(self, *, context: typing.SupportsInt | typing.SupportsIndex = 0, prefetch: bool = True, chunk: typing.SupportsInt | typing.SupportsIndex = 256, drafter: MakeDrafter | None = None, draft_tokens: typing.SupportsInt | typing.SupportsIndex = 7) -> None:
         """
         context: capacity in tokens, 0 for the engine's, at most 4096. prefetch: read rows on the I/O thread
         ahead of their use; False reads them on the compute thread. chunk: prompt tokens of one prefill step;

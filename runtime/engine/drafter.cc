@@ -31,7 +31,8 @@ class PromptLookup final : public Drafter {
     }
     if (found == 0) return 0;
     // Beyond the sequence's end the draft goes on with itself: what repeats with a short period does so again.
-    for (size_t i = 0; i < draft.size(); ++i) draft[i] = found + i < size ? sequence[found + i] : draft[found + i - size];
+    for (size_t i = 0; i < draft.size(); ++i)
+      draft[i] = found + i < size ? sequence[found + i] : draft[found + i - size];
     return draft.size();
   }
 };
@@ -85,10 +86,10 @@ size_t DraftLength::next() {
 }
 
 void DraftLength::update(size_t drafted, size_t accepted) {
-  constexpr size_t kMostFailures = 5;  // 32 steps: then the text may have changed
+  constexpr size_t kMostFailures = 5;
   if (accepted == 0) {
     pause_ = size_t{1} << std::min(failures_++, kMostFailures);
-    length_ = 2;
+    length_ = kFirst;
     return;
   }
   failures_ = 0;

@@ -47,8 +47,8 @@ MakeDrafter prompt_lookup();
 MakeDrafter draft_model(std::shared_ptr<const Engine> model);
 
 // How many tokens to draft: few at first, twice as many after a draft that was right to its end, one more than were
-// right after another. After a draft without one right token there is none for some steps, twice as many each time:
-// a text that does not repeat itself then costs hardly more than without a drafter.
+// right after another. After a draft without one right token there is none for some steps, twice as many each time, up
+// to 32: where drafts are never right, few are paid for.
 class DraftLength {
  public:
   explicit DraftLength(size_t most) : most_(most) {}
@@ -59,8 +59,10 @@ class DraftLength {
   void update(size_t drafted, size_t accepted);
 
  private:
+  static constexpr size_t kFirst = 3;  // a step of four tokens costs hardly more than one of two
+
   size_t most_;
-  size_t length_ = 2;
+  size_t length_ = kFirst;
   size_t failures_ = 0;  // drafts in a row without a right token
   size_t pause_ = 0;     // steps left without a draft
 };

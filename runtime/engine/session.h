@@ -18,9 +18,9 @@
 namespace meki {
 
 struct SessionOptions {
-  size_t context = 0;    // capacity in tokens; 0: the engine's context, at most kDefaultContext
-  bool prefetch = true;  // read rows on the I/O thread ahead of their use; false: on the compute thread when needed
-  size_t chunk = 256;    // prompt tokens of one prefill step; with Provider::qnn at most those compiled
+  size_t context = 0;     // capacity in tokens; 0: the engine's context, at most kDefaultContext
+  bool prefetch = true;   // read rows on the I/O thread ahead of their use; false: on the compute thread when needed
+  size_t chunk = 256;     // prompt tokens of one prefill step; with Provider::qnn at most those compiled
   MakeDrafter drafter{};  // of speculative decoding; empty: none
   size_t draft_tokens = kDefaultDraftTokens;  // with a drafter: tokens of a draft, at most kMostDraftTokens
 
@@ -125,8 +125,8 @@ class Session {
   const std::unique_ptr<Executor> executor_;
   const std::unique_ptr<Prefetcher> prefetcher_;  // null in a dense model
 
-  const std::unique_ptr<Drafter> drafter_;      // null: none
-  const Mapping draft_logits_;                  // of a step with a draft, float32 [draft_tokens + 1, vocab_size]
+  const std::unique_ptr<Drafter> drafter_;  // null: none
+  const Mapping draft_logits_;              // of a step with a draft, float32 [draft_tokens + 1, vocab_size]
 
   std::vector<int32_t> tokens_;  // the sequence, and behind it what is drafted and not decided: computed or about to be
   size_t length_ = 0;            // of the sequence

@@ -105,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-prefetch", action="store_true", help="read memory rows on the compute thread, for measurements")
     drafts = parser.add_argument_group("speculative decoding", "The same text, where guesses are right sooner.")
     source = drafts.add_mutually_exclusive_group()
-    source.add_argument("--draft", metavar="MODEL", help="a smaller model with the same tokenizer guesses the next tokens")
+    source.add_argument(
+        "--draft", metavar="MODEL", help="a smaller model with the same tokenizer guesses the next tokens"
+    )
     source.add_argument(
         "--prompt-lookup", action="store_true", help="guess what followed the last tokens where they occurred before"
     )

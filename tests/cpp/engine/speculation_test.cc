@@ -79,8 +79,8 @@ Script random_of(const Model& model) {
 
 template <class Model>
 std::vector<Script> scripts(const Model& model) {
-  return {right(model),        right_for(model, 1), right_for(model, 3), wrong(), random_of(model),
-          [](const Ids&, size_t) { return Ids(); }};
+  return {right(model), right_for(model, 1), right_for(model, 3),
+          wrong(),      random_of(model),    [](const Ids&, size_t) { return Ids(); }};
 }
 
 template <class Model>
@@ -100,10 +100,9 @@ void check_texts(const Model& model, size_t context) {
           for (const size_t most : {1U, 4U, 15U}) {
             CAPTURE(chunk);
             CAPTURE(most);
-            Session session(model.engine, {.prefetch = prefetch,
-                                           .chunk = chunk,
-                                           .drafter = scripted(script, immediate),
-                                           .draft_tokens = most});
+            Session session(
+                model.engine,
+                {.prefetch = prefetch, .chunk = chunk, .drafter = scripted(script, immediate), .draft_tokens = most});
             session.append(kPrompt);
             session.start(kGreedy, 0);
             CHECK(drain(session) == greedy);
@@ -273,16 +272,16 @@ TEST_CASE("speculation: counters, and steps that are saved") {
     drain(session);
     model.fault.on_run = {};
     const Stats stats = session.stats();
-    CHECK(stats.decode_tokens == 29);  // the first one comes from the prompt
+    CHECK(stats.decode_tokens == 29);           // the first one comes from the prompt
     CHECK(stats.stall_ns.size() == steps / 2);  // two stages
     CHECK(stats.rows.requests > 0);
     return std::tuple(steps / 2, stats.drafted_tokens, stats.accepted_tokens);
   };
-  // Drafts of 2, 4, 4, ...: steps of 3, 5, 5, 5, 5, 5 and the last token.
-  CHECK(run(right(model), 4) == std::tuple(7U, 22U, 22U));
+  // A step of four tokens, and five of five.
+  CHECK(run(right(model), 4) == std::tuple(6U, 23U, 23U));
   CHECK(run([](const Ids&, size_t) { return Ids(); }, 4) == std::tuple(29U, 0U, 0U));
-  // A wrong draft of two before steps 0, 2, 5, 10 and 19: pauses of 1, 2, 4, 8 and 16 steps lie between.
-  CHECK(run(wrong(), 4) == std::tuple(29U, 10U, 0U));
+  // A wrong draft of three before steps 0, 2, 5, 10 and 19: pauses of 1, 2, 4, 8 and 16 steps lie between.
+  CHECK(run(wrong(), 4) == std::tuple(29U, 15U, 0U));
 }
 
 TEST_CASE("speculation: rows and stages that fail for a draft alone are no failure, others are") {
@@ -338,7 +337,7 @@ TEST_CASE("speculation: rows and stages that fail for a draft alone are no failu
 TEST_CASE("speculation: an error of the drafter comes from next(), and the session goes on") {
   const FakeModel model(Kind::two_stages);
   const Ids expected = model.greedy(kPrompt, 12);
-  int failing = 3;
+  int failing = 2;
   Session session(model.engine, {.drafter = scripted(
                                      [&](const Ids& sequence, size_t most) {
                                        if (--failing == 0) throw std::runtime_error("fake fault");
@@ -411,9 +410,9 @@ TEST_CASE("speculation: prompt lookup drafts what followed the longest earlier o
   CHECK(draft({1, 2, 3}, 3).empty());
   CHECK(draft({1, 2, 9, 1, 2}, 3).empty());  // two tokens alike are no match
   CHECK(draft({1, 2, 3, 7, 8, 9, 1, 2, 3}, 3) == Tokens{7, 8, 9});
-  CHECK(draft({1, 2, 3, 7, 1, 2, 3, 8, 1, 2, 3}, 2) == Tokens{8, 1});              // the later one of two
-  CHECK(draft({6, 1, 2, 3, 7, 5, 1, 2, 3, 8, 6, 1, 2, 3}, 2) == Tokens{7, 5});     // the longer one of two
-  CHECK(draft({4, 5, 4, 5, 4, 5}, 5) == Tokens{4, 5, 4, 5, 4});                    // beyond its own end
+  CHECK(draft({1, 2, 3, 7, 1, 2, 3, 8, 1, 2, 3}, 2) == Tokens{8, 1});           // the later one of two
+  CHECK(draft({6, 1, 2, 3, 7, 5, 1, 2, 3, 8, 6, 1, 2, 3}, 2) == Tokens{7, 5});  // the longer one of two
+  CHECK(draft({4, 5, 4, 5, 4, 5}, 5) == Tokens{4, 5, 4, 5, 4});                 // beyond its own end
   CHECK(draft({0, 1, 1, 1, 1}, 3) == Tokens{1, 1, 1});
 }
 
@@ -512,25 +511,25 @@ TEST_CASE("speculation: what cannot be is refused") {
 
 TEST_CASE("speculation: drafts grow with success and pause after failures") {
   DraftLength length(8);
-  CHECK(length.next() == 2);
-  length.update(2, 2);
-  CHECK(length.next() == 4);
-  length.update(4, 4);
+  CHECK(length.next() == 3);
+  length.update(3, 3);
+  CHECK(length.next() == 6);
+  length.update(6, 6);
   CHECK(length.next() == 8);
   length.update(8, 8);
   CHECK(length.next() == 8);
   length.update(8, 3);
   CHECK(length.next() == 4);
   for (const size_t pause : {1U, 2U, 4U, 8U, 16U, 32U, 32U}) {
-    length.update(2, 0);
+    length.update(3, 0);
     for (size_t step = 0; step < pause; ++step) CHECK(length.next() == 0);
-    CHECK(length.next() == 2);
+    CHECK(length.next() == 3);
   }
-  length.update(2, 1);
+  length.update(3, 1);
   CHECK(length.next() == 2);
   length.update(2, 0);
   CHECK(length.next() == 0);
-  CHECK(length.next() == 2);
+  CHECK(length.next() == 3);
   CHECK(DraftLength(1).next() == 1);
 }
 
