@@ -143,11 +143,10 @@ def test_whatever_is_called_between_two_tokens(
                 its.rewind(len(its.tokens) - number)
                 running = False
             elif name == "snapshot":
+                its.logits()  # a snapshot has computed tokens alone, and a draft may have computed one more
                 snapshot = its.snapshot()
             elif name == "restore":
                 its.restore(snapshot)
-                its.append([number])  # a snapshot has computed tokens alone, of which a draft may have made one more
-                its.rewind(min(len(its.tokens) - 1, 12))
                 running = False
             yield its.tokens
             yield its.finish_reason
