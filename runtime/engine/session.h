@@ -44,11 +44,11 @@ struct Snapshot {
 };
 
 // One sequence: its tokens, their state (the KV cache) and its prefetcher. Mutable; use from one thread at a time.
-//
-// With a drafter a step may compute tokens beyond the sequence. They are no part of it before next() hands them out:
-// whatever else is called drops those that are left.
 // Sessions of one engine are independent of each other. In a forked child, what computes or counts throws
 // std::runtime_error.
+//
+// With a drafter a step may compute tokens beyond the sequence. They are no part of it before next() hands them out;
+// whatever else changes or copies the sequence drops those that are left.
 class Session {
  public:
   // Called between two prefill steps; when it throws, the session stays usable.
@@ -124,9 +124,8 @@ class Session {
   const size_t context_;
   const std::unique_ptr<Executor> executor_;
   const std::unique_ptr<Prefetcher> prefetcher_;  // null in a dense model
-
-  const std::unique_ptr<Drafter> drafter_;  // null: none
-  const Mapping draft_logits_;              // of a step with a draft, float32 [draft_tokens + 1, vocab_size]
+  const std::unique_ptr<Drafter> drafter_;        // null: none
+  const Mapping draft_logits_;                    // of a step with a draft, float32 [draft_tokens + 1, vocab_size]
 
   std::vector<int32_t> tokens_;  // the sequence, and behind it what is drafted and not decided: computed or about to be
   size_t length_ = 0;            // of the sequence
