@@ -29,7 +29,7 @@ class GenerationStats:
     prefill_tokens_per_s: float | None
     decode_tokens_per_s: float | None
     rom_requests: int
-    """Bundles that were needed."""
+    """Bundles that were needed, also by tokens of a draft."""
     rom_hits: int
     """Of these, in the row cache. The others were read."""
     rom_bytes: int
