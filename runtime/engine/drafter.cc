@@ -87,13 +87,12 @@ size_t DraftLength::next() {
 
 void DraftLength::update(size_t drafted, size_t accepted) {
   constexpr size_t kMostFailures = 5;
-  if (accepted == 0) {
+  length_ = accepted == drafted ? 2 * drafted + 1 : accepted / 4 * 4 + 3;
+  if (accepted > 0) {
+    failures_ = 0;
+  } else {
     pause_ = size_t{1} << std::min(failures_++, kMostFailures);
-    length_ = kFirst;
-    return;
   }
-  failures_ = 0;
-  length_ = accepted == drafted ? std::min(2 * drafted, most_) : accepted + 1;
 }
 
 }  // namespace meki

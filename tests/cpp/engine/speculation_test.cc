@@ -510,24 +510,26 @@ TEST_CASE("speculation: what cannot be is refused") {
 }
 
 TEST_CASE("speculation: drafts grow with success and pause after failures") {
-  DraftLength length(8);
+  DraftLength length(12);
   CHECK(length.next() == 3);
   length.update(3, 3);
-  CHECK(length.next() == 6);
-  length.update(6, 6);
-  CHECK(length.next() == 8);
-  length.update(8, 8);
-  CHECK(length.next() == 8);
-  length.update(8, 3);
-  CHECK(length.next() == 4);
+  CHECK(length.next() == 7);
+  length.update(7, 7);
+  CHECK(length.next() == 12);
+  length.update(12, 12);
+  CHECK(length.next() == 12);
+  length.update(12, 11);
+  CHECK(length.next() == 11);
+  length.update(11, 6);
+  CHECK(length.next() == 7);
   for (const size_t pause : {1U, 2U, 4U, 8U, 16U, 32U, 32U}) {
-    length.update(3, 0);
+    length.update(7, 0);
     for (size_t step = 0; step < pause; ++step) CHECK(length.next() == 0);
     CHECK(length.next() == 3);
   }
   length.update(3, 1);
-  CHECK(length.next() == 2);
-  length.update(2, 0);
+  CHECK(length.next() == 3);
+  length.update(3, 0);
   CHECK(length.next() == 0);
   CHECK(length.next() == 3);
   CHECK(DraftLength(1).next() == 1);
