@@ -17,6 +17,7 @@
 #include "csrc/bindings.h"
 #include "runtime/base/error.h"
 #include "runtime/base/file.h"
+#include "runtime/engine/drafter.h"
 #include "runtime/engine/engine.h"
 #include "runtime/engine/sampler.h"
 #include "runtime/engine/session.h"
@@ -165,15 +166,6 @@ void bind_options(py::module_& m) {
            "soc: the compiled chip; empty: the only one there is. The others are as of meki.Engine. ValueError for a\n"
            "name that does not exist.");
 
-  const SessionOptions session;
-  py::class_<SessionOptions>(m, "SessionOptions", "What one session needs.")
-      .def(py::init(
-               [](size_t context, bool prefetch, size_t chunk) { return SessionOptions{context, prefetch, chunk}; }),
-           py::kw_only(), "context"_a = session.context, "prefetch"_a = session.prefetch, "chunk"_a = session.chunk,
-           "context: capacity in tokens, 0 for the engine's, at most 4096. prefetch: read rows on the I/O thread\n"
-           "ahead of their use; False reads them on the compute thread. chunk: prompt tokens of one prefill step;\n"
-           "with the provider \"qnn\" at most those it is compiled for.");
-
   const SamplingOptions sampling;
   py::class_<SamplingOptions>(
       m, "SamplingOptions",
@@ -264,15 +256,40 @@ void bind_engine(py::module_& m) {
           },
           "The chip whose compiled stages run; None with the provider \"cpu\".");
 
+  py::class_<MakeDrafter>(m, "MakeDrafter", "How sessions get a drafter, for speculative decoding. Immutable.")
+      .def_static("prompt_lookup", &prompt_lookup, "Drafts what followed the last tokens where they occurred before.")
+      .def_static(
+          "draft_model", [](const std::shared_ptr<Engine>& model) { return draft_model(model); }, "model"_a,
+          "Drafts the most probable tokens of a smaller model. A session that takes it raises ValueError if their\n"
+          "vocabularies have other sizes.");
+
+  const SessionOptions session;
+  py::class_<SessionOptions>(m, "SessionOptions", "What one session needs.")
+      .def(py::init([](size_t context, bool prefetch, size_t chunk, const std::optional<MakeDrafter>& drafter,
+                       size_t draft_tokens) {
+             return SessionOptions{context, prefetch, chunk, drafter.value_or(MakeDrafter()), draft_tokens};
+           }),
+           py::kw_only(), "context"_a = session.context, "prefetch"_a = session.prefetch, "chunk"_a = session.chunk,
+           "drafter"_a = py::none(), "draft_tokens"_a = session.draft_tokens,
+           "context: capacity in tokens, 0 for the engine's, at most 4096. prefetch: read rows on the I/O thread\n"
+           "ahead of their use; False reads them on the compute thread. chunk: prompt tokens of one prefill step;\n"
+           "with the provider \"qnn\" at most those it is compiled for. drafter: None: no speculative decoding.\n"
+           "draft_tokens: of a draft at most, 1 to MOST_DRAFT_TOKENS.")
+      .def_readonly_static("MOST_DRAFT_TOKENS", &SessionOptions::kMostDraftTokens)
+      .def_readonly_static("DEFAULT_DRAFT_TOKENS", &SessionOptions::kDefaultDraftTokens);
+
   py::class_<Stats>(m, "Stats", "Counters of one session since it was made or last reset. A copy: it does not change.")
       .def_readonly("prefill_tokens", &Stats::prefill_tokens)
       .def_readonly("prefill_ns", &Stats::prefill_ns)
       .def_readonly("prefill_stall_ns", &Stats::prefill_stall_ns)
-      .def_readonly("decode_tokens", &Stats::decode_tokens)
+      .def_readonly("decode_tokens", &Stats::decode_tokens,
+                    "That decode steps made: one each, more where drafted tokens were accepted.")
       .def_readonly("decode_ns", &Stats::decode_ns)
       .def_readonly("sample_ns", &Stats::sample_ns, "Of decode_ns: choosing tokens.")
       .def_readonly("stall_ns", &Stats::stall_ns,
                     "Nanoseconds that each decode step waited for its rows; empty in a dense model.")
+      .def_readonly("drafted_tokens", &Stats::drafted_tokens, "That decode steps computed beyond the pending token.")
+      .def_readonly("accepted_tokens", &Stats::accepted_tokens, "Of these: became part of the sequence.")
       .def_property_readonly(
           "rom_requests", [](const Stats& stats) { return stats.rows.requests; },
           "Bundles that were needed: of one token in a step once.")

@@ -7,7 +7,7 @@ import numpy
 import numpy.typing
 import os
 import typing
-__all__: list[str] = ['Block', 'Case', 'Engine', 'EngineOptions', 'Measurement', 'PackageError', 'Plan', 'Rom', 'RomInfo', 'Sampler', 'SamplingOptions', 'Session', 'SessionOptions', 'Snapshot', 'Stats', 'cpu_kernels', 'measure', 'profile_decode', 'read_manifest', 'resident_memory', 'with_rows_in_ram']
+__all__: list[str] = ['Block', 'Case', 'Engine', 'EngineOptions', 'MakeDrafter', 'Measurement', 'PackageError', 'Plan', 'Rom', 'RomInfo', 'Sampler', 'SamplingOptions', 'Session', 'SessionOptions', 'Snapshot', 'Stats', 'cpu_kernels', 'measure', 'profile_decode', 'read_manifest', 'resident_memory', 'with_rows_in_ram']
 class PackageError(OSError):
     """
     A package, or a file of one, that cannot be used: missing, damaged, inconsistent, or changed while in
@@ -23,16 +23,6 @@ class EngineOptions:
         libonnxruntime_providers_qnn.so. row_cache: bytes. rom_delay_us: microseconds that every read of the ROM takes longer.
         soc: the compiled chip; empty: the only one there is. The others are as of meki.Engine. ValueError for a
         name that does not exist.
-        """
-class SessionOptions:
-    """
-    What one session needs.
-    """
-    def __init__(self, *, context: typing.SupportsInt | typing.SupportsIndex = 0, prefetch: bool = True, chunk: typing.SupportsInt | typing.SupportsIndex = 256) -> None:
-        """
-        context: capacity in tokens, 0 for the engine's, at most 4096. prefetch: read rows on the I/O thread
-        ahead of their use; False reads them on the compute thread. chunk: prompt tokens of one prefill step;
-        with the provider "qnn" at most those it is compiled for.
         """
 class SamplingOptions:
     """
@@ -179,16 +169,56 @@ class Engine:
     @property
     def vocab_size(self) -> int:
         ...
+class MakeDrafter:
+    """
+    How sessions get a drafter, for speculative decoding. Immutable.
+    """
+    @staticmethod
+    def draft_model(model: Engine) -> MakeDrafter:
+        """
+        Drafts the most probable tokens of a smaller model. A session that takes it raises ValueError if their
+        vocabularies have other sizes.
+        """
+    @staticmethod
+    def prompt_lookup() -> MakeDrafter:
+        """
+        Drafts what followed the last tokens where they occurred before.
+        """
+class SessionOptions:
+    """
+    What one session needs.
+    """
+    DEFAULT_DRAFT_TOKENS: typing.ClassVar[int] = 7
+    MOST_DRAFT_TOKENS: typing.ClassVar[int] = 15
+    def __init__(self, *, context: typing.SupportsInt | typing.SupportsIndex = 0, prefetch: bool = True, chunk: typing.SupportsInt | typing.SupportsIndex = 256, drafter: MakeDrafter | None = None, draft_tokens: typing.SupportsInt | typing.SupportsIndex = 7) -> None:
+        """
+        context: capacity in tokens, 0 for the engine's, at most 4096. prefetch: read rows on the I/O thread
+        ahead of their use; False reads them on the compute thread. chunk: prompt tokens of one prefill step;
+        with the provider "qnn" at most those it is compiled for. drafter: None: no speculative decoding.
+        draft_tokens: of a draft at most, 1 to MOST_DRAFT_TOKENS.
+        """
 class Stats:
     """
     Counters of one session since it was made or last reset. A copy: it does not change.
     """
     @property
+    def accepted_tokens(self) -> int:
+        """
+        Of these: became part of the sequence.
+        """
+    @property
     def decode_ns(self) -> int:
         ...
     @property
     def decode_tokens(self) -> int:
-        ...
+        """
+        That decode steps made: one each, more where drafted tokens were accepted.
+        """
+    @property
+    def drafted_tokens(self) -> int:
+        """
+        That decode steps computed beyond the pending token.
+        """
     @property
     def prefill_ns(self) -> int:
         ...

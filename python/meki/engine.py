@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from reprlib import repr as shown
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from . import _core
 from .generation import GenerationResult, TextStream
@@ -102,7 +103,7 @@ class Engine:
                 self._core = opening.result()  # what it refuses comes first
         self.tokenizer = self._prompts.tokenizer
         self._lock = threading.Lock()
-        self._idle: tuple[tuple[int, bool], Session] | None = None  # of the last chat, by its context and prefetch
+        self._idle: tuple[tuple[Any, ...], Session] | None = None  # of the last chat, by what it was made with
 
     @property
     def name(self) -> str:
@@ -163,10 +164,24 @@ class Engine:
         """True if nobody trained this model: its speed can be measured, its text means nothing."""
         return has_random_weights(self.manifest)
 
-    def session(self, *, context: int = 0, prefetch: bool = True) -> Session:
+    def session(
+        self,
+        *,
+        context: int = 0,
+        prefetch: bool = True,
+        draft: Draft = None,
+        draft_tokens: int | None = None,
+    ) -> Session:
         """A new sequence. context: capacity in tokens, 0 for the engine's, at most 4096. prefetch: read rows ahead
-        on the I/O thread; False reads them on the compute thread, which is for measurements."""
-        return Session(self, context=context, prefetch=prefetch)
+        on the I/O thread; False reads them on the compute thread, which is for measurements.
+
+        draft: speculative decoding. "lookup": what followed the last tokens where they occurred before is taken for a
+        guess, which suits texts that repeat parts of their prompt; an Engine: a smaller model with the same tokenizer
+        guesses. One step computes all guessed tokens, and those that would have been generated anyway stand: the text
+        is the same, sampled ones as well, but for near ties where a package has float32 weights. draft_tokens: guessed
+        for a step at most, 1 to 15; None: 7. ValueError for a model with another tokenizer, and for draft_tokens
+        without a draft."""
+        return Session(self, context=context, prefetch=prefetch, draft=draft, draft_tokens=draft_tokens)
 
     def generate(
         self,
@@ -174,11 +189,14 @@ class Engine:
         *,
         context: int = 0,
         prefetch: bool = True,
+        draft: Draft = None,
+        draft_tokens: int | None = None,
         **options: Unpack[GenerationOptions],
     ) -> GenerationResult:
-        """Continues `prompt`, a text or token ids, in a session of its own. ValueError if it does not fit the
-        context."""
-        return self.session(context=context, prefetch=prefetch).generate(prompt, **options)
+        """Continues `prompt`, a text or token ids, in a session of its own, as `session` makes it. ValueError if it
+        does not fit the context."""
+        session = self.session(context=context, prefetch=prefetch, draft=draft, draft_tokens=draft_tokens)
+        return session.generate(prompt, **options)
 
     def stream(
         self,
@@ -186,10 +204,13 @@ class Engine:
         *,
         context: int = 0,
         prefetch: bool = True,
+        draft: Draft = None,
+        draft_tokens: int | None = None,
         **options: Unpack[GenerationOptions],
     ) -> TextStream:
         """As `generate`, piece by piece: an iterator of str, with the `result` so far."""
-        return self.session(context=context, prefetch=prefetch).stream(prompt, **options)
+        session = self.session(context=context, prefetch=prefetch, draft=draft, draft_tokens=draft_tokens)
+        return session.stream(prompt, **options)
 
     def chat(
         self,
@@ -197,6 +218,8 @@ class Engine:
         *,
         context: int = 0,
         prefetch: bool = True,
+        draft: Draft = None,
+        draft_tokens: int | None = None,
         **options: Unpack[ChatOptions],
     ) -> GenerationResult:
         """The model's answer to a conversation; messages, options and errors as in `Session.stream_chat`.
@@ -204,15 +227,15 @@ class Engine:
         The session of the last chat is kept, so that a conversation which goes on computes only what is new
         (`cached_tokens` of the stats). That saves time and changes nothing else; it costs the memory of one KV cache
         until the engine goes. Chats at the same moment have a session each, of which the last to end is kept. A chat
-        with another `context` or `prefetch` than the last begins a new session.
+        with another `context`, `prefetch`, `draft` or `draft_tokens` than the last begins a new session.
         """
-        key = (context, prefetch)
+        key = (context, prefetch, draft, draft_tokens)
         with self._lock:
             idle, self._idle = self._idle, None
         session = idle[1] if idle is not None and idle[0] == key else None
         del idle  # one that does not fit frees its memory before the new one takes some
         if session is None:
-            session = self.session(context=context, prefetch=prefetch)
+            session = self.session(context=context, prefetch=prefetch, draft=draft, draft_tokens=draft_tokens)
         try:
             return session.chat(messages, **options)
         finally:
@@ -229,6 +252,10 @@ class Engine:
         return self.session(context=len(token_ids)).logits(token_ids, start)
 
 
+Draft = Engine | Literal["lookup"] | None
+"""Where the guesses of speculative decoding come from: see `Engine.session`."""
+
+
 class Session:
     """One sequence of tokens with its KV cache: each call goes on where the last one ended; a chat also replaces
     what is not its conversation. For one thread at a time.
@@ -236,14 +263,26 @@ class Session:
     Made by `Engine.session`. What a stop string or an abandoned stream has generated stays in the sequence.
     """
 
-    def __init__(self, engine: Engine, *, context: int = 0, prefetch: bool = True) -> None:
-        capacity = check_integer("context", context, 2**31 - 1)
-        fetch_ahead = check_flag("prefetch", prefetch)
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        context: int = 0,
+        prefetch: bool = True,
+        draft: Draft = None,
+        draft_tokens: int | None = None,
+    ) -> None:
+        settings = _core.SessionOptions(
+            context=check_integer("context", context, 2**31 - 1),
+            prefetch=check_flag("prefetch", prefetch),
+            drafter=_make_drafter(engine, draft),
+            draft_tokens=_check_draft_tokens(draft, draft_tokens),
+        )
         self._sampling: GenerationOptions = engine.manifest["sampling"]
         self._vocab_size = engine.vocab_size
         self._prompts = engine._prompts  # not the engine itself: it keeps a session, and a cycle would outlive both
         self._rom_access = engine.rom_access
-        self._core = _core.Session(engine._core, _core.SessionOptions(context=capacity, prefetch=fetch_ahead))
+        self._core = _core.Session(engine._core, settings)
         self._stream: TextStream | None = None
 
     @property
@@ -360,6 +399,31 @@ class Session:
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two sequences begin with alike."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
+def _make_drafter(engine: Engine, draft: Draft) -> _core.MakeDrafter | None:
+    """ValueError for a draft that cannot be one of `engine`."""
+    if isinstance(draft, Engine):
+        if draft._prompts.tokens_digest != engine._prompts.tokens_digest:
+            raise ValueError(
+                f"{draft.path}: a draft model needs the tokenizer of {engine.path}, whose tokens are others; "
+                "choose a smaller model of the same family"
+            )
+        return _core.MakeDrafter.draft_model(draft._core)
+    if draft == "lookup":
+        return _core.MakeDrafter.prompt_lookup()
+    if draft is None:
+        return None
+    error = ValueError if isinstance(draft, str) else TypeError
+    raise error(f'draft must be an Engine, "lookup" or None, got {shown(draft)}')
+
+
+def _check_draft_tokens(draft: Draft, draft_tokens: int | None) -> int:
+    if draft_tokens is None:
+        return _core.SessionOptions.DEFAULT_DRAFT_TOKENS
+    if draft is None:
+        raise ValueError('draft_tokens is of a draft, and there is none; add draft="lookup" or a draft model')
+    return check_integer("draft_tokens", draft_tokens, _core.SessionOptions.MOST_DRAFT_TOKENS, 1)
 
 
 def find_onnxruntime() -> Path:

@@ -27,7 +27,7 @@ class GenerationStats:
     prefill_tokens_per_s: float | None
     decode_tokens_per_s: float | None
     rom_requests: int
-    """Bundles that were needed."""
+    """Bundles that were needed, also by tokens of a draft."""
     rom_hits: int
     """Of these, in the row cache. The others were read."""
     rom_bytes: int
@@ -38,6 +38,10 @@ class GenerationStats:
     """Median over the decode steps of the microseconds that a step waited for its rows."""
     stall_us_p99: float | None
     """99th percentile of the same."""
+    drafted_tokens: int
+    """Tokens that decode steps computed as a draft's (speculative decoding); 0 without a draft."""
+    accepted_tokens: int
+    """Of these: became part of the text."""
     resident_bytes: int | None
     """Resident memory of the whole process, now; None: the system does not tell."""
 
@@ -151,6 +155,8 @@ class TextStream(Iterator[str]):
             rom_access=self._rom_access,
             stall_us_p50=p50,
             stall_us_p99=p99,
+            drafted_tokens=core.drafted_tokens,
+            accepted_tokens=core.accepted_tokens,
             resident_bytes=None if memory is None else memory["resident"],
         )
         return GenerationResult("".join(self._pieces), list(self._token_ids), finish_reason, stats)

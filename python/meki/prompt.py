@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -46,6 +47,12 @@ class PromptEncoder:
         """Each ends a generation: the manifest's, and the token with which the chat template ends an answer."""
         end = self._end_of_answer()
         return self._eos if end is None or end in self._eos else [*self._eos, end]
+
+    @cached_property
+    def tokens_digest(self) -> bytes:
+        """A digest of all tokens and their ids: that of two tokenizers is the same if their vocabularies are."""
+        vocabulary = sorted(self.tokenizer.get_vocab(with_added_tokens=True).items())
+        return hashlib.sha256(json.dumps(vocabulary).encode()).digest()
 
     def encode(self, prompt: str | Sequence[int], *, first: bool) -> list[int]:
         """The tokens of a prompt; first: with those that begin a sequence, otherwise without the space that many

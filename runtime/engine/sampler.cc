@@ -56,14 +56,17 @@ size_t bucket_of(float weight) {
 }  // namespace
 
 Sampler::Sampler(const SamplingOptions& options, size_t vocab_size)
-    : options_(options), random_(options.seed), weights_(vocab_size), penalised_(vocab_size) {
-  candidates_.reserve(vocab_size);
+    : options_(options), vocab_size_(vocab_size), random_(options.seed) {
   const auto& o = options_;
   require(std::isfinite(o.temperature) && o.temperature >= 0, "temperature", o.temperature, "a number >= 0");
   require(o.top_p >= 0 && o.top_p <= 1, "top_p", o.top_p, "a number from 0 to 1");
   require(o.min_p >= 0 && o.min_p <= 1, "min_p", o.min_p, "a number from 0 to 1");
   require(std::isfinite(o.repetition_penalty) && o.repetition_penalty > 0, "repetition_penalty", o.repetition_penalty,
           "a number above 0");
+  if (takes_most_probable()) return;
+  weights_.resize(vocab_size);
+  penalised_.resize(vocab_size);
+  candidates_.reserve(vocab_size);
 }
 
 // Fills weights_ with e^((logit - greatest) / temperature) of the penalised logits; with temperature 0, the logits.
@@ -131,12 +134,12 @@ void Sampler::keep_top_p() {
 }
 
 int32_t Sampler::sample(std::span<const float> logits, std::span<const int32_t> sequence) {
-  if (logits.size() != weights_.size()) throw std::invalid_argument("logits do not have the size of the vocabulary");
+  if (logits.size() != vocab_size_) throw std::invalid_argument("logits do not have the size of the vocabulary");
   if (has_nan(logits)) {
     const auto nan = std::find_if(logits.begin(), logits.end(), [](float logit) { return std::isnan(logit); });
     throw std::runtime_error("the model computed NaN for token " + std::to_string(nan - logits.begin()));
   }
-  if (options_.temperature == 0 && options_.repetition_penalty == 1.0) return most_probable(logits);
+  if (takes_most_probable()) return most_probable(logits);
   weigh(logits, sequence);
   if (options_.temperature == 0) return most_probable(weights_);
 

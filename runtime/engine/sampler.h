@@ -40,12 +40,15 @@ class Sampler {
     return a.weight != b.weight ? a.weight > b.weight : a.id < b.id;
   }
 
+  // The logits as they come are all it needs.
+  bool takes_most_probable() const { return options_.temperature == 0 && options_.repetition_penalty == 1.0; }
   void weigh(std::span<const float> logits, std::span<const int32_t> sequence);
   void keep_most_probable(bool by_count);
   void keep_top_p();
   int32_t draw();
 
   SamplingOptions options_;
+  size_t vocab_size_;
   std::mt19937_64 random_;
   std::vector<float> weights_;         // [vocab_size], relative to the greatest
   std::vector<Candidate> candidates_;  // capacity vocab_size

@@ -1,10 +1,13 @@
 #include "runtime/engine/session.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <stdexcept>
 #include <string>
 #include <utility>
+
+#include "runtime/base/error.h"
 
 namespace meki {
 namespace {
@@ -38,6 +41,15 @@ size_t resolve_chunk(size_t chunk, size_t context) {
   return std::min(chunk, context);
 }
 
+Mapping make_draft_logits(const Engine& engine, const SessionOptions& options) {
+  if (options.draft_tokens == 0 || options.draft_tokens > SessionOptions::kMostDraftTokens) {
+    throw std::invalid_argument("draft_tokens is " + std::to_string(options.draft_tokens) + ", expected 1 to " +
+                                std::to_string(SessionOptions::kMostDraftTokens));
+  }
+  if (!options.drafter) return {};
+  return Mapping::zeroed((options.draft_tokens + 1) * engine.manifest().architecture.vocab_size * sizeof(float));
+}
+
 std::shared_ptr<const Engine> of_this_process(std::shared_ptr<const Engine> engine) {
   engine->check_process();
   return engine;
@@ -55,15 +67,18 @@ Session::Session(std::shared_ptr<const Engine> engine, const SessionOptions& opt
     : engine_(of_this_process(std::move(engine))),
       context_(resolve_context(engine_->backend().info(), options.context)),
       executor_(engine_->backend().executor(context_, resolve_chunk(options.chunk, context_))),
-      prefetcher_(make_prefetcher(*engine_, *executor_, options.prefetch)) {
+      prefetcher_(make_prefetcher(*engine_, *executor_, options.prefetch)),
+      drafter_(options.drafter ? options.drafter(*engine_, context_) : nullptr),
+      draft_logits_(make_draft_logits(*engine_, options)),
+      draft_length_(options.draft_tokens) {
   executor_->prepare(prefetcher_.get());
   tokens_.reserve(context_);
 }
 
 void Session::check_room(size_t count) const {
-  if (count <= context_ - tokens_.size()) return;
+  if (count <= context_ - length_) return;
   const size_t limit = engine_->backend().info().context;
-  throw std::invalid_argument("the sequence would have " + std::to_string(tokens_.size() + count) +
+  throw std::invalid_argument("the sequence would have " + std::to_string(length_ + count) +
                               " tokens, the context holds " + std::to_string(context_) + "; shorten the prompt" +
                               (context_ < limit ? " or choose a larger context (up to " + std::to_string(limit) + ")"
                                                 : ", the model takes no more"));
@@ -78,11 +93,14 @@ void Session::append(std::span<const int64_t> ids) {
     }
   }
   check_room(ids.size());
+  if (ids.empty()) return;
+  end_generation();
   for (const int64_t id : ids) tokens_.push_back(static_cast<int32_t>(id));
-  if (!ids.empty()) end_generation();
+  length_ = tokens_.size();
 }
 
 void Session::end_generation() {
+  drop_draft();
   rows_ = {};
   generating_ = false;
   sampler_.reset();  // its count of remaining tokens no longer holds
@@ -90,16 +108,17 @@ void Session::end_generation() {
 
 void Session::start(const SamplingOptions& sampling, size_t max_new_tokens,
                     std::optional<std::vector<int32_t>> end_token_ids) {
-  if (tokens_.empty()) throw std::invalid_argument("the sequence is empty; give a prompt of at least one token");
+  if (length_ == 0) throw std::invalid_argument("the sequence is empty; give a prompt of at least one token");
   sampler_.emplace(sampling, vocab_size());
+  drop_draft();  // it was cut to what the generation before had left to make
   end_token_ids_ = std::move(end_token_ids).value_or(engine_->manifest().eos_token_ids);
-  const size_t room = context_ - tokens_.size();
+  const size_t room = context_ - length_;
   remaining_ = max_new_tokens > 0 ? std::min(max_new_tokens, room) : room;
   stats_.stall_ns.reserve(stats_.stall_ns.size() + remaining_);
   finish_reason_ = FinishReason::running;
   if (room == 0) {
     finish_reason_ = FinishReason::context;
-  } else if (pending() == 0 && !logits_valid_) {
+  } else if (pending() == 0 && logits_.empty()) {
     executor_->state().truncate(computed() - 1);  // after a rewind: its last token is computed again for its logits
   }
 }
@@ -108,68 +127,89 @@ std::optional<int32_t> Session::next(const Poll& poll) {
   engine_->check_process();
   if (!sampler_) throw std::invalid_argument("no generation was started; call start first");
   if (finish_reason_ != FinishReason::running) return std::nullopt;
-  const bool decoding = generating_ && pending() == 1;
+  const bool decoding = generating_ && pending() <= 1;
   if (!decoding && pending() > 0) compute(poll);
 
   uint64_t unused = 0;
   const Timer timer(decoding ? stats_.decode_ns : unused);
-  if (decoding) decode();
+  if (pending() == 1) decode(poll);
+  if (decoding) ++stats_.decode_tokens;
   const int32_t token = sample(decoding);
   if (std::find(end_token_ids_.begin(), end_token_ids_.end(), token) != end_token_ids_.end()) {
+    drop_draft();
     finish_reason_ = FinishReason::eos;
     return std::nullopt;
   }
-  tokens_.push_back(token);
+  take(token);
   generating_ = true;
   if (--remaining_ == 0) {
-    finish_reason_ = tokens_.size() == context_ ? FinishReason::context : FinishReason::length;
-  } else {
-    rows_ = request_rows(computed(), 1);
+    finish_reason_ = length_ == context_ ? FinishReason::context : FinishReason::length;
+  } else if (pending() == 1 && (drafter_ == nullptr || drafter_->immediate())) {
+    if (drafter_ != nullptr) draft(poll);
+    rows_ = request_rows(computed(), 1 + drafted());
   }
   return token;
+}
+
+// Appends the sampled token, which decides about the next one of a draft that was computed.
+void Session::take(int32_t token) {
+  if (drafted() > 0 && tokens_[length_] == token) {
+    ++length_;
+    ++stats_.accepted_tokens;
+    logits_ = {logits_.data() + vocab_size(), vocab_size()};
+    if (drafted() == 0) draft_length_.update(draft_size_, draft_size_);
+    return;
+  }
+  if (drafted() > 0) draft_length_.update(draft_size_, draft_size_ - drafted());
+  drop_draft();
+  tokens_.push_back(token);
+  ++length_;
 }
 
 int32_t Session::sample(bool decoding) {
   uint64_t unused = 0;
   const Timer timer(decoding ? stats_.sample_ns : unused);
-  return sampler_->sample(executor_->last_logits(), tokens_);
+  return sampler_->sample(logits_, tokens());
 }
 
 void Session::fill_synthetic(size_t count) {
   if (pending() > 0) throw std::invalid_argument("tokens are pending; compute them before filling the cache");
   check_room(count);
+  end_generation();
   executor_->state().append_noise(count);
   for (size_t i = 0; i < count; ++i) {  // a stride that visits the vocabulary far apart, as text does
     tokens_.push_back(static_cast<int32_t>((tokens_.size() * 7919) % vocab_size()));
   }
-  logits_valid_ = false;
-  end_generation();
+  length_ = tokens_.size();
+  logits_ = {};
 }
 
 void Session::logits(size_t first, float* out, const Poll& poll) {
-  if (first < computed() || first > tokens_.size()) {
+  if (first < computed() || first > length_) {
     throw std::invalid_argument("logits from token " + std::to_string(first) +
                                 " on: expected one of the pending tokens, " + std::to_string(computed()) + " to " +
-                                std::to_string(tokens_.size()));
+                                std::to_string(length_));
   }
   prefill(first, out, poll);
 }
 
 void Session::rewind(size_t length) {
-  if (length > tokens_.size()) {
+  if (length > length_) {
     throw std::invalid_argument("cannot rewind to " + std::to_string(length) + " tokens, the sequence has " +
-                                std::to_string(tokens_.size()));
+                                std::to_string(length_));
   }
-  if (length == tokens_.size()) return;
-  tokens_.resize(length);
-  if (computed() > length) {
-    executor_->state().truncate(length);
-    logits_valid_ = false;
-  }
+  if (length == length_) return;
   end_generation();
+  tokens_.resize(length);
+  length_ = length;
+  if (executor_->state().length() > length) {
+    executor_->state().truncate(length);
+    logits_ = {};
+  }
 }
 
-Snapshot Session::snapshot() const {
+Snapshot Session::snapshot() {
+  if (executor_->state().length() > length_) drop_draft();
   const auto computed_tokens = tokens().first(computed());
   return {{computed_tokens.begin(), computed_tokens.end()}, executor_->state().snapshot()};
 }
@@ -181,21 +221,57 @@ void Session::restore(const Snapshot& snapshot) {
   }
   executor_->state().restore(snapshot.state, snapshot.tokens.size());
   tokens_.assign(snapshot.tokens.begin(), snapshot.tokens.end());
-  logits_valid_ = false;
+  length_ = tokens_.size();
+  logits_ = {};
   end_generation();
+}
+
+// Has tokens drafted behind the sequence, of which one is pending: no more than one step takes and the generation may
+// still make.
+void Session::draft(const Poll& poll) {
+  std::array<int32_t, SessionOptions::kMostDraftTokens> ids;
+  const size_t most = std::min({draft_length_.next(), remaining_ - 1, executor_->chunk() - 1});
+  if (most == 0) return;
+  draft_size_ = drafter_->draft(tokens(), std::span(ids).first(most), poll);
+  tokens_.insert(tokens_.end(), ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(draft_size_));
+}
+
+// Forgets what is drafted and not decided, also where it was computed.
+void Session::drop_draft() {
+  if (drafted() == 0) return;
+  rows_ = {};
+  tokens_.resize(length_);
+  if (executor_->state().length() > length_) executor_->state().truncate(length_);
 }
 
 // Empty in a dense model.
 RowRequest Session::request_rows(size_t first, size_t count) {
   if (prefetcher_ == nullptr) return {};
-  return prefetcher_->request(tokens().first(first + count), first, executor_->width(count));
+  return prefetcher_->request(std::span(tokens_).first(first + count), first, executor_->width(count));
 }
 
-void Session::decode() {
-  RowRequest rows = rows_ ? std::move(rows_) : request_rows(computed(), 1);
-  const uint64_t stall = run(1, rows, 0, nullptr);
-  ++stats_.decode_tokens;
+// Computes the pending token, and with it what is drafted.
+void Session::decode(const Poll& poll) {
+  if (drafter_ != nullptr && !drafter_->immediate() && drafted() == 0) draft(poll);
+  uint64_t stall = 0;
+  try {
+    stall = decode_step();
+  } catch (const PackageError&) {
+    if (drafted() == 0) throw;
+    drop_draft();  // whose rows, perhaps, are what is damaged: without a drafter nobody would have asked for them
+    stall = decode_step();
+  }
   if (prefetcher_ != nullptr) stats_.stall_ns.push_back(stall);  // start() made room
+}
+
+uint64_t Session::decode_step() {
+  const size_t drafts = drafted();
+  float* const out = drafts > 0 ? draft_logits_.as<float>() : nullptr;
+  RowRequest rows = rows_ ? std::move(rows_) : request_rows(computed(), 1 + drafts);
+  const uint64_t stall = run(1 + drafts, rows, 0, out);
+  if (out != nullptr) logits_ = {out, vocab_size()};
+  stats_.drafted_tokens += drafts;
+  return stall;
 }
 
 // Computes all pending tokens in chunks; the rows of the next chunk are read while one is computed. The logits of
@@ -203,9 +279,10 @@ void Session::decode() {
 void Session::prefill(size_t first, float* out, const Poll& poll) {
   engine_->check_process();
   const Timer timer(stats_.prefill_ns);
+  drop_draft();
   rows_ = {};
   generating_ = false;
-  const size_t end = tokens_.size();
+  const size_t end = length_;
   const auto count_at = [this, end](size_t begin) { return std::min(executor_->chunk(), end - begin); };
   RowRequest rows;
   if (computed() < end) rows = request_rows(computed(), count_at(computed()));
@@ -227,12 +304,12 @@ void Session::prefill(size_t first, float* out, const Poll& poll) {
 // Runs the next `tokens` tokens, whose rows were requested, through all stages. Returns the nanoseconds spent waiting
 // for rows.
 uint64_t Session::run(size_t tokens, RowRequest& rows, size_t logits_from, float* out) {
-  logits_valid_ = false;
-  const uint64_t stall = executor_->run({.tokens = this->tokens().subspan(computed(), tokens),
+  logits_ = {};
+  const uint64_t stall = executor_->run({.tokens = std::span(tokens_).subspan(computed(), tokens),
                                          .rows = rows ? &rows : nullptr,
                                          .logits_from = logits_from,
                                          .logits = out});
-  logits_valid_ = true;
+  logits_ = executor_->last_logits();
   return stall;
 }
 

@@ -1,13 +1,15 @@
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
 #include <vector>
 
+#include "runtime/base/file.h"
+#include "runtime/engine/drafter.h"
 #include "runtime/engine/engine.h"
 #include "runtime/engine/sampler.h"
 #include "runtime/engine/stats.h"
@@ -16,11 +18,16 @@
 namespace meki {
 
 struct SessionOptions {
-  size_t context = 0;    // capacity in tokens; 0: the engine's context, at most kDefaultContext
-  bool prefetch = true;  // read rows on the I/O thread ahead of their use; false: on the compute thread when needed
-  size_t chunk = 256;    // prompt tokens of one prefill step; with Provider::qnn at most those compiled
+  size_t context = 0;     // capacity in tokens; 0: the engine's context, at most kDefaultContext
+  bool prefetch = true;   // read rows on the I/O thread ahead of their use; false: on the compute thread when needed
+  size_t chunk = 256;     // prompt tokens of one prefill step; with Provider::qnn at most those compiled
+  MakeDrafter drafter{};  // of speculative decoding; empty: none
+  size_t draft_tokens = kDefaultDraftTokens;  // with a drafter: tokens of a draft, at most kMostDraftTokens
 
   static constexpr size_t kDefaultContext = 4096;
+  static constexpr size_t kDefaultDraftTokens = 7;
+  // A step of more than 16 tokens may round otherwise than steps of one token do.
+  static constexpr size_t kMostDraftTokens = 15;
 };
 
 enum class FinishReason {
@@ -39,10 +46,13 @@ struct Snapshot {
 // One sequence: its tokens, their state (the KV cache) and its prefetcher. Mutable; use from one thread at a time.
 // Sessions of one engine are independent of each other. In a forked child, what computes or counts throws
 // std::runtime_error.
+//
+// With a drafter a step may compute tokens beyond the sequence. They are no part of it before next() hands them out;
+// whatever else changes or copies the sequence drops those that are left.
 class Session {
  public:
-  // Called between two prefill steps; may throw to interrupt. The session stays usable.
-  using Poll = std::function<void()>;
+  // Called between two prefill steps; when it throws, the session stays usable.
+  using Poll = meki::Poll;
 
   // Throws std::invalid_argument for options outside their limits, std::runtime_error without memory for the cache (the
   // message says how much), std::bad_alloc without memory for anything else.
@@ -50,7 +60,7 @@ class Session {
 
   size_t context() const { return context_; }
   // Prompts and generated tokens so far.
-  std::span<const int32_t> tokens() const { return tokens_; }
+  std::span<const int32_t> tokens() const { return std::span(tokens_).first(length_); }
 
   // Appends tokens and ends a running generation; the next call that needs the tokens computes them. Throws
   // std::invalid_argument for an id outside the vocabulary or a sequence longer than the context; then nothing is
@@ -62,14 +72,15 @@ class Session {
   void start(const SamplingOptions& sampling, size_t max_new_tokens,
              std::optional<std::vector<int32_t>> end_token_ids = std::nullopt);
   // The decode loop's body: the next token, or nothing when the generation is over. When it returns, the rows of the
-  // returned token are already being read. Throws PackageError if the rows or a stage fail.
+  // returned token are already being read. Throws PackageError if the rows or a stage fail, also of a draft model; what
+  // only drafted tokens need is no failure.
   std::optional<int32_t> next(const Poll& poll = {});
   FinishReason finish_reason() const { return finish_reason_; }
 
   // Number of tokens that are not computed yet.
-  size_t pending() const { return tokens_.size() - computed(); }
+  size_t pending() const { return length_ - computed(); }
   // Computes the pending tokens.
-  void compute(const Poll& poll = {}) { prefill(tokens_.size(), nullptr, poll); }
+  void compute(const Poll& poll = {}) { prefill(length_, nullptr, poll); }
   // The same, and writes the logits of tokens[first] and all behind it, float32 [tokens().size() - first, vocab_size].
   // Throws std::invalid_argument unless tokens[first] is pending, or first is tokens().size(): then there are none.
   void logits(size_t first, float* out, const Poll& poll = {});
@@ -78,7 +89,7 @@ class Session {
   // these are pending. Throws std::invalid_argument if there are fewer.
   void rewind(size_t length);
   // A copy of the computed tokens and their state; pending ones are not part of it.
-  Snapshot snapshot() const;
+  Snapshot snapshot();
   // Becomes what `snapshot` holds, which a session of the same package, provider, KV type and, with Provider::qnn,
   // context made; ends a running generation. Throws std::invalid_argument if it does not fit; then nothing changes.
   void restore(const Snapshot& snapshot);
@@ -96,11 +107,16 @@ class Session {
  private:
   void check_room(size_t count) const;
   size_t vocab_size() const { return engine_->manifest().architecture.vocab_size; }
-  size_t computed() const { return executor_->state().length(); }
+  size_t computed() const { return std::min(executor_->state().length(), length_); }
+  size_t drafted() const { return tokens_.size() - length_; }
   void end_generation();
+  void draft(const Poll& poll);
+  void drop_draft();
   RowRequest request_rows(size_t first, size_t count);
-  void decode();
+  void decode(const Poll& poll);
+  uint64_t decode_step();
   int32_t sample(bool decoding);
+  void take(int32_t token);
   void prefill(size_t first, float* out, const Poll& poll);
   uint64_t run(size_t tokens, RowRequest& rows, size_t logits_from, float* out);
 
@@ -108,10 +124,15 @@ class Session {
   const size_t context_;
   const std::unique_ptr<Executor> executor_;
   const std::unique_ptr<Prefetcher> prefetcher_;  // null in a dense model
+  const std::unique_ptr<Drafter> drafter_;        // null: none
+  const Mapping draft_logits_;                    // of a step with a draft, float32 [draft_tokens + 1, vocab_size]
 
-  std::vector<int32_t> tokens_;
-  RowRequest rows_;            // of the one pending token of a generation
-  bool logits_valid_ = false;  // the last logits are those of the last computed token
+  std::vector<int32_t> tokens_;  // the sequence, and behind it what is drafted and not decided: computed or about to be
+  size_t length_ = 0;            // of the sequence
+  RowRequest rows_;              // of the one pending token of a generation and the draft behind it
+  std::span<const float> logits_;  // of the last computed token of the sequence; empty: they are not there
+  DraftLength draft_length_;
+  size_t draft_size_ = 0;  // of the last draft, before any of it was decided
 
   std::optional<Sampler> sampler_;
   std::vector<int32_t> end_token_ids_;

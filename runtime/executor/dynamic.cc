@@ -75,8 +75,9 @@ class DynamicExecutor final : public Executor {
     }
   }
 
-  // One token with either buffer of rows; whole and last chunks of a prompt likewise; logits of several tokens.
-  static constexpr size_t kShapes = 8;
+  // One token with either buffer of rows; whole and last chunks of a prompt likewise; logits of several tokens, with a
+  // drafter of 2 to 16.
+  static constexpr size_t kShapes = 24;
 
   const DynamicBackend& backend_;
   DynamicState state_;

@@ -178,6 +178,18 @@ def test_greedy_text_is_the_cpus(compiled: Callable[[str], Path]) -> None:
     assert got.stats.rom_requests == expected.stats.rom_requests  # one a token, on either provider
 
 
+@pytest.mark.slow
+def test_a_draft_changes_no_text(compiled: Callable[[str], Path]) -> None:
+    """Stages for one token and for several round differently in float16: a text that no near tie decides."""
+    package = compiled("int8")
+    engine = Engine(package, provider="qnn")
+    expected = engine.generate(STORY[:60], max_new_tokens=32, temperature=0)
+    for draft in (Engine(package), "lookup"):
+        got = engine.generate(STORY[:60], max_new_tokens=32, temperature=0, draft=draft)
+        assert got.token_ids == expected.token_ids
+        assert draft == "lookup" or got.stats.accepted_tokens > 15
+
+
 def test_rewinding_is_exact(compiled: Callable[[str], Path]) -> None:
     engine = Engine(compiled("small"), provider="qnn")
     session = engine.session()

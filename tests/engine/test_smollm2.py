@@ -258,3 +258,15 @@ def test_evaluation_is_the_harness_s_own(exact: Engine, harness_model: Any) -> N
         "generate_until", (contexts[0], {"until": ["\n"], "max_gen_toks": 12}), (prose[:80], {"max_gen_toks": 12})
     )
     assert model.generate_until(ask, disable_tqdm=True) == harness_model.generate_until(ask, disable_tqdm=True)
+
+
+def test_what_is_repeated_is_looked_up(package: Convert) -> None:
+    engine = Engine(package("source"), threads=1)
+    line = "first apples, second pears, third plums, fourth cherries, fifth quinces.\n"
+    prompt = 2 * line + "first apples,"
+    for options in ({"temperature": 0}, {"temperature": 0.9, "top_p": 1, "seed": 5}):
+        expected = engine.generate(prompt, max_new_tokens=24, **options)
+        got = engine.generate(prompt, max_new_tokens=24, draft="lookup", **options)
+        assert got.token_ids == expected.token_ids  # below 128 tokens in all: packed weights, one split of attention
+        assert got.stats.drafted_tokens > 0
+        assert options["temperature"] > 0 or got.stats.accepted_tokens > 10

@@ -37,6 +37,9 @@ def print_stats(engine: Engine, stats: GenerationStats) -> None:
         ("prompt", f"{stats.prompt_tokens:,} tokens{cached}" + _rate(stats.prefill_tokens_per_s)),
         ("generated", f"{stats.new_tokens:,} tokens" + _rate(stats.decode_tokens_per_s)),
     ]
+    if stats.drafted_tokens:
+        share = stats.accepted_tokens / stats.drafted_tokens
+        rows.append(("drafted", f"{stats.drafted_tokens:,} tokens, {stats.accepted_tokens:,} accepted ({share:.0%})"))
     if stats.time_to_first_token_s is not None:
         rows.append(("first token", f"{stats.time_to_first_token_s * 1000:,.1f} ms"))
     if stats.rom_access is not None:

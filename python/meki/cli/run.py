@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from .. import _core
-from ..engine import Engine, Session
+from ..engine import Draft, Engine, Session
 from ..generation import GenerationResult, TextStream
 from ..options import DEFAULT_MAX_NEW_TOKENS, SAMPLING, GenerationOptions
 from ..prompt import no_chat_template
@@ -103,6 +103,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--soc", metavar="NAME", help="with --provider qnn: the chip, such as sm8750 (default: the only one compiled)")
     add("--no-prefetch", action="store_true", help="read memory rows on the compute thread, for measurements")
+    drafts = parser.add_argument_group("speculative decoding", "The same text, where guesses are right sooner.")
+    source = drafts.add_mutually_exclusive_group()
+    source.add_argument(
+        "--draft", metavar="MODEL", help="a smaller model with the same tokenizer guesses the next tokens"
+    )
+    source.add_argument(
+        "--prompt-lookup", action="store_true", help="guess what followed the last tokens where they occurred before"
+    )
+    drafts.add_argument(
+        "--draft-tokens",
+        type=int,
+        metavar="N",
+        help="with either: tokens guessed for a step at most, 1 to 15 "
+        f"(default: {_core.SessionOptions.DEFAULT_DRAFT_TOKENS})",
+    )
     output = parser.add_argument_group("output")
     mode = output.add_mutually_exclusive_group()
     mode.add_argument(
@@ -126,6 +141,9 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
     )
     if arguments.chat and not engine.can_chat:
         raise no_chat_template(engine.path)
+    draft: Draft = "lookup" if arguments.prompt_lookup else None
+    if arguments.draft is not None:
+        draft = Engine(arguments.draft, **engine_options(arguments))
     if engine.random_weights:
         note(RANDOM_WEIGHTS)
     if engine.simulated:
@@ -145,7 +163,12 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
     begun = arguments.assistant if arguments.chat else begun
 
     def begin() -> Session | Conversation:
-        session = engine.session(context=arguments.context, prefetch=not arguments.no_prefetch)
+        session = engine.session(
+            context=arguments.context,
+            prefetch=not arguments.no_prefetch,
+            draft=draft,
+            draft_tokens=arguments.draft_tokens,
+        )
         if not arguments.chat:
             return session
         return Conversation(
@@ -174,6 +197,8 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
 
 def _read_prompt(arguments: argparse.Namespace) -> str | list[int] | None:
     """The prompt, wherever it is given; None: the turns come line by line."""
+    if arguments.draft_tokens is not None and arguments.draft is None and not arguments.prompt_lookup:
+        raise ValueError("--draft-tokens is for speculative decoding; add --prompt-lookup or --draft, or omit it")
     for option in ("system", "assistant", "chat_template", "chat_template_kwargs"):
         if getattr(arguments, option) is not None and not arguments.chat:
             raise ValueError(f"--{option.replace('_', '-')} is a part of a conversation; add --chat, or omit it")
