@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <random>
@@ -40,19 +41,37 @@ class Sampler {
     return a.weight != b.weight ? a.weight > b.weight : a.id < b.id;
   }
 
-  // The logits as they come are all it needs.
-  bool takes_most_probable() const { return options_.temperature == 0 && options_.repetition_penalty == 1.0; }
-  void weigh(std::span<const float> logits, std::span<const int32_t> sequence);
-  void keep_most_probable(bool by_count);
+  static double measure(const Candidate& candidate, bool by_count) { return by_count ? 1.0 : candidate.weight; }
+
+  static constexpr size_t kBuckets = 64 * 32;  // that weights fall into
+  using Totals = std::array<double, kBuckets>;
+  static size_t bucket_of(float weight);
+
+  void penalise(std::span<const int32_t> sequence);
+  std::span<const float> block(size_t number) const;
+  void survey();
+  int32_t most_probable() const;
+  float exponent(float logit) const { return (logit - best_) / temperature_; }  // a weight's logarithm
+  double approximate_total() const;
+  void gather(size_t blocks);
+  Totals bucket_totals(bool by_count) const;
+  bool keep(const Totals& totals, double low, double high, bool by_count);
+  void keep_top_k();
   void keep_top_p();
+  void keep_top_p_of_candidates();
   int32_t draw();
 
   SamplingOptions options_;
-  size_t vocab_size_;
+  float temperature_;
   std::mt19937_64 random_;
-  std::vector<float> weights_;         // [vocab_size], relative to the greatest
+  std::span<const float> logits_;  // in use, penalised if that is asked for
+  std::vector<float> penalised_;   // [vocab_size]
+  std::vector<bool> seen_;         // [vocab_size], in the sequence
+  std::vector<float> block_best_;  // the greatest logit of each block of neighbouring tokens
+  std::vector<float> ranked_;      // [blocks], a copy
+  float best_ = 0;                 // the greatest of all
   std::vector<Candidate> candidates_;  // capacity vocab_size
-  std::vector<bool> penalised_;        // [vocab_size]
+  std::vector<Candidate> edge_;        // capacity vocab_size; those of the last bucket that is kept
 };
 
 }  // namespace meki

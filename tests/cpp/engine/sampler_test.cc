@@ -128,6 +128,34 @@ TEST_CASE("sampler: a large vocabulary keeps exactly the reference's tokens") {
   check_draws({.temperature = 1.0, .top_p = 1.0, .min_p = 0.9, .seed = 3}, logits, {}, 1000);
 }
 
+TEST_CASE("sampler: few tokens with most of the weight, among any number of others") {
+  // About 64, in which neighbours are looked at together, and far above.
+  for (const size_t vocab_size : {63, 64, 65, 127, 2000, 40'000}) {
+    CAPTURE(vocab_size);
+    std::vector<float> logits = random_logits(vocab_size, 10);
+    for (const size_t likely : {size_t{3}, vocab_size / 2, vocab_size / 2 + 1, vocab_size - 1}) logits[likely] += 12;
+    for (const double top_p : {0.2, 0.9, 0.999}) {
+      check_draws({.temperature = 0.8, .top_p = top_p, .seed = 4}, logits, {}, 1000);
+    }
+    check_draws({.temperature = 0.8, .top_k = 4, .top_p = 1, .seed = 5}, logits, {}, 1000);
+  }
+}
+
+TEST_CASE("sampler: a target between two tokens, however near to one") {
+  // 300 equal tokens: 150 of them have half of the weight, which a little more or less of top-p makes 151 or 150.
+  const std::vector<float> logits(300, 1.5F);
+  const auto greatest = [&logits](double top_p) {
+    Sampler sampler({.temperature = 1, .top_p = top_p, .seed = 6}, logits.size());
+    int32_t id = 0;
+    for (int i = 0; i < 6000; ++i) id = std::max(id, sampler.sample(logits, {}));
+    return id;
+  };
+  CHECK(greatest(0.5 - 1e-9) == 149);
+  CHECK(greatest(0.5) == 149);
+  CHECK(greatest(0.5 + 1e-9) == 150);
+  CHECK(greatest(1 - 1e-9) == 299);
+}
+
 TEST_CASE("sampler: equal logits are ordered by token id") {
   const std::vector<float> logits = {0, 2, 1, 2, 2, 2, 1};
   const auto support = [&logits](const SamplingOptions& options) {
