@@ -26,6 +26,9 @@ inline uint16_t load_u16(const std::byte* at) {
   return value;
 }
 
+// What may be resident of a mapped ROM at most, besides copies in flight.
+constexpr size_t kMostMapped = size_t{32} << 20;
+
 uint64_t page_bytes() {  // 4 KiB, or 16 on some phones
   static const auto bytes = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
   return bytes;
@@ -104,34 +107,36 @@ TokenTable::Window TokenTable::window(uint64_t index) const noexcept {
 }
 
 void TokenTable::will_need(const Window& window) const noexcept {
-  const uint64_t page = round_down(window.offset, page_bytes());
-  ::madvise(mapping_.data() + page, window.bytes + (window.offset - page), MADV_WILLNEED);
+  ::posix_fadvise(file_.descriptor(), static_cast<off_t>(window.offset), static_cast<off_t>(window.bytes),
+                  POSIX_FADV_WILLNEED);
 }
 
 size_t TokenTable::copy_mapped(const Window& window, std::byte* out) const noexcept {
-  std::byte* source = mapping_.data() + window.offset;
-  will_need(window);  // one request for all its pages
+  will_need(window);  // one request for all its pages: the copy would wait for one after the other
   // The kernel copies: a page that lost its file ends the copy here, where a memcpy would die of SIGBUS.
   const iovec to{out, window.bytes};
-  const iovec from{source, window.bytes};
+  const iovec from{mapping_.data() + window.offset, window.bytes};
   ssize_t got = 0;
   do {
     got = ::process_vm_readv(::getpid(), &to, 1, &from, 1, 0);
   } while (got < 0 && errno == EINTR);
-  unmap(window);
+  bound_mapped(window);
   return got < 0 ? 0 : static_cast<size_t>(got);
 }
 
-// Gives back the pages that a copy has mapped: left alone, they would add up to a resident ROM. They stay in the page
-// cache. With a page the kernel maps neighbours, as far as the page cache holds them in one piece, at most a page
-// table.
-void TokenTable::unmap(const Window& window) const noexcept {
-  const uintptr_t table = page_bytes() / sizeof(void*) * page_bytes();  // what one page table maps
-  const auto mapped = reinterpret_cast<uintptr_t>(mapping_.data());
-  const uintptr_t first = mapped + window.offset;
-  const uintptr_t begin = std::max(round_down(first, table), mapped);
-  const uintptr_t end = std::min(round_up(first + window.bytes, table), mapped + mapping_.size());
-  ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+// Gives back the pages that copies have mapped before they are too many: left alone, they would add up to a resident
+// ROM. They stay in the page cache. With a page the kernel maps its neighbours, as far as the page cache holds them in
+// one piece, at most a page table: as many are counted. All go at once, because each time interrupts the other cores.
+void TokenTable::bound_mapped(const Window& window) const noexcept {
+  const uint64_t table = page_bytes() / sizeof(void*) * page_bytes();  // what one page table maps
+  const auto mapped = reinterpret_cast<uintptr_t>(mapping_.data()) + window.offset;
+  const size_t reach = round_up(mapped + window.bytes, table) - round_down(mapped, table);
+  if (mapped_.fetch_add(reach) + reach >= kMostMapped) unmap();
+}
+
+void TokenTable::unmap() const noexcept {
+  mapped_ = 0;  // before they are gone: what others map meanwhile counts
+  ::madvise(mapping_.data(), mapping_.size(), MADV_DONTNEED);
 }
 
 void TokenTable::keys(std::span<const int32_t> sequence, std::span<RowKey> out) const {
@@ -140,18 +145,12 @@ void TokenTable::keys(std::span<const int32_t> sequence, std::span<RowKey> out) 
 }
 
 void TokenTable::advise(uint64_t index) const noexcept {
-  const Window wanted = window(index);
-  if (access_ == RomAccess::mmap) {
-    will_need(wanted);
-  } else if (access_ == RomAccess::pread) {
-    ::posix_fadvise(file_.descriptor(), static_cast<off_t>(wanted.offset), static_cast<off_t>(wanted.bytes),
-                    POSIX_FADV_WILLNEED);
-  }
+  if (access_ != RomAccess::direct) will_need(window(index));
 }
 
 void TokenTable::drop_cache() const noexcept {
   // A page that is mapped cannot be dropped: unmap first.
-  if (mapping_.data() != nullptr) ::madvise(mapping_.data(), mapping_.size(), MADV_DONTNEED);
+  if (mapping_.data() != nullptr) unmap();
   ::posix_fadvise(file_.descriptor(), 0, 0, POSIX_FADV_DONTNEED);
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -80,7 +81,8 @@ class TokenTable final : public RowSource {
   bool use_direct(std::byte* probe) const;
   void will_need(const Window& window) const noexcept;
   size_t copy_mapped(const Window& window, std::byte* out) const noexcept;
-  void unmap(const Window& window) const noexcept;
+  void bound_mapped(const Window& window) const noexcept;
+  void unmap() const noexcept;
 
   static constexpr size_t kChecksumBytes = 4;  // behind a bundle's scales and rows
 
@@ -88,6 +90,7 @@ class TokenTable final : public RowSource {
   RomAccess access_;
   File file_;
   Mapping mapping_;
+  mutable std::atomic<size_t> mapped_ = 0;  // bytes of mapping_ that may be resident
   RomHeader header_;
   size_t scratch_bytes_ = 0;
 };
