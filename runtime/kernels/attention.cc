@@ -127,23 +127,6 @@ void normalise_and_rotate(float* head, size_t head_dim, const float* norm_weight
   }
 }
 
-// Multiplies by the orthonormal Hadamard matrix, in runs of the largest power of two that divides the size.
-void hadamard(float* values, size_t size) {
-  const size_t run = size & (~size + 1);
-  for (size_t stride = 1; stride < run; stride *= 2) {
-    for (size_t first = 0; first < size; first += 2 * stride) {
-      for (size_t i = first; i < first + stride; ++i) {
-        const float a = values[i];
-        const float b = values[i + stride];
-        values[i] = a + b;
-        values[i + stride] = a - b;
-      }
-    }
-  }
-  const float norm = 1 / std::sqrt(static_cast<float>(run));
-  for (size_t i = 0; i < size; ++i) values[i] *= norm;
-}
-
 // A query in 8 bits.
 void quantize_query(const float* query, size_t head_dim, const Prepared& out, size_t row) {
   const float largest = largest_magnitude(query, head_dim);
@@ -205,7 +188,7 @@ class Attention {
         for (size_t e = 0; e < dim; ++e) query[e] *= args_.scale;
         if (args_.offsets != nullptr) args_.offsets->prepare(kv_head, query, queries_.offsets + row * 2 * pairs());
         if (!partition_.integer) continue;
-        hadamard(query, dim);
+        simd_.hadamard(query, dim);
         quantize_query(query, dim, queries_, row);
       }
     }
@@ -299,7 +282,7 @@ class Attention {
     std::copy_n(key_in, dim, key);
     if (args_.offsets != nullptr) args_.offsets->subtract(kv_head, key);
     normalise_and_rotate(key, dim, args_.k_norm_weight, args_.epsilon, cos, sin);
-    if (partition_.integer) hadamard(key, dim);
+    if (partition_.integer) simd_.hadamard(key, dim);
     float value[KvLayout::kMaxHeadDim];
     const float inverse = args_.value_norm ? inverse_rms(value_in, dim, args_.epsilon) : 1;
     for (size_t e = 0; e < dim; ++e) value[e] = value_in[e] * inverse;

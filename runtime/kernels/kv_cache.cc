@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -36,18 +37,21 @@ void append_floats(size_t head_dim, std::byte* keys, std::byte* values, size_t s
 
 void append_int8(const KvLayout& layout, std::byte* block, size_t slot, const float* key, const float* value) {
   const size_t head_dim = layout.head_dim;
-  const auto store = [&](std::byte* scales, const float* from, auto index) {
+  int8_t codes[KvLayout::kMaxHeadDim];
+  // Rounds in a loop of its own, which becomes one over vectors; returns where the codes are to go.
+  const auto round = [&](std::byte* scales, const float* from) {
     const float largest = largest_magnitude(from, head_dim);
     reinterpret_cast<float*>(scales)[slot] = largest / 127;
     const float inverse = quantizer(127, largest);
-    auto* const codes = reinterpret_cast<int8_t*>(scales + layout.scale_bytes);
     for (size_t e = 0; e < head_dim; ++e) {
-      codes[index(e)] = static_cast<int8_t>(std::clamp(round_to_int(from[e] * inverse), -127, 127));
+      codes[e] = static_cast<int8_t>(std::clamp(round_to_int(from[e] * inverse), -127, 127));
     }
+    return reinterpret_cast<int8_t*>(scales + layout.scale_bytes);
   };
-  store(block, key, [slot](size_t e) { return e / 4 * 4 * kBlock + slot * 4 + e % 4; });
-  store(block + layout.values_offset(), value,
-        [slot, head_dim](size_t e) { return slot / 4 * 4 * head_dim + e * 4 + slot % 4; });
+  int8_t* const keys = round(block, key) + slot * 4;
+  for (size_t e = 0; e < head_dim; e += 4) std::memcpy(keys + e * kBlock, codes + e, 4);
+  int8_t* const values = round(block + layout.values_offset(), value) + slot / 4 * 4 * head_dim + slot % 4;
+  for (size_t e = 0; e < head_dim; ++e) values[e * 4] = codes[e];
 }
 
 void set_nibble(uint8_t& byte, bool high, int code) {

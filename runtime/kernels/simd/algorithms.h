@@ -20,6 +20,7 @@ constexpr Simd make_path(std::string_view name, const Simd::Panel (&panels)[kWei
   return {name,
           {scores_float<float>, scores_float<uint16_t>, scores_int8, scores_int4},
           {values_float<float>, values_float<uint16_t>, values_int8, values_int4},
+          hadamard,
           softmax,
           swiglu,
           geglu,

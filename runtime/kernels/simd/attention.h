@@ -238,6 +238,40 @@ inline void values_int4(const float* weights, size_t count, size_t head_dim, con
   });
 }
 
+// One level of the transform, over neighbours `kStride` apart.
+template <size_t kStride>
+void add_and_subtract(float* values, size_t size) {
+  for (size_t first = 0; first < size; first += 2 * kStride) {
+    for (size_t i = first; i < first + kStride; ++i) {
+      const float a = values[i];
+      const float b = values[i + kStride];
+      values[i] = a + b;
+      values[i + kStride] = a - b;
+    }
+  }
+}
+
+inline void hadamard(float* values, size_t size) {
+  const size_t run = size & (~size + 1);
+  // Below a vector's width the compiler knows best how to pair lanes, if it knows the stride.
+  add_and_subtract<1>(values, size);
+  add_and_subtract<2>(values, size);
+  add_and_subtract<4>(values, size);
+  add_and_subtract<8>(values, size);
+  for (size_t stride = 16; stride < run; stride *= 2) {
+    for (size_t first = 0; first < size; first += 2 * stride) {
+      for (size_t i = first; i < first + stride; i += kLanes) {
+        const Floats a = load(values + i);
+        const Floats b = load(values + i + stride);
+        store(values + i, add(a, b));
+        store(values + i + stride, sub(a, b));
+      }
+    }
+  }
+  const Floats norm = broadcast(1 / __builtin_sqrtf(static_cast<float>(run)));
+  for (size_t i = 0; i < size; i += kLanes) store(values + i, mul(load(values + i), norm));
+}
+
 inline void softmax(float* scores, float* maximum, float* sum, float* output, size_t head_dim) {
   constexpr int N = kBlock / kLanes;
   Floats most = load(scores);

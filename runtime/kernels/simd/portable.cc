@@ -125,6 +125,21 @@ void values_int4(const float* weights, size_t count, size_t head_dim, const std:
   }
 }
 
+void hadamard(float* values, size_t size) {
+  const size_t run = size & (~size + 1);
+  for (size_t stride = 1; stride < run; stride *= 2) {
+    for (size_t i = 0; i < size; ++i) {
+      if ((i & stride) != 0) continue;
+      const float a = values[i];
+      const float b = values[i + stride];
+      values[i] = a + b;
+      values[i + stride] = a - b;
+    }
+  }
+  const float norm = 1 / std::sqrt(static_cast<float>(run));
+  for (size_t i = 0; i < size; ++i) values[i] *= norm;
+}
+
 void softmax(float* scores, float* maximum, float* sum, float* output, size_t head_dim) {
   float largest = *maximum;
   for (size_t p = 0; p < kBlock; ++p) largest = scores[p] > largest ? scores[p] : largest;
@@ -209,6 +224,7 @@ void panel(const std::byte* panel, const Activations& x, float* out, size_t stri
 const Simd kPortable = {"portable",
                         {scores_float<float>, scores_float<uint16_t>, scores_int8, scores_int4},
                         {values_float<float>, values_float<uint16_t>, values_int8, values_int4},
+                        hadamard,
                         softmax,
                         swiglu,
                         geglu,

@@ -50,6 +50,10 @@ struct Simd {
   using Values = void (*)(const float* weights, size_t count, size_t head_dim, const std::byte* block, float* outputs);
   Values values[4];
 
+  // Multiplies by the orthonormal Hadamard matrix, in runs of the largest power of two that divides `size`, a multiple
+  // of 16.
+  void (*hadamard)(float* values, size_t size);
+
   // One step of the online softmax for one query: replaces 64 scores (-inf: masked) by exp(score - maximum), keeps the
   // running maximum and sum, and rescales output [head_dim] when the maximum grows. A maximum of -inf means that
   // nothing was seen yet; weights of a block that is masked entirely are 0.

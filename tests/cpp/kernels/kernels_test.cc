@@ -2,6 +2,7 @@
 // precision.
 
 #include <algorithm>
+#include <bit>
 #include <limits>
 #include <numbers>
 #include <set>
@@ -205,6 +206,37 @@ TEST_CASE("values: weights of 0 leave the outputs alone, the largest codes do no
       CHECK(errors.worst() <= 1);
     }
   });
+}
+
+TEST_CASE("hadamard: its own inverse, the same bits on every path") {
+  for (const Simd* path : simd_paths()) {
+    CAPTURE(path->name);
+    Random random(14);
+    for (const size_t size : {16, 32, 48, 64, 80, 96, 128, 256, 512}) {
+      CAPTURE(size);
+      const size_t run = size & (~size + 1);
+      const std::vector<float> x = random.floats(size, -3, 3);
+      std::vector<float> got = x;
+      path->hadamard(got.data(), size);
+      std::vector<float> portable = x;
+      simd_paths().back()->hadamard(portable.data(), size);
+      CHECK(got == portable);
+      Errors errors;
+      for (size_t i = 0; i < size; ++i) {  // Sylvester's matrix: -1 to the number of bits that i and j have in common
+        double exact = 0;
+        double magnitude = 0;
+        for (size_t j = i / run * run; j < (i / run + 1) * run; ++j) {
+          exact += std::popcount(i & j & (run - 1)) % 2 == 0 ? x[j] : -x[j];
+          magnitude += std::fabs(x[j]);
+        }
+        const double norm = 1 / std::sqrt(static_cast<double>(run));
+        errors.add(got[i], exact * norm, 12 * kRounding * magnitude * norm);  // at most 9 levels and the norm
+      }
+      path->hadamard(got.data(), size);
+      for (size_t i = 0; i < size; ++i) errors.add(got[i], x[i], 24 * kRounding * 3 * std::sqrt(static_cast<double>(run)));
+      CHECK(errors.worst() <= 1);
+    }
+  }
 }
 
 double unit_in_last_place(double value) {
