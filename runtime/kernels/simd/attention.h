@@ -29,11 +29,21 @@ void for_columns(size_t count, Columns columns, size_t e = 0) {
   if constexpr (kLanes * kLargest > 16) for_columns<kLargest / 2>(count, columns, e);
 }
 
+// What is streamed is asked for once, for the first queries.
+inline size_t ahead_of(size_t first) { return first == 0 ? kFetchAhead : 0; }
+
+// Of kDepth rows of codes, V vectors.
+template <int V>
+[[gnu::always_inline]] inline void fetch_rows(const std::byte* at, size_t columns, size_t ahead) {
+  for (size_t row = 0; row < kDepth; row += 4) fetch(at + row * columns, ahead, 4 * kLanes * V);
+}
+
 // sum[q][v] += sum over k of numbers[q][k] * rows[k][vector v], for `count` rows of `columns` elements.
 template <int Q, int V, class T>
 void add_products(const T* rows, size_t columns, size_t count, const float* numbers, size_t stride,
-                  Floats (&sum)[Q][V]) {
+                  size_t ahead, Floats (&sum)[Q][V]) {
   for (size_t k = 0; k < count; ++k) {
+    fetch(rows + k * columns, ahead, kLanes * V * sizeof(T));
     for (int v = 0; v < V; ++v) {
       const Floats row = load(rows + k * columns + kLanes * v);
       for (int q = 0; q < Q; ++q) sum[q][v] = fma(row, broadcast(numbers[q * stride + k]), sum[q][v]);
@@ -49,7 +59,7 @@ void scores_float(const Queries& queries, const std::byte* block, float* scores)
     const size_t head_dim = queries.head_dim;
     for (size_t p = 0; p < kBlock; p += kLanes * V) {
       Floats sum[Q][V] = {};
-      add_products(keys + p, kBlock, head_dim, queries.values + first * head_dim, head_dim, sum);
+      add_products(keys + p, kBlock, head_dim, queries.values + first * head_dim, head_dim, ahead_of(first), sum);
       for (int q = 0; q < Q; ++q) {
         for (int v = 0; v < V; ++v) store(scores + (first + q) * kBlock + p + kLanes * v, sum[q][v]);
       }
@@ -67,7 +77,7 @@ void values_float(const float* weights, size_t count, size_t head_dim, const std
       for (int q = 0; q < Q; ++q) {
         for (int v = 0; v < V; ++v) sum[q][v] = load(out + q * head_dim + kLanes * v);
       }
-      add_products(values + e, head_dim, kBlock, weights + first * kBlock, kBlock, sum);
+      add_products(values + e, head_dim, kBlock, weights + first * kBlock, kBlock, ahead_of(first), sum);
       for (int q = 0; q < Q; ++q) {
         for (int v = 0; v < V; ++v) store(out + q * head_dim + kLanes * v, sum[q][v]);
       }
@@ -78,9 +88,10 @@ void values_float(const float* weights, size_t count, size_t head_dim, const std
 // sums[q][v] += sum over k of numbers[q][k] * code k of the columns of vector v, for codes int8 [count /
 // 4][columns][4].
 template <int Q, int V, class Numbers>
-void add_byte_products(const std::byte* codes, size_t columns, size_t count, const Numbers (&numbers)[Q],
+void add_byte_products(const std::byte* codes, size_t columns, size_t count, const Numbers (&numbers)[Q], size_t ahead,
                        Sums<Q, V>& sums) {
   for (size_t k = 0; k < count; k += kDepth) {
+    fetch_rows<V>(codes + k * columns, columns, ahead);
     Code code[V];
     for (int v = 0; v < V; ++v) {
       code[v] = unpack<Numbers::kByteOffset>(load_rows(codes + k * columns + 4 * kLanes * v, 4 * columns));
@@ -92,10 +103,11 @@ void add_byte_products(const std::byte* codes, size_t columns, size_t count, con
 // The same for numbers from `from` on and nibbles 0 to 15, of which there are 2 * count: low ones first.
 template <int Q, int V, class Numbers>
 void add_nibble_products(const std::byte* codes, size_t columns, size_t count, const Numbers (&numbers)[Q], size_t from,
-                         Sums<Q, V>& sums) {
+                         size_t ahead, Sums<Q, V>& sums) {
   constexpr int N = V < kNibbleVectors ? V : kNibbleVectors;
 #pragma GCC unroll 1  // unrolled, GCC moves additions around until it spills
   for (size_t k = 0; k < count; k += kDepth) {
+    fetch_rows<V>(codes + k * columns, columns, ahead);
     for (int v = 0; v < V; v += N) {
       Code code[2][N];
       for (int i = 0; i < N; ++i) {
@@ -128,7 +140,7 @@ inline void scores_int8(const Queries& queries, const std::byte* block, float* s
       const size_t at = kBlock * sizeof(float) + 4 * p;
       Sums<Q, V> sums;
       for (int q = 0; q < Q; ++q) sums.start(q, -excess[q]);
-      add_byte_products(block + at, kBlock, queries.head_dim, numbers, sums);
+      add_byte_products(block + at, kBlock, queries.head_dim, numbers, ahead_of(first), sums);
       for (int q = 0; q < Q; ++q) {
         const Floats query_scale = broadcast(queries.scales[first + q]);
         for (int v = 0; v < V; ++v) {
@@ -156,7 +168,7 @@ inline void scores_int4(const Queries& queries, const std::byte* block, float* s
           const int32_t* const of_query = queries.sums + (first + q) * 2 * groups + 2 * g;
           sums.start(q, -8 * (of_query[0] + of_query[1]));  // nibbles are code + 8
         }
-        add_nibble_products(block + at, kBlock, kGroup / 2, numbers, g * kGroup, sums);
+        add_nibble_products(block + at, kBlock, kGroup / 2, numbers, g * kGroup, ahead_of(first), sums);
         for (int v = 0; v < V; ++v) {
           const Floats scale = load(scales + g * kBlock + p + kLanes * v);
           for (int q = 0; q < Q; ++q) total[q][v] = fma(to_floats(sums.get(q, v)), scale, total[q][v]);
@@ -210,7 +222,7 @@ inline void values_int8(const float* weights, size_t count, size_t head_dim, con
       const size_t at = kBlock * sizeof(float) + 4 * e;
       Sums<Q, V> sums;
       for (int q = 0; q < Q; ++q) sums.start(q, -WeightNumbers::kByteOffset * numbers[q].sum);
-      add_byte_products(block + at, head_dim, kBlock, numbers, sums);
+      add_byte_products(block + at, head_dim, kBlock, numbers, ahead_of(first), sums);
       add_scaled(sums, numbers, outputs + first * head_dim + e, head_dim);
     });
   });
@@ -231,7 +243,7 @@ inline void values_int4(const float* weights, size_t count, size_t head_dim, con
         const size_t at = head_dim / kGroup * kBlock * sizeof(uint16_t) + 4 * e;
         Sums<Q, V> sums;
         for (int q = 0; q < Q; ++q) sums.start(q, -8 * numbers[q].sum);  // nibbles are code + 8
-        add_nibble_products(block + at, head_dim, kBlock / 2, numbers, 0, sums);
+        add_nibble_products(block + at, head_dim, kBlock / 2, numbers, 0, ahead_of(first), sums);
         add_scaled(sums, numbers, outputs + first * head_dim + e, head_dim);
       }
     }

@@ -11,6 +11,14 @@
 namespace meki {
 namespace {
 
+size_t find_fetch_ahead() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("intel")) return size_t{8} << 10;
+#endif
+  return 0;
+}
+
 std::vector<const Simd*> find_paths() {
   std::vector<const Simd*> paths;
 #if defined(__x86_64__)
@@ -36,6 +44,8 @@ std::vector<const Simd*> find_paths() {
 }
 
 }  // namespace
+
+const size_t kFetchAhead = find_fetch_ahead();
 
 std::span<const Simd* const> simd_paths() {
   static const std::vector<const Simd*> paths = find_paths();

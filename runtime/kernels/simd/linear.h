@@ -63,6 +63,7 @@ void panel_tokens(const std::byte* panel, const Activations& x, size_t first, fl
   const size_t blocks = x.inputs / 32;
   Floats total[T][H] = {};
   for (size_t b = 0; b < blocks; ++b, panel += block_bytes(kType)) {
+    if constexpr (T == 1) fetch(panel, kFetchAhead, block_bytes(kType));  // decode: bound by memory
     const int8_t* xs[T];
     const int32_t* excess[T];
     float sum[T];

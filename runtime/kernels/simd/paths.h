@@ -4,6 +4,10 @@
 
 namespace meki {
 
+// How many bytes ahead of what it streams a kernel has to ask memory for; 0: the hardware does it, and better. Measured
+// (docs/architecture.md, "Attention"): Intel's streams run half as fast again if they are asked for, AMD's slower.
+extern const size_t kFetchAhead;
+
 // The paths that are compiled in; simd_paths() says which of them may run. A path of an architecture that this build is
 // not for does not exist.
 extern const Simd kPortable;

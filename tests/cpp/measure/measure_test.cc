@@ -91,7 +91,8 @@ TEST_CASE("measure: rounds interleave the tests and alternate the contenders") {
   REQUIRE(measurement.rounds.size() == 2);
   for (const auto& blocks : measurement.rounds) CHECK(blocks.size() == 3);
   REQUIRE(measurement.memory.has_value());
-  CHECK(measurement.memory->rom == 0);  // of the contender with a memory, whose file is not mapped for long
+  // Of the contender with a memory, which reads its rows from a mapping: no more than a token table leaves mapped.
+  CHECK(measurement.memory->rom <= uint64_t{32} << 20);
 }
 
 TEST_CASE("measure: what a round measured belongs to its contender") {
