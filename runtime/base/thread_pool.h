@@ -54,8 +54,8 @@ class ThreadPool {
   const pid_t process_;
   std::atomic_flag busy_;  // a caller has the workers
 
-  // The work. A worker counts itself in `active_` before it looks at `open_`, and the caller closes that before it waits
-  // for `active_` to become 0: so the others change only while no worker can see them.
+  // The work. A worker counts itself in `active_` before it looks at `open_`, and the caller closes that before it
+  // waits for `active_` to become 0: so the others change only while no worker can see them.
   alignas(64) std::atomic<bool> open_{false};
   std::vector<Range> ranges_;  // of the caller, then of each worker
   Piece piece_ = nullptr;

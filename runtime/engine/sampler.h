@@ -64,12 +64,12 @@ class Sampler {
   SamplingOptions options_;
   float temperature_;
   std::mt19937_64 random_;
-  std::span<const float> logits_;  // in use, penalised if that is asked for
-  std::vector<float> penalised_;   // [vocab_size]
-  std::vector<bool> seen_;         // [vocab_size], in the sequence
-  std::vector<float> block_best_;  // the greatest logit of each block of neighbouring tokens
-  std::vector<float> ranked_;      // [blocks], a copy
-  float best_ = 0;                 // the greatest of all
+  std::span<const float> logits_;      // in use, penalised if that is asked for
+  std::vector<float> penalised_;       // [vocab_size]
+  std::vector<bool> seen_;             // [vocab_size], in the sequence
+  std::vector<float> block_best_;      // the greatest logit of each block of neighbouring tokens
+  std::vector<float> ranked_;          // [blocks], a copy
+  float best_ = 0;                     // the greatest of all
   std::vector<Candidate> candidates_;  // capacity vocab_size
   std::vector<Candidate> edge_;        // capacity vocab_size; those of the last bucket that is kept
 };

@@ -17,8 +17,8 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
-// The ranges of blocks that a sequence is cut into, whatever its length: of `step` blocks each, without a window twice as
-// long after every 8, so that a long sequence has few of them and each of these is a small part of it.
+// The ranges of blocks that a sequence is cut into, whatever its length: of `step` blocks each, without a window twice
+// as long after every 8, so that a long sequence has few of them and each of these is a small part of it.
 class Ranges {
  public:
   Ranges(size_t step, size_t window) : step_(step), grow_(window == 0) {}
@@ -156,11 +156,8 @@ class Attention {
     scratch.begin(Scratch::bytes<float>(rows * dim) + Scratch::bytes<int8_t>(codes) + Scratch::bytes<float>(rows) +
                   Scratch::bytes<int32_t>(rows * dim / 16) + Scratch::bytes<float>(offsets) +
                   2 * Scratch::bytes<float>(partials) + Scratch::bytes<float>(partials * dim));
-    queries_ = {scratch.take<float>(rows * dim),
-                scratch.take<int8_t>(codes),
-                scratch.take<float>(rows),
-                scratch.take<int32_t>(rows * dim / 16),
-                scratch.take<float>(offsets)};
+    queries_ = {scratch.take<float>(rows * dim), scratch.take<int8_t>(codes), scratch.take<float>(rows),
+                scratch.take<int32_t>(rows * dim / 16), scratch.take<float>(offsets)};
     partial_ = {scratch.take<float>(partials), scratch.take<float>(partials), scratch.take<float>(partials * dim)};
   }
 

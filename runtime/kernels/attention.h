@@ -72,12 +72,13 @@ struct AttentionArgs {
 //
 //   out = softmax(scale * q K^T) V
 //
-// by the online softmax (Milakov and Gimelshein, arXiv 1805.02867) over ranges of the sequence, whose results are joined
-// in their order. Where the tokens are too few to occupy many threads, the ranges are pieces of work (Flash-Decoding).
-// They depend on positions alone: a token's result is the same to the bit whatever tokens are computed beside it and by
-// however many threads. A key or value is read once for all query heads of its group. Queries and
-// keys of an integer cache are rotated by an orthonormal Hadamard matrix over the largest power of two that divides
-// head_dim, which leaves their products as they are and spreads outliers before they are rounded. Thread-safe on distinct caches. Throws std::bad_alloc.
+// by the online softmax (Milakov and Gimelshein, arXiv 1805.02867) over ranges of the sequence, whose results are
+// joined in their order. Where the tokens are too few to occupy many threads, the ranges are pieces of work
+// (Flash-Decoding). They depend on positions alone: a token's result is the same to the bit whatever tokens are
+// computed beside it and by however many threads. A key or value is read once for all query heads of its group. Queries
+// and keys of an integer cache are rotated by an orthonormal Hadamard matrix over the largest power of two that divides
+// head_dim, which leaves their products as they are and spreads outliers before they are rounded. Thread-safe on
+// distinct caches. Throws std::bad_alloc.
 void attention(const Simd& simd, const KvLayout& layout, const AttentionArgs& args, const Parallel& parallel);
 
 }  // namespace meki

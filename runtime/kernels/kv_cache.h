@@ -16,9 +16,9 @@ std::string_view name_of(KvType type);
 KvType parse_kv_type(std::string_view name);
 
 // Where things are in one layer's cache. The cache is a sequence of blocks [position / 512, kv_heads, 8]: a block has
-// one head's keys and values of 64 consecutive positions, and 8 of them are a run of neighbours, because hardware fetches
-// ahead what is read in a row, and does so twice as fast as any prefetch instruction. In the order that the kernels
-// stream them, a block has
+// one head's keys and values of 64 consecutive positions, and 8 of them are a run of neighbours, because hardware
+// fetches ahead what is read in a row, and does so twice as fast as any prefetch instruction. In the order that the
+// kernels stream them, a block has
 //
 //   float32, float16   keys [head_dim][64], values [64][head_dim]
 //   int8               key scales float [64], keys [head_dim / 4][64][4],
@@ -49,9 +49,7 @@ struct KvLayout {
   // Of the blocks of one layer that `tokens` tokens fill.
   size_t bytes(size_t tokens) const { return (tokens + kBlock - 1) / kBlock * kv_heads * block_bytes(); }
   // How many blocks a head has in a layer with room for `tokens` tokens: whole runs.
-  static constexpr size_t blocks_for(size_t tokens) {
-    return (tokens + kRun * kBlock - 1) / (kRun * kBlock) * kRun;
-  }
+  static constexpr size_t blocks_for(size_t tokens) { return (tokens + kRun * kBlock - 1) / (kRun * kBlock) * kRun; }
   // The block of a kv head that has position `position`, from a layer's cache.
   size_t block_offset(size_t kv_head, size_t position) const {
     const size_t block = position / kBlock;

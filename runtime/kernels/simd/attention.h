@@ -40,8 +40,8 @@ template <int V>
 
 // sum[q][v] += sum over k of numbers[q][k] * rows[k][vector v], for `count` rows of `columns` elements.
 template <int Q, int V, class T>
-void add_products(const T* rows, size_t columns, size_t count, const float* numbers, size_t stride,
-                  size_t ahead, Floats (&sum)[Q][V]) {
+void add_products(const T* rows, size_t columns, size_t count, const float* numbers, size_t stride, size_t ahead,
+                  Floats (&sum)[Q][V]) {
   for (size_t k = 0; k < count; ++k) {
     fetch(rows + k * columns, ahead, kLanes * V * sizeof(T));
     for (int v = 0; v < V; ++v) {
@@ -210,8 +210,7 @@ void add_scaled(const Sums<Q, V>& sums, const WeightNumbers (&weights)[Q], float
   }
 }
 
-inline void values_int8(const float* weights, size_t count, size_t head_dim, const std::byte* block,
-                        float* outputs) {
+inline void values_int8(const float* weights, size_t count, size_t head_dim, const std::byte* block, float* outputs) {
   // Inlined into one function, GCC spills what the inner loops of all Q need.
   for_queries<kInt8ValueQueries>(count, [=]<int Q>(size_t first) __attribute__((noinline)) {
     WeightNumbers numbers[Q];
@@ -228,8 +227,7 @@ inline void values_int8(const float* weights, size_t count, size_t head_dim, con
   });
 }
 
-inline void values_int4(const float* weights, size_t count, size_t head_dim, const std::byte* block,
-                        float* outputs) {
+inline void values_int4(const float* weights, size_t count, size_t head_dim, const std::byte* block, float* outputs) {
   for_queries<4>(count, [=]<int Q>(size_t first) {
     constexpr int kVectors = kGroup / kLanes;  // of a group
     constexpr int V = kInt8ValueVectors<Q> < kVectors ? kInt8ValueVectors<Q> : kVectors;

@@ -185,7 +185,8 @@ void block_products(const std::byte* codes, const int8_t* const (&xs)[T], const 
   for (int t = 0; t < T; ++t) {
     for (int g = 0; g < G; ++g) {
       Ints sum = excess_of<kOffset, G>(excess[t], g);
-      for (int i = 8 / G * g; i < 8 / G * (g + 1); ++i) sum = _mm512_dpbusd_epi32(sum, row[i], broadcast4(xs[t] + 4 * i));
+      for (int i = 8 / G * g; i < 8 / G * (g + 1); ++i)
+        sum = _mm512_dpbusd_epi32(sum, row[i], broadcast4(xs[t] + 4 * i));
       out[t][0][g] = sum;
     }
   }

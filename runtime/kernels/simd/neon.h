@@ -142,8 +142,8 @@ struct Sums {
       if constexpr (Numbers::kByteOffset == 0) {
         its = vdotq_s32(its, code[i], number);
       } else {
-        its = vreinterpretq_s32_u32(vdotq_u32(vreinterpretq_u32_s32(its), vreinterpretq_u8_s8(code[i]),
-                                              vreinterpretq_u8_s8(number)));
+        its = vreinterpretq_s32_u32(
+            vdotq_u32(vreinterpretq_u32_s32(its), vreinterpretq_u8_s8(code[i]), vreinterpretq_u8_s8(number)));
       }
     }
   }

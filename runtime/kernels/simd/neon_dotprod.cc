@@ -1,6 +1,5 @@
-#include "runtime/kernels/simd/neon.h"
-
 #include "runtime/kernels/simd/algorithms.h"
+#include "runtime/kernels/simd/neon.h"
 
 namespace meki {
 

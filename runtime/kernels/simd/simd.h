@@ -27,9 +27,9 @@ struct Queries {
 // first 16 of them. Passive data.
 struct Activations {
   size_t tokens = 0;
-  size_t inputs = 0;              // a multiple of 32
-  const int8_t* codes = nullptr;  // [tokens, inputs], -127 .. 127
-  const float* scales = nullptr;  // [tokens, inputs / 32]
+  size_t inputs = 0;                // a multiple of 32
+  const int8_t* codes = nullptr;    // [tokens, inputs], -127 .. 127
+  const float* scales = nullptr;    // [tokens, inputs / 32]
   const int32_t* excess = nullptr;  // [tokens, inputs / 32, 2]
 };
 

@@ -109,7 +109,8 @@ TEST_CASE("dynamic state: a snapshot brings its tokens into another state, and n
       for (size_t layer = 0; layer < kLayers; ++layer) {
         for (size_t position = 0; position < 512; position += 64) {
           const State& expected = position < length ? from : before;
-          for (size_t head = 0; head < 2; ++head) CHECK(same(to.block(layer, head, position), expected.block(layer, head, position)));
+          for (size_t head = 0; head < 2; ++head)
+            CHECK(same(to.block(layer, head, position), expected.block(layer, head, position)));
         }
       }
       for (size_t layer = 0; layer < convolutions; ++layer) {
@@ -178,7 +179,7 @@ struct Ring {
     const Tensor tensor = cache.tensor("past.1", 1);
     const auto runs = static_cast<size_t>(tensor.shape[0] / 8);
     const auto heads = static_cast<size_t>(tensor.shape[1]);
-    const auto bytes = static_cast<size_t>(tensor.shape[2]);  // of a block
+    const auto bytes = static_cast<size_t>(tensor.shape[2]);                     // of a block
     const size_t block = position / 512 % runs * heads * 8 + position / 64 % 8;  // head 0's
     return static_cast<std::byte*>(tensor.data) + block * bytes + position % 64;
   }

@@ -155,9 +155,7 @@ QuerySet::QuerySet(size_t count_, size_t head_dim_, std::vector<float> values_)
   }
 }
 
-Queries QuerySet::view() const {
-  return {count, head_dim, values.data(), codes.data(), scales.data(), sums.data()};
-}
+Queries QuerySet::view() const { return {count, head_dim, values.data(), codes.data(), scales.data(), sums.data()}; }
 
 ActivationSet::ActivationSet(size_t tokens_, size_t inputs_, std::vector<int8_t> codes_, std::vector<float> scales_)
     : tokens(tokens_),

@@ -233,7 +233,8 @@ TEST_CASE("hadamard: its own inverse, the same bits on every path") {
         errors.add(got[i], exact * norm, 12 * kRounding * magnitude * norm);  // at most 9 levels and the norm
       }
       path->hadamard(got.data(), size);
-      for (size_t i = 0; i < size; ++i) errors.add(got[i], x[i], 24 * kRounding * 3 * std::sqrt(static_cast<double>(run)));
+      for (size_t i = 0; i < size; ++i)
+        errors.add(got[i], x[i], 24 * kRounding * 3 * std::sqrt(static_cast<double>(run)));
       CHECK(errors.worst() <= 1);
     }
   }
