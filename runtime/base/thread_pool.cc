@@ -90,27 +90,31 @@ void ThreadPool::run(size_t pieces, Piece piece, void* data) {
 }
 
 void ThreadPool::take_pieces(size_t thread) {
-  std::atomic<uint64_t>& own = ranges_[thread].pieces;
-  do {
-    uint64_t left = own.load();
-    while (size_of(left) > 0) {
-      const size_t index = begin_of(left);
-      if (!own.compare_exchange_weak(left, range(index + 1, end_of(left)))) continue;
-      piece_(data_, index);
-      left = own.load();
-    }
-  } while (take_over(thread));
+  size_t index = 0;
+  while (take_own(thread, index) || take_over(thread, index)) piece_(data_, index);
 }
 
-// The second half of what another thread has left becomes the thread's own, which has none. False: nobody has any.
-bool ThreadPool::take_over(size_t thread) {
+// False: the thread has none left.
+bool ThreadPool::take_own(size_t thread, size_t& index) {
+  std::atomic<uint64_t>& own = ranges_[thread].pieces;
+  uint64_t left = own.load();
+  while (size_of(left) > 0) {
+    index = begin_of(left);
+    if (own.compare_exchange_weak(left, range(index + 1, end_of(left)))) return true;
+  }
+  return false;
+}
+
+// Takes the first piece of the second half of what another thread has left; the rest of that half becomes the thread's
+// own, which has none. False: nobody has any.
+bool ThreadPool::take_over(size_t thread, size_t& index) {
   for (size_t i = 1; i < ranges_.size(); ++i) {
     std::atomic<uint64_t>& others = ranges_[(thread + i) % ranges_.size()].pieces;
     uint64_t left = others.load();
     while (size_of(left) > 0) {
-      const size_t middle = begin_of(left) + size_of(left) / 2;
-      if (!others.compare_exchange_weak(left, range(begin_of(left), middle))) continue;
-      ranges_[thread].pieces.store(range(middle, end_of(left)));
+      index = begin_of(left) + size_of(left) / 2;
+      if (!others.compare_exchange_weak(left, range(begin_of(left), index))) continue;
+      ranges_[thread].pieces.store(range(index + 1, end_of(left)));
       return true;
     }
   }

@@ -258,6 +258,7 @@ void Session::decode(const Poll& poll) {
     stall = decode_step();
   } catch (const PackageError&) {
     if (drafted() == 0) throw;
+    draft_length_.update(draft_size_, 0);
     drop_draft();  // whose rows, perhaps, are what is damaged: without a drafter nobody would have asked for them
     stall = decode_step();
   }

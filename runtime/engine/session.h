@@ -26,7 +26,7 @@ struct SessionOptions {
 
   static constexpr size_t kDefaultContext = 4096;
   static constexpr size_t kDefaultDraftTokens = 7;
-  // A step of more than 16 tokens may round otherwise than steps of one token do.
+  // A step of 16 tokens costs about five steps of one: more are not worth it.
   static constexpr size_t kMostDraftTokens = 15;
 };
 

@@ -132,6 +132,17 @@ void BlockKvCache::append_noise(size_t tokens) {
   length_ += tokens;
 }
 
+void BlockKvCache::clear(size_t tokens) {
+  const std::vector<float> zeros(KvLayout::kMaxHeadDim);
+  for (const Layer& layer : layers_) {
+    for (size_t position = std::max(length_, layer.first); position < length_ + tokens; ++position) {
+      for (size_t head = 0; head < layer.layout.kv_heads; ++head) {
+        meki::append(layer.layout, at(layer, head, position), position % kBlock, zeros.data(), zeros.data());
+      }
+    }
+  }
+}
+
 Tensor BlockKvCache::tensor(const std::string& name, size_t index) const {
   const Layer& layer = layers_[index_[index]];
   return {name,

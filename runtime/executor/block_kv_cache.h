@@ -37,7 +37,11 @@ class BlockKvCache final : public SequenceState {
   size_t bytes(size_t tokens) const override;
   void append_noise(size_t tokens) override;
 
-  // The whole cache of layer `index`, uint8 [blocks, kv_heads, block bytes].
+  // After a step of `tokens` tokens that failed: what it has left behind, which may be NaN, becomes 0. Positions that
+  // nobody sees must be finite.
+  void clear(size_t tokens);
+
+  // The whole cache of layer `index`, as uint8 [blocks, kv_heads, block bytes]; KvLayout has the order.
   Tensor tensor(const std::string& name, size_t index) const;
 
  private:

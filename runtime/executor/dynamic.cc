@@ -49,8 +49,14 @@ class DynamicExecutor final : public Executor {
     }
     *length_.as<int32_t>() = static_cast<int32_t>(state_.length() + tokens);
     state_.begin(tokens);
-    const uint64_t stall = stages_.run(shape, step.rows);
-    check_logits({shape.logits, shape.logit_rows * vocab_size});
+    uint64_t stall = 0;
+    try {
+      stall = stages_.run(shape, step.rows);
+      check_logits({shape.logits, shape.logit_rows * vocab_size});
+    } catch (...) {
+      state_.clear(tokens);
+      throw;
+    }
     if (wanted) std::memcpy(logits_.data(), shape.logits + (shape.logit_rows - 1) * vocab_size, logits_.size());
     state_.append(tokens);
     return stall;

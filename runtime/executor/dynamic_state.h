@@ -45,6 +45,9 @@ class DynamicState final : public SequenceState {
   // Of keys and values alone: what a convolution sees does not matter for its speed.
   void append_noise(size_t tokens) override;
 
+  // After a step of `tokens` tokens that failed.
+  void clear(size_t tokens) { kv_cache_.clear(tokens); }
+
   const BlockKvCache& kv_cache() const { return kv_cache_; }
   const ConvolutionCache& convolutions() const { return convolutions_; }
 

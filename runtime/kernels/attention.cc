@@ -64,10 +64,10 @@ struct Partition {
         ranges(std::clamp<size_t>(layout.kv_heads, 2, KvLayout::kRun), args.window),
         first_range(ranges.index(first_seen(args.past, args.window) / kBlock)),
         range_count(ranges.index((args.past + args.tokens - 1) / kBlock) + 1 - first_range),
-        split(range_count > 1 && tiles * layout.kv_heads < kPieces),
+        split(range_count > 1 && tiles * layout.kv_heads < kPieces),  // else it would only take memory
         integer(layout.type == KvType::int8 || layout.type == KvType::int4) {}
 
-  static constexpr size_t kPieces = 64;  // enough for any number of threads
+  static constexpr size_t kPieces = 16;  // of tiles, that occupy the threads without being split
 };
 
 // The online softmax of `rows` rows over a part of the sequence. Passive data.
@@ -87,7 +87,7 @@ struct Sums {
   void add(const Sums& next, size_t rows, size_t head_dim) const {
     for (size_t row = 0; row < rows; ++row) {
       const float largest = std::max(maxima[row], next.maxima[row]);
-      // A part in which nothing is seen has weight 0; its sum may be NaN.
+      // A part in which nothing is seen has weight 0; if its sum is NaN, that stays.
       const auto weight = [largest](float maximum) {
         return maximum == kMinusInfinity ? 0 : std::exp(maximum - largest);
       };
@@ -200,7 +200,12 @@ class Attention {
     const size_t count = std::min(partition_.tile_rows, partition_.rows - first);
     if (partition_.split) {
       const size_t range = index % ranges;
-      attend(kv_head, first, count, range, partial(kv_head, range).from(first, dim));
+      const Sums out = partial(kv_head, range).from(first, dim);
+      float maxima[kTileRows];  // other threads write the neighbours of their last place
+      float sums[kTileRows];
+      attend(kv_head, first, count, range, {maxima, sums, out.outputs});
+      std::copy_n(maxima, count, out.maxima);
+      std::copy_n(sums, count, out.sums);
       return;
     }
     alignas(64) float outputs[2][kTileRows * KvLayout::kMaxHeadDim];

@@ -17,8 +17,7 @@ KvType parse_kv_type(std::string_view name);
 
 // Where things are in one layer's cache. The cache is a sequence of blocks [position / 512, kv_heads, 8]: a block has
 // one head's keys and values of 64 consecutive positions, and 8 of them are a run of neighbours, because hardware
-// fetches ahead what is read in a row, and does so twice as fast as any prefetch instruction. In the order that the
-// kernels stream them, a block has
+// fetches ahead what is read in a row. In the order that the kernels stream them, a block has
 //
 //   float32, float16   keys [head_dim][64], values [64][head_dim]
 //   int8               key scales float [64], keys [head_dim / 4][64][4],

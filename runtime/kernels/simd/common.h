@@ -22,8 +22,7 @@
 //   Bytes, Code       kDepth bytes of every column, as loaded by load_rows, and as multiplied: unpack (of int8),
 //                     low_nibbles and high_nibbles (0 .. 15)
 //   QueryNumbers, WeightNumbers     what Code is multiplied by: a query's signed bytes, 64 weights' unsigned ones.
-//   unpack
-//                                   turns bytes into the code + kByteOffset of the numbers that it is for
+//                                   `unpack` turns bytes into the code + kByteOffset of the numbers that it is for
 //   Sums<Q, V>        int32 sums of Q rows of numbers times V vectors of columns: start, add, get
 //   block_products    of one block of a panel with T tokens, without the excess that the offset of its codes brings:
 //                     int32 [T][kPanelVectors][groups of inputs with a scale of their own]

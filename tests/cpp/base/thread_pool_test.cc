@@ -1,4 +1,4 @@
-// runtime/kernels/thread_pool. These tests also run under ThreadSanitizer: what pieces write is plain memory, so that a
+// runtime/base/thread_pool. These tests also run under ThreadSanitizer: what pieces write is plain memory, so that a
 // piece that runs twice or is not waited for is a data race.
 
 #include "runtime/base/thread_pool.h"

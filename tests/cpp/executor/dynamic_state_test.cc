@@ -3,10 +3,12 @@
 #include "runtime/executor/dynamic_state.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <random>
 #include <stdexcept>
 
+#include "runtime/kernels/attention.h"
 #include "tests/cpp/support.h"
 
 namespace meki {
@@ -233,6 +235,43 @@ TEST_CASE("KV cache: a step that failed takes nothing that the next one sees") {
   CHECK(ring.sees_window());
   ring.cache.truncate(5000 - 900);
   CHECK(ring.sees_window());
+}
+
+TEST_CASE("KV cache: what a failed step leaves behind is no NaN for the next one") {
+  constexpr size_t kLength = 5;
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  for (const KvType type : {KvType::float32, KvType::float16, KvType::int8, KvType::int4}) {
+    BlockKvCache cache(type, std::vector<KvCacheInfo>{{.kv_heads = 2, .head_dim = 32}}, 100, kChunk);
+    cache.append_noise(kLength);
+    const KvLayout layout(type, 2, 32);
+    const Tensor tensor = cache.tensor("past.0", 0);
+    auto* const data = static_cast<std::byte*>(tensor.data);
+    const std::vector<float> bad(32, kNaN);
+    for (size_t position = kLength; position < kLength + 3; ++position) {
+      for (size_t head = 0; head < 2; ++head) {
+        append(layout, data + layout.block_offset(head, position), position, bad.data(), bad.data());
+      }
+    }
+    const std::vector<float> qkv(6 * 32, 0.5F);
+    const std::vector<float> angles(16, 0.5F);
+    const auto finite = [&] {
+      std::vector<float> out(2 * 32);
+      AttentionArgs args;
+      args.heads = 2;
+      args.tokens = 1;
+      args.past = kLength;
+      args.qkv = qkv.data();
+      args.cos = args.sin = angles.data();
+      args.cache = data;
+      args.cache_blocks = static_cast<size_t>(tensor.shape[0]);
+      args.out = out.data();
+      attention(simd(), layout, args, {});
+      return std::ranges::all_of(out, [](float x) { return std::isfinite(x); });
+    };
+    CHECK_FALSE(finite());  // masked positions of its block take part, with weight 0
+    cache.clear(3);
+    CHECK(finite());
+  }
 }
 
 TEST_CASE("KV cache: a snapshot of a ring has what the next token sees, for a ring of another size, too") {

@@ -150,11 +150,12 @@ class FakeBinding final : public Binding {
   }
 
   float& at(const Cache& cache, uint32_t kind, uint32_t head, int64_t position, uint32_t i) const {
-    // Within the block of its position and head; in there it is the graph's own business.
     const KvLayout layout(KvType::float32, kHeads, kHeadDim);
     const auto p = static_cast<size_t>(position);
     float* const block = cache.data + layout.block_offset(head, p) / sizeof(float);
-    return block[(kind * KvLayout::kBlock + p % KvLayout::kBlock) * kHeadDim + i];
+    const size_t slot = p % KvLayout::kBlock;
+    if (kind == 0) return block[i * KvLayout::kBlock + slot];
+    return block[(KvLayout::kBlock + slot) * kHeadDim + i];
   }
 
   // What step token `t` brings: its id or hidden vector, and its memory rows.
