@@ -21,8 +21,8 @@ namespace meki {
 //
 // Decode hands over work every few tens of microseconds, so an idle worker looks for more for a while (kSpin) before it
 // sleeps. Nobody waits for a worker that has not come: whoever is there takes the pieces, and only a piece that a
-// worker has begun is waited for (and what it has just taken over, if it loses its core within those nanoseconds). A core that is busy elsewhere costs its share of the work, not a time slice at every
-// barrier.
+// worker has begun is waited for (and what it has just taken over, if it loses its core within those nanoseconds). A
+// core that is busy elsewhere costs its share of the work, not a time slice at every barrier.
 //
 // One caller at a time has the workers; a second one that comes meanwhile does its work alone. Thread-safe.
 class ThreadPool {
@@ -39,8 +39,8 @@ class ThreadPool {
  private:
   using Nanoseconds = std::chrono::nanoseconds;
   using Piece = void (*)(void* data, size_t index);
-  // The pieces of one thread that nobody has taken: begin in the low half, end in the high one. Whoever replaces a value
-  // takes a piece of it, so that none comes back within a run.
+  // The pieces of one thread that nobody has taken: begin in the low half, end in the high one. Whoever replaces a
+  // value takes a piece of it, so that none comes back within a run.
   struct alignas(64) Range {
     std::atomic<uint64_t> pieces{0};
   };

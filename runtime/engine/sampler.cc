@@ -219,8 +219,8 @@ void Sampler::keep_top_p() {
   }
   gather(kEverything);
   const Totals totals = bucket_totals(false);
-  const double target =
-      options_.top_p < 1 ? options_.top_p * std::accumulate(totals.begin(), totals.end(), 0.0) : std::numeric_limits<double>::infinity();
+  const double target = options_.top_p < 1 ? options_.top_p * std::accumulate(totals.begin(), totals.end(), 0.0)
+                                           : std::numeric_limits<double>::infinity();
   keep(totals, target, target, false);
 }
 
