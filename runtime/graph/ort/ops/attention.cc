@@ -137,7 +137,7 @@ class AttentionKernel final : public Kernel {
                 static_cast<size_t>(blocks.sizes[2]) == layout_.block_bytes(),
             "the KV cache has other heads or another head_dim");
     const auto cache_blocks = static_cast<size_t>(blocks.sizes[0]);
-    require(cache_blocks > 0 && cache_blocks % KvLayout::kRun == 0, "the KV cache is not of whole runs of blocks");
+    require(cache_blocks % KvLayout::kRun == 0, "the KV cache is not of whole runs of blocks");
     const size_t past = length - tokens;
     // All blocks from the first that is seen to the last that is written.
     const size_t first = first_seen(past, window_);
