@@ -114,7 +114,7 @@ def test_the_result_is_the_models(package: Path, model: Decoder, reference_sessi
 
 @pytest.mark.parametrize("kv_type", ["float16", "int8"])
 def test_the_cache_keeps_its_steps(package: Path, in_the_keys: Path, model: Decoder, kv_type: str) -> None:
-    """A key's largest channel is some 3 without the bias and 40 with it, and so are the steps of float16 to one another.
+    """A key's largest channel is some 3 without the bias and 40 with it, and so are float16's steps to one another.
     Keys of int8 are rotated, which spreads the 40 over 16 channels."""
     apart, within = (Engine(path, kv_type=kv_type).logits(IDS) - expected(model) for path in (package, in_the_keys))
     most = {"float16": 0.3, "int8": 0.5}[kv_type]

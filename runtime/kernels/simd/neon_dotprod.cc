@@ -1,5 +1,7 @@
-#include "runtime/kernels/simd/algorithms.h"
+// clang-format off: the vectors, then the algorithms over them
 #include "runtime/kernels/simd/neon.h"
+#include "runtime/kernels/simd/algorithms.h"
+// clang-format on
 
 namespace meki {
 

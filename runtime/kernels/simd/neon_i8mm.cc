@@ -1,8 +1,10 @@
 // Linear layers of several tokens by the 8-bit matrix products of ARMv8.6 (i8mm): vmmlaq_s32 multiplies 2 rows of 8
 // bytes by 2 rows of 8 bytes, twice what a dot product does.
 
-#include "runtime/kernels/simd/algorithms.h"
+// clang-format off: the vectors, then the algorithms over them
 #include "runtime/kernels/simd/neon.h"
+#include "runtime/kernels/simd/algorithms.h"
+// clang-format on
 
 namespace meki {
 namespace {
