@@ -115,13 +115,8 @@ size_t BlockKvCache::bytes(size_t tokens) const {
   return bytes;
 }
 
-void BlockKvCache::append_noise(size_t tokens) {
-  std::mt19937 random(1);
-  std::normal_distribution<float> normal;
-  std::vector<float> pool(8191 + KvLayout::kMaxHeadDim);
-  for (float& value : pool) value = normal(random);
-  const auto row = [&] { return pool.data() + random() % 8191; };
-  begin(tokens);
+template <class Row>
+void BlockKvCache::write_behind(size_t tokens, Row row) {
   for (const Layer& layer : layers_) {
     for (size_t position = std::max(length_, layer.first); position < length_ + tokens; ++position) {
       for (size_t head = 0; head < layer.layout.kv_heads; ++head) {
@@ -129,18 +124,22 @@ void BlockKvCache::append_noise(size_t tokens) {
       }
     }
   }
+}
+
+void BlockKvCache::append_noise(size_t tokens) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  std::vector<float> pool(8191 + KvLayout::kMaxHeadDim);
+  for (float& value : pool) value = normal(random);
+  const auto row = [&] { return pool.data() + random() % 8191; };
+  begin(tokens);
+  write_behind(tokens, row);
   length_ += tokens;
 }
 
 void BlockKvCache::clear(size_t tokens) {
   const std::vector<float> zeros(KvLayout::kMaxHeadDim);
-  for (const Layer& layer : layers_) {
-    for (size_t position = std::max(length_, layer.first); position < length_ + tokens; ++position) {
-      for (size_t head = 0; head < layer.layout.kv_heads; ++head) {
-        meki::append(layer.layout, at(layer, head, position), position % kBlock, zeros.data(), zeros.data());
-      }
-    }
-  }
+  write_behind(tokens, [&zeros] { return zeros.data(); });
 }
 
 Tensor BlockKvCache::tensor(const std::string& name, size_t index) const {

@@ -61,6 +61,9 @@ class BlockKvCache final : public SequenceState {
   // Calls piece(block, bytes) for every block of a snapshot of `length` tokens, in its order.
   template <class Piece>
   void for_blocks(size_t length, Piece piece) const;
+  // Stores row(), float32 of a head, as each key and value of the `tokens` positions behind the last.
+  template <class Row>
+  void write_behind(size_t tokens, Row row);
   // The block of a kv head that has a position.
   std::byte* at(const Layer& layer, size_t head, size_t position) const {
     const size_t within = position % (layer.blocks * KvLayout::kBlock);
