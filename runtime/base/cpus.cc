@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <fstream>
 #include <optional>
-#include <string>
 
 namespace meki {
 namespace {
@@ -23,8 +22,6 @@ std::optional<double> quota_of(const std::filesystem::path& group) {
   return quota > 0 && period > 0 ? std::optional(quota / period) : std::nullopt;
 }
 
-bool has_cpu(const std::string& controllers) { return ("," + controllers + ",").find(",cpu,") != std::string::npos; }
-
 }  // namespace
 
 int affinity_cpus() {
@@ -35,19 +32,8 @@ int affinity_cpus() {
 
 int available_cpus(const std::filesystem::path& root, const std::filesystem::path& self) {
   double cpus = affinity_cpus();
-  std::ifstream groups(self);
-  for (std::string line; std::getline(groups, line);) {  // number:controllers:path
-    const size_t first = line.find(':');
-    const size_t second = line.find(':', first + 1);
-    if (second == std::string::npos) continue;
-    const std::string controllers = line.substr(first + 1, second - first - 1);
-    if (!controllers.empty() && !has_cpu(controllers)) continue;
-    const std::filesystem::path mount = controllers.empty() ? root : root / controllers;
-    // A container may see the path that its host has: then its own group is the mount itself.
-    for (auto path = std::filesystem::path(line.substr(second + 1)).relative_path();; path = path.parent_path()) {
-      if (const auto quota = quota_of(mount / path)) cpus = std::min(cpus, *quota);
-      if (path.empty()) break;
-    }
+  for (const std::filesystem::path& group : control_groups("cpu", root, self)) {
+    if (const auto quota = quota_of(group)) cpus = std::min(cpus, *quota);
   }
   return std::max(1, static_cast<int>(cpus));
 }

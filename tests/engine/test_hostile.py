@@ -172,6 +172,28 @@ def test_weights_outside_the_directory(package: Path) -> None:
         Engine(package)
 
 
+BEYOND = r"weights\.bin: \d+ bytes, a matrix of \d+ bytes begins at byte %s;"
+NO_NUMBER = "where a tensor lies in its file is no number;"
+
+
+@pytest.mark.parametrize(
+    ("offset", "said"),
+    [
+        *((str(offset), BEYOND % offset) for offset in (2**40, 2**64 - 4096, 2**64 - 1)),
+        *((offset, NO_NUMBER) for offset in ("", "-1", "4096x", str(2**64))),
+    ],
+)
+def test_matrices_that_are_nowhere(package: Path, offset: str, said: str) -> None:
+    path = package / "stage1.onnx"
+    model = onnx.load(path, load_external_data=False)
+    tensor = next(one for one in model.graph.initializer if one.data_type == onnx.TensorProto.UINT8)
+    next(entry for entry in tensor.external_data if entry.key == "offset").value = offset
+    onnx.save(model, path)
+    restate(package, path.name)
+    with pytest.raises(PackageError, match=rf"stage1\.onnx: .*{said}"):
+        Engine(package)
+
+
 @pytest.fixture
 def graph(package: Path) -> Iterator[onnx.ModelProto]:
     """The second stage, to be made what no exporter makes."""

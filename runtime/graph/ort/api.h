@@ -91,6 +91,7 @@ enum Characteristic : int { kRequired = 0, kOptional = 1 };
   F(135, ReleaseIoBinding, void, (IoBinding*))                                                                        \
   F(136, BindInput, Status*, (IoBinding*, const char* name, const Value*))                                            \
   F(137, BindOutput, Status*, (IoBinding*, const char* name, const Value*))                                           \
+  F(150, AddInitializer, Status*, (SessionOptions*, const char* name, const Value*))                                  \
   F(230, KernelInfo_GetInputCount, Status*, (const KernelInfo*, size_t*))                                             \
   F(231, KernelInfo_GetOutputCount, Status*, (const KernelInfo*, size_t*))                                            \
   F(232, KernelInfo_GetInputName, Status*, (const KernelInfo*, size_t index, char* name, size_t* size))               \

@@ -20,6 +20,7 @@
 #include "runtime/graph/ort/library.h"
 #include "runtime/graph/ort/model_file.h"
 #include "runtime/graph/ort/ops/operators.h"
+#include "runtime/graph/ort/resident_weights.h"
 
 namespace meki {
 namespace {
@@ -123,15 +124,14 @@ class OrtGraph final : public Graph {
         session_(nullptr, library.api.ReleaseSession),
         shared_(nullptr, library.api.ReleaseMemoryInfo),
         allocator_(nullptr, library.api.ReleaseAllocator) {
-    for (const std::string& file : ort::check_model_file(path, operators, remedy)) {
-      subject_.files.emplace_back(path.parent_path() / file);
-    }
+    const ort::ModelFile model = ort::check_model_file(path, operators, remedy);
+    for (const std::string& file : model.files) subject_.files.emplace_back(path.parent_path() / file);
     const ort::Api& api = library_.api;
     ort::SessionOptions* options = nullptr;
     library_.api.check(api.CreateSessionOptions(&options));
     const std::unique_ptr<ort::SessionOptions, void (*)(ort::SessionOptions*)> owner(options,
                                                                                      api.ReleaseSessionOptions);
-    configure_(options);
+    subject_.guard([&] { configure_(options, model); });
     if (!profile.empty()) {
       const std::string prefix = profile.string() + "." + subject_.path.stem().string();
       library_.api.check(api.EnableProfiling(options, prefix.c_str()));
@@ -224,12 +224,15 @@ GraphLoader onnxruntime_loader(const std::filesystem::path& library, const Graph
   const Library& loaded = ort::library_at(library);
   const auto operators =
       std::make_shared<const OrtOperators>(loaded.api, options.kv_type, static_cast<size_t>(options.threads));
-  const auto configure = [&api = loaded.api, operators, threads = options.graph_threads](ort::SessionOptions* session) {
+  const auto weights = std::make_shared<ort::ResidentWeights>(loaded);
+  const auto configure = [&api = loaded.api, operators, weights, threads = options.graph_threads](
+                             ort::SessionOptions* session, const ort::ModelFile& model) {
     api.check(api.SetIntraOpNumThreads(session, threads));
     api.check(api.SetSessionGraphOptimizationLevel(session, ort::kOptimizeAll));
     // What decode lives from has threads of its own (OrtOperators): these must not spin on the same cores.
     api.check(api.AddSessionConfigEntry(session, "session.intra_op.allow_spinning", "0"));
     operators->add_to(session);
+    weights->add_to(session, model, operators->parallel());
   };
   return [&loaded, configure, profile = options.profile](const std::filesystem::path& path) {
     // The first session with operators of ours enters their domain in a table of the process, which ONNX Runtime does

@@ -24,7 +24,7 @@ struct Library {
 const Library& library_at(const std::filesystem::path& path);
 
 // Sets what a provider needs for the session of a stage. Kept as long as the stage: it may own what the session uses.
-using Configure = std::function<void(SessionOptions*)>;
+using Configure = std::function<void(SessionOptions*, const ModelFile&)>;
 
 // A stage from a file, of `operators` alone (check_model_file). `remedy` ends the message of a PackageError. With a
 // `profile`, the stage leaves a trace in a file whose name begins so. `shared_memory` is the provider's name of memory

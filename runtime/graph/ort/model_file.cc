@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cstdint>
 #include <stdexcept>
+#include <utility>
 
 #include "runtime/base/error.h"
 #include "runtime/base/file.h"
@@ -49,7 +51,8 @@ class ModelError : public std::runtime_error {
 // A field of a message.
 struct Field {
   uint32_t number = 0;
-  std::string_view bytes;  // of a string or a message; empty for numbers
+  std::string_view bytes;  // of a string, a message or packed numbers; else empty
+  uint64_t value = 0;      // of an integer
 };
 
 // The fields of a message, one after the other.
@@ -64,12 +67,18 @@ class Message {
     if (tag > UINT32_MAX) throw ModelError("not an ONNX model");
     field = {.number = static_cast<uint32_t>(tag >> 3), .bytes = {}};
     switch (tag & 7) {
-      case 0: varint(); return true;
+      case 0: field.value = varint(); return true;
       case 1: take(8); return true;
       case 2: field.bytes = take(varint()); return true;
       case 5: take(4); return true;
       default: throw ModelError("not an ONNX model");
     }
+  }
+
+  // Adds the numbers of a repeated field: this one, or as many as are packed in it.
+  static void numbers(const Field& field, std::vector<uint64_t>& numbers) {
+    if (field.bytes.empty()) numbers.push_back(field.value);
+    for (Message packed(field.bytes); !packed.rest_.empty();) numbers.push_back(packed.varint());
   }
 
  private:
@@ -95,7 +104,7 @@ class Message {
 
 class Checker {
  public:
-  explicit Checker(OperatorNames allowed) : allowed_(allowed) {}
+  Checker(OperatorNames allowed, ModelFile& found) : allowed_(allowed), found_(found) {}
 
   void model(std::string_view bytes) {
     Field field;
@@ -105,9 +114,8 @@ class Checker {
       if (field.number == 25) throw ModelError("it defines functions, which no stage does");
     }
     if (nodes_ == 0) throw ModelError("not an ONNX model, or one without nodes");
+    std::erase_if(found_.streamed, [this](const PackedTensor& tensor) { return !streamed_.contains(tensor.name); });
   }
-
-  std::set<std::string> files() && { return std::move(files_); }
 
  private:
   void graph(std::string_view bytes) {
@@ -123,14 +131,17 @@ class Checker {
     if (++nodes_ > kMaxNodes) throw ModelError("more than " + std::to_string(kMaxNodes) + " nodes");
     std::string_view kind;
     std::string_view domain;
+    std::vector<std::string_view> inputs;
     Field field;
     for (Message message(bytes); message.next(field);) {
+      if (field.number == 1) inputs.push_back(field.bytes);
       if (field.number == 4) kind = field.bytes;
       if (field.number == 7) domain = field.bytes;
       if (field.number == 5) attribute(field.bytes);
     }
     std::string name(kind);
     if (!domain.empty() && domain != "ai.onnx") name = std::string(domain) + "." + name;
+    if (domain == "meki" && kind != "Embedding") streamed_.insert(inputs.begin(), inputs.end());
     if (std::find(allowed_.begin(), allowed_.end(), name) != allowed_.end()) return;
     std::string expected;
     for (const std::string_view known : allowed_) expected += (expected.empty() ? "" : ", ") + std::string(known);
@@ -154,13 +165,23 @@ class Checker {
   }
 
   void tensor(std::string_view bytes) {
+    constexpr uint64_t kUint8 = 2;
+    PackedTensor tensor;
+    std::vector<uint64_t> shape;
+    bool packed = false;
     Field field;
     for (Message message(bytes); message.next(field);) {
-      if (field.number == 13) external_data(field.bytes);
+      if (field.number == 1) Message::numbers(field, shape);
+      if (field.number == 2) packed = field.value == kUint8;
+      if (field.number == 8) tensor.name = field.bytes;
+      if (field.number == 13) external_data(field.bytes, tensor);
     }
+    // What is wrong with others, ONNX Runtime says.
+    packed = packed && !tensor.file.empty() && tensor.bytes > 0 && shape == std::vector{tensor.bytes};
+    if (packed) found_.streamed.push_back(std::move(tensor));
   }
 
-  void external_data(std::string_view bytes) {
+  void external_data(std::string_view bytes, PackedTensor& tensor) {
     std::string_view key;
     std::string_view value;
     Field field;
@@ -168,17 +189,32 @@ class Checker {
       if (field.number == 1) key = field.bytes;
       if (field.number == 2) value = field.bytes;
     }
-    if (key == "location") file(value);
+    if (key == "location") {
+      file(value);
+      tensor.file = value;
+    }
+    if (key == "offset") tensor.offset = number(value);
+    if (key == "length") tensor.bytes = number(value);
+  }
+
+  uint64_t number(std::string_view text) {
+    uint64_t value = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    if (error != std::errc() || end != text.data() + text.size()) {
+      throw ModelError("where a tensor lies in its file is no number");
+    }
+    return value;
   }
 
   void file(std::string_view name) {
     if (!is_plain_file_name(name)) throw ModelError("what it says of a file that it refers to is no plain file name");
-    files_.emplace(name);
+    found_.files.emplace(name);
   }
 
   const OperatorNames allowed_;
+  ModelFile& found_;
   size_t nodes_ = 0;
-  std::set<std::string> files_;
+  std::set<std::string_view, std::less<>> streamed_;  // inputs of operators that read all of them
 };
 
 }  // namespace
@@ -186,16 +222,15 @@ class Checker {
 const OperatorNames kCpuOperators = kCpu;
 const OperatorNames kCompiledOperators = kCompiled;
 
-std::set<std::string> check_model_file(const std::filesystem::path& path, OperatorNames allowed,
-                                       const std::string& remedy) {
+ModelFile check_model_file(const std::filesystem::path& path, OperatorNames allowed, const std::string& remedy) {
   const std::string bytes = read_text(path, kMaxBytes);
+  ModelFile found{path, {}, {}};
   try {
-    Checker checker(allowed);
-    checker.model(bytes);
-    return std::move(checker).files();
+    Checker(allowed, found).model(bytes);
   } catch (const ModelError& error) {
     throw PackageError(path.string() + ": " + error.what() + "; " + remedy);
   }
+  return found;
 }
 
 }  // namespace meki::ort

@@ -1,10 +1,12 @@
 #pragma once
 
+#include <cstdint>
 #include <filesystem>
 #include <set>
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace meki::ort {
 
@@ -17,11 +19,24 @@ extern const OperatorNames kCpuOperators;
 // What compiling leaves of a stage.
 extern const OperatorNames kCompiledOperators;
 
-// Looks at a stage before ONNX Runtime does, which would expand any function and compute any constant. Returns the
-// names of the files that it refers to: those of its tensors and of compiled code. Throws PackageError, ending with
-// `remedy`, for what no stage has: operators other than `allowed`, functions, graphs or tensors in attributes, sparse
-// tensors, more than 16,384 nodes or 64 MiB; and for what is not an ONNX model.
-std::set<std::string> check_model_file(const std::filesystem::path& path, OperatorNames allowed,
-                                       const std::string& remedy);
+// A packed matrix, and where its bytes are. Passive data.
+struct PackedTensor {
+  std::string name;
+  std::string file;
+  uint64_t offset = 0;  // bytes
+  uint64_t bytes = 0;
+};
+
+// What a stage says of itself. Passive data.
+struct ModelFile {
+  std::filesystem::path path;
+  std::set<std::string> files;         // that it refers to by name: those of its tensors and of compiled code
+  std::vector<PackedTensor> streamed;  // which a step reads whole: of an embedding alone it reads rows
+};
+
+// Looks at a stage before ONNX Runtime does, which would expand any function and compute any constant. Throws
+// PackageError, ending with `remedy`, for what no stage has: operators other than `allowed`, functions, graphs or
+// tensors in attributes, sparse tensors, more than 16,384 nodes or 64 MiB; and for what is not an ONNX model.
+ModelFile check_model_file(const std::filesystem::path& path, OperatorNames allowed, const std::string& remedy);
 
 }  // namespace meki::ort

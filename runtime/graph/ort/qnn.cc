@@ -171,7 +171,8 @@ void add_provider(const Library& library, const Devices& devices, const QnnOptio
 GraphLoader qnn_loader(const std::filesystem::path& onnxruntime, const std::filesystem::path& qnn, QnnOptions options) {
   const Library& library = ort::library_at(onnxruntime);
   options.shared_memory = options.shared_memory && driver_shares_memory();
-  const auto configure = [&library, devices = devices_of(library, qnn), options](ort::SessionOptions* session) {
+  const auto configure = [&library, devices = devices_of(library, qnn), options](ort::SessionOptions* session,
+                                                                                 const ort::ModelFile&) {
     add_provider(library, devices, options, session);
   };
   return [&library, configure, options](const std::filesystem::path& path) {

@@ -100,6 +100,8 @@ OrtOperators::OrtOperators(const ort::Api& api, KvType kv_type, size_t threads)
 
 OrtOperators::~OrtOperators() = default;
 
+Parallel OrtOperators::parallel() const { return domain_->pool.parallel(); }
+
 void OrtOperators::add_to(ort::SessionOptions* options) const {
   domain_->api.check(domain_->api.AddCustomOpDomain(options, domain_->handle));
 }

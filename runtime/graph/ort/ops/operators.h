@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <memory>
 
+#include "runtime/base/parallel.h"
 #include "runtime/graph/ort/api.h"
 #include "runtime/kernels/kv_cache.h"
 
@@ -23,6 +24,9 @@ class OrtOperators {
 
   // Makes them known to the session that will be created with `options`. Throws std::runtime_error.
   void add_to(ort::SessionOptions* options) const;
+
+  // Their threads, for other work.
+  Parallel parallel() const;
 
  private:
   struct Domain;
