@@ -19,7 +19,6 @@ size_t blocks_of(size_t positions) { return (positions + kBlock - 1) / kBlock; }
 BlockKvCache::BlockKvCache(KvType type, std::span<const KvCacheInfo> caches, size_t context, size_t chunk) {
   constexpr size_t kHugePage = size_t{2} << 20;
   std::optional<uint64_t> bytes = 0;
-  bool huge = false;
   for (const KvCacheInfo& its : caches) {
     if (its.shared) {
       index_.push_back(index_[*its.shared]);
@@ -33,15 +32,13 @@ BlockKvCache::BlockKvCache(KvType type, std::span<const KvCacheInfo> caches, siz
     // At most 2^20 kv heads, 2^25 blocks and 2^18 bytes a block: no overflow here, but perhaps in the sum.
     Layer& layer = layers_.back();
     const size_t size = blocks * layer.layout.kv_heads * layer.layout.block_bytes();
-    if (size >= 4 * kHugePage) {  // else the part-filled pages would outweigh the rest
-      huge = true;
-      if (bytes) bytes = checked_round_up(*bytes, kHugePage);
-    }
+    // A smaller layer shares its pages with its neighbours: part-filled ones would outweigh the rest.
+    if (size >= 4 * kHugePage && bytes) bytes = checked_round_up(*bytes, kHugePage);
     layer.offset = bytes.value_or(0);
     if (bytes) bytes = checked_add(*bytes, size);
   }
   memory_ = allocate(bytes, "the KV cache of " + std::to_string(context) + " tokens");
-  if (huge) memory_.prefer_huge_pages();
+  if (bytes >= 4 * kHugePage) memory_.prefer_huge_pages();
 }
 
 void BlockKvCache::begin(size_t tokens) {

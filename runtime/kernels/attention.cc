@@ -5,7 +5,6 @@
 #include <limits>
 
 #include "runtime/kernels/norm.h"
-#include "runtime/kernels/rounding.h"
 #include "runtime/kernels/scratch.h"
 
 namespace meki {
@@ -111,38 +110,6 @@ struct Prepared {
   float* offsets;  // [kv_heads, rows, 2 * KeyOffsets::pairs()], of KeyOffsets::prepare
 };
 
-// RMSNorm, where there is a weight, then RoPE; both in float32.
-void normalise_and_rotate(float* head, size_t head_dim, const float* norm_weight, float epsilon, const float* cos,
-                          const float* sin) {
-  if (norm_weight != nullptr) {
-    const float inverse = inverse_rms(head, head_dim, epsilon);
-    for (size_t e = 0; e < head_dim; ++e) head[e] = head[e] * inverse * norm_weight[e];
-  }
-  const size_t half = head_dim / 2;
-  for (size_t e = 0; e < half; ++e) {
-    const float a = head[e];
-    const float b = head[half + e];
-    head[e] = a * cos[e] - b * sin[e];
-    head[half + e] = b * cos[e] + a * sin[e];
-  }
-}
-
-// A query in 8 bits.
-void quantize_query(const float* query, size_t head_dim, const Prepared& out, size_t row) {
-  const float largest = largest_magnitude(query, head_dim);
-  const float inverse = quantizer(127, largest);
-  out.scales[row] = largest / 127;
-  int8_t* const codes = out.codes + row * head_dim;
-  for (size_t g = 0; g < head_dim / 16; ++g) {
-    int32_t sum = 0;
-    for (size_t e = 16 * g; e < 16 * (g + 1); ++e) {
-      codes[e] = static_cast<int8_t>(std::clamp(round_to_int(query[e] * inverse), -127, 127));
-      sum += codes[e];
-    }
-    out.sums[row * (head_dim / 16) + g] = sum;
-  }
-}
-
 class Attention {
  public:
   Attention(const Simd& simd, const KvLayout& layout, const AttentionArgs& args)
@@ -180,13 +147,13 @@ class Attention {
       for (size_t g = 0; g < partition_.group; ++g) {
         const size_t row = kv_head * partition_.rows + t * partition_.group + g;
         float* const query = queries_.values + row * dim;
-        std::copy_n(args_.qkv + t * width + (kv_head * partition_.group + g) * dim, dim, query);
-        normalise_and_rotate(query, dim, args_.q_norm_weight, args_.epsilon, cos, sin);
-        for (size_t e = 0; e < dim; ++e) query[e] *= args_.scale;
+        const float* const given = args_.qkv + t * width + (kv_head * partition_.group + g) * dim;
+        rotate(given, args_.q_norm_weight, cos, sin, args_.scale, query);
         if (args_.offsets != nullptr) args_.offsets->prepare(kv_head, query, queries_.offsets + row * 2 * pairs());
         if (!partition_.integer) continue;
         simd_.hadamard(query, dim);
-        quantize_query(query, dim, queries_, row);
+        queries_.scales[row] =
+            simd_.quantize_head(query, dim, queries_.codes + row * dim, queries_.sums + row * (dim / 16));
       }
     }
   }
@@ -281,14 +248,28 @@ class Attention {
              const float* sin) const {
     const size_t dim = layout_.head_dim;
     float key[KvLayout::kMaxHeadDim];
-    std::copy_n(key_in, dim, key);
-    if (args_.offsets != nullptr) args_.offsets->subtract(kv_head, key);
-    normalise_and_rotate(key, dim, args_.k_norm_weight, args_.epsilon, cos, sin);
+    if (args_.offsets != nullptr) {
+      std::copy_n(key_in, dim, key);
+      args_.offsets->subtract(kv_head, key);
+      key_in = key;
+    }
+    rotate(key_in, args_.k_norm_weight, cos, sin, 1, key);
     if (partition_.integer) simd_.hadamard(key, dim);
     float value[KvLayout::kMaxHeadDim];
-    const float inverse = args_.value_norm ? inverse_rms(value_in, dim, args_.epsilon) : 1;
-    for (size_t e = 0; e < dim; ++e) value[e] = value_in[e] * inverse;
-    append(layout_, block_of(kv_head, position / kBlock), position % kBlock, key, value);
+    if (args_.value_norm) {
+      const float inverse = inverse_rms(value_in, dim, args_.epsilon);
+      for (size_t e = 0; e < dim; ++e) value[e] = value_in[e] * inverse;
+      value_in = value;
+    }
+    append(layout_, block_of(kv_head, position / kBlock), position % kBlock, key, value_in);
+  }
+
+  // RMSNorm, where there is a weight, RoPE and a factor, of one head; all in float32.
+  void rotate(const float* head, const float* norm_weight, const float* cos, const float* sin, float scale,
+              float* out) const {
+    const size_t dim = layout_.head_dim;
+    const float factor = norm_weight != nullptr ? inverse_rms(head, dim, args_.epsilon) : 1;
+    simd_.rotate(head, dim, factor, norm_weight, cos, sin, scale, out);
   }
 
   size_t pairs() const { return args_.offsets != nullptr ? args_.offsets->pairs() : 0; }

@@ -9,6 +9,7 @@
 
 #include "runtime/base/half.h"
 #include "runtime/kernels/rounding.h"
+#include "runtime/kernels/simd/simd.h"
 
 namespace meki {
 namespace {
@@ -38,14 +39,8 @@ void append_floats(size_t head_dim, std::byte* keys, std::byte* values, size_t s
 void append_int8(const KvLayout& layout, std::byte* block, size_t slot, const float* key, const float* value) {
   const size_t head_dim = layout.head_dim;
   int8_t codes[KvLayout::kMaxHeadDim];
-  // Rounds in a loop of its own, which becomes one over vectors; returns where the codes are to go.
-  const auto round = [&](std::byte* scales, const float* from) {
-    const float largest = largest_magnitude(from, head_dim);
-    reinterpret_cast<float*>(scales)[slot] = largest / 127;
-    const float inverse = quantizer(127, largest);
-    for (size_t e = 0; e < head_dim; ++e) {
-      codes[e] = static_cast<int8_t>(std::clamp(round_to_int(from[e] * inverse), -127, 127));
-    }
+  const auto round = [&](std::byte* scales, const float* from) {  // returns where the codes are to go
+    reinterpret_cast<float*>(scales)[slot] = simd().quantize_head(from, head_dim, codes, nullptr);
     return reinterpret_cast<int8_t*>(scales + layout.scale_bytes);
   };
   int8_t* const keys = round(block, key) + slot * 4;

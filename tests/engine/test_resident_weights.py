@@ -20,7 +20,8 @@ from meki import Engine
 
 engine = Engine(sys.argv[1], threads=2)
 engine.logits([1, 2, 3])
-kib = sum(int(size) for size in re.findall(r"weights\\.bin\\n(?:[A-Z].*\\n)*?Rss: +(\\d+)", open("/proc/self/smaps").read()))
+mappings = open("/proc/self/smaps").read()
+kib = sum(int(size) for size in re.findall(r"weights\\.bin\\n(?:[A-Z].*\\n)*?Rss: +(\\d+)", mappings))
 print(kib)
 """
 

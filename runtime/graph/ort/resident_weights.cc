@@ -13,9 +13,9 @@
 namespace meki::ort {
 namespace {
 
-constexpr size_t kAlignment = 64;           // a cache line
-constexpr size_t kPieceBytes = 4 << 20;     // of one read: little enough to keep several threads busy
-constexpr size_t kSpare = 4;                // a part of so many of the available memory is left
+constexpr size_t kAlignment = 64;        // a cache line
+constexpr size_t kPieceBytes = 4 << 20;  // of one read: little enough to keep several threads busy
+constexpr size_t kSpare = 4;             // a part of so many of the available memory is left
 
 uint64_t aligned(uint64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -65,8 +65,7 @@ void ResidentWeights::add_to(SessionOptions* options, const ModelFile& model, co
   }
   if (!load(missing, parallel)) return;
   for (const PackedTensor& tensor : model.streamed) {
-    library_.api.check(
-        library_.api.AddInitializer(options, tensor.name.c_str(), values_.at(place_of(tensor)).get()));
+    library_.api.check(library_.api.AddInitializer(options, tensor.name.c_str(), values_.at(place_of(tensor)).get()));
   }
 }
 

@@ -229,7 +229,6 @@ inline void values_int8(const float* weights, size_t count, size_t head_dim, con
 
 inline void values_int4(const float* weights, size_t count, size_t head_dim, const std::byte* block, float* outputs) {
   for_queries<4>(count, [=]<int Q>(size_t first) {
-    constexpr int kVectors = kGroup / kLanes;  // of a group
     constexpr int V = kInt8ValueVectors<Q> < kVectors ? kInt8ValueVectors<Q> : kVectors;
     for (size_t g = 0; g < head_dim / kGroup; ++g) {
       WeightNumbers numbers[Q];
@@ -248,38 +247,113 @@ inline void values_int4(const float* weights, size_t count, size_t head_dim, con
   });
 }
 
-// One level of the transform, over neighbours `kStride` apart.
-template <size_t kStride>
-void add_and_subtract(float* values, size_t size) {
-  for (size_t first = 0; first < size; first += 2 * kStride) {
-    for (size_t i = first; i < first + kStride; ++i) {
-      const float a = values[i];
-      const float b = values[i + kStride];
-      values[i] = a + b;
-      values[i + kStride] = a - b;
+inline float quantize_head(const float* x, size_t size, int8_t* codes, int32_t* sums) {
+  float largest = 0;
+  float rest[32] = {};  // the last 16, where they are not part of 32
+  for (size_t i = 0; i < size; i += 32) {
+    if (i + 16 == size) {
+      for (size_t e = 0; e < 16; ++e) rest[e] = x[i + e];
     }
+    const float magnitude = largest_of_32(i + 16 == size ? rest : x + i);
+    largest = magnitude <= largest ? largest : magnitude;  // NaN, too: then nothing is less
+    if (magnitude != magnitude) break;
+  }
+  const Floats inverse = broadcast(quantizer(127, largest));
+  for (size_t i = 0; i < size; i += 32) {
+    int8_t last[32];
+    const bool whole = i + 32 <= size;
+    Ints code[kVectors];
+    round_32(whole ? x + i : rest, inverse, code, whole ? codes + i : last);
+    if (!whole) {
+      for (size_t e = 0; e < 16; ++e) codes[i + e] = last[e];
+    }
+    if (sums == nullptr) continue;
+    sums[i / 16] = sum_of(add_16(code, 0));
+    if (whole) sums[i / 16 + 1] = sum_of(add_16(code, 1));
+  }
+  return largest / 127;
+}
+
+inline void rotate(const float* x, size_t size, float factor, const float* weight, const float* cos, const float* sin,
+                   float scale, float* out) {
+  const size_t half = size / 2;
+  size_t i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    Floats a = load(x + i);
+    Floats b = load(x + half + i);
+    if (weight != nullptr) {
+      a = mul(mul(a, broadcast(factor)), load(weight + i));
+      b = mul(mul(b, broadcast(factor)), load(weight + half + i));
+    }
+    const Floats c = load(cos + i);
+    const Floats s = load(sin + i);
+    store(out + i, mul(sub(mul(a, c), mul(b, s)), broadcast(scale)));
+    store(out + half + i, mul(add(mul(b, c), mul(a, s)), broadcast(scale)));
+  }
+  for (; i < half; ++i) {
+    const float a = weight == nullptr ? x[i] : x[i] * factor * weight[i];
+    const float b = weight == nullptr ? x[half + i] : x[half + i] * factor * weight[half + i];
+    out[i] = (a * cos[i] - b * sin[i]) * scale;
+    out[half + i] = (b * cos[i] + a * sin[i]) * scale;
+  }
+}
+
+// 1 in lanes whose bit kStride is clear, else -1.
+template <size_t kStride>
+Floats alternating_signs() {
+  float signs[kLanes];
+  for (size_t lane = 0; lane < kLanes; ++lane) signs[lane] = (lane & kStride) == 0 ? 1.0F : -1.0F;
+  return load(signs);
+}
+
+// The levels of the transform over lanes that are kStride and more apart.
+template <size_t kStride = 1>
+Floats add_and_subtract_lanes(Floats x) {
+  if constexpr (kStride == kLanes)
+    return x;
+  else
+    return add_and_subtract_lanes<2 * kStride>(fma(x, alternating_signs<kStride>(), exchange<kStride>(x)));
+}
+
+// All levels of the transform within N vectors, for each N of `values`, and a factor.
+template <int N>
+void transform(float* values, size_t size, float factor) {
+  for (size_t i = 0; i < size; i += N * kLanes) {
+    Floats x[N];
+    for (int v = 0; v < N; ++v) x[v] = add_and_subtract_lanes(load(values + i + v * kLanes));
+    for (int stride = 1; stride < N; stride *= 2) {
+      for (int v = 0; v < N; ++v) {
+        if ((v & stride) != 0) continue;
+        const Floats a = x[v];
+        x[v] = add(a, x[v + stride]);
+        x[v + stride] = sub(a, x[v + stride]);
+      }
+    }
+    for (int v = 0; v < N; ++v) store(values + i + v * kLanes, mul(x[v], broadcast(factor)));
   }
 }
 
 inline void hadamard(float* values, size_t size) {
+  constexpr size_t kMost = 8;  // vectors, in registers
   const size_t run = size & (~size + 1);
-  // Below a vector's width the compiler knows best how to pair lanes, if it knows the stride.
-  add_and_subtract<1>(values, size);
-  add_and_subtract<2>(values, size);
-  add_and_subtract<4>(values, size);
-  add_and_subtract<8>(values, size);
-  for (size_t stride = 16; stride < run; stride *= 2) {
+  const float norm = 1 / __builtin_sqrtf(static_cast<float>(run));
+  const size_t vectors = run / kLanes < kMost ? run / kLanes : kMost;
+  const float factor = vectors * kLanes == run ? norm : 1;  // that of the last level
+  if (vectors == 8) transform<8>(values, size, factor);
+  if (vectors == 4) transform<4>(values, size, factor);
+  if (vectors == 2) transform<2>(values, size, factor);
+  if (vectors == 1) transform<1>(values, size, factor);
+  for (size_t stride = vectors * kLanes; stride < run; stride *= 2) {
+    const Floats last = broadcast(2 * stride == run ? norm : 1);
     for (size_t first = 0; first < size; first += 2 * stride) {
       for (size_t i = first; i < first + stride; i += kLanes) {
         const Floats a = load(values + i);
         const Floats b = load(values + i + stride);
-        store(values + i, add(a, b));
-        store(values + i + stride, sub(a, b));
+        store(values + i, mul(add(a, b), last));
+        store(values + i + stride, mul(sub(a, b), last));
       }
     }
   }
-  const Floats norm = broadcast(1 / __builtin_sqrtf(static_cast<float>(run)));
-  for (size_t i = 0; i < size; i += kLanes) store(values + i, mul(load(values + i), norm));
 }
 
 inline void softmax(float* scores, float* maximum, float* sum, float* output, size_t head_dim) {

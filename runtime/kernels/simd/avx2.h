@@ -49,6 +49,13 @@ inline Floats times_power(Floats x, Floats n) {
   return mul(mul(x, _mm256_castsi256_ps(first)), _mm256_castsi256_ps(second));
 }
 
+template <size_t kDistance>
+Floats exchange(Floats x) {
+  if constexpr (kDistance == 1) return _mm256_permute_ps(x, 0xB1);
+  if constexpr (kDistance == 2) return _mm256_permute_ps(x, 0x4E);
+  if constexpr (kDistance == 4) return _mm256_permute2f128_ps(x, x, 1);
+}
+
 inline float first_of(Floats x) { return _mm256_cvtss_f32(x); }
 inline float sum_of(Floats v) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

@@ -42,6 +42,14 @@ inline Floats where_negative(Floats x, Floats a, Floats b) {
   return _mm512_mask_mov_ps(b, _mm512_movepi32_mask(_mm512_castps_si512(x)), a);
 }
 
+template <size_t kDistance>
+Floats exchange(Floats x) {
+  if constexpr (kDistance == 1) return _mm512_permute_ps(x, 0xB1);
+  if constexpr (kDistance == 2) return _mm512_permute_ps(x, 0x4E);
+  if constexpr (kDistance == 4) return _mm512_shuffle_f32x4(x, x, 0xB1);
+  if constexpr (kDistance == 8) return _mm512_shuffle_f32x4(x, x, 0x4E);
+}
+
 inline float first_of(Floats x) { return _mm512_cvtss_f32(x); }
 inline float sum_of(Floats x) { return _mm512_reduce_add_ps(x); }
 inline int32_t sum_of(Ints x) { return _mm512_reduce_add_epi32(x); }

@@ -14,6 +14,7 @@
 //   magnitude, negative_magnitude, only_nan (0 for what is no NaN), where_negative(x, a, b) (x < 0 ? a : b)
 //   round_even        to an integer as a float, ties to even
 //   round, round_level, to_floats   to Ints and back. NaN becomes any integer; of round_level, one of -127 .. 127
+//   exchange<n>(x)    every lane's neighbour n lanes away: lane i gets lane i ^ n, n a power of two
 //   first_of, sum_of, largest_of    of the lanes; largest_of may pass over a NaN
 //   largest_or_nan    of an array of vectors of numbers >= 0; NaN if one of them is. store_codes: 32 Ints as bytes
 //
@@ -43,6 +44,27 @@ namespace {
 
 // As in rounding.h, which must not be included here.
 inline float quantizer(float levels, float largest) { return largest > 1e-30F ? levels / largest : 0; }
+
+constexpr int kVectors = 32 / kLanes;  // of 32 numbers
+
+// Of 32 numbers: the largest magnitude (NaN if one is NaN or infinite), and codes of -127 .. 127, as Ints and as bytes.
+inline float largest_of_32(const float* x) {
+  Floats magnitudes[kVectors];
+  for (int v = 0; v < kVectors; ++v) magnitudes[v] = magnitude(load(x + kLanes * v));
+  return largest_or_nan(magnitudes);
+}
+inline void round_32(const float* x, Floats inverse, Ints (&code)[kVectors], int8_t* codes) {
+  for (int v = 0; v < kVectors; ++v) code[v] = round_level(mul(load(x + kLanes * v), inverse));
+  store_codes(code, codes);
+}
+
+// Of the first 16 of them, or of the others.
+inline Ints add_16(const Ints (&code)[kVectors], int half) {
+  constexpr int N = kVectors / 2;
+  Ints sum = code[half * N];
+  for (int v = 1; v < N; ++v) sum = add(sum, code[half * N + v]);
+  return sum;
+}
 
 // e^x for x <= 0; 0 for -inf: 2^n times a minimax polynomial of degree 6, fitted to e^r for |r| <= ln(2) / 2, with r
 // found as Cephes does. Within 1 ulp.

@@ -35,23 +35,14 @@ inline void geglu(const float* gate, const float* up, size_t count, float* out) 
 }
 
 inline void quantize(const float* x, size_t inputs, int8_t* codes, float* scales, int32_t* excess) {
-  constexpr int N = 32 / kLanes;
   for (size_t b = 0; b < inputs / 32; ++b, x += 32, codes += 32) {
-    Floats magnitudes[N];
-    for (int v = 0; v < N; ++v) magnitudes[v] = magnitude(load(x + kLanes * v));
-    const float largest = largest_or_nan(magnitudes);
-    const Floats inverse = broadcast(quantizer(127, largest));
-    Ints code[N];
-    for (int v = 0; v < N; ++v) code[v] = round_level(mul(load(x + kLanes * v), inverse));
-    store_codes(code, codes);
+    const float largest = largest_of_32(x);
+    Ints code[kVectors];
+    round_32(x, broadcast(quantizer(127, largest)), code, codes);
     scales[b] = largest / 127;
-    Ints halves[2];
-    for (int half = 0; half < 2; ++half) {
-      halves[half] = code[half * N / 2];
-      for (int v = 1; v < N / 2; ++v) halves[half] = add(halves[half], code[half * N / 2 + v]);
-    }
-    excess[2 * b] = -8 * sum_of(add(halves[0], halves[1]));
-    excess[2 * b + 1] = -8 * sum_of(halves[0]);
+    const Ints first = add_16(code, 0);
+    excess[2 * b] = -8 * sum_of(add(first, add_16(code, 1)));
+    excess[2 * b + 1] = -8 * sum_of(first);
   }
 }
 

@@ -47,6 +47,12 @@ inline Floats times_power(Floats x, Floats n) {
   return mul(mul(x, vreinterpretq_f32_s32(first)), vreinterpretq_f32_s32(second));
 }
 
+template <size_t kDistance>
+Floats exchange(Floats x) {
+  if constexpr (kDistance == 1) return vrev64q_f32(x);
+  if constexpr (kDistance == 2) return vextq_f32(x, x, 2);
+}
+
 inline float first_of(Floats x) { return vgetq_lane_f32(x, 0); }
 inline float sum_of(Floats x) { return vaddvq_f32(x); }
 inline int32_t sum_of(Ints x) { return vaddvq_s32(x); }

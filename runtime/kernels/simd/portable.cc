@@ -125,6 +125,17 @@ void values_int4(const float* weights, size_t count, size_t head_dim, const std:
   }
 }
 
+void rotate(const float* x, size_t size, float factor, const float* weight, const float* cos, const float* sin,
+            float scale, float* out) {
+  const size_t half = size / 2;
+  for (size_t i = 0; i < half; ++i) {
+    const float a = weight == nullptr ? x[i] : x[i] * factor * weight[i];
+    const float b = weight == nullptr ? x[half + i] : x[half + i] * factor * weight[half + i];
+    out[i] = (a * cos[i] - b * sin[i]) * scale;
+    out[half + i] = (b * cos[i] + a * sin[i]) * scale;
+  }
+}
+
 void hadamard(float* values, size_t size) {
   const size_t run = size & (~size + 1);
   for (size_t stride = 1; stride < run; stride *= 2) {
@@ -138,6 +149,17 @@ void hadamard(float* values, size_t size) {
   }
   const float norm = 1 / std::sqrt(static_cast<float>(run));
   for (size_t i = 0; i < size; ++i) values[i] *= norm;
+}
+
+float quantize_head(const float* x, size_t size, int8_t* codes, int32_t* sums) {
+  const float largest = largest_magnitude(x, size);
+  const float inverse = quantizer(127, largest);
+  if (sums != nullptr) std::fill_n(sums, size / 16, 0);
+  for (size_t i = 0; i < size; ++i) {
+    codes[i] = static_cast<int8_t>(std::clamp(round_to_int(x[i] * inverse), -127, 127));
+    if (sums != nullptr) sums[i / 16] += codes[i];
+  }
+  return largest / 127;
 }
 
 void softmax(float* scores, float* maximum, float* sum, float* output, size_t head_dim) {
@@ -224,7 +246,9 @@ void panel(const std::byte* panel, const Activations& x, float* out, size_t stri
 const Simd kPortable = {"portable",
                         {scores_float<float>, scores_float<uint16_t>, scores_int8, scores_int4},
                         {values_float<float>, values_float<uint16_t>, values_int8, values_int4},
+                        rotate,
                         hadamard,
+                        quantize_head,
                         softmax,
                         swiglu,
                         geglu,

@@ -50,9 +50,19 @@ struct Simd {
   using Values = void (*)(const float* weights, size_t count, size_t head_dim, const std::byte* block, float* outputs);
   Values values[4];
 
+  // out[i] = (y[i] cos[i] - y[half + i] sin[i]) * scale and out[half + i] = (y[half + i] cos[i] + y[i] sin[i]) * scale,
+  // with half = size / 2 and y[i] = x[i] * factor * weight[i], or x[i] if weight is null: a head's RMSNorm, then RoPE.
+  // size: a multiple of 16. Every path gives the same bits. out may be x.
+  void (*rotate)(const float* x, size_t size, float factor, const float* weight, const float* cos, const float* sin,
+                 float scale, float* out);
+
   // Multiplies by the orthonormal Hadamard matrix, in runs of the largest power of two that divides `size`, a multiple
-  // of 16.
+  // of 16. Every path gives the same bits.
   void (*hadamard)(float* values, size_t size);
+
+  // x float32 [size], a multiple of 16 -> codes of -127 .. 127; returns what they are worth, the largest magnitude
+  // divided by 127: not finite if one is not. sums (null: not wanted): of the codes of 16 elements, [size / 16].
+  float (*quantize_head)(const float* x, size_t size, int8_t* codes, int32_t* sums);
 
   // One step of the online softmax for one query: replaces 64 scores (-inf: masked) by exp(score - maximum), keeps the
   // running maximum and sum, and rescales output [head_dim] when the maximum grows. A maximum of -inf means that

@@ -11,8 +11,10 @@ TEST_CASE("huge pages: given where the system's choice says so") {
   const test::TempDir directory;
   const std::filesystem::path setting = directory / "enabled";
   CHECK_FALSE(gives_huge_pages(setting));  // a system without them has no such file
-  for (const auto& [text, given] : {std::pair("[always] madvise never\n", true), {"always [madvise] never\n", true},
-                                    {"always madvise [never]\n", false}, {"", false}}) {
+  for (const auto& [text, given] : {std::pair("[always] madvise never\n", true),
+                                    {"always [madvise] never\n", true},
+                                    {"always madvise [never]\n", false},
+                                    {"", false}}) {
     test::write_file(setting, std::string_view(text));
     CHECK_MESSAGE(gives_huge_pages(setting) == given, text);
   }
@@ -20,9 +22,12 @@ TEST_CASE("huge pages: given where the system's choice says so") {
 
 TEST_CASE("available memory: what the system says, or less if a control group or one above has a limit") {
   const test::TempDir directory;
-  const auto available = [&] { return available_memory(directory / "meminfo", directory / "groups", directory / "self"); };
+  const auto available = [&] {
+    return available_memory(directory / "meminfo", directory / "groups", directory / "self");
+  };
   CHECK(available() == 0);
-  test::write_file(directory / "meminfo", std::string_view("MemTotal: 4000 kB\nMemFree: 1 kB\nMemAvailable:  3000 kB\n"));
+  test::write_file(directory / "meminfo",
+                   std::string_view("MemTotal: 4000 kB\nMemFree: 1 kB\nMemAvailable:  3000 kB\n"));
   CHECK(available() == 3000 * 1024);
   const std::filesystem::path inner = directory / "groups" / "outer" / "inner";
   std::filesystem::create_directories(inner);

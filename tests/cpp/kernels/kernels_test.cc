@@ -5,6 +5,7 @@
 #include <bit>
 #include <limits>
 #include <numbers>
+#include <numeric>
 #include <set>
 
 #include "runtime/kernels/simd/simd.h"
@@ -237,6 +238,82 @@ TEST_CASE("hadamard: its own inverse, the same bits on every path") {
         errors.add(got[i], x[i], 24 * kRounding * 3 * std::sqrt(static_cast<double>(run)));
       CHECK(errors.worst() <= 1);
     }
+  }
+}
+
+TEST_CASE("rotate: RMSNorm and RoPE of a head, the same bits on every path") {
+  for (const Simd* path : simd_paths()) {
+    CAPTURE(path->name);
+    Random random(16);
+    Errors errors;
+    for (const size_t size : {16, 32, 48, 64, 80, 128, 256, 272, 512}) {
+      CAPTURE(size);
+      const size_t half = size / 2;
+      const std::vector<float> x = random.floats(size, -3, 3);
+      const std::vector<float> weight = random.floats(size, -2, 2);
+      const std::vector<float> cos = random.floats(half, -1, 1);
+      const std::vector<float> sin = random.floats(half, -1, 1);
+      for (const float* const w : {weight.data(), static_cast<const float*>(nullptr)}) {
+        std::vector<float> got(size + 1, 9);
+        path->rotate(x.data(), size, 0.7F, w, cos.data(), sin.data(), 0.3F, got.data());
+        CHECK(got.back() == 9);
+        std::vector<float> portable = x;  // in place
+        simd_paths().back()->rotate(portable.data(), size, 0.7F, w, cos.data(), sin.data(), 0.3F, portable.data());
+        CHECK(std::equal(portable.begin(), portable.end(), got.begin()));
+        for (size_t i = 0; i < size; ++i) {
+          const size_t other = (i + half) % size;
+          const auto normed = [&](size_t e) { return w == nullptr ? x[e] : double{x[e]} * double{0.7F} * w[e]; };
+          const double a = normed(i) * cos[i % half] * double{0.3F};
+          const double b = normed(other) * sin[i % half] * double{0.3F};
+          // Of each product five roundings at most, and that of the sum.
+          errors.add(got[i], i < half ? a - b : a + b, 6 * kRounding * (std::fabs(a) + std::fabs(b)));
+        }
+      }
+    }
+    CHECK(errors.worst() <= 1);
+  }
+}
+
+TEST_CASE("quantize_head: half a step, the same bits on every path") {
+  for (const Simd* path : simd_paths()) {
+    CAPTURE(path->name);
+    Random random(15);
+    Errors errors;
+    for (const size_t size : {16, 32, 48, 64, 80, 128, 256, 272, 512}) {
+      CAPTURE(size);
+      for (const float wrong : {0.0F, kNaN, kInfinity, -kInfinity}) {
+        CAPTURE(wrong);
+        std::vector<float> x = random.floats(size, -3, 3);
+        const size_t place = random.below(size);
+        if (wrong != 0) x[place] = wrong;
+        std::vector<int8_t> codes(size + 1, 99);
+        std::vector<int32_t> sums(size / 16 + 1, 99);
+        const float scale = path->quantize_head(x.data(), size, codes.data(), sums.data());
+        CHECK(codes.back() == 99);  // nothing is written behind the end
+        CHECK(sums.back() == 99);
+        std::vector<int8_t> portable(size + 1, 99);
+        const float expected = simd_paths().back()->quantize_head(x.data(), size, portable.data(), nullptr);
+        CHECK(std::isfinite(scale) == (wrong == 0));
+        if (wrong != 0) {
+          CHECK(std::ranges::min(codes) >= -127);
+          continue;
+        }
+        CHECK(codes == portable);
+        CHECK(scale == expected);
+        CHECK(scale == std::fabs(*std::ranges::max_element(x, {}, [](float y) { return std::fabs(y); })) / 127);
+        for (size_t i = 0; i < size; ++i) {
+          errors.add(codes[i], x[i] / double{scale}, 0.5 + 127 * 4 * kRounding);  // rounding of scale and product
+        }
+        for (size_t g = 0; g < size / 16; ++g) {
+          CHECK(sums[g] == std::accumulate(codes.begin() + 16 * g, codes.begin() + 16 * (g + 1), 0));
+        }
+      }
+    }
+    const std::vector<float> zeros(48);
+    std::vector<int8_t> codes(48, 99);
+    CHECK(path->quantize_head(zeros.data(), 48, codes.data(), nullptr) == 0);
+    CHECK(codes == std::vector<int8_t>(48));
+    CHECK(errors.worst() <= 1);
   }
 }
 
