@@ -29,8 +29,10 @@ void for_columns(size_t count, Columns columns, size_t e = 0) {
   if constexpr (kLanes * kLargest > 16) for_columns<kLargest / 2>(count, columns, e);
 }
 
-// What is streamed is asked for once, for the first queries.
-inline size_t ahead_of(size_t first) { return first == 0 ? kFetchAhead : 0; }
+// What is streamed is asked for once, for the first queries. Of nibbles on every processor: what is to be done with the
+// bytes at hand is so much that the next ones would be asked for late (docs/architecture.md, "Attention").
+constexpr size_t kNibblesAhead = 18 << 10;
+inline size_t ahead_of(size_t first, size_t ahead = kFetchAhead) { return first == 0 ? ahead : 0; }
 
 // Of kDepth rows of codes, V vectors.
 template <int V>
@@ -100,25 +102,21 @@ void add_byte_products(const std::byte* codes, size_t columns, size_t count, con
   }
 }
 
-// The same for numbers from `from` on and nibbles 0 to 15, of which there are 2 * count: low ones first.
-template <int Q, int V, class Numbers>
-void add_nibble_products(const std::byte* codes, size_t columns, size_t count, const Numbers (&numbers)[Q], size_t from,
-                         size_t ahead, Sums<Q, V>& sums) {
-  constexpr int N = V < kNibbleVectors ? V : kNibbleVectors;
-#pragma GCC unroll 1  // unrolled, GCC moves additions around until it spills
-  for (size_t k = 0; k < count; k += kDepth) {
-    fetch_rows<V>(codes + k * columns, columns, ahead);
-    for (int v = 0; v < V; v += N) {
-      Code code[2][N];
-      for (int i = 0; i < N; ++i) {
-        const Bytes bytes = load_rows(codes + k * columns + 4 * kLanes * (v + i), 4 * columns);
-        code[0][i] = low_nibbles(bytes);
-        code[1][i] = high_nibbles(bytes);
-      }
-      for (int q = 0; q < Q; ++q) {
-        for (size_t half = 0; half < 2; ++half) sums.add(q, v, code[half], numbers[q], from + half * count + k);
-      }
-    }
+// The same for kDepth rows of nibbles 0 to 15, N vectors of them from vector v on: the low ones are of numbers from k
+// on, the high ones `half` behind.
+template <int N, int Q, int V, class Numbers>
+[[gnu::always_inline]] inline void add_nibbles(const std::byte* codes, size_t columns, const Numbers (&numbers)[Q],
+                                               size_t k, size_t half, int v, Sums<Q, V>& sums) {
+  Code low[N];
+  Code high[N];
+  for (int i = 0; i < N; ++i) {
+    const Bytes bytes = load_rows(codes + 4 * kLanes * i, 4 * columns);
+    low[i] = low_nibbles(bytes);
+    high[i] = high_nibbles(bytes);
+  }
+  for (int q = 0; q < Q; ++q) {
+    sums.add(q, v, low, numbers[q], k);
+    sums.add(q, v, high, numbers[q], half + k);
   }
 }
 
@@ -168,7 +166,15 @@ inline void scores_int4(const Queries& queries, const std::byte* block, float* s
           const int32_t* const of_query = queries.sums + (first + q) * 2 * groups + 2 * g;
           sums.start(q, -8 * (of_query[0] + of_query[1]));  // nibbles are code + 8
         }
-        add_nibble_products(block + at, kBlock, kGroup / 2, numbers, g * kGroup, ahead_of(first), sums);
+        constexpr int N = V < kNibbleVectors ? V : kNibbleVectors;
+#pragma GCC unroll 1  // unrolled, GCC moves additions around until it spills
+        for (size_t k = 0; k < kGroup / 2; k += kDepth) {
+          const std::byte* const codes = block + at + k * kBlock;
+          fetch_rows<V>(codes, kBlock, ahead_of(first, kNibblesAhead));
+          for (int v = 0; v < V; v += N) {
+            add_nibbles<N>(codes + 4 * kLanes * v, kBlock, numbers, g * kGroup + k, kGroup / 2, v, sums);
+          }
+        }
         for (int v = 0; v < V; ++v) {
           const Floats scale = load(scales + g * kBlock + p + kLanes * v);
           for (int q = 0; q < Q; ++q) total[q][v] = fma(to_floats(sums.get(q, v)), scale, total[q][v]);
@@ -198,12 +204,13 @@ void quantize_weights(const float* weights, const T* scales, WeightNumbers& out)
   out.unit = largest / 255;
 }
 
-// out[q][vector v] += sums * unit.
+// out[q][vector v] += sums * unit, for `count` vectors from `first` on.
 template <int Q, int V>
-void add_scaled(const Sums<Q, V>& sums, const WeightNumbers (&weights)[Q], float* out, size_t head_dim) {
+void add_scaled(const Sums<Q, V>& sums, const WeightNumbers (&weights)[Q], float* out, size_t head_dim, int first = 0,
+                int count = V) {
   for (int q = 0; q < Q; ++q) {
     const Floats unit = broadcast(weights[q].unit);
-    for (int v = 0; v < V; ++v) {
+    for (int v = first; v < first + count; ++v) {
       float* const at = out + q * head_dim + kLanes * v;
       store(at, fma(to_floats(sums.get(q, v)), unit, load(at)));
     }
@@ -228,22 +235,38 @@ inline void values_int8(const float* weights, size_t count, size_t head_dim, con
 }
 
 inline void values_int4(const float* weights, size_t count, size_t head_dim, const std::byte* block, float* outputs) {
-  for_queries<4>(count, [=]<int Q>(size_t first) {
-    constexpr int V = kInt8ValueVectors<Q> < kVectors ? kInt8ValueVectors<Q> : kVectors;
-    for (size_t g = 0; g < head_dim / kGroup; ++g) {
-      WeightNumbers numbers[Q];
+  // As in values_int8: rows are read from end to end, because hardware fetches ahead, though every group of 32 elements
+  // has weights of its own.
+  for_queries<kInt8ValueQueries>(count, [=]<int Q>(size_t first) __attribute__((noinline)) {
+    const size_t groups = head_dim / kGroup;
+    WeightNumbers numbers[KvLayout::kMaxHeadDim / kGroup][Q];
+    for (size_t g = 0; g < groups; ++g) {
       for (int q = 0; q < Q; ++q) {
         const auto* const scales = reinterpret_cast<const uint16_t*>(block) + g * kBlock;
-        quantize_weights(weights + (first + q) * kBlock, scales, numbers[q]);
-      }
-      for (size_t e = g * kGroup; e < (g + 1) * kGroup; e += kLanes * V) {
-        const size_t at = head_dim / kGroup * kBlock * sizeof(uint16_t) + 4 * e;
-        Sums<Q, V> sums;
-        for (int q = 0; q < Q; ++q) sums.start(q, -8 * numbers[q].sum);  // nibbles are code + 8
-        add_nibble_products(block + at, head_dim, kBlock / 2, numbers, 0, ahead_of(first), sums);
-        add_scaled(sums, numbers, outputs + first * head_dim + e, head_dim);
+        quantize_weights(weights + (first + q) * kBlock, scales, numbers[g][q]);
       }
     }
+    for_columns<kInt8ValueVectors<Q>>(head_dim, [&]<int V>(size_t e) {
+      constexpr int N = V < kVectors ? V : kVectors;  // of one group
+      const std::byte* const codes = block + groups * kBlock * sizeof(uint16_t) + 4 * e;
+      Sums<Q, V> sums;
+      for (int v = 0; v < V; v += N) {
+        const WeightNumbers(&of_group)[Q] = numbers[e / kGroup + v / kVectors];
+        for (int q = 0; q < Q; ++q) sums.start(q, -8 * of_group[q].sum, v, N);  // nibbles are code + 8
+      }
+#pragma GCC unroll 1
+      for (size_t k = 0; k < kBlock / 2; k += kDepth) {
+        fetch_rows<V>(codes + k * head_dim, head_dim, ahead_of(first, kNibblesAhead));
+        for (int v = 0; v < V; v += N) {
+          const WeightNumbers(&of_group)[Q] = numbers[e / kGroup + v / kVectors];
+          add_nibbles<N>(codes + k * head_dim + 4 * kLanes * v, head_dim, of_group, k, kBlock / 2, v, sums);
+        }
+      }
+      for (int v = 0; v < V; v += N) {
+        const WeightNumbers(&of_group)[Q] = numbers[e / kGroup + v / kVectors];
+        add_scaled(sums, of_group, outputs + first * head_dim + e, head_dim, v, N);
+      }
+    });
   });
 }
 

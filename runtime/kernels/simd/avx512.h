@@ -144,8 +144,8 @@ template <int Q, int V>
 struct Sums {
   Ints sum[Q][V];
 
-  void start(int q, int32_t initial) {
-    for (Ints& vector : sum[q]) vector = _mm512_set1_epi32(initial);
+  void start(int q, int32_t initial, int first = 0, int count = V) {
+    for (int v = first; v < first + count; ++v) sum[q][v] = _mm512_set1_epi32(initial);
   }
   template <int N, class Numbers>
   void add(int q, int v, const Code (&code)[N], const Numbers& numbers, size_t k) {
