@@ -172,8 +172,9 @@ def test_weights_outside_the_directory(package: Path) -> None:
         Engine(package)
 
 
-BEYOND = r"weights\.bin: \d+ bytes, a matrix of \d+ bytes begins at byte %s;"
-NO_NUMBER = "where a tensor lies in its file is no number;"
+# ONNX Runtime says it where matrices are mapped.
+BEYOND = r"(weights\.bin: \d+ bytes, the stages have a matrix of \d+ bytes from byte %s on|ONNX Runtime: ).*convert"
+NO_NUMBER = r"stage1\.onnx: where a tensor lies in its file is no number; .*convert the model again"
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_matrices_that_are_nowhere(package: Path, offset: str, said: str) -> Non
     next(entry for entry in tensor.external_data if entry.key == "offset").value = offset
     onnx.save(model, path)
     restate(package, path.name)
-    with pytest.raises(PackageError, match=rf"stage1\.onnx: .*{said}"):
+    with pytest.raises(PackageError, match=said):
         Engine(package)
 
 

@@ -131,7 +131,7 @@ class OrtGraph final : public Graph {
     library_.api.check(api.CreateSessionOptions(&options));
     const std::unique_ptr<ort::SessionOptions, void (*)(ort::SessionOptions*)> owner(options,
                                                                                      api.ReleaseSessionOptions);
-    subject_.guard([&] { configure_(options, model); });
+    configure_(options, model);
     if (!profile.empty()) {
       const std::string prefix = profile.string() + "." + subject_.path.stem().string();
       library_.api.check(api.EnableProfiling(options, prefix.c_str()));

@@ -5,6 +5,8 @@
 #include <exception>
 #include <set>
 #include <span>
+#include <string>
+#include <string_view>
 #include <utility>
 
 #include "runtime/base/error.h"
@@ -32,6 +34,12 @@ void read(const std::map<ResidentWeights::Place, std::byte*>& memory, const Para
   for (const auto& [place, data] : memory) {
     const auto& [path, offset, bytes] = place;
     const File& file = files.try_emplace(path, path).first->second;
+    const uint64_t end = file.size(path);
+    if (bytes > end || offset > end - bytes) {
+      throw PackageError(path.string() + ": " + std::to_string(end) + " bytes, the stages have a matrix of " +
+                         std::to_string(bytes) + " bytes from byte " + std::to_string(offset) +
+                         " on; one of them is damaged: convert the model again");
+    }
     for (uint64_t first = 0; first < bytes; first += kPieceBytes) {
       pieces.push_back({&path, &file, offset + first, {data + first, std::min<uint64_t>(kPieceBytes, bytes - first)}});
     }
@@ -42,7 +50,7 @@ void read(const std::map<ResidentWeights::Place, std::byte*>& memory, const Para
     const Piece& piece = pieces[index];
     try {
       if (piece.file->read(piece.offset, piece.out, *piece.path) < piece.out.size()) {
-        throw PackageError(piece.path->string() + ": shorter than the matrices that a stage has in it");
+        throw PackageError(piece.path->string() + ": it shrank while it was read; leave it alone and open it again");
       }
     } catch (...) {
       const std::lock_guard lock(mutex);
@@ -64,23 +72,21 @@ void ResidentWeights::add_to(SessionOptions* options, const ModelFile& model, co
     if (Place place = place_of(tensor); !values_.contains(place)) missing.insert(std::move(place));
   }
   if (!load(missing, parallel)) return;
+  std::set<std::string_view> names;
   for (const PackedTensor& tensor : model.streamed) {
+    if (!names.insert(tensor.name).second) continue;  // the stage is damaged: ONNX Runtime says it
     library_.api.check(library_.api.AddInitializer(options, tensor.name.c_str(), values_.at(place_of(tensor)).get()));
   }
 }
 
 bool ResidentWeights::load(const std::set<Place>& places, const Parallel& parallel) {
   uint64_t bytes = 0;
+  const uint64_t available = available_memory();
   for (const auto& [path, offset, size] : places) {
-    const uint64_t end = File(path).size(path);
-    if (size > end || offset > end - size) {
-      throw PackageError(path.string() + ": " + std::to_string(end) + " bytes, a matrix of " + std::to_string(size) +
-                         " bytes begins at byte " + std::to_string(offset));
-    }
+    if (size > available) return false;  // and the sum cannot overflow
     bytes += aligned(size);
   }
   if (bytes == 0) return true;
-  const uint64_t available = available_memory();
   if (!gives_huge_pages() || bytes > available - available / kSpare) return false;
   Mapping region = Mapping::zeroed(bytes);
   region.prefer_huge_pages();
