@@ -140,8 +140,9 @@ struct Sums {
   void start(int q, int32_t initial, int first = 0, int count = V) {
     for (int v = first; v < first + count; ++v) sum[q][v] = vdupq_n_s32(initial);
   }
+  // Inlined early: GCC takes those of several Q, whose code is the same, for one, and then warns of its bounds.
   template <int N, class Numbers>
-  void add(int q, int v, const Code (&code)[N], const Numbers& numbers, size_t k) {
+  [[gnu::always_inline]] void add(int q, int v, const Code (&code)[N], const Numbers& numbers, size_t k) {
     const int8x16_t number = broadcast4(numbers.codes + k);
     for (int i = 0; i < N; ++i) {
       Ints& its = sum[q][v + i];
