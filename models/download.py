@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import logging
 import re
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import disable_progress_bars
 
 from meki.package.store import HUB
 
@@ -30,7 +31,7 @@ def is_remote(source: Path) -> bool:
 
 def download(source: Path) -> tuple[Path, dict[str, str]]:
     """The checkpoint hf:ORG/NAME[@REVISION] or hf:ORG/NAME[@REVISION]/FILE.gguf as a local folder or file, and its
-    provenance. Shows progress on a terminal. What the cache has, whole files or their beginnings, is not loaded again.
+    provenance. Shows progress on a terminal; goes on where a connection broke. What the cache has is not loaded again.
 
     FileNotFoundError for a source of another form; CheckpointError for whatever the Hub does not give.
     """
@@ -42,22 +43,32 @@ def download(source: Path) -> tuple[Path, dict[str, str]]:
         )
     name, file = parts["name"], parts["file"]
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every try
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     with _hub_errors(source, name):
         info = HfApi().model_info(name, revision=parts["revision"])
     files = {entry.rfilename for entry in info.siblings or ()}
 
-    def fetch(names: Iterable[str]) -> Path:
-        """The folder that has them."""
-        patterns = [glob.escape(its) for its in names]
+    def fetch(file: str) -> Path:
+        """One after the other: threads of snapshot_download would load on after Ctrl-C."""
         with _hub_errors(source, name):
-            return Path(snapshot_download(name, revision=info.sha, allow_patterns=patterns))
+            return Path(hf_hub_download(name, file, revision=info.sha))
 
     if file is not None:
         _check_parts(source, file, files)
-        local = fetch(part_names(file)) / file
+        local, *_ = [fetch(part) for part in part_names(file)]
     elif CONFIG in files and {WEIGHTS, INDEX} & files:
-        weights = [WEIGHTS] if WEIGHTS in files else [path.name for path in weight_files(fetch([INDEX]))]
-        local = fetch([*TOKENIZER_FILES, *weights])
+        local = fetch(CONFIG).parent
+        for beside in (*TOKENIZER_FILES, WEIGHTS if WEIGHTS in files else INDEX):
+            if beside in files:
+                fetch(beside)
+        weights = [path.name for path in weight_files(local)]
+        if missing := [weight for weight in weights if weight not in files]:
+            raise CheckpointError(
+                f"{source}: its {INDEX} names {missing[0]}, which is not there; choose another revision"
+            )
+        for weight in weights:
+            fetch(weight)
     else:
         raise CheckpointError(f"{source}: has no {CONFIG} with safetensors; {_gguf_files(source, files)}")
     return local, {"source": str(source), "commit": str(info.sha)}
@@ -84,6 +95,7 @@ def _gguf_files(source: Path, files: set[str]) -> str:
 def _hub_errors(source: Path, name: str) -> Iterator[None]:
     """CheckpointError for whatever goes wrong in there."""
     login = "log in (hf auth login), or set HF_TOKEN"
+    again = "files that are complete are not loaded again"
     try:
         yield
     except GatedRepoError as error:
@@ -101,10 +113,10 @@ def _hub_errors(source: Path, name: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(
                 f"{source}: there is no space left in {constants.HF_HUB_CACHE}; free some, or name a directory of "
-                "another disk in HF_HUB_CACHE, and give the command again: it goes on where it stopped"
+                f"another disk in HF_HUB_CACHE, and give the command again: {again}"
             ) from error
         why = error.__cause__ or error
         raise CheckpointError(
             f"{source}: the download from {constants.ENDPOINT} failed: {type(why).__name__}: {why}; check the network "
-            "and give the command again: it goes on where it stopped"
+            f"and give the command again: {again}"
         ) from error
