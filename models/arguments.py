@@ -51,18 +51,20 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
 
 
 def open_source(path: Path, args: argparse.Namespace) -> Opened:
-    """The checkpoint at `path`, by the options of `add_source_options`. FileNotFoundError, UsageError, CheckpointError,
-    and as `read_tokenizer`."""
+    """The checkpoint at `path`, or what it names on the Hugging Face Hub, by the options of `add_source_options`.
+    FileNotFoundError, UsageError, CheckpointError, and as `read_tokenizer`."""
     from .checkpoints import open_checkpoint
     from .checkpoints.checkpoint import checkpoint_source
+    from .download import download, is_remote
 
     overrides, tokenizer = dict(map(setting, args.set)), named_tokenizer(args)
-    checkpoint = open_checkpoint(path, overrides)
+    local, origin = download(path) if is_remote(path) else (path, {})
+    checkpoint = open_checkpoint(local, overrides)
     tokenizer = tokenizer or checkpoint.read_tokenizer()
     if tokenizer is None:
         raise FileNotFoundError(f"{path}: has no tokenizer.json; name the model's with --tokenizer")
     tokenizer = with_visible_marks(without_unknown_tokens(tokenizer, checkpoint.config.vocab_size))
-    return Opened(checkpoint_source(checkpoint), tokenizer, checkpoint.provenance)
+    return Opened(checkpoint_source(checkpoint), tokenizer, {**checkpoint.provenance, **origin})
 
 
 def named_tokenizer(args: argparse.Namespace) -> TokenizerSpec | None:

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         type=path,
         required=True,
         metavar="SOURCE",
-        help="what the package was made of: Hugging Face folder, GGUF file or Megatron-LM checkpoint",
+        help="what the package was made of: Hugging Face folder, GGUF file, Megatron-LM checkpoint or hf:ORG/NAME",
     )
     parser.add_argument(
         "--text", type=path, required=True, metavar="FILE", help="a UTF-8 text, which may be .xz or .gz"

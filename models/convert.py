@@ -19,8 +19,9 @@ from meki.cli.arguments import Parser, path, text_file
 from meki.cli.errors import report, run_command
 from meki.cli.output import quality_text
 from meki.evaluation.perplexity import read_text
-from meki.package import bundled_models
+from meki.package import bundled_models, store, stored_model
 from meki.package.files import MANIFEST, check_target
+from meki.package.store import name_of_source, plain_name
 
 from .arguments import (
     Opened,
@@ -85,6 +86,23 @@ def calibration(args: argparse.Namespace, opened: Opened, text: str) -> tuple[Te
     text, name = (text, args.calibrate.name) if args.calibrate else (TEXT.read_text(encoding="utf-8"), TEXT.name)
     windows = calibration_windows(text, parse_tokenizer(opened.tokenizer.json), opened.source.config.context, name)
     return windows, {"calibration": f"{name}, {windows.numel()} tokens"}
+
+
+def stored_output(args: argparse.Namespace) -> Path:
+    """Where the package goes without `-o`. UsageError without a plain name that is free."""
+    name = args.name or (f"random-{args.random}" if args.random else name_of_source(str(args.source)))
+    plain = plain_name(name)
+    if name != plain or not name:
+        such = f", such as {plain}" if plain else ""
+        raise UsageError(
+            f"the name in the store is {name!r}, expected small letters, digits, '.', '_' and '-'{such}: give one with "
+            "--name, or a directory with -o"
+        )
+    if stored_model(name) is not None and not args.overwrite:
+        raise UsageError(
+            f"{name}: is in the store already ({store()}); choose another name (--name), or overwrite it (--overwrite)"
+        )
+    return store() / name
 
 
 def convert(args: argparse.Namespace, text: str = "") -> tuple[Opened, dict[str, Any]]:
@@ -160,6 +178,9 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("--check: random weights have no quality; omit it with --random")
     if args.calibrate and (args.random or args.weights != "int4"):
         raise UsageError("--calibrate: only int4 weights of a checkpoint are rounded with a text; omit it")
+    stored = args.output is None
+    if stored:
+        args.output = stored_output(args)
     calibrated, text = (read_text(file) if file else "" for file in (args.calibrate, args.check))
     with reported_warnings(PROGRAM), source_errors():
         try:
@@ -168,6 +189,9 @@ def run(args: argparse.Namespace) -> None:
             report(PROGRAM, "note", "interrupted, nothing written")
             raise
         print(summary(args.output, manifest), flush=True)
+        if stored:
+            how = "--chat" if manifest["tokenizer"]["chat_template"] else '"Once upon a time"'
+            print(f"  to run it: meki-run --model {args.output.name} {how}", flush=True)
         if args.check:
             print(f"  quality: {quality_text(check(args, opened, text))}")
 
@@ -176,15 +200,23 @@ def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 1 failure, 2 usage, 130 interrupted, 141 output closed."""
     parser = Parser(PROGRAM, description=__doc__, epilog="Reference: docs/cli.md")
     models = parser.add_mutually_exclusive_group(required=True)
-    models.add_argument("source", type=path, nargs="?", help="Hugging Face folder, GGUF file or Megatron-LM checkpoint")
+    models.add_argument(
+        "source",
+        type=path,
+        nargs="?",
+        help="Hugging Face folder, GGUF file or Megatron-LM checkpoint; hf:ORG/NAME or hf:ORG/NAME/FILE.gguf: from the "
+        "Hugging Face Hub, hf:ORG/NAME@REVISION of a branch, tag or commit",
+    )
     models.add_argument(
         "--random",
         choices=(*SIZES, *GEMMA_SIZES),
         help="random weights of this size instead of a checkpoint, to measure speed with",
     )
-    parser.add_argument("-o", "--output", type=path, required=True, help="package directory to write")
+    parser.add_argument(
+        "-o", "--output", type=path, help="package directory to write (default: one in the store of models, by name)"
+    )
     add_source_options(parser)
-    parser.add_argument("--name", help="the model's name (default: the name of the directory)")
+    parser.add_argument("--name", help="the model's name (default: the directory's, in the store the source's)")
     parser.add_argument(
         "--weights",
         choices=WEIGHT_TYPES,

@@ -90,6 +90,8 @@ def read_tokenizer(path: Path) -> TokenizerSpec:
 
 
 _BESIDE = ("special_tokens_map", "tokenizer_config", "added_tokens", "generation_config", "config")
+TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", *(f"{name}.json" for name in _BESIDE))
+"""All that `read_tokenizer` may read."""
 
 
 def _content(token: object) -> str | None:

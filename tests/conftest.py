@@ -77,6 +77,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(reason)
 
 
+@pytest.fixture(autouse=True)
+def meki_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What MEKI_HOME names, so that no test meets the models of whoever runs it: a directory that is yet to be made."""
+    home = tmp_path_factory.mktemp("meki") / "home"
+    monkeypatch.setenv("MEKI_HOME", str(home))
+    return home
+
+
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., Decoder]:
     """make_model(**overrides of SMALL): a random model, the same at every call."""

@@ -261,6 +261,14 @@ def _check_type(path: Path, tensor: ReaderTensor) -> None:
         ) from error
 
 
+def part_names(name: str) -> list[str]:
+    """The files of a split model of which one has this name; of another name, that alone."""
+    part = _PART_NAME.fullmatch(name)
+    if part is None or not 1 <= int(part[2]) <= int(part[3]):
+        return [name]
+    return [f"{part[1]}-{number:05d}-of-{part[3]}.gguf" for number in range(1, int(part[3]) + 1)]
+
+
 def _find_parts(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
     """The files of the model of which `path` is the first or the only one. CheckpointError if they are not there."""
     index, count = metadata.get("split.no", 0), metadata.get("split.count", 0)
@@ -272,8 +280,7 @@ def _find_parts(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
             f"{path}: is a part of a split model, split.no is {index!r} and split.count {count!r}, expected a name "
             "that says so, such as NAME-00001-of-00003.gguf; give it the name that it had, beside the others"
         )
-    numbers = range(1, int(name[3]) + 1)
-    parts = [path.with_name(f"{name[1]}-{number:05d}-of-{name[3]}.gguf") for number in numbers]
+    parts = [path.with_name(part) for part in part_names(path.name)]
     if path != parts[0]:
         raise CheckpointError(f"{path}: is part {int(name[2])} of a split model; give the first, {parts[0]}")
     if missing := [part.name for part in parts if not part.is_file()]:

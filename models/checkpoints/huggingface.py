@@ -28,8 +28,8 @@ from .quantized_files import quantized_files
 from .safetensors_files import SafetensorsFiles
 
 CONFIG = "config.json"
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 _HEAD = "lm_head.weight"
 _ROWS_AT_ONCE = 4096
 
@@ -43,7 +43,7 @@ def open_huggingface(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     file = path / CONFIG
     whole = _read_object(file)
     values = language_model(file, whole)
-    stored = SafetensorsFiles(_weight_files(path))
+    stored = SafetensorsFiles(weight_files(path))
     quantization = values.get("quantization_config")
     quantized = None if quantization is None else quantized_files(file, quantization, stored)
     tensors = quantized or stored
@@ -92,17 +92,18 @@ def _add_one(gain: NDArray[Any]) -> NDArray[Any]:
     return gain + 1
 
 
-def _weight_files(path: Path) -> list[Path]:
-    if os.path.lexists(path / _WEIGHTS):
-        return [path / _WEIGHTS]
-    if os.path.lexists(path / _INDEX):
-        listed = _read_object(path / _INDEX).get("weight_map")
+def weight_files(path: Path) -> list[Path]:
+    """The files with the weights of the model in the folder `path`, whether they are there or not. CheckpointError."""
+    if os.path.lexists(path / WEIGHTS):
+        return [path / WEIGHTS]
+    if os.path.lexists(path / INDEX):
+        listed = _read_object(path / INDEX).get("weight_map")
         # A name with directories would lead out of the model's folder.
         if not isinstance(listed, dict) or any(Path(str(name)).name != name for name in listed.values()):
-            raise CheckpointError(f"{path / _INDEX}: weight_map is not an object of file names; download it again")
+            raise CheckpointError(f"{path / INDEX}: weight_map is not an object of file names; download it again")
         return [path / name for name in sorted(set(listed.values()))]
     raise CheckpointError(
-        f"{path}: neither {_WEIGHTS} nor {_INDEX} is there; expected the weights as safetensors, which transformers' "
+        f"{path}: neither {WEIGHTS} nor {INDEX} is there; expected the weights as safetensors, which transformers' "
         "save_pretrained makes of a pytorch_model.bin"
     )
 

@@ -28,7 +28,7 @@ def test_with_it_the_command_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 COMMANDS = [
-    *("cli.run", "cli.info", "cli.bench"),
+    *("cli.run", "cli.info", "cli.list", "cli.rm", "cli.bench"),
     *("models.check", "models.convert", "models.qnn.compile", "models.train.command"),
 ]
 

@@ -13,7 +13,7 @@ from meki.models import convert
 from meki.models.architectures.llama import Decoder, LlamaConfig
 from meki.models.checkpoints.huggingface import save_pretrained
 from meki.models.tokenizer import TokenizerSpec
-from meki.package import bundled_models
+from meki.package import bundled_models, find_model, read_manifest, stored_models
 
 
 @pytest.fixture
@@ -114,6 +114,49 @@ def test_existing_target(checkpoint: Path, tmp_path: Path, capsys: pytest.Captur
     assert "--overwrite" in fails(capsys, output, checkpoint, code=2)
     assert convert.main([str(checkpoint), "-o", str(output), "--overwrite"]) == 0
     assert json.loads((output / "manifest.json").read_text())["weights"]["type"] == "int8"
+
+
+def test_without_an_output_the_package_is_in_the_store(
+    checkpoint: Path, meki_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = checkpoint.rename(checkpoint.with_name("My Model"))
+    assert convert.main([str(source), "--weights", "float32"]) == 0
+    assert 'to run it: meki-run --model my-model "Once upon a time"\n' in capsys.readouterr().out
+    assert find_model("my-model") == meki_home / "models" / "my-model"
+    assert read_manifest(find_model("my-model"))["name"] == "my-model"
+    assert convert.main([str(source)]) == 2
+    error = capsys.readouterr().err
+    assert "my-model: is in the store already" in error and "--name" in error and "--overwrite" in error
+    assert convert.main([str(source), "--overwrite"]) == 0
+    assert read_manifest(find_model("my-model"))["weights"]["type"] == "int8"
+    template = source / "chat_template.jinja"
+    template.write_text("{{ messages[0].content }}")
+    assert convert.main([str(source), "--name", "other"]) == 0
+    assert "to run it: meki-run --model other --chat\n" in capsys.readouterr().out
+    assert sorted(path.name for path in (meki_home / "models").iterdir()) == ["my-model", "other"]
+
+
+@pytest.mark.usefixtures("small_config")
+def test_random_weights_in_the_store() -> None:
+    assert convert.main(["--random", "small"]) == 0
+    assert read_manifest(find_model("random-small"))["provenance"]["weights"] == "random"
+
+
+@pytest.mark.parametrize("name", ["My Model", "../up", ".hidden", "a/b", "-", "模型"])
+def test_names_that_the_store_does_not_take(
+    checkpoint: Path, meki_home: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert.main([str(checkpoint), f"--name={name}"]) == 2
+    assert f"the name in the store is {name!r}, expected small letters" in capsys.readouterr().err
+    assert not meki_home.exists()
+
+
+def test_a_failed_conversion_leaves_nothing_in_the_store(
+    checkpoint: Path, meki_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkpoint / "model.safetensors").write_bytes(b"cut off")
+    assert convert.main([str(checkpoint)]) == 1
+    assert stored_models() == {} and "not a complete safetensors file" in capsys.readouterr().err
 
 
 def test_missing_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,7 +315,6 @@ def test_missing_card(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFi
     "argv",
     [
         [],
-        ["x.safetensors"],
         ["-o", "y"],
         ["x", "-o", "y", "--weights", "int2"],
         ["x", "-o", "y", "--fast"],

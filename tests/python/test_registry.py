@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from meki import ModelNotFoundError, PackageError
-from meki.package import find_model, registry
+from meki.package import find_model, registry, stored_model
 
 
 @pytest.fixture
@@ -47,8 +48,12 @@ def test_what_is_yet_to_be_converted_names_the_command(tmp_path: Path, monkeypat
     (tmp_path / "model-q8_0.gguf").touch()
     (tmp_path / "model.safetensors").touch()
     for name, parts in (
-        (str(folder), ("is a Hugging Face folder, not a package", f"`meki-convert '{folder}' -o 'qwen 3-meki'`")),
-        ("~/model-q8_0.gguf", ("is a GGUF file, not a package", "/model-q8_0.gguf -o model-q8_0-meki`")),
+        (str(folder), ("is a Hugging Face folder, not a package", f"`meki-convert '{folder}'`, then give qwen-3")),
+        ("~/model-q8_0.gguf", ("is a GGUF file, not a package", "/model-q8_0.gguf`, then give model-q8_0")),
+        (
+            "hf:org/Qwen3-0.6B",
+            ("is a checkpoint, not a package", "`meki-convert hf:org/Qwen3-0.6B`, then give qwen3-0.6b"),
+        ),
         (str(tmp_path / "model.safetensors"), ("is a file, a package is a directory; meki-convert makes",)),
     ):
         with pytest.raises(ModelNotFoundError) as caught:
@@ -61,15 +66,69 @@ def test_what_is_yet_to_be_converted_names_the_command(tmp_path: Path, monkeypat
 def test_a_configuration_without_weights_says_how_to_get_them(bundled: Path, name: str) -> None:
     with pytest.raises(ModelNotFoundError) as caught:
         find_model(name)
-    commands = (f"meki-convert CHECKPOINT -o {name}", f"meki-convert --random {name} -o {name}")
+    commands = (f"meki-convert CHECKPOINT --name {name}", f"meki-convert --random {name} --name {name}")
     for part in (name, "nobody has published", "pip install 'meki[models]'", *commands):
         assert part in str(caught.value)
 
 
+def put(directory: Path) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "manifest.json").touch()
+    return directory
+
+
+def test_a_path_comes_first_then_the_store_then_what_is_bundled(
+    bundled: Path, meki_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_model("meki-tiny") == bundled / "meki-tiny"
+    stored = put(meki_home / "models" / "meki-tiny")
+    assert find_model("meki-tiny") == stored
+    folder = tmp_path / "meki-tiny"
+    folder.mkdir()
+    (folder / "config.json").touch()  # a checkpoint of the same name is no package
+    assert find_model("meki-tiny") == stored
+    (folder / "config.json").unlink()
+    assert find_model("meki-tiny") == Path("meki-tiny")
+
+
+def test_names_that_are_paths_are_not_looked_up_in_the_store(meki_home: Path, tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere")
+    stored = put(meki_home / "models" / "mine")
+    for name in ("../../elsewhere", ".mine", ".", "..", "./mine", "mine/", str(stored.parent / "other")):
+        assert stored_model(name) is None
+    assert find_model(stored) == stored
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("smollm2", "did you mean smollm2-135m?"),
+        ("SmolLM2-135m", "did you mean smollm2-135m?"),
+        ("mekitiny", "did you mean meki-tiny?"),
+        ("meki-4", "did you mean meki-4b?"),
+        ("meki", "did you mean meki-0.6b or meki-1.7b or meki-4b or meki-tiny?"),
+    ],
+)
+def test_a_name_that_is_almost_one(bundled: Path, meki_home: Path, name: str, meant: str) -> None:
+    put(meki_home / "models" / "smollm2-135m")
+    with pytest.raises(ModelNotFoundError, match=re.escape(meant)):
+        find_model(name)
+
+
 @pytest.mark.parametrize("name", ["", "no-such-model", "no/such/directory", "data", "nul\0name"])
-def test_any_other_name_lists_the_known_ones(bundled: Path, name: str) -> None:
+def test_any_other_name_says_how_to_see_the_known_ones(bundled: Path, name: str) -> None:
     with pytest.raises(PackageError) as caught:
         find_model(name)
     assert isinstance(caught.value, ModelNotFoundError)
-    for part in (repr(name), "meki-tiny (bundled)", "meki-4b (configuration only)", "path of a package directory"):
+    for part in (repr(name), "meki-list shows all", "path of a package directory"):
         assert part in str(caught.value)
+    assert "did you mean" not in str(caught.value)
+
+
+def test_a_store_that_cannot_be_read_hides_no_bundled_model(bundled: Path, meki_home: Path, tmp_path: Path) -> None:
+    (meki_home / "models").parent.mkdir(parents=True)
+    (meki_home / "models").write_text("a file")
+    assert find_model("meki-tiny") == bundled / "meki-tiny"
+    with pytest.raises(ModelNotFoundError, match="meki-list"):
+        find_model("no-such-model")

@@ -12,6 +12,14 @@ def info() -> int:
     return _main("meki.cli.info")
 
 
+def list() -> int:
+    return _main("meki.cli.list")
+
+
+def rm() -> int:
+    return _main("meki.cli.rm")
+
+
 def bench() -> int:
     return _main("meki.cli.bench")
 

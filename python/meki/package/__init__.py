@@ -11,6 +11,7 @@ from .manifest import (
     target_directory,
 )
 from .registry import ModelNotFoundError, bundled_models, find_model
+from .store import remove_model, store, stored_model, stored_models
 
 __all__ = [
     "MANIFEST",
@@ -24,5 +25,9 @@ __all__ = [
     "has_random_weights",
     "read_manifest",
     "reads_per_token",
+    "remove_model",
+    "store",
+    "stored_model",
+    "stored_models",
     "target_directory",
 ]

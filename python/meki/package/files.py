@@ -114,6 +114,20 @@ def replace_directory(path: Path, marker: str, overwrite: bool) -> Iterator[Path
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+def remove_directory(path: Path) -> None:
+    """Removes a directory with all that is in it, a file, or a symbolic link, not what it leads to. A directory has
+    another name before the first of its files goes. OSError; RuntimeError if another process writes it."""
+    try:
+        with locked(path):
+            if path.is_symlink() or not path.is_dir():
+                path.unlink()
+            else:
+                removed = path.rename(_partial(path))
+                shutil.rmtree(removed)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be removed: {error.strerror or error}; make {path.parent} writable") from error
+
+
 def _check_link(path: Path) -> None:
     if path.is_symlink() and not path.exists():
         raise FileExistsError(f"{path}: is a symbolic link to nothing; remove it or choose another path")

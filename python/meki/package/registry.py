@@ -1,14 +1,17 @@
-"""Where models are found: packages that are bundled with the installation by name, any other by path."""
+"""Where models are found: by path, or by name in the store and among what is bundled with the installation."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 
 from .._core import PackageError
 from .files import MANIFEST
+from .store import HUB, name_of_source, stored_model, stored_models
 
 PUBLISHED_SIZES = ("meki-0.6b", "meki-1.7b", "meki-4b")
 """Configurations of the paper; nobody has published weights for them."""
@@ -26,32 +29,37 @@ def bundled_models() -> dict[str, Path]:
 
 
 def find_model(name_or_path: str | os.PathLike[str]) -> Path:
-    """The package directory of a model: an existing directory is taken as a path, `~` as the home directory, anything
-    else as a bundled name.
+    """The package directory of a model: an existing directory is taken as a path, `~` as the home directory; anything
+    else is a name, of the store or, if it is not there, of a bundled package.
 
-    ModelNotFoundError if there is neither, and for what is yet to be converted; it says what can be done.
+    ModelNotFoundError if there is none, and for what is yet to be converted; it says what can be done.
     """
     name = os.fspath(name_or_path)
     path = Path(name if os.path.isdir(name) else os.path.expanduser(name))
     if name and path.is_dir() and ((path / MANIFEST).exists() or not (path / "config.json").is_file()):
         return path
     bundled = bundled_models()
-    if name in bundled:
-        return bundled[name]
+    if found := stored_model(name) or bundled.get(name):
+        return found
     if name and path.exists():
         raise ModelNotFoundError(_what_to_convert(path))
+    if name.startswith(HUB):
+        raise ModelNotFoundError(f"{name} is a checkpoint, not a package; {_how_to_convert(name)}")
     if name in PUBLISHED_SIZES:
         raise ModelNotFoundError(
             f"{name} is a known configuration, but nobody has published weights for it and none are installed; to make "
-            f"a package of a checkpoint: `pip install 'meki[models]'` and `meki-convert CHECKPOINT -o {name}` (or, to "
-            f"measure speed with random weights, `meki-convert --random {name} -o {name}`), then run it from the same "
-            "directory or give its path"
+            f"a package of a checkpoint: `pip install 'meki[models]'` and `meki-convert CHECKPOINT --name {name}` (or, "
+            f"to measure speed with random weights, `meki-convert --random {name} --name {name}`)"
         )
-    known = [f"{known} (bundled)" for known in sorted(bundled)]
-    known += [f"{known} (configuration only)" for known in PUBLISHED_SIZES]
+    known = [*bundled, *PUBLISHED_SIZES]
+    with contextlib.suppress(OSError):
+        known += stored_models()
+    small = name.lower()
+    near = [other for other in known if small and small in other.lower()] or get_close_matches(small, known)
+    meant = f"; did you mean {' or '.join(sorted(set(near)))}?" if near else ";"
     raise ModelNotFoundError(
-        f"no model {name!r}: it is neither a directory nor a known name; known: {', '.join(known)}; "
-        "the path of a package directory works too"
+        f"no model {name!r}: it is neither a directory nor a known name{meant} meki-list shows all; the path of a "
+        "package directory works too"
     )
 
 
@@ -62,9 +70,10 @@ def _what_to_convert(path: Path) -> str:
             f"{path} is a file, a package is a directory; meki-convert makes one of a Hugging Face folder, a GGUF file "
             "or a Megatron-LM checkpoint"
         )
-    kind, package = ("a Hugging Face folder", path.resolve().name) if path.is_dir() else ("a GGUF file", path.stem)
-    package = shlex.quote(f"{package}-meki")
-    return (
-        f"{path} is {kind}, not a package; make one of it: `pip install 'meki[models]'` and "
-        f"`meki-convert {shlex.quote(str(path))} -o {package}`, then give {package}"
-    )
+    kind = "a Hugging Face folder" if path.is_dir() else "a GGUF file"
+    return f"{path} is {kind}, not a package; {_how_to_convert(str(path))}"
+
+
+def _how_to_convert(source: str) -> str:
+    name = name_of_source(source)
+    return f"make one of it: `pip install 'meki[models]'` and `meki-convert {shlex.quote(source)}`, then give {name}"
