@@ -167,8 +167,9 @@ size_t Sampler::bucket_of(float weight) {
   return std::min<size_t>(kFirst - (std::bit_cast<uint32_t>(weight) >> kDropped), kBuckets - 1);
 }
 
-// Fills candidates_, in the order of their ids, with at least as many tokens, or all: those that are as probable as the
-// best one of the block that is the `blocks`th by its best one, and whoever shares a bucket with one of them.
+// Fills candidates_, in the order of their ids, with at least as many tokens, or all that are possible: those that are
+// as probable as the best one of the block that is the `blocks`th by its best one, and whoever shares a bucket with one
+// of them.
 void Sampler::gather(size_t blocks) {
   float least = -kInfinity;
   if (blocks <= block_best_.size()) {
@@ -181,11 +182,11 @@ void Sampler::gather(size_t blocks) {
   const float reach = bucket < kBuckets - 1 ? least - kBucketWidth : -kInfinity;
   candidates_.clear();
   for (size_t number = 0; number < block_best_.size(); ++number) {
-    if (exponent(block_best_[number]) < reach) continue;
+    if (exponent(block_best_[number]) < reach || block_best_[number] == -kInfinity) continue;
     const std::span<const float> values = block(number);
     for (size_t i = 0; i < values.size(); ++i) {
       const float power = exponent(values[i]);
-      if (power < reach) continue;
+      if (power < reach || power == -kInfinity) continue;
       const float weight = std::exp(power);
       if (bucket_of(weight) <= bucket) candidates_.push_back({weight, static_cast<int32_t>(number * kBlock + i)});
     }
