@@ -77,7 +77,7 @@ class TextStream(Iterator[str]):
         prompt_tokens: int,
         shared_tokens: int,
         options: CheckedOptions,
-        constraint: Constraint | None,
+        constraint: Constraint | None = None,
     ) -> None:
         """sequence: all tokens so far, of which the last `prompt_tokens` are the prompt. shared_tokens: how many of
         these were in the sequence before, computed or not. constraint: of the tokens to come; None: none."""

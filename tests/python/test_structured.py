@@ -392,7 +392,7 @@ def test_what_failed_is_compiled_anew(tiny: Engine) -> None:
 
 def test_grammars_are_compiled_once(tiny: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
-    monkeypatch.setattr("meki.structured.grammars.try_grammar", lambda grammar: tried.append(grammar) or "")
+    monkeypatch.setattr("meki.structured.grammars.try_grammar", lambda grammar, *_: tried.append(grammar) or "")
     engine = Engine("meki-tiny", threads=1)
     for _ in range(3):
         engine.generate(PROMPT, regex="once")
@@ -406,7 +406,7 @@ def test_a_trial_that_cannot_begin_is_no_fault_of_the_grammar(monkeypatch: pytes
 
     monkeypatch.setattr(llguidance, "__file__", str(tmp_path / "nowhere" / "llguidance" / "__init__.py"))
     with pytest.raises(RuntimeError, match="llguidance"):
-        try_grammar('start: "a"')
+        try_grammar('start: "a"', 300, {"<end>": 0})
 
 
 def test_without_llguidance_the_error_says_what_to_install(tiny: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

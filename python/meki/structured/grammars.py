@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer
 
 from ..options import Form
 from ..prompt import PromptEncoder, tokenizer_errors
@@ -18,6 +21,7 @@ KEPT = 16
 """Compiled grammars of an engine."""
 WHITESPACE = r"\x20|\n[\x20\t]{0,20}"
 """Between the tokens of JSON, or nothing: enough to indent it, and a model cannot go on with it forever."""
+_SAMPLE = "A word, 1 number.\n"
 _MESSAGE = 240
 """Characters of an error, at most."""
 
@@ -63,11 +67,13 @@ class Grammars:
                 f"{form.option} needs the package llguidance; run `pip install 'meki[structured]'`"
             ) from error
         grammar = _grammar(form)
-        if wrong := try_grammar(grammar):
-            raise refusal(form, wrong)
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = self._load_tokenizer(form)
+        special = self._prompts.vocabulary.special_tokens
+        ends = {f"<end {token_id}>": token_id for token_id in self._prompts.end_token_ids}
+        if wrong := try_grammar(grammar, self._vocab_size, special or ends):
+            raise refusal(form, wrong)
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
         if matcher.is_error():
             raise refusal(form, matcher.get_error())
@@ -79,10 +85,16 @@ class Grammars:
         ends = self._prompts.end_token_ids
         if not ends:
             raise ValueError(f"{form.option}: the model has no end token, with which such a text ends; omit it")
+        plain = _without_normalization(self._prompts.continuing)
         with tokenizer_errors(
             lambda error: ValueError(f"{form.option} does not work with this model's tokenizer: {error}; omit it")
         ):
-            return LLTokenizer(self._prompts.tokenizer.to_str(), n_vocab=self._vocab_size, eos_token=ends)
+            tokenizer = LLTokenizer(plain, n_vocab=self._vocab_size, eos_token=ends)
+            ids = tokenizer.tokenize_str(_SAMPLE)
+            text, expected = tokenizer.decode_str(ids), self._prompts.vocabulary.decode(ids)
+            if text.lstrip() != expected.lstrip():
+                raise ValueError(f"llguidance takes {expected!r} for {text!r}")
+        return tokenizer
 
 
 class Constraint:
@@ -104,7 +116,7 @@ class Constraint:
         return self._allowed.result()
 
     def accept(self, token_id: int) -> bool:
-        """Goes on to the token after `token_id`, which was allowed. True: the text is complete, nothing can follow."""
+        """Goes on to the token after `token_id`, one of `allowed()`. True: the text is complete, nothing can follow."""
         self._matcher.consume_token(token_id)
         self._check()
         if self._matcher.is_stopped():
@@ -115,14 +127,25 @@ class Constraint:
     def _find_allowed(self) -> bytes:
         mask = self._matcher.compute_bitmask()
         self._check()
-        if not mask.strip(b"\0"):
-            raise refusal(self._form, "the model has no token with which the text could go on")
         return mask
 
     def _check(self) -> None:
         if self._matcher.is_error():
             self._grammars.forget(self._form)
-            raise refusal(self._form, self._matcher.get_error())
+            wrong = self._matcher.get_error()
+            if wrong.startswith("NoExtension"):
+                wrong = "the model has no token with which the text could go on"
+            raise refusal(self._form, wrong)
+
+
+def _without_normalization(tokenizer: Tokenizer) -> str:
+    """A tokenizer.json for the text of a grammar, which is what it is: of its normalizers only those that write a
+    space as another character."""
+    parts = json.loads(tokenizer.to_str())
+    normalizer = parts["normalizer"] or {"type": "Sequence", "normalizers": []}
+    steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+    parts["normalizer"] = {"type": "Sequence", "normalizers": [step for step in steps if step["type"] == "Replace"]}
+    return json.dumps(parts)
 
 
 def refusal(form: Form, wrong: str) -> ValueError:

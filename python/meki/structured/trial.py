@@ -7,10 +7,12 @@ run as a program, it imports nothing of meki.
 
 from __future__ import annotations
 
+import json
 import resource
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,15 @@ STACK_BYTES = 2**21
 """A quarter of what threads have, for what compiles here compiles there."""
 
 
-def try_grammar(grammar: str) -> str:
-    """What is wrong with a grammar in llguidance's form; empty: it can be compiled here, too."""
+def try_grammar(grammar: str, vocab_size: int, special_tokens: Mapping[str, int]) -> str:
+    """What is wrong with a grammar in llguidance's form; empty: it can be compiled here, too. special_tokens: at least
+    one, ids below `vocab_size` by their texts, which grammars may name."""
     import llguidance
 
     library = Path(llguidance.__file__).parents[1]
     command = [sys.executable, "-I", "-S", __file__, str(library)]
-    trial = subprocess.run(command, input=grammar.encode(), capture_output=True)
+    what = json.dumps([grammar, vocab_size, dict(special_tokens)])
+    trial = subprocess.run(command, input=what.encode(), capture_output=True)
     said, complete, _ = trial.stdout.decode(errors="replace").rpartition("\0")
     if complete:
         return said
@@ -38,15 +42,23 @@ def try_grammar(grammar: str) -> str:
 
 
 class _Bytes:
-    """A tokenizer of bytes, in the form that llguidance takes."""
+    """A tokenizer of bytes and special tokens, in the form that llguidance takes."""
 
-    eos_token_id = 256
     bos_token_id = None
-    tokens = (*(bytes((byte,)) for byte in range(256)), b"<end>")
-    special_token_ids = (256,)
+
+    def __init__(self, vocab_size: int, special_tokens: dict[str, int]) -> None:
+        self.tokens = [b""] * max(vocab_size, 256 + len(special_tokens))
+        self.special_token_ids = sorted(special_tokens.values())
+        self.eos_token_id = self.special_token_ids[0]
+        for text, token_id in special_tokens.items():
+            self.tokens[token_id] = text.encode()
+        others = (token_id for token_id, token in enumerate(self.tokens) if not token)
+        self._ids = dict(zip(range(256), others, strict=False))
+        for byte, token_id in self._ids.items():
+            self.tokens[token_id] = bytes((byte,))
 
     def __call__(self, text: bytes) -> list[int]:
-        return list(text)
+        return [self._ids[byte] for byte in text]
 
 
 def _main() -> None:
@@ -54,7 +66,7 @@ def _main() -> None:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
     def compile_grammar() -> None:
-        tokenizer: Any = LLTokenizer(TokenizerWrapper(_Bytes()))
+        tokenizer: Any = LLTokenizer(TokenizerWrapper(_Bytes(vocab_size, special_tokens)))
         matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
         wrong = matcher.get_error()
         if not wrong:
@@ -64,7 +76,7 @@ def _main() -> None:
                 wrong = "there is no text of this kind"
         print(wrong + "\0", end="", flush=True)
 
-    grammar = sys.stdin.buffer.read().decode()
+    grammar, vocab_size, special_tokens = json.load(sys.stdin.buffer)
     for limit, most in (
         (resource.RLIMIT_CPU, CPU_SECONDS),
         (resource.RLIMIT_AS, MEMORY_BYTES),
