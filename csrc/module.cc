@@ -6,12 +6,14 @@
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 
+#include <cstring>
 #include <filesystem>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "csrc/bindings.h"
@@ -51,6 +53,17 @@ class GuardedSession {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) throw std::runtime_error("this session is in use by another thread; give every thread its own session");
     return std::invoke(work, session_, std::forward<Arguments>(arguments)...);
+  }
+  std::optional<int32_t> next(const std::optional<py::bytes>& allowed) {
+    std::optional<TokenSet> set;
+    std::vector<uint32_t> words;  // of the bytes, which may lie anywhere
+    if (allowed) {
+      const std::string_view bytes(*allowed);
+      words.resize(bytes.size() / sizeof(uint32_t));
+      std::memcpy(words.data(), bytes.data(), words.size() * sizeof(uint32_t));
+      set = words;
+    }
+    return call(&Session::next, poll_signals, set);
   }
   // From `start` on; none: of all pending tokens.
   py::array_t<float> logits(std::optional<size_t> start) {
@@ -334,10 +347,14 @@ void bind_engine(py::module_& m) {
           "sampling"_a, "max_new_tokens"_a, "end_token_ids"_a = py::none(),
           "Begins a generation after the current sequence. 0 tokens: until the context is full. Each of\n"
           "`end_token_ids` ends it, None: each of the manifest's. ValueError if the sequence is empty.")
+      .def("next", &GuardedSession::next, "allowed"_a = py::none(),
+           "The next token, or None when the generation is over (see finish_reason). The rows of a returned token\n"
+           "are already being fetched. allowed: a set of tokens to choose from, a bit each, uint32\n"
+           "[(vocab_size + 31) / 32]: bit i % 32 of word i / 32 is token i; None: all. ValueError for a set that is\n"
+           "too short or has no token; the next call goes on. KeyboardInterrupt is raised between two prefill chunks.")
       .def(
-          "next", [](GuardedSession& s) { return s.call(&Session::next, poll_signals); },
-          "The next token, or None when the generation is over (see finish_reason). The rows of a returned token\n"
-          "are already being fetched. KeyboardInterrupt is raised between two prefill chunks.")
+          "step", [](GuardedSession& s) { s.call(&Session::step, poll_signals); },
+          "Computes what `next` chooses from, for a caller to whom the allowed tokens become known meanwhile.")
       .def_property_readonly(
           "finish_reason", [](GuardedSession& s) { return finish_name(s.call(&Session::finish_reason)); },
           "None while running, \"eos\", \"length\" (max_new_tokens reached) or \"context\" (cache full).")

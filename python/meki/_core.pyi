@@ -283,10 +283,12 @@ class Session:
         Computes all pending tokens; float32 [tokens from position `start` on, vocab_size], None standing for
         the first pending one. ValueError for a position that is not pending.
         """
-    def next(self) -> int | None:
+    def next(self, allowed: bytes | None = None) -> int | None:
         """
         The next token, or None when the generation is over (see finish_reason). The rows of a returned token
-        are already being fetched. KeyboardInterrupt is raised between two prefill chunks.
+        are already being fetched. allowed: a set of tokens to choose from, a bit each, uint32
+        [(vocab_size + 31) / 32]: bit i % 32 of word i / 32 is token i; None: all. ValueError for a set that is
+        too short or has no token; the next call goes on. KeyboardInterrupt is raised between two prefill chunks.
         """
     def reset_stats(self) -> None:
         ...
@@ -308,6 +310,10 @@ class Session:
         """
         Begins a generation after the current sequence. 0 tokens: until the context is full. Each of
         `end_token_ids` ends it, None: each of the manifest's. ValueError if the sequence is empty.
+        """
+    def step(self) -> None:
+        """
+        Computes what `next` chooses from, for a caller to whom the allowed tokens become known meanwhile.
         """
     @property
     def context(self) -> int:

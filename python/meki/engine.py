@@ -29,6 +29,7 @@ from .options import (
 )
 from .package import check_parsed_files, compiled_targets, find_model, has_random_weights, read_manifest
 from .prompt import PromptEncoder
+from .structured import Constraint, Grammars
 
 if TYPE_CHECKING:  # a text needs no numpy, which takes 0.1 s to load
     import numpy as np
@@ -102,6 +103,7 @@ class Engine:
             finally:
                 self._core = opening.result()  # what it refuses comes first
         self.tokenizer = self._prompts.tokenizer
+        self._grammars = Grammars(self._prompts, self.vocab_size)
         self._lock = threading.Lock()
         self._idle: tuple[tuple[Any, ...], Session] | None = None  # of the last chat, by what it was made with
 
@@ -281,6 +283,7 @@ class Session:
         self._sampling: GenerationOptions = engine.manifest["sampling"]
         self._vocab_size = engine.vocab_size
         self._prompts = engine._prompts  # not the engine itself: it keeps a session, and a cycle would outlive both
+        self._grammars = engine._grammars
         self._rom_access = engine.rom_access
         self._core = _core.Session(engine._core, settings)
         self._stream: TextStream | None = None
@@ -306,13 +309,15 @@ class Session:
         prompt: `tokenizer.decode` of all tokens without what it has in common with that of those before. An empty
         prompt goes on with the sequence; at its start it stands for the token that begins a text: the
         manifest's bos_token_id, or else its first end token, after which a new text begins. ValueError for an option
-        out of range, a prompt that does not fit the context, a token id out of the vocabulary, and an empty prompt
-        where there is no such token; TypeError for a value of a wrong type. The sequence is then as before.
+        out of range, a prompt that does not fit the context, a token id out of the vocabulary, a schema, regular
+        expression or grammar that cannot be used, and an empty prompt where there is no such token; TypeError for a
+        value of a wrong type. The sequence is then as before.
         """
         checked = check_options({**self._sampling, **options}, self._vocab_size)
         token_ids = self._prompts.encode(prompt, first=not self._core.tokens)
+        constraint = self._constraint(checked)
         self._core.append(token_ids)  # the last that can refuse: from here on the earlier stream is over
-        return self._generate(checked, prompt_tokens=len(token_ids), shared_tokens=0)
+        return self._generate(checked, constraint, prompt_tokens=len(token_ids), shared_tokens=0)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> GenerationResult:
         """The model's answer to a conversation. Messages, options and errors as in `stream_chat`."""
@@ -352,9 +357,10 @@ class Session:
             )
         # The last token is computed in any case: the answer begins with its logits.
         shared = common_prefix(self._core.tokens, token_ids[:-1])
+        constraint = self._constraint(checked)
         self._core.rewind(shared)
         self._core.append(token_ids[shared:])
-        return self._generate(checked, prompt_tokens=len(token_ids), shared_tokens=shared)
+        return self._generate(checked, constraint, prompt_tokens=len(token_ids), shared_tokens=shared)
 
     def logits(self, token_ids: Sequence[int], start: int = 0) -> NDArray[np.float32]:
         """Appends tokens as they are; float32 [len(token_ids) - start, vocab_size], row i predicting the token after
@@ -374,7 +380,12 @@ class Session:
         self._core.rewind(check_integer("length", length, len(self._core.tokens)))
         self._begin()
 
-    def _generate(self, options: CheckedOptions, *, prompt_tokens: int, shared_tokens: int) -> TextStream:
+    def _constraint(self, options: CheckedOptions) -> Constraint | None:
+        return None if options.form is None else self._grammars.constraint(options.form)
+
+    def _generate(
+        self, options: CheckedOptions, constraint: Constraint | None, *, prompt_tokens: int, shared_tokens: int
+    ) -> TextStream:
         """Begins a generation after the sequence, which ends with the prompt."""
         self._begin()
         ends = [] if options.ignore_eos else self._prompts.end_token_ids
@@ -387,6 +398,7 @@ class Session:
             prompt_tokens,
             shared_tokens,
             options,
+            constraint,
         )
         return self._stream
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from . import _core
 from .options import CheckedOptions
+from .structured import Constraint
 from .text import Detokenizer, StopStrings, Vocabulary
 
 
@@ -64,7 +65,7 @@ class TextStream(Iterator[str]):
     """The text of one generation, piece by piece as it is computed; no piece is empty.
 
     Made by `Engine.stream`, `Session.stream` and `Session.stream_chat`. Stop iterating at any time: nothing runs
-    between two pieces.
+    between two pieces, but what finds out the next tokens that a schema or a grammar allows.
     """
 
     def __init__(
@@ -76,14 +77,16 @@ class TextStream(Iterator[str]):
         prompt_tokens: int,
         shared_tokens: int,
         options: CheckedOptions,
+        constraint: Constraint | None = None,
     ) -> None:
         """sequence: all tokens so far, of which the last `prompt_tokens` are the prompt. shared_tokens: how many of
-        these were in the sequence before, computed or not."""
+        these were in the sequence before, computed or not. constraint: of the tokens to come; None: none."""
         self._core = core
         self._rom_access = rom_access
         self._detokenizer = Detokenizer(vocabulary, sequence)
         self._stop = StopStrings(options.stop, vocabulary.special_tokens)
         self._stop_token_ids = frozenset(options.stop_token_ids)
+        self._constraint = constraint
         self._seed = options.sampling.seed
         self._prompt_tokens = prompt_tokens
         self._shared_tokens = shared_tokens
@@ -115,7 +118,7 @@ class TextStream(Iterator[str]):
 
     def _step(self) -> str:
         start = time.perf_counter()
-        token = self._core.next()
+        token, complete = self._next()
         if token is not None:
             if self._first_token_s is None:
                 self._first_token_s = time.perf_counter() - start
@@ -129,11 +132,23 @@ class TextStream(Iterator[str]):
             text = self._detokenizer.flush() + mark if mark else self._detokenizer.push(token)
             piece, stopped = self._stop.push(text)
             reason = "stop" if stopped else None
+        if complete and not reason:  # as if the model's end token had followed
+            rest, stopped = self._stop.push(self._detokenizer.flush())
+            piece += rest + self._stop.flush()
+            reason = "stop" if stopped else "eos"
         if piece:
             self._pieces.append(piece)
         if reason:
             self._result = self._collect(reason)
         return piece
+
+    def _next(self) -> tuple[int | None, bool]:
+        """The next token, None when there is none, and whether the text is complete with it."""
+        if self._constraint is None:
+            return self._core.next(), False
+        self._core.step()  # the constraint finds out meanwhile what it allows
+        token = self._core.next(self._constraint.allowed())
+        return token, token is not None and self._constraint.accept(token)
 
     def _collect(self, finish_reason: str | None) -> GenerationResult:
         core = self._core.stats

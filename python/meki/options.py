@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import operator
 import os
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from reprlib import repr as shown
-from typing import Any, SupportsFloat, SupportsIndex, TypedDict
+from typing import Any, Literal, SupportsFloat, SupportsIndex, TypedDict
 
 from . import _core
 
@@ -47,6 +48,14 @@ class GenerationOptions(TypedDict, total=False):
     """Tokens that end the text, besides the model's own end tokens. Default none."""
     ignore_eos: bool
     """The model's end tokens do not end the generation: they stay in the sequence, and it goes on. Default False."""
+    json_schema: Mapping[str, Any] | str | Literal[True] | None
+    """The text is JSON of this schema, a dict or its JSON text; True: any JSON. Default None. Of this and the next two,
+    one at most; the generation ends ("eos") where the text is complete. They need the extra `structured`."""
+    regex: str | None
+    """The text is one that this regular expression matches from beginning to end, in the syntax of Rust's regex crate.
+    Default None."""
+    grammar: str | None
+    """The text is one of this grammar, in the variant of Lark's syntax that llguidance reads. Default None."""
 
 
 class ChatOptions(GenerationOptions, total=False):
@@ -63,6 +72,15 @@ class ChatOptions(GenerationOptions, total=False):
 
 
 @dataclass(frozen=True)
+class Form:
+    """What a text is to be like."""
+
+    option: Literal["json_schema", "regex", "grammar"]
+    text: str
+    """The schema as JSON, the regular expression, the grammar."""
+
+
+@dataclass(frozen=True)
 class CheckedOptions:
     """`GenerationOptions` with defaults filled in."""
 
@@ -71,6 +89,8 @@ class CheckedOptions:
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
+    form: Form | None
+    """None: any."""
 
 
 def check_integer(name: str, value: int, maximum: int, minimum: int = 0) -> int:
@@ -148,4 +168,45 @@ def check_options(options: GenerationOptions, vocab_size: int = 2**31) -> Checke
     most = options.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
     most = 0 if most is None else max(0, check_integer("max_new_tokens", most, 2**31 - 1, minimum=-1))
     ignore_eos = check_flag("ignore_eos", options.get("ignore_eos", False))
-    return CheckedOptions(sampling, most, stop, tuple(stop_token_ids), ignore_eos)
+    form = _check_form(options)
+    if form is not None and ignore_eos:
+        raise ValueError(
+            f"{form.option} and ignore_eos exclude each other: an end token completes such a text; omit one"
+        )
+    return CheckedOptions(sampling, most, stop, tuple(stop_token_ids), ignore_eos, form)
+
+
+def _check_form(options: GenerationOptions) -> Form | None:
+    schema, regex, grammar = (options.get(name) for name in ("json_schema", "regex", "grammar"))
+    given: list[Form] = []
+    if schema is not None:
+        given.append(Form("json_schema", _schema_text(schema)))
+    if regex is not None:
+        given.append(Form("regex", _unicode_text("regex", regex)))
+    if grammar is not None:
+        given.append(Form("grammar", _unicode_text("grammar", grammar)))
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(form.option for form in given)} exclude each other; give one")
+    return given[0] if given else None
+
+
+def _unicode_text(name: str, value: Any) -> str:
+    try:
+        check_text(name, value).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is not valid Unicode: {error}; give text that UTF-8 can hold") from error
+    return str(value)
+
+
+def _schema_text(schema: Any) -> str:
+    """A JSON schema as an object of JSON."""
+    if schema is False or not isinstance(schema, Mapping | str | bool):
+        raise TypeError(f"json_schema must be a dict, a text or True, got {shown(schema)}")
+    try:
+        parsed = json.loads(schema) if isinstance(schema, str) else schema
+        text = json.dumps({} if parsed is True else parsed, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"json_schema cannot be used: it is no JSON: {error}") from error
+    if not text.startswith("{"):
+        raise ValueError(f"json_schema cannot be used: a schema is a JSON object, got {shown(parsed)}")
+    return text

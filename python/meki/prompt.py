@@ -90,8 +90,8 @@ class PromptEncoder:
         return {name: token for name, token in tokens.items() if token is not None}
 
     def _encode_further(self, text: str) -> list[int]:
-        ids = self._tokenize(text, add_special_tokens=False, tokenizer=self._continuing)
-        if self._continuing is self.tokenizer:
+        ids = self._tokenize(text, add_special_tokens=False, tokenizer=self.continuing)
+        if self.continuing is self.tokenizer:
             return ids
         # What follows an added token is as ever: many models know it with a space in front.
         added = set(self.vocabulary.added_tokens.values())
@@ -103,7 +103,7 @@ class PromptEncoder:
         return ids[:first] + usual[first_usual:]
 
     @cached_property
-    def _continuing(self) -> Tokenizer:
+    def continuing(self) -> Tokenizer:
         """The tokenizer without what it puts before a text; the same one if that is nothing."""
         parts = {
             name: json.loads(part.__getstate__())

@@ -64,7 +64,7 @@ Sampler::Sampler(const SamplingOptions& options, size_t vocab_size)
     : options_(options),
       temperature_(std::max(static_cast<float>(options.temperature), 1e-30F)),  // 0 / 0 is no weight
       random_(options.seed),
-      penalised_(vocab_size),
+      adjusted_(vocab_size),
       seen_(vocab_size),
       block_best_((vocab_size + kBlock - 1) / kBlock),
       ranked_(block_best_.size()) {
@@ -78,19 +78,40 @@ Sampler::Sampler(const SamplingOptions& options, size_t vocab_size)
           "a number above 0");
 }
 
-// Fills penalised_, which are the logits then.
+// Changes adjusted_.
 void Sampler::penalise(std::span<const int32_t> sequence) {
-  std::copy(logits_.begin(), logits_.end(), penalised_.begin());
   const auto penalty = static_cast<float>(options_.repetition_penalty);
   std::fill(seen_.begin(), seen_.end(), false);
   for (const int32_t id : sequence) {
     const auto index = static_cast<size_t>(id);
     if (seen_[index]) continue;  // once, however often the token occurs
     seen_[index] = true;
-    float& logit = penalised_[index];
+    float& logit = adjusted_[index];
     logit = logit > 0 ? logit / penalty : logit * penalty;
   }
-  logits_ = penalised_;
+}
+
+// Changes adjusted_.
+void Sampler::forbid_all_but(TokenSet allowed) {
+  constexpr size_t kBits = 32;
+  const size_t vocab_size = adjusted_.size();
+  const size_t words = (vocab_size + kBits - 1) / kBits;
+  if (allowed.size() < words) {
+    throw std::invalid_argument("the set of allowed tokens has " + std::to_string(allowed.size()) + " words, " +
+                                std::to_string(vocab_size) + " tokens take " + std::to_string(words));
+  }
+  bool any = false;
+  for (size_t word = 0; word < words; ++word) {
+    const size_t first = word * kBits;
+    const size_t count = std::min(kBits, vocab_size - first);
+    const uint32_t all = ~uint32_t{0} >> (kBits - count);
+    const uint32_t bits = allowed[word] & all;
+    any |= bits != 0;
+    if (bits == all) continue;
+    float* const logits = adjusted_.data() + first;
+    for (size_t bit = 0; bit < count; ++bit) logits[bit] = (bits >> bit & 1U) != 0 ? logits[bit] : -kInfinity;
+  }
+  if (!any) throw std::invalid_argument("the set of allowed tokens is empty");
 }
 
 std::span<const float> Sampler::block(size_t number) const {
@@ -146,8 +167,9 @@ size_t Sampler::bucket_of(float weight) {
   return std::min<size_t>(kFirst - (std::bit_cast<uint32_t>(weight) >> kDropped), kBuckets - 1);
 }
 
-// Fills candidates_, in the order of their ids, with at least as many tokens, or all: those that are as probable as the
-// best one of the block that is the `blocks`th by its best one, and whoever shares a bucket with one of them.
+// Fills candidates_, in the order of their ids, with at least as many tokens, or all that are possible: those that are
+// as probable as the best one of the block that is the `blocks`th by its best one, and whoever shares a bucket with one
+// of them.
 void Sampler::gather(size_t blocks) {
   float least = -kInfinity;
   if (blocks <= block_best_.size()) {
@@ -160,11 +182,11 @@ void Sampler::gather(size_t blocks) {
   const float reach = bucket < kBuckets - 1 ? least - kBucketWidth : -kInfinity;
   candidates_.clear();
   for (size_t number = 0; number < block_best_.size(); ++number) {
-    if (exponent(block_best_[number]) < reach) continue;
+    if (exponent(block_best_[number]) < reach || block_best_[number] == -kInfinity) continue;
     const std::span<const float> values = block(number);
     for (size_t i = 0; i < values.size(); ++i) {
       const float power = exponent(values[i]);
-      if (power < reach) continue;
+      if (power < reach || power == -kInfinity) continue;
       const float weight = std::exp(power);
       if (bucket_of(weight) <= bucket) candidates_.push_back({weight, static_cast<int32_t>(number * kBlock + i)});
     }
@@ -237,10 +259,17 @@ void Sampler::keep_top_p_of_candidates() {
   candidates_.erase(end, candidates_.end());
 }
 
-int32_t Sampler::sample(std::span<const float> logits, std::span<const int32_t> sequence) {
-  if (logits.size() != penalised_.size()) throw std::invalid_argument("logits do not have the size of the vocabulary");
+int32_t Sampler::sample(std::span<const float> logits, std::span<const int32_t> sequence,
+                        std::optional<TokenSet> allowed) {
+  if (logits.size() != adjusted_.size()) throw std::invalid_argument("logits do not have the size of the vocabulary");
   logits_ = logits;
-  if (options_.repetition_penalty != 1.0) penalise(sequence);
+  const bool penalty = options_.repetition_penalty != 1.0;
+  if (penalty || allowed) {
+    std::copy(logits.begin(), logits.end(), adjusted_.begin());
+    logits_ = adjusted_;
+    if (penalty) penalise(sequence);
+    if (allowed) forbid_all_but(*allowed);
+  }
   survey();
   if (options_.temperature == 0) return most_probable();
 

@@ -3,11 +3,16 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <random>
 #include <span>
 #include <vector>
 
 namespace meki {
+
+// A set of token ids, a bit each: bit i % 32 of word i / 32 is token i. uint32 [(vocab_size + 31) / 32], or more; bits
+// behind the vocabulary mean nothing.
+using TokenSet = std::span<const uint32_t>;
 
 // How the next token is chosen. Applied in this order, as in Hugging Face transformers: repetition penalty,
 // temperature, top-k, top-p, min-p.
@@ -28,9 +33,12 @@ class Sampler {
   Sampler(const SamplingOptions& options, size_t vocab_size);
 
   // One token id. logits: float32 [vocab_size], left as they are; sequence: the ids so far (each below
-  // vocab_size), for the repetition penalty.
-  // Throws std::runtime_error if a logit is NaN or all are -infinity. Does not allocate.
-  int32_t sample(std::span<const float> logits, std::span<const int32_t> sequence);
+  // vocab_size), for the repetition penalty; allowed: the tokens to choose from, the others being as if their logits
+  // were -infinity. A penalty leaves -infinity as it is, so which of the two comes first makes no difference.
+  // Throws std::runtime_error if a logit to choose from is NaN or all of them are -infinity, std::invalid_argument for
+  // a set that is too short or has no token. Does not allocate.
+  int32_t sample(std::span<const float> logits, std::span<const int32_t> sequence,
+                 std::optional<TokenSet> allowed = std::nullopt);
 
  private:
   struct Candidate {
@@ -48,6 +56,7 @@ class Sampler {
   static size_t bucket_of(float weight);
 
   void penalise(std::span<const int32_t> sequence);
+  void forbid_all_but(TokenSet allowed);
   std::span<const float> block(size_t number) const;
   void survey();
   int32_t most_probable() const;
@@ -64,8 +73,8 @@ class Sampler {
   SamplingOptions options_;
   float temperature_;
   std::mt19937_64 random_;
-  std::span<const float> logits_;      // in use, penalised if that is asked for
-  std::vector<float> penalised_;       // [vocab_size]
+  std::span<const float> logits_;      // in use: those given, or adjusted_
+  std::vector<float> adjusted_;        // [vocab_size], penalised and without tokens that are not allowed
   std::vector<bool> seen_;             // [vocab_size], in the sequence
   std::vector<float> block_best_;      // the greatest logit of each block of neighbouring tokens
   std::vector<float> ranked_;          // [blocks], a copy

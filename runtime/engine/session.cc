@@ -123,18 +123,26 @@ void Session::start(const SamplingOptions& sampling, size_t max_new_tokens,
   }
 }
 
-std::optional<int32_t> Session::next(const Poll& poll) {
+void Session::step(const Poll& poll) {
   engine_->check_process();
   if (!sampler_) throw std::invalid_argument("no generation was started; call start first");
-  if (finish_reason_ != FinishReason::running) return std::nullopt;
-  const bool decoding = generating_ && pending() <= 1;
-  if (!decoding && pending() > 0) compute(poll);
+  if (finish_reason_ != FinishReason::running || pending() == 0) return;
+  if (!generating_ || pending() > 1) {
+    compute(poll);
+  } else {
+    const Timer timer(stats_.decode_ns);
+    decode(poll);
+  }
+}
 
+std::optional<int32_t> Session::next(const Poll& poll, std::optional<TokenSet> allowed) {
+  step(poll);
+  if (finish_reason_ != FinishReason::running) return std::nullopt;
+  const bool decoding = generating_;
   uint64_t unused = 0;
   const Timer timer(decoding ? stats_.decode_ns : unused);
-  if (pending() == 1) decode(poll);
+  const int32_t token = sample(decoding, allowed);
   if (decoding) ++stats_.decode_tokens;
-  const int32_t token = sample(decoding);
   if (std::find(end_token_ids_.begin(), end_token_ids_.end(), token) != end_token_ids_.end()) {
     drop_draft();
     finish_reason_ = FinishReason::eos;
@@ -166,10 +174,10 @@ void Session::take(int32_t token) {
   ++length_;
 }
 
-int32_t Session::sample(bool decoding) {
+int32_t Session::sample(bool decoding, std::optional<TokenSet> allowed) {
   uint64_t unused = 0;
   const Timer timer(decoding ? stats_.sample_ns : unused);
-  return sampler_->sample(logits_, tokens());
+  return sampler_->sample(logits_, tokens(), allowed);
 }
 
 void Session::fill_synthetic(size_t count) {

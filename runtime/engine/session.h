@@ -72,9 +72,13 @@ class Session {
   void start(const SamplingOptions& sampling, size_t max_new_tokens,
              std::optional<std::vector<int32_t>> end_token_ids = std::nullopt);
   // The decode loop's body: the next token, or nothing when the generation is over. When it returns, the rows of the
-  // returned token are already being read. Throws PackageError if the rows or a stage fail, also of a draft model; what
-  // only drafted tokens need is no failure.
-  std::optional<int32_t> next(const Poll& poll = {});
+  // returned token are already being read. allowed: as of Sampler::sample, which throws for it; the same call with
+  // another set then goes on. Throws PackageError if the rows or a stage fail, also of a draft model; what only drafted
+  // tokens need is no failure.
+  std::optional<int32_t> next(const Poll& poll = {}, std::optional<TokenSet> allowed = std::nullopt);
+  // Computes what next() chooses from, for a caller to whom the allowed tokens become known meanwhile; next() does it
+  // where this was not called. Throws as next().
+  void step(const Poll& poll = {});
   FinishReason finish_reason() const { return finish_reason_; }
 
   // Number of tokens that are not computed yet.
@@ -115,7 +119,7 @@ class Session {
   RowRequest request_rows(size_t first, size_t count);
   void decode(const Poll& poll);
   uint64_t decode_step();
-  int32_t sample(bool decoding);
+  int32_t sample(bool decoding, std::optional<TokenSet> allowed);
   void take(int32_t token);
   void prefill(size_t first, float* out, const Poll& poll);
   uint64_t run(size_t tokens, RowRequest& rows, size_t logits_from, float* out);

@@ -6,11 +6,14 @@ transformers names, permutes and dequantises by itself, so every step of the con
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -270,3 +273,27 @@ def test_what_is_repeated_is_looked_up(package: Convert) -> None:
         assert got.token_ids == expected.token_ids  # below 128 tokens in all: packed weights, one split of attention
         assert got.stats.drafted_tokens > 0
         assert options["temperature"] > 0 or got.stats.accepted_tokens > 10
+
+
+def test_structured_answers(package: Convert) -> None:
+    engine = Engine(package("source"))
+    schema = {
+        "type": "object",
+        "properties": {
+            "capital": {"type": "string", "maxLength": 20},
+            "population": {"type": "integer", "minimum": 0, "maximum": 10**9},
+            "in_europe": {"type": "boolean"},
+        },
+        "required": ["capital", "population", "in_europe"],
+        "additionalProperties": False,
+    }
+    question = [{"role": "user", "content": "Tell me about France, in JSON."}]
+    for seed in range(4):
+        result = engine.chat(question, json_schema=schema, temperature=1.0, seed=seed, max_new_tokens=200)
+        assert result.finish_reason == "eos"
+        jsonschema.validate(json.loads(result.text), schema)
+    assert json.loads(engine.chat(QUESTION, json_schema={"enum": ["Rome", "Paris", "Oslo"]}).text) == "Paris"
+    assert re.fullmatch("[A-Z][a-z]+", engine.chat(QUESTION, regex="[A-Z][a-z]{2,12}").text)
+    long = engine.chat(question, json_schema=True, max_new_tokens=300)
+    if long.finish_reason == "eos":
+        json.loads(long.text)

@@ -63,13 +63,13 @@ def test_a_first_prompt_is_what_the_tokenizer_makes_of_it(encoder_of: Make) -> N
 
 
 def test_nothing_is_copied_where_nothing_is_put_in_front(encoder_of: Make) -> None:
-    same = [kind for kind in KINDS if encoder_of(kind)._continuing is encoder_of(kind).tokenizer]
+    same = [kind for kind in KINDS if encoder_of(kind).continuing is encoder_of(kind).tokenizer]
     assert same == ["byte level", "replace", "metaspace, never", "metaspace decoder, never", "word piece", "words"]
 
 
 def test_the_copy_differs_in_that_alone(encoder_of: Make) -> None:
     encoder = encoder_of("prepend")
-    tokenizer, continuing = (json.loads(one.to_str()) for one in (encoder.tokenizer, encoder._continuing))
+    tokenizer, continuing = (json.loads(one.to_str()) for one in (encoder.tokenizer, encoder.continuing))
     assert tokenizer["normalizer"]["normalizers"][1:] == continuing["normalizer"]["normalizers"]
     assert {**tokenizer, "normalizer": None} == {**continuing, "normalizer": None}
 

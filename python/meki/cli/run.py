@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 from .. import _core
@@ -93,6 +94,14 @@ def _parser() -> argparse.ArgumentParser:
         help="end at this token; may be repeated",
     )
     add("--ignore-eos", action="store_true", help="go on past the tokens with which the model ends a text")
+    structured = parser.add_argument_group(
+        "structured output", "The text ends where it is complete. Needs pip install 'meki[structured]'."
+    ).add_mutually_exclusive_group()
+    structured.add_argument("--json-schema", type=text_file, metavar="FILE", help="write JSON of the schema in FILE")
+    structured.add_argument("--regex", metavar="TEXT", help="write what this regular expression matches as a whole")
+    structured.add_argument(
+        "--grammar", type=text_file, metavar="FILE", help="write a text of the grammar in FILE, in Lark's syntax"
+    )
     add = add_engine_options(parser)
     add("--context", type=int, default=0, metavar="N", help="capacity in tokens (default: the model's, at most 4096)")
     add(
@@ -154,6 +163,9 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
         stop=arguments.stop,
         stop_token_ids=arguments.stop_token_id,
         ignore_eos=arguments.ignore_eos,
+        json_schema=arguments.json_schema and _read("schema", "--json-schema", arguments.json_schema),
+        regex=arguments.regex,
+        grammar=arguments.grammar and _read("grammar", "--grammar", arguments.grammar),
     )
     given = {name: value for name in SAMPLING if (value := getattr(arguments, name)) is not None}
     options.update(cast(GenerationOptions, given))
@@ -222,11 +234,16 @@ def _read_prompt(arguments: argparse.Namespace) -> str | list[int] | None:
         if arguments.chat and not arguments.json:
             return None
         raise ValueError("no prompt: give it as an argument, with --file or on standard input, or use --interactive")
-    name = "standard input" if source in (None, "-") else f"prompt file {source}"
+    return _read("prompt", "--file", None if source in (None, "-") else path(source))
+
+
+def _read(kind: str, option: str, file: Path | None) -> str:
+    """The text of the file that the option names; None: standard input."""
+    name = "standard input" if file is None else f"{kind} file {file}"
     try:
-        data = sys.stdin.buffer.read() if source in (None, "-") else path(source).read_bytes()
+        data = sys.stdin.buffer.read() if file is None else file.read_bytes()
     except OSError as error:
-        raise ValueError(f"{name}: {error.strerror}; --file takes a readable text file") from error
+        raise ValueError(f"{name}: {error.strerror}; {option} takes a readable text file") from error
     return text_of(name, data)
 
 

@@ -223,6 +223,55 @@ TEST_CASE("sampler: logits without a choice in them are an error, and the sample
   }
 }
 
+TEST_CASE("sampler: allowed tokens are drawn as if the others' logits were -infinity") {
+  for (const size_t vocab_size : {1, 31, 32, 33, 64, 65, 1000}) {
+    for (const uint32_t one_of : {1U, 2U, 50U}) {
+      CAPTURE(vocab_size);
+      CAPTURE(one_of);
+      const std::vector<float> logits = random_logits(vocab_size, 11);
+      std::vector<float> masked(vocab_size, -kInfinity);
+      std::vector<uint32_t> allowed((vocab_size + 31) / 32);
+      std::mt19937 random(one_of);
+      for (size_t id = 0; id < vocab_size; ++id) {
+        if (random() % one_of != 0 && id != vocab_size / 2) continue;
+        masked[id] = logits[id];
+        allowed[id / 32] |= 1U << id % 32;
+      }
+      if (vocab_size % 32 != 0) allowed.back() |= ~uint32_t{0} << vocab_size % 32;  // tokens that there are not
+      const std::vector<int32_t> sequence = {0, static_cast<int32_t>(vocab_size / 2)};
+      for (const SamplingOptions& options : {SamplingOptions{.temperature = 0},
+                                             {.temperature = 0, .repetition_penalty = 1.5},
+                                             {.temperature = 1.5, .seed = 3},
+                                             {.temperature = 1, .top_p = 1, .repetition_penalty = 0.7, .seed = 4},
+                                             {.temperature = 2, .top_k = 5, .top_p = 0.9, .min_p = 0.1, .seed = 5}}) {
+        Sampler sampler(options, vocab_size);
+        Sampler naive(options, vocab_size);
+        for (int i = 0; i < 50; ++i) CHECK(sampler.sample(logits, sequence, allowed) == naive.sample(masked, sequence));
+        CHECK(sampler.sample(logits, sequence) == naive.sample(logits, sequence));  // of this call alone
+      }
+    }
+  }
+}
+
+TEST_CASE("sampler: a set of allowed tokens that leaves no choice is an error, and the sampler goes on") {
+  Sampler sampler({.temperature = 0}, 40);
+  const std::vector<float> logits = random_logits(40, 12);
+  const auto error = [&](const std::vector<uint32_t>& allowed) {
+    return error_of<std::invalid_argument>([&] { sampler.sample(logits, {}, allowed); });
+  };
+  check_names(error({1}), "1 words, 40 tokens take 2");
+  check_names(error({}), "0 words");
+  check_names(error({0, 0}), "empty");
+  check_names(error({0, 0xFFFFFF00}), "empty");  // but for tokens that there are not
+  std::vector<float> impossible = logits;
+  impossible[33] = -kInfinity;
+  const std::vector<uint32_t> allowed = {0, 2};
+  CHECK_THROWS_AS(sampler.sample(impossible, {}, allowed), std::runtime_error);
+  CHECK(sampler.sample(logits, {}, allowed) == 33);
+  const std::vector<uint32_t> longer = {0, 2, 7};
+  CHECK(sampler.sample(logits, {}, longer) == 33);
+}
+
 TEST_CASE("sampler: options outside their range are refused by name") {
   const double nan = kNaN;
   const double infinity = kInfinity;
@@ -244,6 +293,7 @@ TEST_CASE("sampler: options outside their range are refused by name") {
 TEST_CASE("sampler: sample() does not allocate" * doctest::skip(!test::kCountsAllocations)) {
   const std::vector<float> logits = random_logits(1000, 9);
   const std::vector<int32_t> sequence = {1, 2, 3, 999};
+  const std::vector<uint32_t> allowed(32, 0x55555555);
   const SamplingOptions variants[] = {
       {.temperature = 0},
       {.temperature = 1, .top_p = 1},
@@ -253,6 +303,7 @@ TEST_CASE("sampler: sample() does not allocate" * doctest::skip(!test::kCountsAl
     Sampler sampler(options, logits.size());
     const uint64_t before = test::allocations();
     for (int i = 0; i < 20; ++i) sampler.sample(logits, sequence);
+    for (int i = 0; i < 20; ++i) sampler.sample(logits, sequence, allowed);
     const uint64_t made = test::allocations() - before;
     CHECK(made == 0);
   }
