@@ -223,6 +223,17 @@ TEST_CASE("sampler: logits without a choice in them are an error, and the sample
   }
 }
 
+TEST_CASE("sampler: few tokens that are possible, fewer than a top-k, or in one block of many") {
+  std::vector<float> logits(2000, -kInfinity);
+  const std::vector<float> some = random_logits(9, 13);
+  for (size_t i = 0; i < some.size(); ++i) logits[900 + i * i] = some[i];
+  for (const double top_p : {1.0, 0.8}) {
+    check_draws({.temperature = 1.5, .top_p = top_p, .seed = 1}, logits, {}, 2000);
+    check_draws({.temperature = 1.5, .top_k = 50, .top_p = top_p, .seed = 2}, logits, {}, 2000);
+    check_draws({.temperature = 1.5, .top_k = 3, .top_p = top_p, .min_p = 0.1, .seed = 3}, logits, {}, 2000);
+  }
+}
+
 TEST_CASE("sampler: allowed tokens are drawn as if the others' logits were -infinity") {
   for (const size_t vocab_size : {1, 31, 32, 33, 64, 65, 1000}) {
     for (const uint32_t one_of : {1U, 2U, 50U}) {
