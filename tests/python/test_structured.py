@@ -392,7 +392,7 @@ def test_what_failed_is_compiled_anew(tiny: Engine) -> None:
 
 def test_grammars_are_compiled_once(tiny: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
-    monkeypatch.setattr("meki.structured.grammars.try_grammar", lambda grammar, *_: tried.append(grammar) or "")
+    monkeypatch.setattr("meki.structured.trial.try_grammar", lambda grammar, *_: tried.append(grammar) or "")
     engine = Engine("meki-tiny", threads=1)
     for _ in range(3):
         engine.generate(PROMPT, regex="once")

@@ -12,7 +12,6 @@ from tokenizers import Tokenizer
 
 from ..options import Form
 from ..prompt import PromptEncoder, tokenizer_errors
-from .trial import try_grammar
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -35,9 +34,8 @@ class Grammars:
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
-        self._compiled: OrderedDict[Form, LLMatcher] = (
-            OrderedDict()
-        )  # before their first tokens; the last used at the end
+        # Before their first tokens; the last used at the end.
+        self._compiled: OrderedDict[Form, LLMatcher] = OrderedDict()
 
     def constraint(self, form: Form) -> Constraint:
         """What holds one generation to `form`. ValueError for what is no schema, regular expression or grammar, has no
@@ -66,6 +64,8 @@ class Grammars:
             raise ImportError(
                 f"{form.option} needs the package llguidance; run `pip install 'meki[structured]'`"
             ) from error
+        from .trial import try_grammar  # and with it subprocess, which takes milliseconds to load
+
         grammar = _grammar(form)
         with self._lock:
             if self._tokenizer is None:

@@ -80,14 +80,15 @@ void ResidentWeights::add_to(SessionOptions* options, const ModelFile& model, co
 }
 
 bool ResidentWeights::load(const std::set<Place>& places, const Parallel& parallel) {
+  if (places.empty()) return true;
+  if (!gives_huge_pages()) return false;
   uint64_t bytes = 0;
   const uint64_t available = available_memory();
   for (const auto& [path, offset, size] : places) {
     if (size > available) return false;  // and the sum cannot overflow
     bytes += aligned(size);
   }
-  if (bytes == 0) return true;
-  if (!gives_huge_pages() || bytes > available - available / kSpare) return false;
+  if (bytes > available - available / kSpare) return false;
   Mapping region = Mapping::zeroed(bytes);
   region.prefer_huge_pages();
   std::map<Place, std::byte*> memory;
