@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ._core import PackageError
-    from .engine import Engine, Session
+    from .async_engine import AsyncEngine
+    from .engine import Engine
     from .generation import GenerationResult, GenerationStats
     from .package import ModelNotFoundError
+    from .session import Session
 
 __all__ = [
+    "AsyncEngine",
     "Engine",
     "GenerationResult",
     "GenerationStats",
@@ -24,12 +27,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncEngine": "async_engine",
     "Engine": "engine",
     "GenerationResult": "generation",
     "GenerationStats": "generation",
     "ModelNotFoundError": "package",
     "PackageError": "_core",
-    "Session": "engine",
+    "Session": "session",
 }
 
 if not TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The engine: an opened package, and the sessions that run on it."""
+"""The engine: an opened package, which sessions run on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from itertools import takewhile
 from pathlib import Path
 from reprlib import repr as shown
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -17,19 +16,18 @@ from .generation import GenerationResult, TextStream
 from .options import (
     DEFAULT_ROW_CACHE,
     ChatOptions,
-    CheckedOptions,
     GenerationOptions,
     check_flag,
     check_integer,
     check_number,
-    check_options,
     check_path,
     check_text,
     check_token_ids,
 )
 from .package import check_parsed_files, compiled_targets, find_model, has_random_weights, read_manifest
 from .prompt import PromptEncoder
-from .structured import Constraint, Grammars
+from .requests import Requests
+from .session import Session
 
 if TYPE_CHECKING:  # a text needs no numpy, which takes 0.1 s to load
     import numpy as np
@@ -99,11 +97,11 @@ class Engine:
         with ThreadPoolExecutor(1) as beside:  # the engine needs no interpreter: the tokenizer is read meanwhile
             opening = beside.submit(_core.Engine.open, str(self.path), options)
             try:
-                self._prompts = PromptEncoder(self.path, self.manifest, template)
+                prompts = PromptEncoder(self.path, self.manifest, template)
             finally:
                 self._core = opening.result()  # what it refuses comes first
-        self.tokenizer = self._prompts.tokenizer
-        self._grammars = Grammars(self._prompts, self.vocab_size)
+        self.tokenizer = prompts.tokenizer
+        self.requests = Requests(prompts, self.manifest["sampling"], self.vocab_size)
         self._lock = threading.Lock()
         self._idle: tuple[tuple[Any, ...], Session] | None = None  # of the last chat, by what it was made with
 
@@ -159,7 +157,7 @@ class Engine:
     @property
     def can_chat(self) -> bool:
         """Whether there is a chat template."""
-        return self._prompts.chat_template is not None
+        return self.requests.prompts.chat_template is not None
 
     @property
     def random_weights(self) -> bool:
@@ -183,7 +181,14 @@ class Engine:
         is the same, sampled ones as well, but for near ties where a package has float32 weights. draft_tokens: guessed
         for a step at most, 1 to 15; None: 7. ValueError for a model with another tokenizer, and for draft_tokens
         without a draft."""
-        return Session(self, context=context, prefetch=prefetch, draft=draft, draft_tokens=draft_tokens)
+        settings = _core.SessionOptions(
+            context=check_integer("context", context, 2**31 - 1),
+            prefetch=check_flag("prefetch", prefetch),
+            drafter=_make_drafter(self, draft),
+            draft_tokens=_check_draft_tokens(draft, draft_tokens),
+        )
+        # Not the engine itself: it keeps a session, and a cycle would outlive both.
+        return Session(self._core, settings, self.requests, self.rom_access)
 
     def generate(
         self,
@@ -258,165 +263,10 @@ Draft = Engine | Literal["lookup"] | None
 """Where the guesses of speculative decoding come from: see `Engine.session`."""
 
 
-class Session:
-    """One sequence of tokens with its KV cache: each call goes on where the last one ended; a chat also replaces
-    what is not its conversation. For one thread at a time.
-
-    Made by `Engine.session`. What a stop string or an abandoned stream has generated stays in the sequence.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        *,
-        context: int = 0,
-        prefetch: bool = True,
-        draft: Draft = None,
-        draft_tokens: int | None = None,
-    ) -> None:
-        settings = _core.SessionOptions(
-            context=check_integer("context", context, 2**31 - 1),
-            prefetch=check_flag("prefetch", prefetch),
-            drafter=_make_drafter(engine, draft),
-            draft_tokens=_check_draft_tokens(draft, draft_tokens),
-        )
-        self._sampling: GenerationOptions = engine.manifest["sampling"]
-        self._vocab_size = engine.vocab_size
-        self._prompts = engine._prompts  # not the engine itself: it keeps a session, and a cycle would outlive both
-        self._grammars = engine._grammars
-        self._rom_access = engine.rom_access
-        self._core = _core.Session(engine._core, settings)
-        self._stream: TextStream | None = None
-
-    @property
-    def context(self) -> int:
-        """Capacity in tokens."""
-        return self._core.context
-
-    @property
-    def tokens(self) -> list[int]:
-        """The sequence so far: prompts and generated tokens."""
-        return self._core.tokens
-
-    def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> GenerationResult:
-        """Appends `prompt` and generates. Options and errors as in `stream`."""
-        return self.stream(prompt, **options).finish()
-
-    def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> TextStream:
-        """Appends `prompt` and generates while the result is iterated over; ends an earlier stream of this session.
-
-        The prompt is a text, or token ids, to which nothing is added. The text is that of the whole sequence behind the
-        prompt: `tokenizer.decode` of all tokens without what it has in common with that of those before. An empty
-        prompt goes on with the sequence; at its start it stands for the token that begins a text: the
-        manifest's bos_token_id, or else its first end token, after which a new text begins. ValueError for an option
-        out of range, a prompt that does not fit the context, a token id out of the vocabulary, a schema, regular
-        expression or grammar that cannot be used, and an empty prompt where there is no such token; TypeError for a
-        value of a wrong type. The sequence is then as before.
-        """
-        checked = check_options({**self._sampling, **options}, self._vocab_size)
-        token_ids = self._prompts.encode(prompt, first=not self._core.tokens)
-        constraint = self._constraint(checked)
-        self._core.append(token_ids)  # the last that can refuse: from here on the earlier stream is over
-        return self._generate(checked, constraint, prompt_tokens=len(token_ids), shared_tokens=0)
-
-    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> GenerationResult:
-        """The model's answer to a conversation. Messages, options and errors as in `stream_chat`."""
-        return self.stream_chat(messages, **options).finish()
-
-    def stream_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        continue_final_message: bool = False,
-        **options: Unpack[GenerationOptions],
-    ) -> TextStream:
-        """Answers a conversation while the result is iterated over; ends an earlier stream of this session.
-
-        messages: at least one {"role": "system" | "user" | "assistant" | "tool", "content": str}, in the forms of
-        OpenAI's API: a content may be a list of text parts, or None beside `tool_calls`; further roles and keys are
-        the chat template's concern. The next arguments are those of `ChatOptions`. The sequence becomes the
-        conversation as the template writes it, with the beginning of an answer, which is no part of the result: what
-        it has in common with the sequence before is not computed again. Without a `temperature`, here or in the
-        package, the answer is the most probable one. ValueError if there is no chat template, for messages that are
-        not such or that the template refuses, for an option out of range and a conversation that does not fit the
-        context; the sequence is then as before.
-        """
-        checked = check_options({"temperature": 0.0, **self._sampling, **options}, self._vocab_size)
-        token_ids = self._prompts.encode_chat(
-            messages,
-            tools=tools,
-            chat_template_kwargs=chat_template_kwargs,
-            continue_final_message=check_flag("continue_final_message", continue_final_message),
-        )
-        if len(token_ids) > self.context:
-            raise ValueError(
-                f"the conversation has {len(token_ids)} tokens, the context holds {self.context}; "
-                "leave out early messages or choose a larger context"
-            )
-        # The last token is computed in any case: the answer begins with its logits.
-        shared = common_prefix(self._core.tokens, token_ids[:-1])
-        constraint = self._constraint(checked)
-        self._core.rewind(shared)
-        self._core.append(token_ids[shared:])
-        return self._generate(checked, constraint, prompt_tokens=len(token_ids), shared_tokens=shared)
-
-    def logits(self, token_ids: Sequence[int], start: int = 0) -> NDArray[np.float32]:
-        """Appends tokens as they are; float32 [len(token_ids) - start, vocab_size], row i predicting the token after
-        token_ids[start + i]. ValueError as for `Engine.logits`."""
-        token_ids = check_token_ids("token_ids", token_ids)
-        if not token_ids:
-            raise ValueError("no tokens to compute logits of; pass at least one")
-        first = len(self._core.tokens) + check_integer("start", start, len(token_ids) - 1)
-        self._core.append(token_ids)
-        self._begin()
-        return self._core.logits(first)
-
-    def rewind(self, length: int) -> None:
-        """Keeps the first `length` tokens of the sequence, and what is computed of them; ends an earlier stream of this
-        session. A layer with a window may not reach back so far: then all is computed again when it is needed.
-        ValueError if there are fewer."""
-        self._core.rewind(check_integer("length", length, len(self._core.tokens)))
-        self._begin()
-
-    def _constraint(self, options: CheckedOptions) -> Constraint | None:
-        return None if options.form is None else self._grammars.constraint(options.form)
-
-    def _generate(
-        self, options: CheckedOptions, constraint: Constraint | None, *, prompt_tokens: int, shared_tokens: int
-    ) -> TextStream:
-        """Begins a generation after the sequence, which ends with the prompt."""
-        self._begin()
-        ends = [] if options.ignore_eos else self._prompts.end_token_ids
-        self._core.start(options.sampling, options.max_new_tokens, ends)
-        self._stream = TextStream(
-            self._core,
-            self._prompts.vocabulary,
-            self._core.tokens,
-            self._rom_access,
-            prompt_tokens,
-            shared_tokens,
-            options,
-            constraint,
-        )
-        return self._stream
-
-    def _begin(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-        self._core.reset_stats()
-
-
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
-
-
 def _make_drafter(engine: Engine, draft: Draft) -> _core.MakeDrafter | None:
     """ValueError for a draft that cannot be one of `engine`."""
     if isinstance(draft, Engine):
-        if draft._prompts.tokens_digest != engine._prompts.tokens_digest:
+        if draft.requests.prompts.tokens_digest != engine.requests.prompts.tokens_digest:
             raise ValueError(
                 f"{draft.path}: a draft model needs the tokenizer of {engine.path}, whose tokens are others; "
                 "choose a smaller model of the same family"

@@ -96,10 +96,15 @@ class TextStream(Iterator[str]):
         self._result: GenerationResult | None = None
 
     def __next__(self) -> str:
-        while self._result is None:
-            if piece := self._step():
+        while not self.over:
+            if piece := self.advance():
                 return piece
         raise StopIteration
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing follows."""
+        return self._result is not None
 
     @property
     def result(self) -> GenerationResult:
@@ -116,7 +121,10 @@ class TextStream(Iterator[str]):
         """Ends the generation where it stands. The session, if it is the caller's, keeps the tokens."""
         self._result = self.result
 
-    def _step(self) -> str:
+    def advance(self) -> str:
+        """Goes on by one token, unless it is over; the text that came with it, if any did."""
+        if self.over:
+            return ""
         start = time.perf_counter()
         token, complete = self._next()
         if token is not None:

@@ -218,7 +218,7 @@ def test_the_end_of_an_answer_in_the_template(
 ) -> None:
     engine = answering(change_package, with_template, template, special, plain)
     ends = [1] if end is None else [1, engine.tokenizer.token_to_id(end)]
-    assert engine._prompts.end_token_ids == ends
+    assert engine.requests.prompts.end_token_ids == ends
 
 
 def test_an_answer_ends_where_the_template_ends_it(

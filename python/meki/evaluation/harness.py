@@ -11,8 +11,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from ..engine import Engine, common_prefix
+from ..engine import Engine
 from ..options import SAMPLING, GenerationOptions
+from ..session import common_prefix
 from .perplexity import windows
 from .scorer import Scorer
 
@@ -38,7 +39,7 @@ class MekiLM(TemplateLM):
         super().__init__()
         self.engine = engine
         self.max_length = engine.session(context=context).context
-        self._encoder = engine._prompts
+        self._encoder = engine.requests.prompts
         self._prefix = self._encoder.encode("", first=True)[0]
         self._begins = str(engine.tokenizer.id_to_token(self._prefix))
         self._note = note

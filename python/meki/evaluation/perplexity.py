@@ -57,8 +57,8 @@ class HeldOut:
     def of_text(cls, engine: Engine, text: str, context: int) -> Self:
         """A text in the tokens of the engine's model. context: the size of the windows. ValueError for a model that has
         no token that begins a text."""
-        prefix = engine._prompts.encode("", first=True)[0]
-        token_ids = engine._prompts.encode_text(text, special=False)
+        prefix = engine.requests.prompts.encode("", first=True)[0]
+        token_ids = engine.requests.prompts.encode_text(text, special=False)
         return cls(list(windows(token_ids, prefix, context)), len(text.encode()))
 
     @property

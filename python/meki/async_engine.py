@@ -1,0 +1,99 @@
+"""An engine for asyncio: many generations at once, none of which blocks the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, Unpack
+
+from .engine import Engine
+from .generation import GenerationResult
+from .options import ChatOptions, GenerationOptions
+from .requests import Request
+from .scheduler import Event, Job, Scheduler
+
+
+class AsyncEngine:
+    """Generations of one engine, from one event loop. Options are those of `Engine.generate` and `Engine.chat`."""
+
+    def __init__(self, engine: Engine, *, parallel: int = 8, waiting: int = 64, context: int = 0) -> None:
+        """parallel: generations that run at once, each with a KV cache of `context` tokens (0: the engine's, at most
+        4096). waiting: generations that may wait for one of these; more raise QueueFullError."""
+        self.engine = engine
+        self._scheduler = Scheduler(lambda: engine.session(context=context), parallel=parallel, waiting=waiting)
+
+    async def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> GenerationResult:
+        """Continues `prompt`."""
+        return await self.stream(prompt, **options).finish()
+
+    def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> AsyncTextStream:
+        """The same, piece by piece."""
+        return AsyncTextStream(
+            self._scheduler, lambda: self.engine.requests.text(prompt, first=True, whole=True, **options)
+        )
+
+    async def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> GenerationResult:
+        """The model's answer to a conversation."""
+        return await self.stream_chat(messages, **options).finish()
+
+    def stream_chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> AsyncTextStream:
+        """The same, piece by piece."""
+        return AsyncTextStream(self._scheduler, lambda: self.engine.requests.chat(messages, **options))
+
+    async def close(self) -> None:
+        """Cancels what waits and runs."""
+        await asyncio.to_thread(self._scheduler.close)
+
+
+class AsyncTextStream(AsyncIterator[str]):
+    """The text of one generation, piece by piece. It begins with the first piece that is asked for; `aclose` ends it
+    early. Errors are those of `Session.stream`, and QueueFullError."""
+
+    def __init__(self, scheduler: Scheduler, make_request: Callable[[], Request]) -> None:
+        self._scheduler = scheduler
+        self._make_request = make_request
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._job: Job | None = None
+        self._result: GenerationResult | None = None
+
+    async def __anext__(self) -> str:
+        if self._job is None:
+            await self.start()
+        if self._result is None:
+            event = await self._events.get()
+            if isinstance(event, str):
+                return event
+            if isinstance(event, Exception):
+                raise event
+            self._result = event
+        raise StopAsyncIteration
+
+    @property
+    def result(self) -> GenerationResult | None:
+        """The final result; None before the end."""
+        return self._result
+
+    async def start(self) -> None:
+        """Puts the generation into the queue. Raises what refuses it."""
+        request = await asyncio.to_thread(self._make_request)  # a grammar may take seconds
+        loop = asyncio.get_running_loop()
+
+        def deliver(event: Event) -> None:
+            loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        self._job = self._scheduler.submit(request, deliver)
+
+    async def finish(self) -> GenerationResult:
+        """Generates what is left."""
+        try:
+            async for _ in self:
+                pass
+        finally:
+            await self.aclose()
+        assert self._result is not None
+        return self._result
+
+    async def aclose(self) -> None:
+        """Ends the generation where it stands, if it is not over."""
+        if self._job is not None and self._result is None:
+            self._scheduler.cancel(self._job)

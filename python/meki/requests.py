@@ -1,0 +1,58 @@
+"""What one generation is asked for: the tokens of a prompt or a conversation, and checked options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+from .options import ChatOptions, CheckedOptions, GenerationOptions, check_flag, check_options
+from .prompt import PromptEncoder
+from .structured import Constraint, Grammars
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation that a session is to run, once: the constraint goes along with its tokens."""
+
+    token_ids: list[int]
+    options: CheckedOptions
+    constraint: Constraint | None
+    """Of the tokens to come; None: none."""
+    whole: bool
+    """The session's sequence becomes `token_ids`; otherwise they follow it."""
+
+
+class Requests:
+    """Makes the requests of an engine's sessions. Immutable and thread-safe; ValueError and TypeError as of
+    `Session.stream` and `Session.stream_chat`."""
+
+    def __init__(self, prompts: PromptEncoder, sampling: GenerationOptions, vocab_size: int) -> None:
+        """sampling: the package's defaults. vocab_size: of the model."""
+        self.prompts = prompts
+        self._sampling = sampling
+        self._vocab_size = vocab_size
+        self._grammars = Grammars(prompts, vocab_size)
+
+    def text(
+        self, prompt: str | Sequence[int], *, first: bool, whole: bool = False, **options: Unpack[GenerationOptions]
+    ) -> Request:
+        """To go on with `prompt`. first: it begins the sequence."""
+        checked = check_options({**self._sampling, **options}, self._vocab_size)
+        token_ids = self.prompts.encode(prompt, first=first)
+        return Request(token_ids, checked, self._constraint(checked), whole)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> Request:
+        """To answer a conversation."""
+        tools = options.pop("tools", None)
+        chat_template_kwargs = options.pop("chat_template_kwargs", None)
+        go_on = check_flag("continue_final_message", options.pop("continue_final_message", False))
+        generation: GenerationOptions = {**self._sampling, **options}  # type: ignore[typeddict-item]  # the rest
+        checked = check_options({"temperature": 0.0, **generation}, self._vocab_size)
+        token_ids = self.prompts.encode_chat(
+            messages, tools=tools, chat_template_kwargs=chat_template_kwargs, continue_final_message=go_on
+        )
+        return Request(token_ids, checked, self._constraint(checked), whole=True)
+
+    def _constraint(self, options: CheckedOptions) -> Constraint | None:
+        return None if options.form is None else self._grammars.constraint(options.form)
