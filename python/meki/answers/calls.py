@@ -147,6 +147,11 @@ def _read_object(parts: Parts, *, needs_arguments: bool) -> Reading[None]:
             yield from read_nested(parts, char, waiting.append)
             arguments = "".join(waiting)
             char = yield from parts.read_behind_spaces()
+        elif is_arguments and char == '"':  # as OpenAI's API has them
+            arguments = yield from read_string(parts)
+            if not arguments.startswith("{"):
+                raise MalformedCallError
+            char = yield from parts.read_behind_spaces()
         else:
             char = yield from read_value(parts, char)
         if char != ",":

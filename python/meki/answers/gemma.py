@@ -45,17 +45,19 @@ def _read_object(parts: Parts) -> Reading[None]:
     parts.arguments("{")
     char = yield from parts.read_behind_spaces()
     while char and char != "}":
-        key = ""
         if char in ("<", '"'):
             key = yield from _read_key(parts, char)
             char = yield from parts.read_behind_spaces()
         else:
+            bare = ""
             while char and char not in ":,{}":
-                key += char
+                bare += char
                 char = yield from parts.read()
-        if char != ":" or not key.strip():
+            if not (key := bare.strip()):
+                raise MalformedCallError
+        if char != ":":
             raise MalformedCallError
-        parts.arguments(_json(key.strip()) + ": ")
+        parts.arguments(_json(key) + ": ")
         char = yield from _read_value(parts, (yield from parts.read_behind_spaces()))
         if char == ",":
             parts.arguments(", ")
