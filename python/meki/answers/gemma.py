@@ -13,7 +13,7 @@ _QUOTE = '<|"|>'
 
 
 class GemmaCalls(CallForm):
-    """`<|tool_call>call:name{city:<|"|>Paris<|"|>,days:2}<tool_call|>`. The arguments come out as JSON."""
+    """`<|tool_call>call:name{city:<|"|>Paris<|"|>,days:2}<tool_call|>`. The arguments come out as JSON, and may be."""
 
     opener = "<|tool_call>"
     closer = "<tool_call|>"
@@ -38,6 +38,9 @@ class GemmaCalls(CallForm):
             if char != self.closer[0]:
                 raise MalformedCallError
             yield from parts.read_text(self.closer[1:])
+
+    def around_arguments(self, name: str) -> tuple[str, str]:
+        return f"{self.opener}call:{name}", self.closer
 
 
 def _read_object(parts: Parts) -> Reading[None]:
