@@ -37,14 +37,13 @@ WEATHER: dict[str, Any] = {
     "type": "object",
     "properties": {"city": {"$ref": "#/$defs/city"}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
     "required": ["city", "days"],
-    "additionalProperties": False,
     "$defs": {"city": {"enum": ["Paris", 'San "J"', "{"]}},
 }
 TOOLS: list[dict[str, Any]] = [
     {"type": "function", "function": {"name": "weather", "description": "Of a city.", "parameters": WEATHER}},
-    {"type": "function", "function": {"name": "we", "parameters": {"additionalProperties": False}}},
+    {"type": "function", "function": {"name": "we"}},
 ]
-SCHEMAS = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
+SCHEMAS = {"weather": {**WEATHER, "additionalProperties": False}, "we": {"additionalProperties": False}}
 QUESTION = {"role": "user", "content": "Once upon a time"}
 
 

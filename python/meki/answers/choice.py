@@ -16,7 +16,8 @@ from .forms import AnswerForm
 
 MOST_CALLS = 8
 """In an answer that has to be calls: a small model may not find an end."""
-_WHITESPACE = {"whitespace_pattern": WHITESPACE}
+_COMBINED = {"$ref", "allOf", "anyOf", "oneOf", "patternProperties"}
+"""Keywords by which a schema names properties elsewhere."""
 Tools = Sequence[Mapping[str, Any]]
 
 
@@ -64,10 +65,9 @@ def call_grammar(form: AnswerForm, calls: Calls, special_tokens: Mapping[str, in
     alternatives = []
     for index, tool in enumerate(calls.tools):
         function = function_of(tool)
-        schema = {"type": "object", **(function.get("parameters") or {}), "x-guidance": _WHITESPACE}
         before, after = form.calls.around_arguments(function["name"])
         alternatives.append(f"{_text(before, special)} arguments{index} {_text(after, special)}")
-        rules.append(f"arguments{index}: %json {json.dumps(schema)}")
+        rules.append(f"arguments{index}: %json {json.dumps(_schema(function.get('parameters') or {}))}")
     rules.append(f"call: {' | '.join(alternatives)}")
     start = "calls"
     if form.thinking is not None:
@@ -79,6 +79,12 @@ def call_grammar(form: AnswerForm, calls: Calls, special_tokens: Mapping[str, in
         rules.append(r"SPACE: /[ \n]{1,2}/")
         start = "thoughts SPACE? calls" if form.thinks_first else f"({_text(opener, special)} thoughts SPACE?)? calls"
     return "\n".join([f"start: {start}", *rules, ""])
+
+
+def _schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """A function has no parameters but those that its schema names, unless it says so: small models make up more."""
+    closed = {} if parameters.keys() & _COMBINED else {"additionalProperties": False}
+    return {"type": "object", **closed, **parameters, "x-guidance": {"whitespace_pattern": WHITESPACE}}
 
 
 def _text(text: str, special: Mapping[str, int]) -> str:
