@@ -22,15 +22,15 @@ Tools = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Calls:
-    """What the answer has to be."""
+class RequiredCalls:
+    """What an answer has to be."""
 
     tools: Tools
     """One of these is called, or several."""
     several: bool
 
 
-def choose_tools(tools: Tools | None, choice: ToolChoice | None) -> tuple[Tools | None, Calls | None]:
+def choose_tools(tools: Tools | None, choice: ToolChoice | None) -> tuple[Tools | None, RequiredCalls | None]:
     """The tools that the model is told of, and the calls that its answer has to be, if it has to. ValueError for a
     choice that is none, or of a tool that is not there."""
     if choice is None or choice == "auto":
@@ -38,7 +38,7 @@ def choose_tools(tools: Tools | None, choice: ToolChoice | None) -> tuple[Tools 
     if choice == "none":
         return None, None
     if choice == "required" and tools:
-        return tools, Calls(tools, several=True)
+        return tools, RequiredCalls(tools, several=True)
     function = choice.get("function") if isinstance(choice, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if choice != "required" and not isinstance(name, str):
@@ -50,10 +50,10 @@ def choose_tools(tools: Tools | None, choice: ToolChoice | None) -> tuple[Tools 
     if not chosen:
         known = ", ".join(function_of(tool)["name"] for tool in tools or ()) or "none"
         raise ValueError(f"tool_choice {shown(choice)} needs a tool that is there; tools: {known}")
-    return tools, Calls(chosen[:1], several=False)
+    return tools, RequiredCalls(chosen[:1], several=False)
 
 
-def call_grammar(form: AnswerForm, calls: Calls, special_tokens: Mapping[str, int]) -> str:
+def call_grammar(form: AnswerForm, calls: RequiredCalls, special_tokens: Mapping[str, int]) -> str:
     """A grammar, as llguidance reads it, of the answers that are these calls: in the model's form, with arguments of
     the tools' schemas. special_tokens: the tokenizer's, ids by their texts. ValueError if the form is not known."""
     if form.calls is None:
