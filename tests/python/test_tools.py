@@ -266,7 +266,10 @@ class Saying:
 
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("kind", ["byte level", "replace"])
-def test_markers_that_are_special_tokens_are_read(engine: Engine, kind: str, special: bool) -> None:
+def test_markers_that_are_special_tokens_are_read(
+    engine_with: Callable[[str], Engine], kind: str, special: bool
+) -> None:
+    engine = engine_with(template("gemma"))
     tokenizer: Tokenizer = KINDS[kind]()
     marks = ["<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>", "<|other|>"]
     if special:
