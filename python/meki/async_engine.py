@@ -32,6 +32,10 @@ class AsyncEngine:
             self._scheduler, lambda: self.engine.requests.text(prompt, first=True, whole=True, **options)
         )
 
+    def run(self, request: Request) -> AsyncTextStream:
+        """What `request`, one of `engine.requests`, asks for, piece by piece."""
+        return AsyncTextStream(self._scheduler, lambda: request)
+
     async def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> GenerationResult:
         """The model's answer to a conversation."""
         return await self.stream_chat(messages, **options).finish()

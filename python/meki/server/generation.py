@@ -1,0 +1,55 @@
+"""A generation as a protocol sees it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+
+from ..answers.events import AnswerEvent, Content
+from ..generation import GenerationResult
+from ..requests import Request
+from .errors import engine_errors
+from .state import Model, Server
+
+
+class Generation(AsyncIterator[str]):
+    """The pieces of one generation's text, counted. Errors are ApiErrors; a failure stays what it is."""
+
+    def __init__(self, server: Server, model: Model, request: Request) -> None:
+        self.request = request
+        self._model = model
+        self._metrics = server.metrics
+        self._stream = model.runner.run(request)
+        self._start_s = time.monotonic()
+        self._begun = False
+
+    @property
+    def result(self) -> GenerationResult:
+        """The final result, once the text is over."""
+        assert self._stream.result is not None
+        return self._stream.result
+
+    async def start(self) -> None:
+        with engine_errors(self._model.engine):
+            await self._stream.start()
+
+    async def __anext__(self) -> str:
+        with engine_errors(self._model.engine):
+            try:
+                piece = await anext(self._stream)
+            except StopAsyncIteration:
+                self._metrics.count(self.result)
+                raise
+        if not self._begun:
+            self._begun = True
+            self._metrics.first_token.observe(time.monotonic() - self._start_s)
+        return piece
+
+    async def events(self) -> AsyncIterator[AnswerEvent]:
+        """What is left of the text, as the parts of an answer."""
+        async for piece in self:
+            yield Content(piece)
+
+    async def close(self) -> None:
+        """Ends it where it stands, if it is not over."""
+        await self._stream.aclose()
