@@ -56,6 +56,9 @@ class AsyncTextStream(AsyncIterator[str]):
     def __init__(self, scheduler: Scheduler, make_request: Callable[[], Request]) -> None:
         self._scheduler = scheduler
         self._make_request = make_request
+        self.request: Request | None = None
+        """What is generated; None before it is asked for. `AnswerParser(request.answer)` tells the parts of an answer
+        apart."""
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._job: Job | None = None
         self._result: GenerationResult | None = None
@@ -79,13 +82,13 @@ class AsyncTextStream(AsyncIterator[str]):
 
     async def start(self) -> None:
         """Puts the generation into the queue. Raises what refuses it."""
-        request = await asyncio.to_thread(self._make_request)  # a grammar may take seconds
+        self.request = await asyncio.to_thread(self._make_request)  # a grammar may take seconds
         loop = asyncio.get_running_loop()
 
         def deliver(event: Event) -> None:
             loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        self._job = self._scheduler.submit(request, deliver)
+        self._job = self._scheduler.submit(self.request, deliver)
 
     async def finish(self) -> GenerationResult:
         """Generates what is left."""
