@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
-from ..answers.events import AnswerEvent, Content, Reasoning, ToolCallArguments, ToolCallStart
+from ..answers import AnswerEvent, Content, Reasoning, ToolCallArguments, ToolCallStart, new_call_id
+from ..generation import GenerationResult
 from ..options import ChatOptions
 from ..requests import Requests
 from .body import Body
@@ -133,39 +134,16 @@ async def chat_completions(call: Call, body: ChatBody) -> Response:
     if body.stream:
         head["object"] = "chat.completion.chunk"
         return EventStream(_chunks(head, generations, body.include_usage), lambda error: event(error_body(PATH, error)))
-    answers = await asyncio.gather(*(_choice(index, generation) for index, generation in enumerate(generations)))
-    results = [generation.result for generation in generations]
+    results = await asyncio.gather(*(generation.finish() for generation in generations))
+    answers = [_choice(index, result) for index, result in enumerate(results)]
     return JSONResponse({**head, "choices": answers, "usage": usage(results, choices)})
 
 
-async def _choice(index: int, generation: Generation) -> dict[str, Any]:
-    content: list[str] = []
-    reasoning: list[str] = []
-    calls: list[dict[str, Any]] = []
-    async for part in generation.events():
-        if isinstance(part, Content):
-            content.append(part.text)
-        elif isinstance(part, Reasoning):
-            reasoning.append(part.text)
-        elif isinstance(part, ToolCallStart):
-            calls.append(_call(part))
-        else:
-            calls[part.index]["function"]["arguments"] += part.text
-    message: dict[str, Any] = {
-        "role": "assistant",
-        "content": "".join(content) if content or not calls else None,
-        "refusal": None,
-    }
-    if reasoning:
-        message["reasoning_content"] = "".join(reasoning)
-    if calls:
-        message["tool_calls"] = calls
-    return {
-        "index": index,
-        "message": message,
-        "logprobs": None,
-        "finish_reason": _finish_reason(generation, bool(calls)),
-    }
+def _choice(index: int, result: GenerationResult) -> dict[str, Any]:
+    assert result.message is not None
+    message = {**result.message, "refusal": None}
+    reason = _finish_reason(result, "tool_calls" in message)
+    return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
 
 
 async def _chunks(
@@ -189,7 +167,7 @@ async def _deltas(generation: Generation) -> AsyncIterator[tuple[dict[str, Any],
     async for part in generation.events():
         calls = calls or isinstance(part, ToolCallStart)
         yield _delta(part), None
-    yield {}, _finish_reason(generation, calls)
+    yield {}, _finish_reason(generation.result, calls)
 
 
 def _delta(part: AnswerEvent) -> dict[str, Any]:
@@ -199,15 +177,12 @@ def _delta(part: AnswerEvent) -> dict[str, Any]:
         return {"reasoning_content": part.text}
     if isinstance(part, ToolCallArguments):
         return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
-    return {"tool_calls": [{"index": part.index, **_call(part)}]}
+    function = {"name": part.name, "arguments": ""}
+    return {"tool_calls": [{"index": part.index, "id": new_call_id(), "type": "function", "function": function}]}
 
 
-def _call(start: ToolCallStart) -> dict[str, Any]:
-    return {"id": new_id("call_"), "type": "function", "function": {"name": start.name, "arguments": ""}}
-
-
-def _finish_reason(generation: Generation, calls: bool) -> str:
-    reason = FINISH_REASONS[generation.result.finish_reason or "stop"]
+def _finish_reason(result: GenerationResult, calls: bool) -> str:
+    reason = FINISH_REASONS[result.finish_reason or "stop"]
     return "tool_calls" if calls and reason == "stop" else reason
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
@@ -58,13 +59,10 @@ async def completions(call: Call, body: CompletionBody) -> Response:
     if body.stream:
         chunks = _chunks(head, generations, choices, body.include_usage)
         return EventStream(chunks, lambda error: event(error_body(PATH, error)))
-    texts = [""] * len(generations)
-    async for index, piece in merged(generations):
-        texts[index] += piece
-    results = [generation.result for generation in generations]
+    results = await asyncio.gather(*(generation.finish() for generation in generations))
     answers = [
-        _choice(index, text, FINISH_REASONS[result.finish_reason or "stop"])
-        for index, (text, result) in enumerate(zip(texts, results, strict=True))
+        _choice(index, result.text, FINISH_REASONS[result.finish_reason or "stop"])
+        for index, result in enumerate(results)
     ]
     return JSONResponse({**head, "choices": answers, "usage": usage(results, choices)})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 
-from ..answers.events import AnswerEvent, Content
+from ..answers import AnswerEvent, AnswerParser
 from ..generation import GenerationResult
 from ..requests import Request
 from .errors import engine_errors
@@ -16,7 +16,7 @@ class Generation(AsyncIterator[str]):
     """The pieces of one generation's text, counted. Errors are ApiErrors; a failure stays what it is."""
 
     def __init__(self, server: Server, model: Model, request: Request) -> None:
-        self.request = request
+        self._request = request
         self._model = model
         self._metrics = server.metrics
         self._stream = model.runner.run(request)
@@ -46,9 +46,20 @@ class Generation(AsyncIterator[str]):
         return piece
 
     async def events(self) -> AsyncIterator[AnswerEvent]:
-        """What is left of the text, as the parts of an answer."""
+        """The parts of a chat's answer."""
+        assert self._request.answer is not None
+        parser = AnswerParser(self._request.answer)
         async for piece in self:
-            yield Content(piece)
+            for part in parser.push(piece):
+                yield part
+        for part in parser.finish():
+            yield part
+
+    async def finish(self) -> GenerationResult:
+        """Waits for the result."""
+        async for _ in self:
+            pass
+        return self.result
 
     async def close(self) -> None:
         """Ends it where it stands, if it is not over."""
