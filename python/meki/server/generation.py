@@ -35,11 +35,7 @@ class Generation(AsyncIterator[str]):
 
     async def __anext__(self) -> str:
         with engine_errors(self._model.engine):
-            try:
-                piece = await anext(self._stream)
-            except StopAsyncIteration:
-                self._metrics.count(self.result)
-                raise
+            piece = await anext(self._stream)
         if not self._begun:
             self._begun = True
             self._metrics.first_token.observe(time.monotonic() - self._start_s)
@@ -62,5 +58,7 @@ class Generation(AsyncIterator[str]):
         return self.result
 
     async def close(self) -> None:
-        """Ends it where it stands, if it is not over."""
+        """Ends it where it stands, if it is not over, and counts it."""
         await self._stream.aclose()
+        if self._stream.result is not None:
+            self._metrics.count(self._stream.result)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..async_engine import AsyncEngine
 from ..generation import GenerationResult
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
@@ -19,6 +20,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         registry = self.registry
         self.requests = Counter("meki_requests", "Requests that were answered", ["route", "status"], registry=registry)
+        self._running = Gauge("meki_running_generations", "Now", ["model"], registry=registry)
+        self._waiting = Gauge("meki_waiting_generations", "Now", ["model"], registry=registry)
         self._generations = Counter("meki_generations", "Generations by how they ended", ["end"], registry=registry)
         self._prompt = Counter("meki_prompt_tokens", "Tokens of prompts", registry=registry)
         self._cached = Counter("meki_cached_tokens", "Of these, not computed again", registry=registry)
@@ -40,6 +43,11 @@ class Metrics:
         )
         self._rom_requests = Counter("meki_rom_requests", "Bundles of memory rows that were needed", registry=registry)
         self._rom_hits = Counter("meki_rom_hits", "Of these, in the row cache", registry=registry)
+
+    def watch(self, model: str, runner: AsyncEngine) -> None:
+        """Shows how many generations of a model run and wait."""
+        self._running.labels(model).set_function(lambda: runner.running)
+        self._waiting.labels(model).set_function(lambda: runner.waiting)
 
     def text(self) -> bytes:
         """All of it in Prometheus's text format."""

@@ -45,6 +45,10 @@ class Server:
     started: int = field(default_factory=lambda: int(time.time()))
     """Seconds since 1970."""
 
+    def __post_init__(self) -> None:
+        for model in self.models:
+            self.metrics.watch(model.name, model.runner)
+
     def model(self, name: str) -> Model:
         """ApiError if there is no such model."""
         for model in self.models:
