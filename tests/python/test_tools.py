@@ -37,14 +37,13 @@ WEATHER: dict[str, Any] = {
     "type": "object",
     "properties": {"city": {"$ref": "#/$defs/city"}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
     "required": ["city", "days"],
-    "additionalProperties": False,
     "$defs": {"city": {"enum": ["Paris", 'San "J"', "{"]}},
 }
 TOOLS: list[dict[str, Any]] = [
     {"type": "function", "function": {"name": "weather", "description": "Of a city.", "parameters": WEATHER}},
-    {"type": "function", "function": {"name": "we", "parameters": {"additionalProperties": False}}},
+    {"type": "function", "function": {"name": "we"}},
 ]
-SCHEMAS = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
+SCHEMAS = {"weather": {**WEATHER, "additionalProperties": False}, "we": {"additionalProperties": False}}
 QUESTION = {"role": "user", "content": "Once upon a time"}
 
 
@@ -267,7 +266,10 @@ class Saying:
 
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("kind", ["byte level", "replace"])
-def test_markers_that_are_special_tokens_are_read(engine: Engine, kind: str, special: bool) -> None:
+def test_markers_that_are_special_tokens_are_read(
+    engine_with: Callable[[str], Engine], kind: str, special: bool
+) -> None:
+    engine = engine_with(template("gemma"))
     tokenizer: Tokenizer = KINDS[kind]()
     marks = ["<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>", "<|other|>"]
     if special:

@@ -249,6 +249,8 @@ def _read(kind: str, option: str, file: Path | None) -> str:
 
 def _print_json(engine: Engine, result: GenerationResult) -> None:
     fields = {"model": engine.name, **dataclasses.asdict(result)}
+    if result.message is None:
+        del fields["message"]
     if engine.random_weights:
         fields["random_weights"] = True
     if engine.soc is not None:
