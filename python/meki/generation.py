@@ -67,8 +67,8 @@ class TokenLogprobs:
     token_id: int
     text: bytes
     logprob: float
-    """Of the token, as in `TopLogprob`; by the model's logits before penalties, bias and temperature, and of all tokens,
-    also of those that a schema does not allow."""
+    """Of the token, as in `TopLogprob`: by the model's logits before penalties, bias and temperature, and of all
+    tokens, also of those that a schema does not allow."""
     top: list[TopLogprob]
     """The most probable tokens, as many as `logprobs` asks for, the most probable first."""
 
@@ -152,8 +152,8 @@ class TextStream(Iterator[str]):
 
     @property
     def logprobs(self) -> Sequence[TokenLogprobs]:
-        """Of the tokens so far, in a list that grows; none without the option `logprobs`. Text may be held back, so that
-        the last tokens may have none in the pieces so far."""
+        """Of the tokens so far, in a list that grows; none without the option `logprobs`. The text of the last ones may
+        be held back."""
         return () if self._logprobs is None else self._logprobs
 
     def finish(self) -> GenerationResult:

@@ -12,7 +12,6 @@ from .requests import Request
 from .session import Session, common_prefix
 
 
-
 @dataclass(frozen=True)
 class Piece:
     """What one step added to a generation's text."""
