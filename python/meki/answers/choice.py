@@ -16,6 +16,7 @@ from .forms import AnswerForm
 
 MOST_CALLS = 8
 """In an answer that has to be calls: a small model may not find an end."""
+_GUIDANCE = {"x-guidance": {"whitespace_pattern": WHITESPACE}}
 _COMBINED = {"$ref", "allOf", "anyOf", "oneOf", "patternProperties"}
 """Keywords by which a schema names properties elsewhere."""
 Tools = Sequence[Mapping[str, Any]]
@@ -74,17 +75,20 @@ def call_grammar(form: AnswerForm, calls: RequiredCalls, special_tokens: Mapping
     answer = "calls"
     if calls.or_json is not None:
         answer = "answer"
-        rules.append("answer: calls | content")
-        rules.append(f"content: %json {json.dumps({**json.loads(calls.or_json), 'x-guidance': _WHITESPACE})}")
+        begins = form.calls.around[0] + form.calls.around_arguments("")[0]
+        # What begins with a bracket either way would never be the second: llguidance decides by the first byte.
+        opener = "" if begins.startswith(form.calls.opener) else _text(form.calls.opener, special)
+        rules.append(f"answer: {opener} calls | content")
+        rules.append(f"content: %json {json.dumps({**json.loads(calls.or_json), **_GUIDANCE})}")
     start = answer
     if form.thinking is not None:
-        opener, closer = form.thinking
+        begin, closer = form.thinking
         if closer in special:
             rules.append(f"thoughts: /(?s:.*)/ {_text(closer, special)}")
         else:
             rules.append(f"thoughts[suffix={json.dumps(closer)}]: /(?s:.*)/")
         rules.append(r"SPACE: /[ \n]{1,2}/")
-        thoughts = "thoughts SPACE?" if form.thinks_first else f"({_text(opener, special)} thoughts SPACE?)?"
+        thoughts = "thoughts SPACE?" if form.thinks_first else f"({_text(begin, special)} thoughts SPACE?)?"
         start = f"{thoughts} {answer}"
     return "\n".join([f"start: {start}", *rules, ""])
 
@@ -92,7 +96,7 @@ def call_grammar(form: AnswerForm, calls: RequiredCalls, special_tokens: Mapping
 def _schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """A function has no parameters but those that its schema names, unless it says so: small models make up more."""
     closed = {} if parameters.keys() & _COMBINED else {"additionalProperties": False}
-    return {"type": "object", **closed, **parameters, "x-guidance": {"whitespace_pattern": WHITESPACE}}
+    return {"type": "object", **closed, **parameters, **_GUIDANCE}
 
 
 def _text(text: str, special: Mapping[str, int]) -> str:
