@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Unpack
 
 from . import _core
 from .generation import GenerationResult, TextStream
 from .options import ChatOptions, GenerationOptions, check_integer, check_token_ids
+from .prefix_cache import common_prefix
 from .requests import Request, Requests
 
 if TYPE_CHECKING:  # a text needs no numpy, which takes 0.1 s to load
@@ -30,6 +30,8 @@ class Session:
         self._rom_access = rom_access
         self._core = _core.Session(engine, settings)
         self._stream: TextStream | None = None
+        self.prompt_length = 0
+        """Tokens of the sequence up to the end of the last prompt."""
 
     @property
     def context(self) -> int:
@@ -40,6 +42,12 @@ class Session:
     def tokens(self) -> list[int]:
         """The sequence so far: prompts and generated tokens."""
         return self._core.tokens
+
+    @property
+    def computed_tokens(self) -> list[int]:
+        """Of the sequence so far, those whose state is there: all but the last ones."""
+        tokens = self._core.tokens
+        return tokens[: len(tokens) - self._core.pending]
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> GenerationResult:
         """Appends `prompt` and generates. Options and errors as in `stream`."""
@@ -91,6 +99,7 @@ class Session:
             self._core.rewind(shared)
         self._core.append(token_ids[shared:])  # the last that can refuse: from here on the earlier stream is over
         self._begin()
+        self.prompt_length = len(self._core.tokens)
         options = request.options
         ends = [] if options.ignore_eos else self._requests.prompts.end_token_ids
         self._core.start(options.sampling, options.max_new_tokens, ends)
@@ -124,12 +133,23 @@ class Session:
         self._core.rewind(check_integer("length", length, len(self._core.tokens)))
         self._begin()
 
+    def snapshot_bytes(self, length: int) -> int:
+        """Bytes of the state in a snapshot of `length` tokens. ValueError for more than the context holds."""
+        return self._core.snapshot_bytes(length)
+
+    def snapshot(self, length: int | None = None) -> _core.Snapshot:
+        """A copy of the first `length` tokens and their state, None: of all that are computed. Of no token where a
+        layer with a window does not reach back so far. ValueError if fewer are computed."""
+        return self._core.snapshot(length)
+
+    def become(self, snapshot: _core.Snapshot) -> None:
+        """The sequence becomes that of a snapshot, of a session of the same engine; ends an earlier stream of this
+        session. ValueError if it does not fit the context; the sequence is then as before."""
+        self._core.restore(snapshot)
+        self._begin()
+        self.prompt_length = len(self._core.tokens)
+
     def _begin(self) -> None:
         if self._stream is not None:
             self._stream.close()
         self._core.reset_stats()
-
-
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
