@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .generation import GenerationResult, GenerationStats
     from .package import ModelNotFoundError
     from .session import Session
+    from .session_file import SessionFileError
 
 __all__ = [
     "AsyncEngine",
@@ -23,6 +24,7 @@ __all__ = [
     "ModelNotFoundError",
     "PackageError",
     "Session",
+    "SessionFileError",
     "__version__",
 ]
 
@@ -34,6 +36,7 @@ _HOMES = {
     "ModelNotFoundError": "package",
     "PackageError": "_core",
     "Session": "session",
+    "SessionFileError": "session_file",
 }
 
 if not TYPE_CHECKING:

@@ -30,6 +30,7 @@ from .prefix_cache import PrefixCache
 from .prompt import PromptEncoder
 from .requests import Requests
 from .session import Session
+from .session_file import Origin, model_digest
 from .session_pool import SessionPool
 
 if TYPE_CHECKING:  # a text needs no numpy, which takes 0.1 s to load
@@ -108,6 +109,14 @@ class Engine:
                 self._core = opening.result()  # what it refuses comes first
         self.tokenizer = prompts.tokenizer
         self.requests = Requests(prompts, self.manifest["sampling"], self.vocab_size)
+        self._origin = Origin(
+            model=model_digest(self.manifest, chip),
+            provider=self.provider,
+            kv_type=self.kv_type,
+            memory=memory and self.manifest["memory"] is not None,
+            vocab_size=self.vocab_size,
+            context=self.context,
+        )
         self._lock = threading.Lock()
         most = check_integer("prefix_cache", prefix_cache, 2**20) << 20
         windows = [cache["window"] for cache in self.manifest.get("kv_caches") or () if cache.get("window")]
@@ -198,7 +207,7 @@ class Engine:
             draft_tokens=_check_draft_tokens(draft, draft_tokens),
         )
         # Not the engine itself: it keeps a session, and a cycle would outlive both.
-        return Session(self._core, settings, self.requests, self.rom_access)
+        return Session(self._core, settings, self.requests, self.rom_access, self._origin)
 
     def generate(
         self,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from . import _core
 from .generation import GenerationResult, TextStream
-from .options import ChatOptions, GenerationOptions, check_integer, check_token_ids
+from .options import ChatOptions, GenerationOptions, check_integer, check_path, check_token_ids
 from .prefix_cache import common_prefix
 from .requests import Request, Requests
+from .session_file import Origin, open_session, write_session
 
 if TYPE_CHECKING:  # a text needs no numpy, which takes 0.1 s to load
     import numpy as np
@@ -24,8 +27,15 @@ class Session:
     """
 
     def __init__(
-        self, engine: _core.Engine, settings: _core.SessionOptions, requests: Requests, rom_access: str | None
+        self,
+        engine: _core.Engine,
+        settings: _core.SessionOptions,
+        requests: Requests,
+        rom_access: str | None,
+        origin: Origin,
     ) -> None:
+        self.origin = origin
+        """What a file with this session's state belongs to."""
         self._requests = requests
         self._rom_access = rom_access
         self._core = _core.Session(engine, settings)
@@ -133,6 +143,29 @@ class Session:
         self._core.rewind(check_integer("length", length, len(self._core.tokens)))
         self._begin()
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the sequence and what is computed of it to a file, for `load`: a few KB to 100 KB a token, by the
+        model's keys and values. What stood there is replaced when all is written. OSError if it cannot be."""
+        write_session(_path(path), self.origin, self._core.tokens, self._core.snapshot())
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """The sequence becomes that of a file, with what is computed of it; ends an earlier stream of this session.
+
+        A session has saved it of the same model, provider and `kv_type`, with its memory if this one has it; context,
+        prefetching and drafts may differ. SessionFileError, which is an OSError, for a file that is damaged or of
+        another kind of session, OSError if it cannot be read, ValueError if it does not fit the context: the sequence
+        is then as before.
+        """
+        with open_session(_path(path), self.origin) as file:
+            if len(file.tokens) > self.context:
+                raise ValueError(
+                    f"{file.path}: has {len(file.tokens)} tokens, the context holds {self.context}; "
+                    "choose a larger context"
+                )
+            self.become(file.read(self._core.snapshot_bytes(file.computed)))
+            self._core.append(file.tokens[file.computed :])
+        self.prompt_length = len(file.tokens)
+
     def snapshot_bytes(self, length: int) -> int:
         """Bytes of the state in a snapshot of `length` tokens. ValueError for more than the context holds."""
         return self._core.snapshot_bytes(length)
@@ -153,3 +186,7 @@ class Session:
         if self._stream is not None:
             self._stream.close()
         self._core.reset_stats()
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
+    return Path(check_path("path", path)).expanduser()
