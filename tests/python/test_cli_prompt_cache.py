@@ -72,6 +72,15 @@ def test_short_prompts_are_not_worth_a_file(
     assert files(directory) == []
 
 
+def test_a_prompt_without_room_for_an_answer(
+    chat_package: Path, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = ",".join(["7"] * 100)
+    got = run(capsys, chat_package, directory, "--context", "100", "--prompt-ids", ids)
+    assert (got["token_ids"], got["finish_reason"]) == ([], "context")
+    assert files(directory) == []  # nothing was computed
+
+
 def test_sessions_of_other_kinds_lie_side_by_side(
     chat_package: Path, directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
