@@ -144,17 +144,15 @@ std::span<const std::byte> bytes_of(const py::buffer_info& info) {
   return {static_cast<const std::byte*>(info.ptr), static_cast<size_t>(info.size * info.itemsize)};
 }
 
-Snapshot make_snapshot(const py::bytes& tokens, const py::buffer& state) {
+// Of a snapshot's two parts, wherever they are.
+void restore_parts(GuardedSession& session, const py::bytes& tokens, const py::buffer& state) {
   const std::string_view ids(tokens);
   if (ids.size() % sizeof(int32_t) != 0) throw std::invalid_argument("tokens are int32: 4 bytes each");
-  Snapshot snapshot;
-  snapshot.tokens.resize(ids.size() / sizeof(int32_t));
-  if (!ids.empty()) std::memcpy(snapshot.tokens.data(), ids.data(), ids.size());
+  std::vector<int32_t> copy(ids.size() / sizeof(int32_t));  // of bytes that may lie anywhere
+  if (!ids.empty()) std::memcpy(copy.data(), ids.data(), ids.size());
   const py::buffer_info info = state.request();
   const std::span<const std::byte> bytes = bytes_of(info);
-  const py::gil_scoped_release release;
-  snapshot.state.assign(bytes.begin(), bytes.end());
-  return snapshot;
+  session.call([&](Session& x) { x.restore(copy, bytes); });
 }
 
 uint32_t crc32c_of(const py::buffer& data) {
@@ -347,8 +345,6 @@ void bind_engine(py::module_& m) {
 
   py::class_<Snapshot>(m, "Snapshot", py::buffer_protocol(),
                        "What a session was at one moment: see Session.snapshot. Immutable.")
-      .def(py::init(&make_snapshot), "tokens"_a, "state"_a,
-           "tokens: int32, as bytes. state: bytes of a snapshot's `state`, which are copied.")
       .def_property_readonly(
           "tokens",
           [](const Snapshot& s) {
@@ -429,11 +425,14 @@ void bind_engine(py::module_& m) {
           "pending", [](GuardedSession& s) { return s.call(&Session::pending); },
           "How many tokens at the end of the sequence are yet to be computed.")
       .def(
-          "restore", [](GuardedSession& s, const Snapshot& snapshot) { s.call(&Session::restore, snapshot); },
+          "restore",
+          [](GuardedSession& s, const Snapshot& snapshot) { s.call([&](Session& x) { x.restore(snapshot); }); },
           "snapshot"_a,
           "Becomes what `snapshot` holds, of a session of the same package, provider, KV type and, with the provider\n"
           "\"qnn\", context. ValueError if it does not fit, or a token is outside the vocabulary; then nothing "
           "changes.")
+      .def("restore_parts", &restore_parts, "tokens"_a, "state"_a,
+           "The same of a snapshot's `tokens` and `state`, each in bytes of whoever has kept them.")
       .def(
           "fill_synthetic", [](GuardedSession& s, size_t count) { s.call(&Session::fill_synthetic, count); }, "count"_a,
           "Appends `count` arbitrary tokens with pseudo-random keys and values, as if computed: for measurements at\n"

@@ -258,10 +258,6 @@ class Snapshot:
     """
     What a session was at one moment: see Session.snapshot. Immutable.
     """
-    def __init__(self, tokens: bytes, state: typing_extensions.Buffer) -> None:
-        """
-        tokens: int32, as bytes. state: bytes of a snapshot's `state`, which are copied.
-        """
     @property
     def state(self) -> memoryview:
         """
@@ -311,6 +307,10 @@ class Session:
         """
         Becomes what `snapshot` holds, of a session of the same package, provider, KV type and, with the provider
         "qnn", context. ValueError if it does not fit, or a token is outside the vocabulary; then nothing changes.
+        """
+    def restore_parts(self, tokens: bytes, state: typing_extensions.Buffer) -> None:
+        """
+        The same of a snapshot's `tokens` and `state`, each in bytes of whoever has kept them.
         """
     def rewind(self, length: typing.SupportsInt | typing.SupportsIndex) -> None:
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -162,8 +163,10 @@ class Session:
                     f"{file.path}: has {len(file.tokens)} tokens, the context holds {self.context}; "
                     "choose a larger context"
                 )
-            self.become(file.read(self._core.snapshot_bytes(file.computed)))
-            self._core.append(file.tokens[file.computed :])
+            state = file.read(self._core.snapshot_bytes(file.computed))
+        self._core.restore_parts(array("i", file.tokens[: file.computed]).tobytes(), state)
+        self._core.append(file.tokens[file.computed :])
+        self._begin()
         self.prompt_length = len(file.tokens)
 
     def snapshot_bytes(self, length: int) -> int:

@@ -139,9 +139,9 @@ class SessionFile:
         """Of that state."""
         self._file = file
 
-    def read(self, state_bytes: int) -> _core.Snapshot:
-        """The computed tokens and their state, once. state_bytes: expected. SessionFileError if it is damaged,
-        MemoryError without memory for it."""
+    def read(self, state_bytes: int) -> memoryview:
+        """The state, once. state_bytes: expected. SessionFileError if it is damaged, MemoryError without memory for
+        it."""
         if self.state_bytes != state_bytes:
             raise damaged(self.path, f"its state has {self.state_bytes:,} bytes, expected {state_bytes:,}")
         state = memoryview(bytearray(self.state_bytes))
@@ -153,7 +153,7 @@ class SessionFile:
         expected = self._file.read()
         if expected != struct.pack(f"<{len(checksums)}I", *checksums):
             raise damaged(self.path, "a checksum of its state is wrong")
-        return _core.Snapshot(array("i", self.tokens[: self.computed]).tobytes(), state)
+        return state
 
 
 def damaged(path: Path, what: str) -> SessionFileError:

@@ -236,14 +236,14 @@ size_t Session::snapshot_bytes(size_t length) const {
   return executor_->state().snapshot_bytes(length);
 }
 
-void Session::restore(const Snapshot& snapshot) {
-  if (snapshot.tokens.size() > context_) {
-    throw std::invalid_argument("the snapshot has " + std::to_string(snapshot.tokens.size()) +
-                                " tokens, the context holds " + std::to_string(context_) + "; choose a larger context");
+void Session::restore(std::span<const int32_t> tokens, std::span<const std::byte> state) {
+  if (tokens.size() > context_) {
+    throw std::invalid_argument("the snapshot has " + std::to_string(tokens.size()) + " tokens, the context holds " +
+                                std::to_string(context_) + "; choose a larger context");
   }
-  for (const int32_t id : snapshot.tokens) check_token(id);
-  executor_->state().restore(snapshot.state, snapshot.tokens.size());
-  tokens_.assign(snapshot.tokens.begin(), snapshot.tokens.end());
+  for (const int32_t id : tokens) check_token(id);
+  executor_->state().restore(state, tokens.size());
+  tokens_.assign(tokens.begin(), tokens.end());
   length_ = tokens_.size();
   logits_ = {};
   end_generation();

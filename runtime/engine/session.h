@@ -99,10 +99,11 @@ class Session {
   Snapshot snapshot() { return snapshot(computed()); }
   // Bytes of the state in a snapshot of `length` tokens. Throws std::invalid_argument for more than the context holds.
   size_t snapshot_bytes(size_t length) const;
-  // Becomes what `snapshot` holds, which a session of the same package, provider, KV type and, with Provider::qnn,
+  // Becomes what a snapshot holds, which a session of the same package, provider, KV type and, with Provider::qnn,
   // context made; ends a running generation. Throws std::invalid_argument if it does not fit, or a token is outside the
   // vocabulary; then nothing changes.
-  void restore(const Snapshot& snapshot);
+  void restore(std::span<const int32_t> tokens, std::span<const std::byte> state);
+  void restore(const Snapshot& snapshot) { restore(snapshot.tokens, snapshot.state); }
 
   // Appends `count` arbitrary tokens as if they had been computed: their keys and values are pseudo-random. For
   // measurements at a depth, whose text means nothing. Throws std::invalid_argument if they exceed the context or if

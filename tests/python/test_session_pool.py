@@ -7,6 +7,7 @@ import functools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def test_common_prefix(start: list[int], first: list[int], second: list[int]) ->
 
 def kept(tokens: list[int], size: int, common: bool = False) -> Kept:
     """Takes `size` bytes."""
-    return Kept(pack(tokens), _core.Snapshot(b"", bytes(size - 8 * len(tokens))), common)
+    return Kept(pack(tokens), SimpleNamespace(state=memoryview(bytes(size - 8 * len(tokens)))), common)
 
 
 @settings(max_examples=200)
