@@ -88,19 +88,23 @@ class PrefixCache:
         best = max(kept, key=lambda its: (reused[its], -its.length), default=None)
         return (0, None) if best is None or not reused[best] else (reused[best], best)
 
-    def has_room(self, size: int) -> bool:
-        """Whether a snapshot of `size` bytes is within the budget, when all others go."""
-        return size <= self._most_bytes
+    def make_room(self, size: int) -> bool:
+        """Lets go what was used least recently, before `size` bytes are taken. False: they are beyond the budget, and
+        nothing goes."""
+        if size > self._most_bytes:
+            return False
+        with self._lock:
+            self._free(size)
+        return True
 
     def put(self, kept: Kept) -> None:
-        """Those that were used least recently make room for it; nothing happens if it is larger than the budget."""
-        if not self.has_room(kept.size):
+        """It is the last used, and takes the place of one of the same sequence; nothing, if it is beyond the budget."""
+        if kept.size > self._most_bytes:
             return
         with self._lock:
             for its in [its for its in self._kept if its.sequence == kept.sequence]:
                 self._remove(its)
-            while self._kept and self._size + kept.size > self._most_bytes:
-                self._remove(self._kept[0])
+            self._free(kept.size)
             self._add(kept)
 
     def take(self, kept: Kept, tokens: int) -> _core.Snapshot:
@@ -118,6 +122,10 @@ class PrefixCache:
         window, a snapshot has what its last token sees."""
         within = not self._window or kept.length <= self._window or shared >= kept.length - 1
         return shared if within else 0
+
+    def _free(self, size: int) -> None:
+        while self._size + size > self._most_bytes:
+            self._remove(self._kept[0])
 
     def _add(self, kept: Kept) -> None:
         self._kept.append(kept)

@@ -101,17 +101,20 @@ class SessionPool:
     def _save(self, its: _Begun) -> None:
         if self._lost(its) < WORTH:
             return
-        with contextlib.suppress(MemoryError):  # then it is lost
-            if self._cache.has_room(its.session.snapshot_bytes(packed_length(its.sequence))):
+        size = its.session.snapshot_bytes(packed_length(its.sequence)) + len(its.sequence)
+        if self._cache.make_room(size):
+            with contextlib.suppress(MemoryError):  # then it is lost
                 self._cache.put(Kept(its.sequence, its.session.snapshot(), common=False))
 
     def _copy(self, its: _Begun) -> _core.Snapshot | None:
         """The shared beginning, which is kept for others that begin so; None: without memory for it, or where its state
         is overwritten already."""
+        sequence = pack(its.session.tokens[: its.shared])
+        self._cache.make_room(its.session.snapshot_bytes(its.shared) + len(sequence))
         with contextlib.suppress(MemoryError):
             snapshot = its.session.snapshot(its.shared)
             if snapshot.tokens:
-                self._cache.put(Kept(pack(its.session.tokens[: its.shared]), snapshot, common=True))
+                self._cache.put(Kept(sequence, snapshot, common=True))
                 return snapshot
         return None
 
