@@ -12,11 +12,13 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "csrc/bindings.h"
+#include "runtime/base/crc32c.h"
 #include "runtime/base/error.h"
 #include "runtime/base/file.h"
 #include "runtime/engine/drafter.h"
@@ -130,6 +132,34 @@ py::array_t<int64_t> row_indices(const Engine& engine, const std::vector<int64_t
     for (const RowKey& key : keys) *out++ = static_cast<int64_t>(key.index);
   }
   return indices;
+}
+
+// The bytes of a buffer whose elements are neighbours. Throws std::invalid_argument for another one.
+std::span<const std::byte> bytes_of(const py::buffer_info& info) {
+  py::ssize_t stride = info.itemsize;
+  for (py::ssize_t axis = info.ndim; axis-- > 0; stride *= info.shape[axis]) {
+    if (info.shape[axis] > 1 && info.strides[axis] != stride)
+      throw std::invalid_argument("a buffer must be contiguous");
+  }
+  return {static_cast<const std::byte*>(info.ptr), static_cast<size_t>(info.size * info.itemsize)};
+}
+
+// Of a snapshot's two parts, wherever they are.
+void restore_parts(GuardedSession& session, const py::bytes& tokens, const py::buffer& state) {
+  const std::string_view ids(tokens);
+  if (ids.size() % sizeof(int32_t) != 0) throw std::invalid_argument("tokens are int32: 4 bytes each");
+  std::vector<int32_t> copy(ids.size() / sizeof(int32_t));  // of bytes that may lie anywhere
+  if (!ids.empty()) std::memcpy(copy.data(), ids.data(), ids.size());
+  const py::buffer_info info = state.request();
+  const std::span<const std::byte> bytes = bytes_of(info);
+  session.call([&](Session& x) { x.restore(copy, bytes); });
+}
+
+uint32_t crc32c_of(const py::buffer& data) {
+  const py::buffer_info info = data.request();
+  const std::span<const std::byte> bytes = bytes_of(info);
+  const py::gil_scoped_release release;
+  return crc32c(bytes);
 }
 
 void bind_errors(py::module_& m) {
@@ -337,8 +367,21 @@ void bind_engine(py::module_& m) {
       .def_readonly("chosen", &Logprobs::chosen, "Of the token itself.")
       .def_readonly("top", &Logprobs::top, "Of the most probable tokens, by their ids.");
 
-  const py::class_<Snapshot> snapshot_class(m, "Snapshot",
-                                            "What a session was at one moment: see Session.snapshot. Immutable.");
+  py::class_<Snapshot>(m, "Snapshot", py::buffer_protocol(),
+                       "What a session was at one moment: see Session.snapshot. Immutable.")
+      .def_property_readonly(
+          "tokens",
+          [](const Snapshot& s) {
+            return py::bytes(reinterpret_cast<const char*>(s.tokens.data()), s.tokens.size() * sizeof(int32_t));
+          },
+          "Those that were computed, int32, as bytes.")
+      .def_property_readonly(
+          "state", [](const py::object& s) { return py::memoryview(s); },  // which holds on to the snapshot
+          "Their state, read-only.")
+      .def_buffer([](const Snapshot& s) {
+        const auto size = static_cast<py::ssize_t>(s.state.size());
+        return py::buffer_info(reinterpret_cast<const uint8_t*>(s.state.data()), size);
+      });
 
   py::class_<GuardedSession>(
       m, "Session",
@@ -394,13 +437,29 @@ void bind_engine(py::module_& m) {
           "all\n"
           "of them are pending.")
       .def(
-          "snapshot", [](GuardedSession& s) { return s.call(&Session::snapshot); },
-          "A copy of the computed tokens and their state; pending ones are not part of it.")
+          "snapshot",
+          [](GuardedSession& s, std::optional<size_t> length) {
+            return s.call([length](Session& x) { return length ? x.snapshot(*length) : x.snapshot(); });
+          },
+          "length"_a = py::none(),
+          "A copy of the first `length` tokens and their state, None: of all that are computed. Where a layer with a\n"
+          "window does not reach back so far, it is of no token. ValueError if fewer are computed.")
       .def(
-          "restore", [](GuardedSession& s, const Snapshot& snapshot) { s.call(&Session::restore, snapshot); },
+          "snapshot_bytes", [](GuardedSession& s, size_t length) { return s.call(&Session::snapshot_bytes, length); },
+          "length"_a,
+          "Bytes of the state in a snapshot of `length` tokens. ValueError for more than the context holds.")
+      .def_property_readonly(
+          "pending", [](GuardedSession& s) { return s.call(&Session::pending); },
+          "How many tokens at the end of the sequence are yet to be computed.")
+      .def(
+          "restore",
+          [](GuardedSession& s, const Snapshot& snapshot) { s.call([&](Session& x) { x.restore(snapshot); }); },
           "snapshot"_a,
           "Becomes what `snapshot` holds, of a session of the same package, provider, KV type and, with the provider\n"
-          "\"qnn\", context. ValueError if it does not fit; then nothing changes.")
+          "\"qnn\", context. ValueError if it does not fit, or a token is outside the vocabulary; then nothing "
+          "changes.")
+      .def("restore_parts", &restore_parts, "tokens"_a, "state"_a,
+           "The same of a snapshot's `tokens` and `state`, each in bytes of whoever has kept them.")
       .def(
           "fill_synthetic", [](GuardedSession& s, size_t count) { s.call(&Session::fill_synthetic, count); }, "count"_a,
           "Appends `count` arbitrary tokens with pseudo-random keys and values, as if computed: for measurements at\n"
@@ -426,6 +485,7 @@ PYBIND11_MODULE(_core, m) {
       "cpu_kernels", [] { return meki::simd().name; },
       "The instruction set that attention and linear layers use: \"avx512vnni\", \"avx2\", \"neon-i8mm\",\n"
       "\"neon-dotprod\" or \"portable\".");
+  m.def("crc32c", &meki::crc32c_of, "data"_a, "CRC-32C (Castagnoli, RFC 3720) of a contiguous buffer.");
   m.def(
       "read_manifest",
       [](const std::filesystem::path& path, const std::string& provider, const std::string& soc) {

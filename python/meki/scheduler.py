@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .generation import GenerationResult, TextStream, TokenLogprobs
+from .prefix_cache import PrefixCache
 from .requests import Request
-from .session import Session, common_prefix
+from .session import Session
+from .session_pool import SessionPool
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,24 @@ class Job:
 class Scheduler:
     """Runs the generations of one engine, up to `parallel` at once. Thread-safe."""
 
-    def __init__(self, make_session: Callable[[], Session], *, parallel: int = 8, waiting: int = 64) -> None:
-        """parallel: sessions that run at once. waiting: generations that may wait for one."""
+    def __init__(
+        self,
+        make_session: Callable[[], Session],
+        prefix_cache: PrefixCache,
+        *,
+        parallel: int = 8,
+        waiting: int = 64,
+    ) -> None:
+        """prefix_cache: of the engine. parallel: sessions that run at once. waiting: generations that may wait for
+        one."""
         self._make_session = make_session
+        self._pool = SessionPool(prefix_cache, parallel)
         self._parallel = parallel
         self._most_waiting = waiting
         self._condition = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._closed = False
-        self._running: list[tuple[Job, Session, TextStream]] = []  # of the thread alone, as the next
-        self._idle: list[Session] = []  # the last used at the end
+        self._running: list[tuple[Job, Session, TextStream]] = []  # of the thread alone
         self._thread = threading.Thread(target=self._run, name="meki-scheduler", daemon=True)
         self._thread.start()
 
@@ -122,24 +132,25 @@ class Scheduler:
             jobs = [
                 self._waiting.popleft() for _ in range(min(self._parallel - len(self._running), len(self._waiting)))
             ]
-        for job in jobs:
-            self._start(job)
+        later = [job for job in jobs if not self._start(job)]
+        with self._condition:
+            self._waiting.extendleft(reversed(later))
         return True
 
-    def _start(self, job: Job) -> None:
+    def _start(self, job: Job) -> bool:
+        """False: one that runs is about to compute the beginning of its prompt, which is worth the wait."""
+        session = None
         try:
-            session = self._session_for(job.request.token_ids)
+            running = [session for _, session, _ in self._running]
+            session = self._pool.take(job.request.token_ids, self._make_session, running)
+            if session is None:
+                return False
             self._running.append((job, session, session.run(job.request)))
         except Exception as error:
+            if session is not None:
+                self._pool.give(session)
             job.deliver(error)
-
-    def _session_for(self, token_ids: list[int]) -> Session:
-        """The idle session that has the longest beginning of these tokens, or a new one."""
-        if len(self._idle) + len(self._running) < self._parallel:
-            return self._make_session()
-        best = max(self._idle, key=lambda session: common_prefix(session.tokens, token_ids))
-        self._idle.remove(best)
-        return best
+        return True
 
     def _advance(self, entry: tuple[Job, Session, TextStream]) -> None:
         job, session, stream = entry
@@ -157,4 +168,4 @@ class Scheduler:
             if not stream.over:
                 return
         self._running.remove(entry)
-        self._idle.append(session)
+        self._pool.give(session)
