@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ._core import PackageError
     from .async_engine import AsyncEngine
     from .engine import Engine
-    from .generation import GenerationResult, GenerationStats
+    from .generation import GenerationResult, GenerationStats, TokenLogprobs, TopLogprob
     from .package import ModelNotFoundError
     from .session import Session
     from .session_file import SessionFileError
@@ -25,6 +25,8 @@ __all__ = [
     "PackageError",
     "Session",
     "SessionFileError",
+    "TokenLogprobs",
+    "TopLogprob",
     "__version__",
 ]
 
@@ -37,6 +39,8 @@ _HOMES = {
     "PackageError": "_core",
     "Session": "session",
     "SessionFileError": "session_file",
+    "TokenLogprobs": "generation",
+    "TopLogprob": "generation",
 }
 
 if not TYPE_CHECKING:

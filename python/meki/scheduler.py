@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from .generation import GenerationResult, TextStream
+from .generation import GenerationResult, TextStream, TokenLogprobs
 from .prefix_cache import PrefixCache
 from .requests import Request
 from .session import Session
 from .session_pool import SessionPool
 
-Event = str | GenerationResult | Exception
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step added to a generation's text."""
+
+    text: str
+    logprobs: Sequence[TokenLogprobs]
+    """Of the tokens since the piece before; none without the option `logprobs`. Those behind the last piece are in the
+    result alone."""
+
+
+Event = Piece | GenerationResult | Exception
 """What there is of a generation: a piece of its text, or its end, by a result or an error; nothing follows an end."""
 
 
 class QueueFullError(RuntimeError):
     """As many generations wait as may."""
+
+
+class GenerationCancelledError(RuntimeError):
+    """A generation was cancelled before it began."""
 
 
 class Job:
@@ -27,6 +43,8 @@ class Job:
         self.request = request
         self.deliver = deliver
         self.cancelled = False
+        self.told = 0
+        """Tokens whose log-probabilities were delivered."""
 
 
 class Scheduler:
@@ -67,8 +85,15 @@ class Scheduler:
         return job
 
     def cancel(self, job: Job) -> None:
-        """Ends a generation before its next token; its result is what there is so far."""
+        """Ends a generation before its next token; its result is what there is so far. One that waits leaves the
+        queue: its end is a GenerationCancelledError."""
         job.cancelled = True
+        with self._condition:
+            waits = job in self._waiting
+            if waits:
+                self._waiting.remove(job)
+        if waits:
+            job.deliver(GenerationCancelledError("cancelled before it began"))
 
     def close(self) -> None:
         """Cancels what waits and runs, and waits for the thread."""
@@ -76,11 +101,26 @@ class Scheduler:
             self._closed = True
             self._condition.notify()
         self._thread.join()
+        for job in list(self._waiting):
+            self.cancel(job)
+
+    @property
+    def waiting(self) -> int:
+        """Generations that wait, now."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Generations that run, now."""
+        return len(self._running)
 
     def _run(self) -> None:
         while self._admit():
             for entry in list(self._running):
                 self._advance(entry)
+        for job, _, stream in self._running:
+            stream.close()
+            job.deliver(stream.result)
 
     def _admit(self) -> bool:
         """Starts what waits, as far as sessions are free, and waits for the first. False: the scheduler is closed."""
@@ -118,7 +158,8 @@ class Scheduler:
             if job.cancelled:
                 stream.close()
             elif piece := stream.advance():
-                job.deliver(piece)
+                job.deliver(Piece(piece, stream.logprobs[job.told :]))
+                job.told = len(stream.logprobs)
             if stream.over:
                 job.deliver(stream.result)
         except Exception as error:

@@ -123,6 +123,7 @@ class Session:
             shared,
             options,
             request.constraint,
+            request.answer,
         )
         return self._stream
 
