@@ -21,8 +21,8 @@ class GenerationStats:
     prompt_tokens: int
     """Tokens of this prompt, with those that start a sequence; of a chat, the whole conversation."""
     cached_tokens: int
-    """Prompt tokens that were not computed because their keys and values were there: what a conversation, or any request
-    of an AsyncEngine, has in common with what was computed before. 0 for a prompt that is appended."""
+    """Prompt tokens that were not computed because their keys and values were there: what a conversation, or any
+    request of an AsyncEngine, has in common with what was computed before. 0 for a prompt that is appended."""
     new_tokens: int
     seed: int
     time_to_first_token_s: float | None
