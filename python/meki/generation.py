@@ -58,6 +58,8 @@ class GenerationResult:
     finish_reason: str | None
     """"eos", "length" (max_new_tokens), "context" (the KV cache is full), "stop" (a stop string, or one of
     stop_token_ids), or None: not over."""
+    stop: str | None
+    """The stop string that ended the text; None: another reason."""
     stats: GenerationStats
 
 
@@ -182,7 +184,8 @@ class TextStream(Iterator[str]):
             accepted_tokens=core.accepted_tokens,
             resident_bytes=None if memory is None else memory["resident"],
         )
-        return GenerationResult("".join(self._pieces), list(self._token_ids), finish_reason, stats)
+        text = "".join(self._pieces)
+        return GenerationResult(text, list(self._token_ids), finish_reason, self._stop.completed, stats)
 
 
 def _per_second(count: int, nanoseconds: int) -> float | None:
