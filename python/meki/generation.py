@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from . import _core
+from .answers import AnswerForm, answer_message
 from .options import CheckedOptions
 from .structured import Constraint
 from .text import Detokenizer, StopStrings, Vocabulary
@@ -61,6 +63,10 @@ class GenerationResult:
     stop: str | None
     """The stop string that ended the text; None: another reason."""
     stats: GenerationStats
+    message: dict[str, Any] | None
+    """In a chat the text as a message of OpenAI's API, to be appended to the conversation: {"role": "assistant",
+    "content": str}, with "reasoning_content" if the model thought, and "tool_calls" if it called tools; "content" is
+    None beside calls alone. None: not a chat."""
 
 
 class TextStream(Iterator[str]):
@@ -80,15 +86,20 @@ class TextStream(Iterator[str]):
         shared_tokens: int,
         options: CheckedOptions,
         constraint: Constraint | None = None,
+        answer: AnswerForm | None = None,
     ) -> None:
         """sequence: all tokens so far, of which the last `prompt_tokens` are the prompt. shared_tokens: how many of
-        these were in the sequence before, computed or not. constraint: of the tokens to come; None: none."""
+        these were in the sequence before, computed or not. constraint: of the tokens to come; None: none. answer: how
+        the text is to be read; None: it is no answer of a chat."""
         self._core = core
         self._rom_access = rom_access
         self._detokenizer = Detokenizer(vocabulary, sequence)
         self._stop = StopStrings(options.stop, vocabulary.special_tokens)
         self._stop_token_ids = frozenset(options.stop_token_ids)
         self._constraint = constraint
+        self._answer = answer
+        special = answer.special_tokens(vocabulary.special_tokens) if answer else {}
+        self._marks = {id: text for text, id in special.items()}
         self._seed = options.sampling.seed
         self._prompt_tokens = prompt_tokens
         self._shared_tokens = shared_tokens
@@ -138,7 +149,7 @@ class TextStream(Iterator[str]):
             piece += self._stop.flush()
             reason = "stop" if stopped or token is not None else self._core.finish_reason
         else:
-            mark = self._stop.mark(token)
+            mark = self._marks.get(token) or self._stop.mark(token)
             text = self._detokenizer.flush() + mark if mark else self._detokenizer.push(token)
             piece, stopped = self._stop.push(text)
             reason = "stop" if stopped else None
@@ -185,7 +196,8 @@ class TextStream(Iterator[str]):
             resident_bytes=None if memory is None else memory["resident"],
         )
         text = "".join(self._pieces)
-        return GenerationResult(text, list(self._token_ids), finish_reason, self._stop.completed, stats)
+        message = None if self._answer is None else answer_message(text, self._answer)
+        return GenerationResult(text, list(self._token_ids), finish_reason, self._stop.completed, stats, message)
 
 
 def _per_second(count: int, nanoseconds: int) -> float | None:
