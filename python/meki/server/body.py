@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import Any, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from starlette.types import Receive, Scope
 
 from .errors import ApiError
@@ -17,6 +17,33 @@ class Body(BaseModel):
     """What a caller sends. A member that is not declared is an error, and so is a text where a number belongs."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+def of_type(*known: str, default: str | None = None, why: str) -> BeforeValidator:
+    """Refuses an object whose "type" is not known, and says why, before its members are looked at. default: the type of
+    an object that has none."""
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        kind = value.get("type")
+        if kind is None and default is not None:
+            return {**value, "type": default}
+        if kind not in known:
+            raise ValueError(f"the type {str(kind)[:100]!r} cannot be used here: {why}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def absent(why: str) -> BeforeValidator:
+    """Of a member that may be there, but only as null."""
+
+    def check(value: Any) -> None:
+        if value is not None:
+            raise ValueError(why)
+
+    return BeforeValidator(check)
 
 
 B = TypeVar("B", bound=BaseModel)
@@ -75,9 +102,11 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _refusal(error: ValidationError, value: Any) -> ApiError:
-    """Of several errors, the first that concerns an unknown member, or else the first."""
+    """Of several errors, the first that concerns an unknown member, or else the one deepest inside: where there are
+    several kinds of value, that is of the kind that was meant."""
     errors = error.errors(include_url=False, include_input=False, include_context=False)
-    wrong = next((wrong for wrong in errors if wrong["type"] == "extra_forbidden"), errors[0])
+    wrong = next((wrong for wrong in errors if wrong["type"] == "extra_forbidden"), None)
+    wrong = wrong or max(errors, key=lambda wrong: len(wrong["loc"]))
     kind, param = wrong["type"], _param(wrong["loc"], value)
     if kind == "extra_forbidden":
         return ApiError(400, f"Unknown parameter: '{param}'.", code="unknown_parameter", param=param)
@@ -95,6 +124,6 @@ def _param(place: tuple[str | int, ...], value: Any) -> str:
         if isinstance(step, int):
             if isinstance(value, list) and step < len(value):
                 text, value = f"{text}[{step}]", value[step]
-        elif isinstance(value, dict) and (step in value or at == len(place) - 1):
+        elif isinstance(value, dict) and (isinstance(value.get(step), dict | list) or at == len(place) - 1):
             text, value = f"{text}.{step}" if text else step, value.get(step)
     return text[:200]
