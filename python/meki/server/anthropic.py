@@ -226,7 +226,7 @@ class MessagesBody(CountBody):
             options["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
         elif self.tool_choice and self.tool_choice.type == "any":
             options["tool_choice"] = "required"
-        if self.output_config and self.output_config.format:
+        elif self.output_config and self.output_config.format:  # beside a call there is no text to have a format
             options["json_schema"] = self.output_config.format.schema_
         return options
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 from pydantic_core import from_json
@@ -106,9 +107,10 @@ def _usage(prompt_tokens: int, cached_tokens: int, new_tokens: int) -> dict[str,
 
 
 def _object(text: str) -> dict[str, Any]:
-    """Arguments of a call; of a call that was cut off, as far as they go."""
+    """Arguments of a call; of a call that was cut off, as far as they go. Of what is no JSON, nothing."""
     try:
-        value = from_json(text, allow_partial="trailing-strings")
+        value = from_json(text, allow_partial="trailing-strings", allow_inf_nan=False)
+        json.dumps(value, allow_nan=False)  # 1e999 is read as infinity
     except ValueError:
         value = None
     return value if isinstance(value, dict) else {}

@@ -7,6 +7,7 @@ import json
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.types import Receive, Scope
 
 from .errors import ApiError
@@ -106,8 +107,8 @@ def _refusal(error: ValidationError, value: Any) -> ApiError:
     several kinds of value, that is of the kind that was meant."""
     errors = error.errors(include_url=False, include_input=False, include_context=False)
     wrong = next((wrong for wrong in errors if wrong["type"] == "extra_forbidden"), None)
-    wrong = wrong or max(errors, key=lambda wrong: len(wrong["loc"]))
-    kind, param = wrong["type"], _param(wrong["loc"], value)
+    wrong = wrong or max(errors, key=lambda wrong: (len(wrong["loc"]), not wrong["type"].endswith("_type")))
+    kind, param = wrong["type"], _param(wrong, value)
     if kind == "extra_forbidden":
         return ApiError(400, f"Unknown parameter: '{param}'.", code="unknown_parameter", param=param)
     if kind == "missing":
@@ -117,13 +118,16 @@ def _refusal(error: ValidationError, value: Any) -> ApiError:
     return ApiError(400, f"Invalid '{param}': {message}." if param else f"{message}.", code=code, param=param or None)
 
 
-def _param(place: tuple[str | int, ...], value: Any) -> str:
-    """A place as `messages[0].content`; what pydantic puts between, the kinds that a value might have, left out."""
-    text = ""
-    for at, step in enumerate(place):
+def _param(wrong: ErrorDetails, value: Any) -> str:
+    """The place of an error as `messages[0].content`. What pydantic puts between, the kinds that a value might have, is
+    left out; a kind may be called as a member is."""
+    text, place = "", wrong["loc"]
+    for step, following in zip(place, (*place[1:], None), strict=True):
         if isinstance(step, int):
             if isinstance(value, list) and step < len(value):
                 text, value = f"{text}[{step}]", value[step]
-        elif isinstance(value, dict) and (isinstance(value.get(step), dict | list) or at == len(place) - 1):
-            text, value = f"{text}.{step}" if text else step, value.get(step)
+        elif isinstance(value, dict):
+            is_kind = not isinstance(value.get(step), dict | list) and following in value
+            if (step in value and not is_kind) or (wrong["type"] == "missing" and following is None):
+                text, value = f"{text}.{step}" if text else step, value.get(step)
     return text[:200]

@@ -228,7 +228,8 @@ class ResponsesBody(Body):
             **sampling(model, self.temperature, self.top_p),
             "max_new_tokens": self.max_output_tokens,
         }
-        form = self.text.format if self.text else None
+        must_call = self.tool_choice not in (None, "none", "auto")  # then there is no text to have a format
+        form = self.text.format if self.text and not must_call else None
         if isinstance(form, AnyJson):
             options["json_schema"] = True
         elif isinstance(form, JsonOfSchema):
