@@ -182,15 +182,29 @@ void bind_options(py::module_& m) {
   const SamplingOptions sampling;
   py::class_<SamplingOptions>(
       m, "SamplingOptions",
-      "How the next token is chosen. Applied in this order: repetition penalty, temperature, top-k, top-p,\n"
-      "min-p.")
+      "How the next token is chosen. Applied in this order: repetition penalty, presence and frequency penalty, logit\n"
+      "bias, temperature, top-k, top-p, min-p.")
       .def(py::init([](double temperature, uint32_t top_k, double top_p, double min_p, double repetition_penalty,
+                       double presence_penalty, double frequency_penalty,
+                       std::vector<std::pair<int32_t, double>> logit_bias, std::optional<uint32_t> logprobs,
                        uint64_t seed) {
-             return SamplingOptions{temperature, top_k, top_p, min_p, repetition_penalty, seed};
+             return SamplingOptions{.temperature = temperature,
+                                    .top_k = top_k,
+                                    .top_p = top_p,
+                                    .min_p = min_p,
+                                    .repetition_penalty = repetition_penalty,
+                                    .presence_penalty = presence_penalty,
+                                    .frequency_penalty = frequency_penalty,
+                                    .logit_bias = std::move(logit_bias),
+                                    .logprobs = logprobs,
+                                    .seed = seed};
            }),
            py::kw_only(), "temperature"_a = sampling.temperature, "top_k"_a = sampling.top_k,
            "top_p"_a = sampling.top_p, "min_p"_a = sampling.min_p, "repetition_penalty"_a = sampling.repetition_penalty,
-           "seed"_a = sampling.seed)
+           "presence_penalty"_a = sampling.presence_penalty, "frequency_penalty"_a = sampling.frequency_penalty,
+           "logit_bias"_a = py::tuple(), "logprobs"_a = sampling.logprobs, "seed"_a = sampling.seed)
+      .def("check", &SamplingOptions::check, "vocab_size"_a,
+           "ValueError if an option is outside its range, or a token id outside the vocabulary.")
       .def_readonly("temperature", &SamplingOptions::temperature, "0: the most probable token.")
       .def_readonly("top_k", &SamplingOptions::top_k, "Keep the k most probable tokens; 0: all.")
       .def_readonly("top_p", &SamplingOptions::top_p,
@@ -199,6 +213,14 @@ void bind_options(py::module_& m) {
                     "Drop tokens less probable than this times the most probable one's; 0: none.")
       .def_readonly("repetition_penalty", &SamplingOptions::repetition_penalty,
                     "Divide positive and multiply negative logits of tokens already in the sequence; 1: off.")
+      .def_readonly("presence_penalty", &SamplingOptions::presence_penalty,
+                    "Subtracted from logits of tokens that the generation has; 0: off.")
+      .def_readonly("frequency_penalty", &SamplingOptions::frequency_penalty,
+                    "The same, times how often it has them; 0: off.")
+      .def_readonly("logit_bias", &SamplingOptions::logit_bias, "Token ids, and what is added to their logits.")
+      .def_readonly("logprobs", &SamplingOptions::logprobs,
+                    "Tell log-probabilities, and of how many most probable tokens, at most MOST_LOGPROBS; None: none.")
+      .def_property_readonly_static("MOST_LOGPROBS", [](const py::object&) { return kMostLogprobs; })
       .def_readonly("seed", &SamplingOptions::seed, "Seed of the random generator, 0 to 2**64 - 1.");
 }
 
@@ -227,10 +249,6 @@ void bind_rom(py::module_& m) {
 }
 
 void bind_engine(py::module_& m) {
-  py::class_<Sampler>(m, "Sampler", "Chooses the tokens of a session.")
-      .def(py::init<const SamplingOptions&, size_t>(), "options"_a, "vocab_size"_a,
-           "ValueError if an option is outside its range.");
-
   // Engines are shared and immutable; pybind11's holder has no const.
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine", "An opened package. Immutable and thread-safe.")
       .def_static(
@@ -313,6 +331,12 @@ void bind_engine(py::module_& m) {
           "rom_bytes", [](const Stats& stats) { return stats.rows.bytes; },
           "Bytes read: bundles without their padding (with O_DIRECT, the blocks around them).");
 
+  py::class_<Logprobs>(m, "Logprobs",
+                       "Natural logarithms of probabilities, all that one token was chosen from: by the logits before\n"
+                       "penalties, bias and temperature, and of all tokens.")
+      .def_readonly("chosen", &Logprobs::chosen, "Of the token itself.")
+      .def_readonly("top", &Logprobs::top, "Of the most probable tokens, by their ids.");
+
   const py::class_<Snapshot> snapshot_class(m, "Snapshot",
                                             "What a session was at one moment: see Session.snapshot. Immutable.");
 
@@ -355,6 +379,9 @@ void bind_engine(py::module_& m) {
       .def(
           "step", [](GuardedSession& s) { s.call(&Session::step, poll_signals); },
           "Computes what `next` chooses from, for a caller to whom the allowed tokens become known meanwhile.")
+      .def_property_readonly(
+          "logprobs", [](GuardedSession& s) { return s.call(&Session::logprobs); },
+          "Of the token that `next` returned last; None if the generation was started without.")
       .def_property_readonly(
           "finish_reason", [](GuardedSession& s) { return finish_name(s.call(&Session::finish_reason)); },
           "None while running, \"eos\", \"length\" (max_new_tokens reached) or \"context\" (cache full).")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ._core import PackageError
     from .async_engine import AsyncEngine
     from .engine import Engine
-    from .generation import GenerationResult, GenerationStats
+    from .generation import GenerationResult, GenerationStats, TokenLogprobs, TopLogprob
     from .package import ModelNotFoundError
     from .session import Session
 
@@ -23,6 +23,8 @@ __all__ = [
     "ModelNotFoundError",
     "PackageError",
     "Session",
+    "TokenLogprobs",
+    "TopLogprob",
     "__version__",
 ]
 
@@ -34,6 +36,8 @@ _HOMES = {
     "ModelNotFoundError": "package",
     "PackageError": "_core",
     "Session": "session",
+    "TokenLogprobs": "generation",
+    "TopLogprob": "generation",
 }
 
 if not TYPE_CHECKING:

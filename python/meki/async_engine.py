@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Unpack
 
 from .engine import Engine
-from .generation import GenerationResult
+from .generation import GenerationResult, TokenLogprobs
 from .options import ChatOptions, GenerationOptions
 from .requests import Request
-from .scheduler import Event, Job, Scheduler
+from .scheduler import Event, Job, Piece, Scheduler
 
 
 class AsyncEngine:
@@ -70,6 +70,8 @@ class AsyncTextStream(AsyncIterator[str]):
         self.request: Request | None = None
         """What is generated; None before it is asked for. `AnswerParser(request.answer)` tells the parts of an answer
         apart."""
+        self.logprobs: list[TokenLogprobs] = []
+        """Of the tokens of the pieces so far, at the end of all; none without the option `logprobs`."""
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._job: Job | None = None
         self._over = False
@@ -81,12 +83,14 @@ class AsyncTextStream(AsyncIterator[str]):
         if self._over:
             raise StopAsyncIteration
         event = await self._events.get()
-        if isinstance(event, str):
-            return event
+        if isinstance(event, Piece):
+            self.logprobs += event.logprobs
+            return event.text
         self._over = True
         if isinstance(event, Exception):
             raise event
         self._result = event
+        self.logprobs += (event.logprobs or [])[len(self.logprobs) :]
         raise StopAsyncIteration
 
     @property

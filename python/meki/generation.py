@@ -50,6 +50,30 @@ class GenerationStats:
 
 
 @dataclass(frozen=True)
+class TopLogprob:
+    """A token that might have been chosen."""
+
+    token_id: int
+    text: bytes
+    """What it adds to a text (`Vocabulary.token_bytes`), which need not be whole characters."""
+    logprob: float
+    """The natural logarithm of its probability; -inf: it is impossible."""
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A token that was chosen, and what it was chosen from."""
+
+    token_id: int
+    text: bytes
+    logprob: float
+    """Of the token, as in `TopLogprob`: by the model's logits before penalties, bias and temperature, and of all
+    tokens, also of those that a schema does not allow."""
+    top: list[TopLogprob]
+    """The most probable tokens, as many as `logprobs` asks for, the most probable first."""
+
+
+@dataclass(frozen=True)
 class GenerationResult:
     """What one generation gave."""
 
@@ -67,6 +91,8 @@ class GenerationResult:
     """In a chat the text as a message of OpenAI's API, to be appended to the conversation: {"role": "assistant",
     "content": str}, with "reasoning_content" if the model thought, and "tool_calls" if it called tools; "content" is
     None beside calls alone. None: not a chat."""
+    logprobs: list[TokenLogprobs] | None
+    """Of each of `token_ids`; None without the option `logprobs`."""
 
 
 class TextStream(Iterator[str]):
@@ -92,6 +118,7 @@ class TextStream(Iterator[str]):
         these were in the sequence before, computed or not. constraint: of the tokens to come; None: none. answer: how
         the text is to be read; None: it is no answer of a chat."""
         self._core = core
+        self._vocabulary = vocabulary
         self._rom_access = rom_access
         self._detokenizer = Detokenizer(vocabulary, sequence)
         self._stop = StopStrings(options.stop, vocabulary.special_tokens)
@@ -105,6 +132,7 @@ class TextStream(Iterator[str]):
         self._shared_tokens = shared_tokens
         self._pieces: list[str] = []
         self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] | None = None if options.sampling.logprobs is None else []
         self._first_token_s: float | None = None
         self._result: GenerationResult | None = None
 
@@ -123,6 +151,12 @@ class TextStream(Iterator[str]):
     def result(self) -> GenerationResult:
         """What there is so far; once the stream is over or closed, the final result."""
         return self._result or self._collect(None)
+
+    @property
+    def logprobs(self) -> Sequence[TokenLogprobs]:
+        """Of the tokens so far, in a list that grows; none without the option `logprobs`. The text of the last ones may
+        be held back."""
+        return () if self._logprobs is None else self._logprobs
 
     def finish(self) -> GenerationResult:
         """Generates what is left and returns the final result."""
@@ -144,6 +178,8 @@ class TextStream(Iterator[str]):
             if self._first_token_s is None:
                 self._first_token_s = time.perf_counter() - start
             self._token_ids.append(token)
+            if self._logprobs is not None:
+                self._logprobs.append(self._logprobs_of(token))
         if token is None or token in self._stop_token_ids:
             piece, stopped = self._stop.push(self._detokenizer.flush())
             piece += self._stop.flush()
@@ -171,6 +207,13 @@ class TextStream(Iterator[str]):
         token = self._core.next(self._constraint.allowed())
         return token, token is not None and self._constraint.accept(token)
 
+    def _logprobs_of(self, token: int) -> TokenLogprobs:
+        """Of the token that was chosen last."""
+        its = self._core.logprobs
+        assert its is not None
+        text = self._vocabulary.token_bytes
+        return TokenLogprobs(token, text(token), its.chosen, [TopLogprob(id, text(id), value) for id, value in its.top])
+
     def _collect(self, finish_reason: str | None) -> GenerationResult:
         core = self._core.stats
         memory = _core.resident_memory(None)
@@ -197,7 +240,10 @@ class TextStream(Iterator[str]):
         )
         text = "".join(self._pieces)
         message = None if self._answer is None else answer_message(text, self._answer)
-        return GenerationResult(text, list(self._token_ids), finish_reason, self._stop.completed, stats, message)
+        logprobs = None if self._logprobs is None else list(self._logprobs)
+        return GenerationResult(
+            text, list(self._token_ids), finish_reason, self._stop.completed, stats, message, logprobs
+        )
 
 
 def _per_second(count: int, nanoseconds: int) -> float | None:

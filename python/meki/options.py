@@ -19,6 +19,8 @@ DEFAULT_ROW_CACHE = 16
 """MiB."""
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """Options that a package may have defaults of its own for."""
+PENALTIES = ("presence_penalty", "frequency_penalty")
+MOST_LOGPROBS = _core.SamplingOptions.MOST_LOGPROBS
 
 
 ToolChoice = Literal["auto", "none", "required"] | Mapping[str, Any]
@@ -42,6 +44,15 @@ class GenerationOptions(TypedDict, total=False):
     """Drop tokens less probable than this times the most probable one's. Default 0: none."""
     repetition_penalty: float
     """Divide positive and multiply negative logits of tokens already in the sequence. Default 1: off."""
+    presence_penalty: float
+    """-2 .. 2: subtracted from the logits of tokens that this generation has made so far. Default 0: off."""
+    frequency_penalty: float
+    """-2 .. 2: the same, times how often it has made them. Default 0: off."""
+    logit_bias: Mapping[int, float]
+    """Added to the logits of these token ids, behind all penalties; -100 .. 100. Default none."""
+    logprobs: int | None
+    """0 .. 20: tell the log-probability of each token that is chosen, and of so many most probable ones
+    (`GenerationResult.logprobs`): those of the model, before penalties, bias and temperature. Default None: do not."""
     seed: int | None
     """0 .. 2**64 - 1. Default None: a fresh random one, to be found in the stats."""
     stop: str | Sequence[str]
@@ -155,14 +166,17 @@ def check_options(options: GenerationOptions, vocab_size: int = 2**31) -> Checke
     known = GenerationOptions.__annotations__.keys()
     if unknown := sorted(options.keys() - known):
         raise TypeError(f"unknown generation option {unknown[0]!r}; known: {', '.join(known)}")
-    values: dict[str, Any] = {name: value for name, value in options.items() if name in SAMPLING}
+    values: dict[str, Any] = {name: value for name, value in options.items() if name in (*SAMPLING, *PENALTIES)}
     for name, value in values.items():
         values[name] = check_integer(name, value, 2**31 - 1) if name == "top_k" else check_number(name, value)
     seed = options.get("seed")
     # 32 bits are fresh enough, and exact in every JSON reader.
     seed = int.from_bytes(os.urandom(4)) if seed is None else check_integer("seed", seed, 2**64 - 1)
+    values["logit_bias"] = _check_bias(options.get("logit_bias", {}), vocab_size)
+    if (logprobs := options.get("logprobs")) is not None:
+        values["logprobs"] = check_integer("logprobs", logprobs, MOST_LOGPROBS)
     sampling = _core.SamplingOptions(seed=seed, **values)
-    _core.Sampler(sampling, 1)  # raises what a generation would raise later
+    sampling.check(vocab_size)  # raises what a generation would raise later
     stop = options.get("stop", ())
     if not isinstance(stop, str | Sequence):
         raise TypeError(f"stop must be a str or several, got {shown(stop)}")
@@ -177,6 +191,15 @@ def check_options(options: GenerationOptions, vocab_size: int = 2**31) -> Checke
     ignore_eos = check_flag("ignore_eos", options.get("ignore_eos", False))
     checked = CheckedOptions(sampling, most, stop, tuple(stop_token_ids), ignore_eos, form=None)
     return hold_to(checked, _check_form(options))
+
+
+def _check_bias(bias: Mapping[int, float], vocab_size: int) -> list[tuple[int, float]]:
+    if not isinstance(bias, Mapping):
+        raise TypeError(f"logit_bias must be a dict of token ids and numbers, got {shown(bias)}")
+    return [
+        (check_integer("each token id of logit_bias", id, vocab_size - 1), check_number("logit_bias", value))
+        for id, value in bias.items()
+    ]
 
 
 def hold_to(options: CheckedOptions, form: Form | None) -> CheckedOptions:

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 
 from .answers import (
     AnswerForm,
-    Calls,
+    RequiredCalls,
     begins_inside_thoughts,
     call_grammar,
     choose_tools,
@@ -75,7 +75,7 @@ class Requests:
         answer = replace(self._form, calls=calls, thinks_first=thinks_first)
         form = checked.form
         if choice is None and tools and calls and form is not None and form.option == "json_schema":
-            choice, checked = Calls(tools, several=True, or_json=form.text), replace(checked, form=None)
+            choice, checked = RequiredCalls(tools, several=True, or_json=form.text), replace(checked, form=None)
         if choice is not None:
             grammar = call_grammar(answer, choice, self.prompts.vocabulary.special_tokens)
             checked = hold_to(checked, Form("tool_choice", grammar))

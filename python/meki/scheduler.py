@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from .generation import GenerationResult, TextStream
+from .generation import GenerationResult, TextStream, TokenLogprobs
 from .requests import Request
 from .session import Session, common_prefix
 
-Event = str | GenerationResult | Exception
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step added to a generation's text."""
+
+    text: str
+    logprobs: Sequence[TokenLogprobs]
+    """Of the tokens since the piece before; none without the option `logprobs`. Those behind the last piece are in the
+    result alone."""
+
+
+Event = Piece | GenerationResult | Exception
 """What there is of a generation: a piece of its text, or its end, by a result or an error; nothing follows an end."""
 
 
@@ -29,6 +41,8 @@ class Job:
         self.request = request
         self.deliver = deliver
         self.cancelled = False
+        self.told = 0
+        """Tokens whose log-probabilities were delivered."""
 
 
 class Scheduler:
@@ -133,7 +147,8 @@ class Scheduler:
             if job.cancelled:
                 stream.close()
             elif piece := stream.advance():
-                job.deliver(piece)
+                job.deliver(Piece(piece, stream.logprobs[job.told :]))
+                job.told = len(stream.logprobs)
             if stream.over:
                 job.deliver(stream.result)
         except Exception as error:

@@ -79,6 +79,8 @@ class Session {
   // Computes what next() chooses from, for a caller to whom the allowed tokens become known meanwhile; next() does it
   // where this was not called. Throws as next().
   void step(const Poll& poll = {});
+  // Of the token that next() returned last; null without SamplingOptions::logprobs or a generation.
+  std::optional<Logprobs> logprobs() const { return sampler_ ? sampler_->logprobs() : std::nullopt; }
   FinishReason finish_reason() const { return finish_reason_; }
 
   // Number of tokens that are not computed yet.

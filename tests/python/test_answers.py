@@ -248,7 +248,17 @@ def test_known_answers(form: str, text: str, expected: list[AnswerEvent]) -> Non
         ("hermes", '<tool_call>{"name": "w", "arguments": {}} or', [*call(0, "w", "{}"), Content("or")]),
         ("mistral", "[TOOL_CALLS]two words{}", [Content("[TOOL_CALLS]two words{}")]),
         ("coder", "<function=w", [Content("<function=w")]),
-        ("coder", "<function=w><parameter=a>1</parameter><parameter=b>2", call(0, "w", '{"a": 1')),
+        (
+            "coder",
+            "<function=w><parameter=a>1</parameter><parameter=b>2",
+            [*call(0, "w", '{"a": 1'), Content("<parameter=b>2")],
+        ),
+        (
+            "mistral",
+            '[TOOL_CALLS][{"name": "w", "arguments": {}}, {"name": "v", "argu',
+            [*call(0, "w", "{}"), Content(', {"name": "v", "argu')],
+        ),
+        ("mistral", '[TOOL_CALLS][{"name": "w", "arguments": {}}', call(0, "w", "{}")),
         ("coder", "<function=w>text", [ToolCallStart(0, "w"), Content("text")]),
         ("coder", "<tool_call>w</tool_call>", [Content("<tool_call>w</tool_call>")]),
         ("gemma", "<|tool_call>w{}", [Content("<|tool_call>w{}")]),

@@ -15,6 +15,7 @@ from meki import AsyncEngine, Engine, GenerationResult, _core
 from meki.answers import AnswerForm, AnswerParser, Content, ToolCallArguments, ToolCallStart, find_form
 from meki.generation import TextStream
 from meki.options import check_options
+from meki.requests import Request
 from meki.text import Vocabulary
 
 from .tokenizers_of_kinds import KINDS
@@ -37,14 +38,13 @@ WEATHER: dict[str, Any] = {
     "type": "object",
     "properties": {"city": {"$ref": "#/$defs/city"}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
     "required": ["city", "days"],
-    "additionalProperties": False,
     "$defs": {"city": {"enum": ["Paris", 'San "J"', "{"]}},
 }
 TOOLS: list[dict[str, Any]] = [
     {"type": "function", "function": {"name": "weather", "description": "Of a city.", "parameters": WEATHER}},
-    {"type": "function", "function": {"name": "we", "parameters": {"additionalProperties": False}}},
+    {"type": "function", "function": {"name": "we"}},
 ]
-SCHEMAS = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
+SCHEMAS = {"weather": {**WEATHER, "additionalProperties": False}, "we": {"additionalProperties": False}}
 QUESTION = {"role": "user", "content": "Once upon a time"}
 
 
@@ -92,24 +92,41 @@ WRITTEN = {
 }
 
 
+def allows(engine: Engine, request: Request, text: str) -> bool:
+    """Whether the whole answer may be this text."""
+    constraint = request.constraint
+    assert constraint is not None
+
+    def allowed(token_ids: list[int]) -> bool:
+        mask = constraint.allowed()
+        return any(mask[token_id // 8] >> token_id % 8 & 1 for token_id in token_ids)
+
+    over = False
+    for token_id in engine.tokenizer.encode(text).ids:
+        if over or not allowed([token_id]):
+            return False
+        over = constraint.accept(token_id)
+    return over or allowed(engine.requests.prompts.end_token_ids)
+
+
 @pytest.mark.parametrize("form", WRITTEN)
 def test_any_of_the_tools_may_be_called(engine_with: Callable[[str], Engine], form: str) -> None:
-    """Also one whose name another's begins with, and several."""
+    """Also one whose name another's begins with, and several; beside a schema, JSON of it may be the answer, too."""
     engine = engine_with(template(form))
     before, after, between = WRITTEN[form]
     weather, we = before % "weather" + '{"city": "{", "days": 3}' + after, before % "we" + "{}" + after
-    for text in (we, weather, we + between + weather + between + we):
-        constraint = engine.requests.chat([QUESTION], tools=TOOLS, tool_choice="required").constraint
-        assert constraint is not None
-        for token_id in engine.tokenizer.encode(text).ids:
-            assert constraint.allowed()[token_id // 8] >> token_id % 8 & 1
-            over = constraint.accept(token_id)
-        assert over or any(
-            constraint.allowed()[end // 8] >> end % 8 & 1 for end in engine.requests.prompts.end_token_ids
-        )
-        assert not any(
-            constraint.allowed()[token_id // 8] >> token_id % 8 & 1 for token_id in engine.tokenizer.encode("a").ids
-        )
+    calls = (we, weather, we + between + weather + between + we)
+    said = '{"say": "yes"}'
+    schema = {"type": "object", "properties": {"say": {"type": "string"}}, "required": ["say"]}
+    marked = [text if form != "llama" else "<|python_tag|>" + text for text in calls]
+    for options, right, wrong in (
+        ({"tool_choice": "required"}, calls, ("yes", said, weather + "x", before % "w" + "{}" + after)),
+        ({"json_schema": schema}, (*marked, said), ("yes", "{}", before % "w" + "{}" + after)),
+    ):
+        for text in right:
+            assert allows(engine, engine.requests.chat([QUESTION], tools=TOOLS, **options), text), text
+        for text in wrong:
+            assert not allows(engine, engine.requests.chat([QUESTION], tools=TOOLS, **options), text), text
 
 
 def test_a_certain_function_is_called_once(engine_with: Callable[[str], Engine]) -> None:
@@ -267,7 +284,10 @@ class Saying:
 
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("kind", ["byte level", "replace"])
-def test_markers_that_are_special_tokens_are_read(engine: Engine, kind: str, special: bool) -> None:
+def test_markers_that_are_special_tokens_are_read(
+    engine_with: Callable[[str], Engine], kind: str, special: bool
+) -> None:
+    engine = engine_with(template("gemma"))
     tokenizer: Tokenizer = KINDS[kind]()
     marks = ["<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>", "<|other|>"]
     if special:

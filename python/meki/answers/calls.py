@@ -18,6 +18,8 @@ class CallForm(ABC):
 
     opener: ClassVar[str]
     """What a call, or several, begin with."""
+    closer: ClassVar[str] = ""
+    """What they end with."""
     marks: ClassVar[tuple[str, ...]] = ()
     """What else of a call may be a special token of a tokenizer."""
 
@@ -58,7 +60,6 @@ class HermesCalls(CallForm):
 
     opener = "<tool_call>"
     closer = "</tool_call>"
-    marks = (closer,)
     between = "\n"
 
     @staticmethod

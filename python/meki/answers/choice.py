@@ -16,13 +16,15 @@ from .forms import AnswerForm
 
 MOST_CALLS = 8
 """In an answer that has to be calls: a small model may not find an end."""
-_WHITESPACE = {"whitespace_pattern": WHITESPACE}
+_GUIDANCE = {"x-guidance": {"whitespace_pattern": WHITESPACE}}
+_COMBINED = {"$ref", "allOf", "anyOf", "oneOf", "patternProperties"}
+"""Keywords by which a schema names properties elsewhere."""
 Tools = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Calls:
-    """What the answer has to be."""
+class RequiredCalls:
+    """What an answer has to be."""
 
     tools: Tools
     """One of these is called, or several."""
@@ -31,7 +33,7 @@ class Calls:
     """Or else JSON of this schema, a JSON text."""
 
 
-def choose_tools(tools: Tools | None, choice: ToolChoice | None) -> tuple[Tools | None, Calls | None]:
+def choose_tools(tools: Tools | None, choice: ToolChoice | None) -> tuple[Tools | None, RequiredCalls | None]:
     """The tools that the model is told of, and the calls that its answer has to be, if it has to. ValueError for a
     choice that is none, or of a tool that is not there."""
     if choice is None or choice == "auto":
@@ -39,7 +41,7 @@ def choose_tools(tools: Tools | None, choice: ToolChoice | None) -> tuple[Tools 
     if choice == "none":
         return None, None
     if choice == "required" and tools:
-        return tools, Calls(tools, several=True)
+        return tools, RequiredCalls(tools, several=True)
     function = choice.get("function") if isinstance(choice, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if choice != "required" and not isinstance(name, str):
@@ -51,10 +53,10 @@ def choose_tools(tools: Tools | None, choice: ToolChoice | None) -> tuple[Tools 
     if not chosen:
         known = ", ".join(function_of(tool)["name"] for tool in tools or ()) or "none"
         raise ValueError(f"tool_choice {shown(choice)} needs a tool that is there; tools: {known}")
-    return tools, Calls(chosen[:1], several=False)
+    return tools, RequiredCalls(chosen[:1], several=False)
 
 
-def call_grammar(form: AnswerForm, calls: Calls, special_tokens: Mapping[str, int]) -> str:
+def call_grammar(form: AnswerForm, calls: RequiredCalls, special_tokens: Mapping[str, int]) -> str:
     """A grammar, as llguidance reads it, of the answers that are these calls: in the model's form, with arguments of
     the tools' schemas. special_tokens: the tokenizer's, ids by their texts. ValueError if the form is not known."""
     if form.calls is None:
@@ -66,27 +68,35 @@ def call_grammar(form: AnswerForm, calls: Calls, special_tokens: Mapping[str, in
     alternatives = []
     for index, tool in enumerate(calls.tools):
         function = function_of(tool)
-        schema = {"type": "object", **(function.get("parameters") or {}), "x-guidance": _WHITESPACE}
         before, after = form.calls.around_arguments(function["name"])
         alternatives.append(f"{_text(before, special)} arguments{index} {_text(after, special)}")
-        rules.append(f"arguments{index}: %json {json.dumps(schema)}")
+        rules.append(f"arguments{index}: %json {json.dumps(_schema(function.get('parameters') or {}))}")
     rules.append(f"call: {' | '.join(alternatives)}")
     answer = "calls"
     if calls.or_json is not None:
         answer = "answer"
-        rules.append("answer: calls | content")
-        rules.append(f"content: %json {json.dumps({**json.loads(calls.or_json), 'x-guidance': _WHITESPACE})}")
+        begins = form.calls.around[0] + form.calls.around_arguments("")[0]
+        # What begins with a bracket either way would never be the second: llguidance decides by the first byte.
+        opener = "" if begins.startswith(form.calls.opener) else _text(form.calls.opener, special)
+        rules.append(f"answer: {opener} calls | content")
+        rules.append(f"content: %json {json.dumps({**json.loads(calls.or_json), **_GUIDANCE})}")
     start = answer
     if form.thinking is not None:
-        opener, closer = form.thinking
+        begin, closer = form.thinking
         if closer in special:
             rules.append(f"thoughts: /(?s:.*)/ {_text(closer, special)}")
         else:
             rules.append(f"thoughts[suffix={json.dumps(closer)}]: /(?s:.*)/")
         rules.append(r"SPACE: /[ \n]{1,2}/")
-        thoughts = "thoughts SPACE?" if form.thinks_first else f"({_text(opener, special)} thoughts SPACE?)?"
+        thoughts = "thoughts SPACE?" if form.thinks_first else f"({_text(begin, special)} thoughts SPACE?)?"
         start = f"{thoughts} {answer}"
     return "\n".join([f"start: {start}", *rules, ""])
+
+
+def _schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """A function has no parameters but those that its schema names, unless it says so: small models make up more."""
+    closed = {} if parameters.keys() & _COMBINED else {"additionalProperties": False}
+    return {"type": "object", **closed, **parameters, **_GUIDANCE}
 
 
 def _text(text: str, special: Mapping[str, int]) -> str:

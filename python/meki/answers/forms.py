@@ -34,7 +34,8 @@ class AnswerForm:
 
     def special_tokens(self, special_tokens: Mapping[str, int]) -> dict[str, int]:
         """Those of a tokenizer's, ids by their texts, that set off parts: they have to be part of the answer's text."""
-        marks = (*(self.thinking or ()), *((self.calls.opener, *self.calls.marks) if self.calls else ()))
+        calls = (self.calls.opener, self.calls.closer, *self.calls.marks) if self.calls else ()
+        marks = (*(self.thinking or ()), *calls)
         return {text: id for text, id in special_tokens.items() if any(text in mark for mark in marks)}
 
 

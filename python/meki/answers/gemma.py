@@ -17,7 +17,7 @@ class GemmaCalls(CallForm):
 
     opener = "<|tool_call>"
     closer = "<tool_call|>"
-    marks = (closer, _QUOTE)
+    marks = (_QUOTE,)
 
     @staticmethod
     def is_in(template: str) -> bool:

@@ -53,8 +53,8 @@ class AnswerParser:
                 except MalformedCallError:
                     if parts.index == before:
                         parts.write(Content, opener)
-                    elif parts.over:  # brackets, no text
-                        parts.settle()
+                    elif parts.over and calls.closer.startswith(parts.unsettled.strip("}];, \n")):
+                        parts.settle()  # the end of a call, broken off
                     parts.read_again()
                 else:
                     parts.mark()

@@ -12,8 +12,6 @@ T = TypeVar("T")
 Reading = Generator[None, str, T]
 """Is sent an answer's characters one at a time, "" at its end, and returns what it read: so nothing can depend on how
 the text was cut into pieces."""
-
-
 PATIENCE = 100_000
 """Characters of an answer that are read again: one that begins call after call and ends none would take for ever."""
 TextEvent = type[Content] | type[Reasoning]
@@ -68,13 +66,18 @@ class Parts:
         """Whether the end was read."""
         return "" in self._unsettled[-1:]
 
+    @property
+    def unsettled(self) -> str:
+        """What was read and is not accounted for."""
+        return "".join(self._unsettled)
+
     def read_again(self) -> None:
         """Lets all be read again that is not accounted for; in an answer that had too much of that, writes it down."""
         self._patience -= len(self._unsettled)
         if self._patience >= 0:
             self._again += [char for char in reversed(self._unsettled) if char]
-        elif text := "".join(self._unsettled):
-            self.write(Content, text)
+        elif self.unsettled:
+            self.write(Content, self.unsettled)
         self.settle()
 
     def write(self, make: TextEvent, text: str) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from .. import _core
 from ..engine import Draft, Engine, Session
-from ..generation import GenerationResult, TextStream
-from ..options import DEFAULT_MAX_NEW_TOKENS, SAMPLING, GenerationOptions
+from ..generation import GenerationResult, TextStream, TokenLogprobs, TopLogprob
+from ..options import DEFAULT_MAX_NEW_TOKENS, MOST_LOGPROBS, PENALTIES, SAMPLING, GenerationOptions
 from ..prompt import no_chat_template
 from .arguments import Parser, add_engine_options, engine_options, json_object, path, text_file, text_of, token_ids
 from .errors import note, report, run_command
@@ -83,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--min-p", type=float, metavar="P", help="drop tokens below P times the most probable one (default: 0, none)")
     add("--repetition-penalty", type=float, metavar="R", help="make repetitions less probable (default: 1, off)")
+    add("--presence-penalty", type=float, metavar="P", help="take P from logits of what is generated (default: 0, off)")
+    add("--frequency-penalty", type=float, metavar="P", help="the same, times how often it is (default: 0, off)")
     add("--seed", type=int, metavar="N", help="same seed, same text (default: a fresh one, shown by --stats)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     add(
@@ -135,6 +138,12 @@ def _parser() -> argparse.ArgumentParser:
         help="several turns in one session; a line is a turn, with --chat a message",
     )
     mode.add_argument("--json", action="store_true", help="print one JSON object")
+    output.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help=f"with --json: log-probabilities of each token and of the N most probable ones, 0 to {MOST_LOGPROBS}",
+    )
     output.add_argument("--stats", action="store_true", help="speed and memory on standard error")
     return parser
 
@@ -163,11 +172,12 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
         stop=arguments.stop,
         stop_token_ids=arguments.stop_token_id,
         ignore_eos=arguments.ignore_eos,
+        logprobs=arguments.logprobs,
         json_schema=arguments.json_schema and _read("schema", "--json-schema", arguments.json_schema),
         regex=arguments.regex,
         grammar=arguments.grammar and _read("grammar", "--grammar", arguments.grammar),
     )
-    given = {name: value for name in SAMPLING if (value := getattr(arguments, name)) is not None}
+    given = {name: value for name in (*SAMPLING, *PENALTIES) if (value := getattr(arguments, name)) is not None}
     options.update(cast(GenerationOptions, given))
 
     # What the text on a terminal begins with.
@@ -211,6 +221,8 @@ def _read_prompt(arguments: argparse.Namespace) -> str | list[int] | None:
     """The prompt, wherever it is given; None: the turns come line by line."""
     if arguments.draft_tokens is not None and arguments.draft is None and not arguments.prompt_lookup:
         raise ValueError("--draft-tokens is for speculative decoding; add --prompt-lookup or --draft, or omit it")
+    if arguments.logprobs is not None and not arguments.json:
+        raise ValueError("--logprobs is a part of the JSON object; add --json, or omit it")
     for option in ("system", "assistant", "chat_template", "chat_template_kwargs"):
         if getattr(arguments, option) is not None and not arguments.chat:
             raise ValueError(f"--{option.replace('_', '-')} is a part of a conversation; add --chat, or omit it")
@@ -249,11 +261,29 @@ def _read(kind: str, option: str, file: Path | None) -> str:
 
 def _print_json(engine: Engine, result: GenerationResult) -> None:
     fields = {"model": engine.name, **dataclasses.asdict(result)}
+    if result.message is None:
+        del fields["message"]
+    if result.logprobs is None:
+        del fields["logprobs"]
+    else:
+        fields["logprobs"] = [
+            {**_json_logprob(token), "top": [_json_logprob(other) for other in token.top]} for token in result.logprobs
+        ]
     if engine.random_weights:
         fields["random_weights"] = True
     if engine.soc is not None:
         fields.update(provider=engine.provider, soc=engine.soc, simulated=engine.simulated)
     print(json.dumps(fields, indent=2))
+
+
+def _json_logprob(token: TokenLogprobs | TopLogprob) -> dict[str, Any]:
+    impossible = token.logprob == -math.inf  # which JSON cannot say
+    return {
+        "token_id": token.token_id,
+        "text": token.text.decode(errors="replace"),
+        "bytes": list(token.text),
+        "logprob": None if impossible else token.logprob,
+    }
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ class ChatBody(GenerationBody):
         options: ChatOptions = {**self.options(model, index), "max_new_tokens": most}
         must_call = self.tool_choice not in (None, "none", "auto")  # then there is no text to have a format
         if isinstance(self.response_format, AnyJson) and not must_call:
-            options["json_schema"] = True
+            options["json_schema"] = {"type": "object"}
         elif isinstance(self.response_format, JsonOfSchema) and not must_call:
             options["json_schema"] = self.response_format.json_schema.schema_ or True
         if self.tools:
