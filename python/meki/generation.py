@@ -84,6 +84,8 @@ class GenerationResult:
     finish_reason: str | None
     """"eos", "length" (max_new_tokens), "context" (the KV cache is full), "stop" (a stop string, or one of
     stop_token_ids), or None: not over."""
+    stop: str | None
+    """The stop string that ended the text; None: another reason."""
     stats: GenerationStats
     message: dict[str, Any] | None
     """In a chat the text as a message of OpenAI's API, to be appended to the conversation: {"role": "assistant",
@@ -239,7 +241,9 @@ class TextStream(Iterator[str]):
         text = "".join(self._pieces)
         message = None if self._answer is None else answer_message(text, self._answer)
         logprobs = None if self._logprobs is None else list(self._logprobs)
-        return GenerationResult(text, list(self._token_ids), finish_reason, stats, message, logprobs)
+        return GenerationResult(
+            text, list(self._token_ids), finish_reason, self._stop.completed, stats, message, logprobs
+        )
 
 
 def _per_second(count: int, nanoseconds: int) -> float | None:

@@ -9,7 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from . import chat_completions, completions, models, tokens
+from . import anthropic, chat_completions, completions, models, responses, tokens
 from .endpoint import Call, Endpoint
 from .errors import ApiError, error_response
 from .metrics import RequestCounter
@@ -31,6 +31,8 @@ async def description(call: Call, _: None) -> Response:
 ENDPOINTS = [
     *chat_completions.ENDPOINTS,
     *completions.ENDPOINTS,
+    *responses.ENDPOINTS,
+    *anthropic.ENDPOINTS,
     *models.ENDPOINTS,
     *tokens.ENDPOINTS,
     Endpoint("GET", "/metrics", metrics),

@@ -188,11 +188,8 @@ async def _deltas(generation: Generation, most_calls: int | None) -> AsyncIterat
     """What the chunks of one choice add to its message, and at the end why it ends."""
     yield {"role": "assistant", "content": ""}, None
     calls = False
-    async for part in generation.events():
-        if isinstance(part, ToolCallStart | ToolCallArguments):
-            calls = True
-            if most_calls is not None and part.index >= most_calls:
-                continue
+    async for part in generation.events(most_calls):
+        calls = calls or isinstance(part, ToolCallStart)
         yield _delta(part), None
     yield {}, _finish_reason(generation.result, calls)
 

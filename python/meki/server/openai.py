@@ -52,11 +52,7 @@ class GenerationBody(Body):
 
     def options(self, model: Model, choice: int) -> GenerationOptions:
         """Of one generation. choice: of `n`, which must not be all the same where there is a seed."""
-        sampling = model.engine.manifest["sampling"]
-        options = GenerationOptions(
-            temperature=_first(self.temperature, sampling.get("temperature"), 1.0),
-            top_p=_first(self.top_p, sampling.get("top_p"), 1.0),
-        )
+        options = sampling(model, self.temperature, self.top_p)
         if self.top_k is not None:
             options["top_k"] = max(0, self.top_k)
         if self.min_p is not None:
@@ -68,6 +64,14 @@ class GenerationBody(Body):
         if stop := [self.stop] if isinstance(self.stop, str) else self.stop:
             options["stop"] = stop
         return options
+
+
+def sampling(model: Model, temperature: float | None, top_p: float | None) -> GenerationOptions:
+    """What a caller says comes first, then the package, then the APIs' own defaults."""
+    own = model.engine.manifest["sampling"]
+    return GenerationOptions(
+        temperature=_first(temperature, own.get("temperature"), 1.0), top_p=_first(top_p, own.get("top_p"), 1.0)
+    )
 
 
 def new_id(prefix: str) -> str:
