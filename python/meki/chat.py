@@ -38,6 +38,8 @@ class ChatTemplate:
             self._template = parse_template(text)
         except ValueError as error:  # not UTF-8, too
             raise self._broken(f"does not parse: {error}") from error
+        self.text = text
+        """As it is in the file."""
         self._knows_tool_calls = "tool_calls" in text
         # Of a message with tool calls alone: some templates ask for a content of none, others take any for a text.
         self._no_content = None if re.search(r"\bcontent\b\W*\bis\s+(not\s+)?none\b", text) else ""

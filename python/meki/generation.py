@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from . import _core
+from .answers import AnswerForm, answer_message
 from .options import CheckedOptions
 from .structured import Constraint
 from .text import Detokenizer, StopStrings, Vocabulary
@@ -59,6 +61,10 @@ class GenerationResult:
     """"eos", "length" (max_new_tokens), "context" (the KV cache is full), "stop" (a stop string, or one of
     stop_token_ids), or None: not over."""
     stats: GenerationStats
+    message: dict[str, Any] | None
+    """In a chat the text as a message of OpenAI's API, to be appended to the conversation: {"role": "assistant",
+    "content": str}, with "reasoning_content" if the model thought, and "tool_calls" if it called tools; "content" is
+    None beside calls alone. None: not a chat."""
 
 
 class TextStream(Iterator[str]):
@@ -78,15 +84,23 @@ class TextStream(Iterator[str]):
         shared_tokens: int,
         options: CheckedOptions,
         constraint: Constraint | None = None,
+        answer: AnswerForm | None = None,
     ) -> None:
         """sequence: all tokens so far, of which the last `prompt_tokens` are the prompt. shared_tokens: how many of
-        these were in the sequence before, computed or not. constraint: of the tokens to come; None: none."""
+        these were in the sequence before, computed or not. constraint: of the tokens to come; None: none. answer: how
+        the text is to be read; None: it is no answer of a chat."""
         self._core = core
         self._rom_access = rom_access
         self._detokenizer = Detokenizer(vocabulary, sequence)
         self._stop = StopStrings(options.stop, vocabulary.special_tokens)
         self._stop_token_ids = frozenset(options.stop_token_ids)
         self._constraint = constraint
+        self._answer = answer
+        marks = answer.marks if answer else ()
+        # Special tokens that set off parts of an answer: they are part of the text, by their names.
+        self._marks = {
+            id: text for text, id in vocabulary.special_tokens.items() if any(text in mark for mark in marks)
+        }
         self._seed = options.sampling.seed
         self._prompt_tokens = prompt_tokens
         self._shared_tokens = shared_tokens
@@ -136,7 +150,7 @@ class TextStream(Iterator[str]):
             piece += self._stop.flush()
             reason = "stop" if stopped or token is not None else self._core.finish_reason
         else:
-            mark = self._stop.mark(token)
+            mark = self._marks.get(token) or self._stop.mark(token)
             text = self._detokenizer.flush() + mark if mark else self._detokenizer.push(token)
             piece, stopped = self._stop.push(text)
             reason = "stop" if stopped else None
@@ -182,7 +196,9 @@ class TextStream(Iterator[str]):
             accepted_tokens=core.accepted_tokens,
             resident_bytes=None if memory is None else memory["resident"],
         )
-        return GenerationResult("".join(self._pieces), list(self._token_ids), finish_reason, stats)
+        text = "".join(self._pieces)
+        message = None if self._answer is None else answer_message(text, self._answer)
+        return GenerationResult(text, list(self._token_ids), finish_reason, stats, message)
 
 
 def _per_second(count: int, nanoseconds: int) -> float | None:

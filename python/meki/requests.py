@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
+from .answers import AnswerForm, begins_inside_thoughts, find_form
 from .options import ChatOptions, CheckedOptions, GenerationOptions, check_flag, check_options
 from .prompt import PromptEncoder
 from .structured import Constraint, Grammars
@@ -21,6 +22,8 @@ class Request:
     """Of the tokens to come; None: none."""
     whole: bool
     """The session's sequence becomes `token_ids`; otherwise they follow it."""
+    answer: AnswerForm | None = None
+    """How the text is to be read (`AnswerParser`), if it is an answer in a chat."""
 
 
 class Requests:
@@ -33,6 +36,7 @@ class Requests:
         self._sampling = sampling
         self._vocab_size = vocab_size
         self._grammars = Grammars(prompts, vocab_size)
+        self._form = find_form(prompts.chat_template.text) if prompts.chat_template else AnswerForm()
 
     def text(
         self, prompt: str | Sequence[int], *, first: bool, whole: bool = False, **options: Unpack[GenerationOptions]
@@ -49,10 +53,17 @@ class Requests:
         go_on = check_flag("continue_final_message", options.pop("continue_final_message", False))
         generation: GenerationOptions = {**self._sampling, **options}  # type: ignore[typeddict-item]  # the rest
         checked = check_options({"temperature": 0.0, **generation}, self._vocab_size)
-        token_ids = self.prompts.encode_chat(
+        text = self.prompts.render_chat(
             messages, tools=tools, chat_template_kwargs=chat_template_kwargs, continue_final_message=go_on
         )
-        return Request(token_ids, checked, self._constraint(checked), whole=True)
+        token_ids = self.prompts.encode_chat(text)
+        if checked.form is not None and checked.form.option == "json_schema":
+            answer = AnswerForm()  # there is nothing but the JSON
+        else:
+            begun = str(messages[-1]["content"]) if go_on else ""
+            thinks_first = begins_inside_thoughts(self._form, text, begun)
+            answer = replace(self._form, calls=self._form.calls if tools else None, thinks_first=thinks_first)
+        return Request(token_ids, checked, self._constraint(checked), whole=True, answer=answer)
 
     def _constraint(self, options: CheckedOptions) -> Constraint | None:
         return None if options.form is None else self._grammars.constraint(options.form)

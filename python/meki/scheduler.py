@@ -18,6 +18,10 @@ class QueueFullError(RuntimeError):
     """As many generations wait as may."""
 
 
+class GenerationCancelledError(RuntimeError):
+    """A generation was cancelled before it began."""
+
+
 class Job:
     """One generation, waiting or running."""
 
@@ -57,8 +61,15 @@ class Scheduler:
         return job
 
     def cancel(self, job: Job) -> None:
-        """Ends a generation before its next token; its result is what there is so far."""
+        """Ends a generation before its next token; its result is what there is so far. One that waits leaves the
+        queue: its end is a GenerationCancelledError."""
         job.cancelled = True
+        with self._condition:
+            waits = job in self._waiting
+            if waits:
+                self._waiting.remove(job)
+        if waits:
+            job.deliver(GenerationCancelledError("cancelled before it began"))
 
     def close(self) -> None:
         """Cancels what waits and runs, and waits for the thread."""
@@ -66,11 +77,26 @@ class Scheduler:
             self._closed = True
             self._condition.notify()
         self._thread.join()
+        for job in list(self._waiting):
+            self.cancel(job)
+
+    @property
+    def waiting(self) -> int:
+        """Generations that wait, now."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Generations that run, now."""
+        return len(self._running)
 
     def _run(self) -> None:
         while self._admit():
             for entry in list(self._running):
                 self._advance(entry)
+        for job, _, stream in self._running:
+            stream.close()
+            job.deliver(stream.result)
 
     def _admit(self) -> bool:
         """Starts what waits, as far as sessions are free, and waits for the first. False: the scheduler is closed."""

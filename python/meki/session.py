@@ -103,6 +103,7 @@ class Session:
             shared,
             options,
             request.constraint,
+            request.answer,
         )
         return self._stream
 

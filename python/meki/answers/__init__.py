@@ -1,5 +1,20 @@
 """What an answer of a chat consists of: text, thinking and tool calls, told apart while they are written."""
 
 from .events import AnswerEvent, Content, Reasoning, ToolCallArguments, ToolCallStart
+from .forms import AnswerForm, begins_inside_thoughts, find_form
+from .message import answer_message, new_call_id
+from .parser import AnswerParser
 
-__all__ = ["AnswerEvent", "Content", "Reasoning", "ToolCallArguments", "ToolCallStart"]
+__all__ = [
+    "AnswerEvent",
+    "AnswerForm",
+    "AnswerParser",
+    "Content",
+    "Reasoning",
+    "ToolCallArguments",
+    "ToolCallStart",
+    "answer_message",
+    "begins_inside_thoughts",
+    "find_form",
+    "new_call_id",
+]

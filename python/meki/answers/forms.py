@@ -1,0 +1,46 @@
+"""In which form a model sets off the parts of its answers, found out from its chat template."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .calls import CallForm, HermesCalls, LlamaCalls, MistralCalls
+from .gemma import GemmaCalls
+
+_CALLS: tuple[CallForm, ...] = (HermesCalls(), MistralCalls(), GemmaCalls(), LlamaCalls())
+_THINKING = (("<think>", "</think>"), ("<|channel>thought\n", "<channel|>"), ("[THINK]", "[/THINK]"))
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """How one answer is to be read. The default: all of it is text for the user."""
+
+    thinking: tuple[str, str] | None = None
+    """What thoughts stand between; None: they are not told apart."""
+    calls: CallForm | None = None
+    """None: calls of tools are not told apart."""
+    thinks_first: bool = False
+    """The answer begins inside thoughts, which the prompt has begun."""
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """All that parts are set off with; what of it is a special token has to be part of the text."""
+        calls = (self.calls.opener, *self.calls.marks) if self.calls else ()
+        return (*(self.thinking or ()), *calls)
+
+
+def find_form(template: str) -> AnswerForm:
+    """That of the models that a chat template is for."""
+    template = template.replace('\\"', '"')
+    # Some templates know only the end of thoughts, where they leave out those of earlier answers.
+    thinking = next((pair for pair in _THINKING if pair[0].strip() in template or pair[1] in template), None)
+    calls = next((form for form in _CALLS if form.is_in(template)), None)
+    return AnswerForm(thinking, calls)
+
+
+def begins_inside_thoughts(form: AnswerForm, prompt: str, begun: str) -> bool:
+    """Whether the prompt ends inside thoughts. begun: the answer that it ends with, if it is one to go on with."""
+    if form.thinking is None:
+        return False
+    opener, closer = form.thinking[0].strip(), form.thinking[1]
+    return begun.rfind(opener) > begun.rfind(closer) if begun else prompt.rstrip().endswith(opener)

@@ -1,0 +1,59 @@
+"""Listening, serving and stopping."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+
+import uvicorn
+
+from .app import make_app
+from .connection import connection_class
+from .state import Server
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0: a free one. OSError naming both if there cannot be one."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(1024)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        remedy = "choose another with --host and --port"
+        raise OSError(f"cannot listen on {host}, port {port}: {error.strerror}; {remedy}") from error
+    return listener
+
+
+def uvicorn_server(server: Server) -> uvicorn.Server:
+    settings = server.settings
+    return uvicorn.Server(
+        uvicorn.Config(
+            make_app(server),
+            loop="asyncio",
+            http=connection_class(settings),
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            limit_concurrency=settings.connections,
+            timeout_graceful_shutdown=settings.stop_s,
+        )
+    )
+
+
+def serve(server: Server, listener: socket.socket) -> None:
+    """Serves until a signal comes: KeyboardInterrupt after Ctrl-C, as of any command; SIGTERM is the usual way to stop
+    a server, and just ends it. What runs then may end within the settings' `stop_s`, or until a second signal."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn, which handles it, sends it on when it has ended
+    uvicorn_server(server).run([listener])
