@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from . import chat_completions, completions, models, tokens
+from . import chat_completions, completions, models, page, tokens
 from .endpoint import Call, Endpoint
 from .errors import ApiError, error_response
 from .metrics import RequestCounter
@@ -29,6 +29,7 @@ ENDPOINTS = [
     *completions.ENDPOINTS,
     *models.ENDPOINTS,
     *tokens.ENDPOINTS,
+    *page.ENDPOINTS,
     Endpoint("GET", "/metrics", metrics),
 ]
 

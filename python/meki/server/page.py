@@ -1,20 +1,23 @@
-"""The chat page: its files, and the Markdown of answers as HTML."""
+"""The chat page: its files at / and below /page, and the Markdown of answers as HTML."""
 
 from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from starlette.requests import Request
+from pydantic import Field
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from .body import Body
+from .endpoint import Call, Endpoint
+from .errors import ApiError
 from .markdown import to_html
 
 MAX_CHARACTERS = 100_000
-"""Of a text that is rendered; a longer one the page shows as it is."""
+"""Of a text that is rendered, which takes up to some seconds; a longer one the page shows as it is."""
 
 # Scripts and styles are the page's own files; HTML gets into the page in one place, markdown.js.
 POLICY = (
@@ -29,31 +32,29 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cache-control": "no-cache",  # kept, and asked for again with the ETag
 }
+_FILES = StaticFiles(directory=Path(__file__).with_name("page"))
 
 
-class _Files(StaticFiles):
-    def file_response(self, *args: Any, **options: Any) -> Response:
-        response = super().file_response(*args, **options)
-        response.headers.update(HEADERS)
-        return response
+class MarkdownBody(Body):
+    text: Annotated[str, Field(max_length=MAX_CHARACTERS)]
 
 
-def page_routes() -> list[BaseRoute]:
-    """GET / and the files that it asks for; POST /page/markdown, {"text": ...}, gives {"html": ...}."""
-    files = _Files(directory=Path(__file__).with_name("page"))
-
-    async def index(request: Request) -> Response:
-        return await files.get_response("index.html", request.scope)
-
-    return [
-        Route("/", index, methods=["GET"]),
-        Route("/page/markdown", _markdown, methods=["POST"]),
-        Mount("/page", files),
-    ]
+async def file(call: Call, _: None) -> Response:
+    name = call.http.path_params.get("name", "index.html")
+    try:
+        response = await _FILES.get_response(name, call.http.scope)
+    except HTTPException as error:
+        raise ApiError(error.status_code, f"the page has no file {name[:100]!r}") from error
+    response.headers.update(HEADERS)
+    return response
 
 
-async def _markdown(request: Request) -> Response:
-    text = (await request.json())["text"]
-    if len(text) > MAX_CHARACTERS:
-        return JSONResponse({"error": {"message": "too long to be rendered"}}, status_code=413)
-    return JSONResponse({"html": await asyncio.to_thread(to_html, text)})
+async def markdown(_: Call, body: MarkdownBody) -> Response:
+    return JSONResponse({"html": await asyncio.to_thread(to_html, body.text)})
+
+
+ENDPOINTS = [
+    Endpoint("GET", "/", file),
+    Endpoint("GET", "/page/{name}", file),
+    Endpoint("POST", "/markdown", markdown, MarkdownBody),
+]

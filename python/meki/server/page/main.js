@@ -54,17 +54,26 @@ function draw() {
 
 /** @param {Message[]} shown */
 function drawModel(shown) {
-  const model = models.find(({ id }) => id === open.settings.model) ?? models[0];
+  const model = modelOf(open);
   if (!model) return;
   select.value = model.id;
   const said = [];
   if (model.random_weights) said.push("Its weights are random: nobody trained it, and its text means nothing.");
-  if (model.context) said.push(`It sees ${count(model.context)} tokens of a conversation at once.`);
+  if (!model.can_chat) said.push("It has no chat template: it goes on with a text, but cannot answer here.");
+  said.push(`It sees ${count(model.context)} tokens of a conversation at once.`);
   byId("welcome-model").textContent = model.id;
   byId("welcome-text").textContent = said.join(" ");
   const { prompt_tokens = 0, completion_tokens = 0 } = shown.at(-1)?.stats ?? {};
   const used = prompt_tokens + completion_tokens;
-  byId("room").textContent = used && model.context ? `${count(used)} of ${count(model.context)} tokens` : "";
+  byId("room").textContent = used ? `${count(used)} of ${count(model.context)} tokens` : "";
+}
+
+/**
+ * @param {Conversation} conversation
+ * @returns {import("./server.js").Model | undefined} its own, or else the first that can chat
+ */
+function modelOf({ settings }) {
+  return models.find(({ id }) => id === settings.model) ?? models.find((model) => model.can_chat) ?? models[0];
 }
 
 /** @param {string} id of a model */
@@ -228,7 +237,7 @@ function choose(message) {
  * @param {Message} question
  */
 async function answerTo(conversation, question) {
-  conversation.settings.model ??= models[0]?.id;
+  conversation.settings.model = modelOf(conversation)?.id ?? conversation.settings.model;
   const controller = new AbortController();
   running.set(conversation.id, controller);
   const message = add(conversation, question.id, { role: "assistant", content: "", model: conversation.settings.model });

@@ -3,7 +3,7 @@
 import { eventData } from "./sse.js";
 
 /**
- * @typedef {{id: string, random_weights?: boolean, context?: number}} Model
+ * @typedef {{id: string, random_weights: boolean, can_chat: boolean, context: number}} Model
  * @typedef {{content?: string, reasoning_content?: string, tool_calls?: ToolCallPart[]}} Delta
  * @typedef {{index: number, function?: {name?: string, arguments?: string}}} ToolCallPart
  * @typedef {Record<string, number>} Stats numbers of a generation, by the server's names
@@ -40,7 +40,7 @@ export async function models() {
  * @returns {Promise<string>} HTML without anything that runs or loads
  */
 export async function markdown(text) {
-  const response = await ask("page/markdown", { method: "POST", body: JSON.stringify({ text }) });
+  const response = await ask("markdown", { method: "POST", body: JSON.stringify({ text }) });
   return (await response.json()).html;
 }
 
@@ -74,7 +74,7 @@ export async function* chat(body, signal) {
  */
 function statsOf({ usage, meki }) {
   const { prompt_tokens, completion_tokens, prompt_tokens_details: details } = usage;
-  const stats = { prompt_tokens, completion_tokens, cached_tokens: details?.cached_tokens, ...meki };
+  const stats = { prompt_tokens, completion_tokens, cached_tokens: details?.cached_tokens, ...meki?.[0] };
   return Object.fromEntries(Object.entries(stats).filter(([, value]) => typeof value === "number"));
 }
 

@@ -56,13 +56,13 @@ export class Thread {
     const shown = branch(conversation);
     const views = new Map();
     for (const message of shown) {
-      const view = this.views.get(message.id) ?? new MessageView(message, this.actions);
+      const known = this.views.get(message.id);
+      const view = known?.message === message ? known : new MessageView(message, this.actions);
       views.set(message.id, view);
       if (!view.article.isConnected) this.list.append(view.article);
       view.place(versions(conversation, message), running && message === shown.at(-1));
     }
-    for (const [id, view] of this.views) if (!views.has(id)) view.article.remove();
-    this.list.append(...[...views.values()].filter((view, at) => this.list.children[at] !== view.article).map((view) => view.article));
+    for (const [id, view] of this.views) if (views.get(id) !== view) view.article.remove();
     this.views = views;
   }
 
@@ -173,8 +173,8 @@ class MessageView {
     thinking.hidden = !message.reasoning;
     if (message.reasoning) {
       const still = running && !answered;
-      const time = message.thought === undefined ? "Thoughts" : `Thought for ${message.thought.toFixed(message.thought < 10 ? 1 : 0)} s`;
-      part(thinking, "summary").textContent = still ? "Thinking…" : time;
+      const seconds = Math.round(message.thought ?? 0);
+      part(thinking, "summary").textContent = still ? "Thinking…" : seconds ? `Thought for ${seconds} s` : "Thought";
       part(thinking, ".thoughts").textContent = message.reasoning.trim();
     }
     if (user) this.body.textContent = message.content;
