@@ -96,11 +96,8 @@ class TextStream(Iterator[str]):
         self._stop_token_ids = frozenset(options.stop_token_ids)
         self._constraint = constraint
         self._answer = answer
-        marks = answer.marks if answer else ()
-        # Special tokens that set off parts of an answer: they are part of the text, by their names.
-        self._marks = {
-            id: text for text, id in vocabulary.special_tokens.items() if any(text in mark for mark in marks)
-        }
+        special = answer.special_tokens(vocabulary.special_tokens) if answer else {}
+        self._marks = {id: text for text, id in special.items()}
         self._seed = options.sampling.seed
         self._prompt_tokens = prompt_tokens
         self._shared_tokens = shared_tokens

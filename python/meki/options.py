@@ -8,7 +8,7 @@ import operator
 import os
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from reprlib import repr as shown
 from typing import Any, Literal, SupportsFloat, SupportsIndex, TypedDict
 
@@ -19,6 +19,9 @@ DEFAULT_ROW_CACHE = 16
 """MiB."""
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """Options that a package may have defaults of its own for."""
+
+
+ToolChoice = Literal["auto", "none", "required"] | Mapping[str, Any]
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -64,6 +67,10 @@ class ChatOptions(GenerationOptions, total=False):
     tools: Sequence[Mapping[str, Any]] | None
     """JSON schemas of the functions that the model may call, as OpenAI's API has them, for the template to write into
     the conversation. Default None."""
+    tool_choice: ToolChoice | None
+    """"auto": the model may call tools; "none": as without `tools`; "required": it calls one or several, with arguments
+    of their schemas; {"type": "function", "function": {"name": ...}}: it calls this one, once. The last two need the
+    extra `structured`. Default None: "auto"."""
     chat_template_kwargs: Mapping[str, Any] | None
     """Variables of the chat template, as {"enable_thinking": False}. Default None. ValueError for one that the template
     does not have."""
@@ -75,9 +82,9 @@ class ChatOptions(GenerationOptions, total=False):
 class Form:
     """What a text is to be like."""
 
-    option: Literal["json_schema", "regex", "grammar"]
+    option: Literal["json_schema", "regex", "grammar", "tool_choice"]
     text: str
-    """The schema as JSON, the regular expression, the grammar."""
+    """The schema as JSON, the regular expression, the grammar (that of `tool_choice`, too)."""
 
 
 @dataclass(frozen=True)
@@ -168,12 +175,21 @@ def check_options(options: GenerationOptions, vocab_size: int = 2**31) -> Checke
     most = options.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
     most = 0 if most is None else max(0, check_integer("max_new_tokens", most, 2**31 - 1, minimum=-1))
     ignore_eos = check_flag("ignore_eos", options.get("ignore_eos", False))
-    form = _check_form(options)
-    if form is not None and ignore_eos:
+    checked = CheckedOptions(sampling, most, stop, tuple(stop_token_ids), ignore_eos, form=None)
+    return hold_to(checked, _check_form(options))
+
+
+def hold_to(options: CheckedOptions, form: Form | None) -> CheckedOptions:
+    """The same options with a form; ValueError if they exclude each other."""
+    if form is None:
+        return options
+    if options.ignore_eos:
         raise ValueError(
             f"{form.option} and ignore_eos exclude each other: an end token completes such a text; omit one"
         )
-    return CheckedOptions(sampling, most, stop, tuple(stop_token_ids), ignore_eos, form)
+    if options.form is not None:
+        raise ValueError(f"{options.form.option} and {form.option} exclude each other; give one")
+    return replace(options, form=form)
 
 
 def _check_form(options: GenerationOptions) -> Form | None:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
-from .answers import AnswerForm, begins_inside_thoughts, find_form
-from .options import ChatOptions, CheckedOptions, GenerationOptions, check_flag, check_options
+from .answers import AnswerForm, begins_inside_thoughts, call_grammar, choose_tools, find_form
+from .messages import check_tools
+from .options import ChatOptions, CheckedOptions, Form, GenerationOptions, check_flag, check_options, hold_to
 from .prompt import PromptEncoder
 from .structured import Constraint, Grammars
 
@@ -48,7 +49,7 @@ class Requests:
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> Request:
         """To answer a conversation."""
-        tools = options.pop("tools", None)
+        tools, choice = choose_tools(check_tools(options.pop("tools", None)), options.pop("tool_choice", None))
         chat_template_kwargs = options.pop("chat_template_kwargs", None)
         go_on = check_flag("continue_final_message", options.pop("continue_final_message", False))
         generation: GenerationOptions = {**self._sampling, **options}  # type: ignore[typeddict-item]  # the rest
@@ -57,12 +58,14 @@ class Requests:
             messages, tools=tools, chat_template_kwargs=chat_template_kwargs, continue_final_message=go_on
         )
         token_ids = self.prompts.encode_chat(text)
-        if checked.form is not None and checked.form.option == "json_schema":
+        begun = str(messages[-1]["content"]) if go_on else ""
+        thinks_first = begins_inside_thoughts(self._form, text, begun)
+        answer = replace(self._form, calls=self._form.calls if tools else None, thinks_first=thinks_first)
+        if choice is not None:
+            grammar = call_grammar(answer, choice, self.prompts.vocabulary.special_tokens)
+            checked = hold_to(checked, Form("tool_choice", grammar))
+        elif checked.form is not None and checked.form.option == "json_schema":
             answer = AnswerForm()  # there is nothing but the JSON
-        else:
-            begun = str(messages[-1]["content"]) if go_on else ""
-            thinks_first = begins_inside_thoughts(self._form, text, begun)
-            answer = replace(self._form, calls=self._form.calls if tools else None, thinks_first=thinks_first)
         return Request(token_ids, checked, self._constraint(checked), whole=True, answer=answer)
 
     def _constraint(self, options: CheckedOptions) -> Constraint | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -19,6 +20,11 @@ class CallForm(ABC):
     marks: ClassVar[tuple[str, ...]] = ()
     """What else of a call may be a special token of a tokenizer."""
 
+    between: ClassVar[str] = ""
+    """What stands between two calls."""
+    around: ClassVar[tuple[str, str]] = ("", "")
+    """What stands around all calls."""
+
     @staticmethod
     @abstractmethod
     def is_in(template: str) -> bool:
@@ -32,6 +38,10 @@ class CallForm(ABC):
     def read(self, parts: Parts, opener: str) -> Reading[None]:
         """Reads what follows an opener; MalformedCallError where it is no call, or no longer."""
 
+    @abstractmethod
+    def around_arguments(self, name: str) -> tuple[str, str]:
+        """What stands around the arguments, a JSON object, in a call of this function."""
+
 
 class HermesCalls(CallForm):
     """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`: Hermes, Qwen, SmolLM3."""
@@ -39,6 +49,7 @@ class HermesCalls(CallForm):
     opener = "<tool_call>"
     closer = "</tool_call>"
     marks = (closer,)
+    between = "\n"
 
     @staticmethod
     def is_in(template: str) -> bool:
@@ -47,11 +58,15 @@ class HermesCalls(CallForm):
     def read(self, parts: Parts, opener: str) -> Reading[None]:
         yield from _read_objects(parts, "", self.closer)
 
+    def around_arguments(self, name: str) -> tuple[str, str]:
+        return f'{self.opener}\n{{"name": {json.dumps(name)}, "arguments": ', f"}}\n{self.closer}"
+
 
 class LlamaCalls(CallForm):
     """`{"name": ..., "parameters": {...}}` as the whole answer, several with `;` between them: Llama 3."""
 
     opener = "<|python_tag|>"
+    between = "; "
 
     @staticmethod
     def is_in(template: str) -> bool:
@@ -63,13 +78,18 @@ class LlamaCalls(CallForm):
     def read(self, parts: Parts, opener: str) -> Reading[None]:
         yield from _read_objects(parts, opener if opener == "{" else "", "")
 
+    def around_arguments(self, name: str) -> tuple[str, str]:
+        return f'{{"name": {json.dumps(name)}, "parameters": ', "}"
+
 
 class MistralCalls(CallForm):
-    """`[TOOL_CALLS][{"name": ..., "arguments": {...}}]`, of newer models `[TOOL_CALLS]name[ARGS]{...}`."""
+    """`[TOOL_CALLS][{"name": ..., "arguments": {...}}]`, or as of `NewMistralCalls`."""
 
     opener = "[TOOL_CALLS]"
     arguments = "[ARGS]"
     marks = (arguments, "[CALL_ID]")
+    between = ", "
+    around = ("[TOOL_CALLS][", "]")
 
     @staticmethod
     def is_in(template: str) -> bool:
@@ -97,6 +117,23 @@ class MistralCalls(CallForm):
             raise MalformedCallError
         parts.call(name)
         yield from read_nested(parts, char, parts.arguments)
+
+    def around_arguments(self, name: str) -> tuple[str, str]:
+        return f'{{"name": {json.dumps(name)}, "arguments": ', "}"
+
+
+class NewMistralCalls(MistralCalls):
+    """`[TOOL_CALLS]name[ARGS]{...}`."""
+
+    between = ""
+    around = ("", "")
+
+    @staticmethod
+    def is_in(template: str) -> bool:
+        return MistralCalls.is_in(template) and MistralCalls.arguments in template
+
+    def around_arguments(self, name: str) -> tuple[str, str]:
+        return f"{self.opener}{name}{self.arguments}", ""
 
 
 def _read_objects(parts: Parts, first: str, closer: str) -> Reading[None]:
@@ -146,6 +183,11 @@ def _read_object(parts: Parts, *, needs_arguments: bool) -> Reading[None]:
             waiting: list[str] = []
             yield from read_nested(parts, char, waiting.append)
             arguments = "".join(waiting)
+            char = yield from parts.read_behind_spaces()
+        elif is_arguments and char == '"':  # as OpenAI's API has them
+            arguments = yield from read_string(parts)
+            if not arguments.startswith("{"):
+                raise MalformedCallError
             char = yield from parts.read_behind_spaces()
         else:
             char = yield from read_value(parts, char)

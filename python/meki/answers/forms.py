@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .calls import CallForm, HermesCalls, LlamaCalls, MistralCalls
+from .calls import CallForm, HermesCalls, LlamaCalls, MistralCalls, NewMistralCalls
 from .gemma import GemmaCalls
 
-_CALLS: tuple[CallForm, ...] = (HermesCalls(), MistralCalls(), GemmaCalls(), LlamaCalls())
+_CALLS: tuple[CallForm, ...] = (HermesCalls(), NewMistralCalls(), MistralCalls(), GemmaCalls(), LlamaCalls())
 _THINKING = (("<think>", "</think>"), ("<|channel>thought\n", "<channel|>"), ("[THINK]", "[/THINK]"))
 
 
@@ -22,11 +23,10 @@ class AnswerForm:
     thinks_first: bool = False
     """The answer begins inside thoughts, which the prompt has begun."""
 
-    @property
-    def marks(self) -> tuple[str, ...]:
-        """All that parts are set off with; what of it is a special token has to be part of the text."""
-        calls = (self.calls.opener, *self.calls.marks) if self.calls else ()
-        return (*(self.thinking or ()), *calls)
+    def special_tokens(self, special_tokens: Mapping[str, int]) -> dict[str, int]:
+        """Those of a tokenizer's, ids by their texts, that set off parts: they have to be part of the answer's text."""
+        marks = (*(self.thinking or ()), *((self.calls.opener, *self.calls.marks) if self.calls else ()))
+        return {text: id for text, id in special_tokens.items() if any(text in mark for mark in marks)}
 
 
 def find_form(template: str) -> AnswerForm:

@@ -13,7 +13,7 @@ _QUOTE = '<|"|>'
 
 
 class GemmaCalls(CallForm):
-    """`<|tool_call>call:name{city:<|"|>Paris<|"|>,days:2}<tool_call|>`. The arguments come out as JSON."""
+    """`<|tool_call>call:name{city:<|"|>Paris<|"|>,days:2}<tool_call|>`. The arguments come out as JSON, and may be."""
 
     opener = "<|tool_call>"
     closer = "<tool_call|>"
@@ -39,23 +39,28 @@ class GemmaCalls(CallForm):
                 raise MalformedCallError
             yield from parts.read_text(self.closer[1:])
 
+    def around_arguments(self, name: str) -> tuple[str, str]:
+        return f"{self.opener}call:{name}", self.closer
+
 
 def _read_object(parts: Parts) -> Reading[None]:
     """The rest of an object: keys are bare, or quoted like strings."""
     parts.arguments("{")
     char = yield from parts.read_behind_spaces()
     while char and char != "}":
-        key = ""
         if char in ("<", '"'):
             key = yield from _read_key(parts, char)
             char = yield from parts.read_behind_spaces()
         else:
+            bare = ""
             while char and char not in ":,{}":
-                key += char
+                bare += char
                 char = yield from parts.read()
-        if char != ":" or not key.strip():
+            if not (key := bare.strip()):
+                raise MalformedCallError
+        if char != ":":
             raise MalformedCallError
-        parts.arguments(_json(key.strip()) + ": ")
+        parts.arguments(_json(key) + ": ")
         char = yield from _read_value(parts, (yield from parts.read_behind_spaces()))
         if char == ",":
             parts.arguments(", ")

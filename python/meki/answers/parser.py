@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from .events import AnswerEvent, Content, Reasoning
 from .forms import AnswerForm
-from .parts import MalformedCallError, Parts, Reading
+from .parts import MalformedCallError, Parts, Reading, TextEvent
 
 
 class AnswerParser:
@@ -58,7 +58,7 @@ class AnswerParser:
                     parts.read_again()
                 else:
                     parts.mark()
-        parts.end(Content)
+        parts.end()
 
     def _openers(self) -> tuple[str, ...]:
         fresh = self._parts.fresh
@@ -69,14 +69,10 @@ class AnswerParser:
         assert self._form.thinking is not None
         closer = self._form.thinking[1]
         self._parts.mark()
-        if (yield from self._read_until(Reasoning, lambda: (closer,))):
-            self._parts.mark()
-        else:
-            self._parts.end(Reasoning)
+        yield from self._read_until(Reasoning, lambda: (closer,))
+        self._parts.mark()
 
-    def _read_until(
-        self, make: type[Content] | type[Reasoning], markers: Callable[[], tuple[str, ...]]
-    ) -> Reading[str]:
+    def _read_until(self, make: TextEvent, markers: Callable[[], tuple[str, ...]]) -> Reading[str]:
         """Writes down text up to one of the markers, which it returns; "" at the end."""
         held = ""
         while char := (yield from self._parts.read()):

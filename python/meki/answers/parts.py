@@ -14,6 +14,9 @@ Reading = Generator[None, str, T]
 the text was cut into pieces."""
 
 
+TextEvent = type[Content] | type[Reasoning]
+
+
 class MalformedCallError(Exception):
     """What looked like a tool call is none."""
 
@@ -67,7 +70,8 @@ class Parts:
         self._again += [char for char in reversed(self._unsettled) if char]
         self.settle()
 
-    def write(self, make: type[Content] | type[Reasoning], text: str) -> None:
+    def write(self, make: TextEvent, text: str) -> None:
+        """A character, or a marker that is none, of a part of this kind."""
         if text.isspace():
             if not (self.fresh and self._after_marker):
                 self._spaces += text
@@ -80,10 +84,10 @@ class Parts:
         self.settle()
         self._spaces, self.fresh, self._after_marker = "", True, True
 
-    def end(self, make: type[Content] | type[Reasoning]) -> None:
-        """The answer is over, in a part of this kind."""
-        if self._spaces and make is Content:
-            self._add(make, self._spaces)
+    def end(self) -> None:
+        """The answer is over: spaces at the end of a text belong to it."""
+        if self._spaces:
+            self._add(Content, self._spaces)
 
     def call(self, name: str) -> None:
         self.mark()

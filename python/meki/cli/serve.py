@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(arguments: argparse.Namespace, program: str) -> None:
-    from ..server.run import listen, serve
+    from ..server.run import HttpServer, listen
     from ..server.settings import Settings
     from ..server.state import Model, Server
 
@@ -106,7 +106,7 @@ def _serve(arguments: argparse.Namespace, program: str) -> None:
         shown = f"[{address}]" if ":" in address else address
         described = ", ".join(m.name + (" (random weights)" if m.engine.random_weights else "") for m in models)
         print(f"http://{shown}:{port} serves {described}", flush=True)
-        serve(Server(models, settings), listener)
+        HttpServer(Server(models, settings)).run([listener])
 
 
 def _is_loopback(address: str) -> bool:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator
-
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from . import chat_completions, completions, models, page, tokens
 from .endpoint import Call, Endpoint
 from .errors import ApiError, error_response
 from .metrics import RequestCounter
+from .openapi import describe
 from .security import KeyGuard, PlaceGuard
 from .state import Server
 
 
 async def metrics(call: Call, _: None) -> Response:
+    """Numbers of this server in Prometheus's text format."""
     return Response(call.server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def description(call: Call, _: None) -> Response:
+    """This description."""
+    return JSONResponse(describe(ENDPOINTS))
 
 
 ENDPOINTS = [
@@ -31,17 +35,12 @@ ENDPOINTS = [
     *tokens.ENDPOINTS,
     *page.ENDPOINTS,
     Endpoint("GET", "/metrics", metrics),
+    Endpoint("GET", "/openapi.json", description),
 ]
 
 
 def make_app(server: Server) -> Starlette:
-    """The ASGI application. The server is closed when it shuts down."""
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        yield
-        await server.close()
-
+    """The ASGI application."""
     settings = server.settings
     middleware = [
         Middleware(RequestCounter, metrics=server.metrics),
@@ -56,7 +55,6 @@ def make_app(server: Server) -> Starlette:
         routes=[endpoint.route(server) for endpoint in ENDPOINTS],
         middleware=middleware,
         exception_handlers={HTTPException: _no_route},
-        lifespan=lifespan,
     )
 
 

@@ -114,6 +114,7 @@ class ChatBody(GenerationBody):
 
 
 async def chat_completions(call: Call, body: ChatBody) -> Response:
+    """The answer to a conversation."""
     model = call.server.model(body.model)
     choices = body.n or 1
     if choices > call.server.settings.choices:

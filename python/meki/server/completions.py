@@ -41,6 +41,7 @@ class CompletionBody(GenerationBody):
 
 
 async def completions(call: Call, body: CompletionBody) -> Response:
+    """What continues a text."""
     model = call.server.model(body.model)
     prompts, choices, most = body.prompts(), body.n or 1, call.server.settings.choices
     if len(prompts) * choices > most:

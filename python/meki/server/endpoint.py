@@ -79,7 +79,7 @@ class _Application:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["meki.route"] = self._endpoint.path
-        with contextlib.suppress(ClientGoneError):
+        with contextlib.suppress(ClientGoneError, asyncio.CancelledError):  # the latter: the server is stopped
             data = b""
             try:
                 data = await read_body(scope, receive, self._server.settings)

@@ -11,11 +11,13 @@ from .state import Model, Server
 
 
 async def all_models(call: Call, _: None) -> Response:
+    """The models that there are."""
     server = call.server
     return JSONResponse({"object": "list", "data": [_described(server, model) for model in server.models]})
 
 
 async def one_model(call: Call, _: None) -> Response:
+    """One of them."""
     server = call.server
     return JSONResponse(_described(server, server.model(call.http.path_params["model"])))
 

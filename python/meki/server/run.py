@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import threading
@@ -31,15 +32,18 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def uvicorn_server(server: Server) -> uvicorn.Server:
-    settings = server.settings
-    return uvicorn.Server(
-        uvicorn.Config(
+class HttpServer(uvicorn.Server):
+    """Serves until a signal comes, or `should_exit` is set. What runs then may end within the settings' `stop_s`, or
+    until a second signal; the models' generations end with the server."""
+
+    def __init__(self, server: Server) -> None:
+        settings = server.settings
+        config = uvicorn.Config(
             make_app(server),
             loop="asyncio",
             http=connection_class(settings),
             ws="none",
-            lifespan="on",
+            lifespan="off",
             log_config=None,
             log_level="error",
             access_log=False,
@@ -48,12 +52,15 @@ def uvicorn_server(server: Server) -> uvicorn.Server:
             limit_concurrency=settings.connections,
             timeout_graceful_shutdown=settings.stop_s,
         )
-    )
+        super().__init__(config)
+        self._models = server
 
-
-def serve(server: Server, listener: socket.socket) -> None:
-    """Serves until a signal comes: KeyboardInterrupt after Ctrl-C, as of any command; SIGTERM is the usual way to stop
-    a server, and just ends it. What runs then may end within the settings' `stop_s`, or until a second signal."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn, which handles it, sends it on when it has ended
-    uvicorn_server(server).run([listener])
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """KeyboardInterrupt after Ctrl-C, as of any command; SIGTERM is the usual way to stop a server, and just ends
+        it."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn handles it, and sends it on when it has ended
+        try:
+            super().run(sockets)
+        finally:
+            asyncio.run(self._models.close())

@@ -26,6 +26,7 @@ class DetokenizeBody(Body):
 
 
 async def tokenize(call: Call, body: TokenizeBody) -> Response:
+    """The tokens of a text."""
     engine = call.server.model(body.model).engine
     with engine_errors(engine):
         encode = engine.requests.prompts.encode_text
@@ -34,6 +35,7 @@ async def tokenize(call: Call, body: TokenizeBody) -> Response:
 
 
 async def detokenize(call: Call, body: DetokenizeBody) -> Response:
+    """The text of tokens."""
     engine = call.server.model(body.model).engine
     if not all(0 <= token_id < engine.vocab_size for token_id in body.tokens):
         raise ApiError(400, f"a token id is not from 0 to {engine.vocab_size - 1}", param="tokens")
@@ -42,7 +44,7 @@ async def detokenize(call: Call, body: DetokenizeBody) -> Response:
 
 
 async def health(call: Call, _: None) -> Response:
-    """Models are opened before the server listens: who hears this can generate."""
+    """Whether the server can generate: models are opened before it listens."""
     return JSONResponse({"status": "ok"})
 
 
