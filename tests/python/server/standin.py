@@ -58,8 +58,10 @@ class StandIn:
     async def _chat(self, request: Request) -> Response:
         body = await request.json()
         self.bodies.append(body)
-        return self._refused(request) or self.refusal or StreamingResponse(
-            self._events(body), media_type="text/event-stream"
+        return (
+            self._refused(request)
+            or self.refusal
+            or StreamingResponse(self._events(body), media_type="text/event-stream")
         )
 
     def _refused(self, request: Request) -> Response | None:
@@ -104,8 +106,12 @@ def event(data: Any) -> str:
 @contextlib.contextmanager
 def serving(app: Any) -> Iterator[str]:
     """Runs an ASGI application, or a uvicorn server that is made, on a free port; its URL."""
-    server = app if isinstance(app, uvicorn.Server) else uvicorn.Server(
-        uvicorn.Config(app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1)
+    server = (
+        app
+        if isinstance(app, uvicorn.Server)
+        else uvicorn.Server(
+            uvicorn.Config(app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1)
+        )
     )
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)

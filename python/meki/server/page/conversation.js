@@ -87,13 +87,9 @@ export function versions(conversation, message) {
  * @param {Message} message
  */
 export function show(conversation, message) {
-  /** @type {Message | undefined} */
-  let last = message;
-  while (last) {
-    const { id } = last;
-    conversation.head = id;
-    last = conversation.messages.findLast((other) => other.parent === id);
-  }
+  conversation.head = message.id;
+  const next = conversation.messages.findLast((other) => other.parent === message.id);
+  if (next) show(conversation, next);
 }
 
 /**

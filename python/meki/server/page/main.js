@@ -42,7 +42,7 @@ function draw() {
   const shown = branch(open);
   byId("welcome").hidden = shown.length > 0;
   thread.show(open, busy);
-  sidebar.show(conversations.values(), open.id);
+  sidebar.show(conversations.values(), open);
   byId("send").hidden = busy;
   byId("stop").hidden = !busy;
   document.title = open.title ? `${open.title} – MeKi` : "MeKi";

@@ -6,7 +6,8 @@ const SOONEST = 125; // milliseconds between two renderings
 const SHARE = 10; // of the time one takes: a long text does not keep the server from its model
 
 /** The one place where a text becomes HTML: the server's, in which nothing runs. */
-const policy = globalThis.trustedTypes?.createPolicy("markdown", { createHTML: (/** @type {string} */ html) => html });
+const types = /** @type {any} */ (window).trustedTypes;
+const policy = types?.createPolicy("markdown", { createHTML: (/** @type {string} */ html) => html });
 
 /** Keeps an element at the newest of a growing text. */
 export class MarkdownView {
@@ -31,6 +32,7 @@ export class MarkdownView {
 
   async #work() {
     this.working = true;
+    this.element.ariaBusy = "true";
     for (let shown = ""; shown !== this.text && this.element.isConnected; ) {
       const text = this.text;
       const start = performance.now();
@@ -47,10 +49,12 @@ export class MarkdownView {
       if (shown !== this.text) await new Promise((resolve) => setTimeout(resolve, Math.max(SOONEST, SHARE * took)));
     }
     this.working = false;
+    this.element.ariaBusy = "false";
   }
 
   #showRaw() {
     this.raw = true;
+    this.element.ariaBusy = "false";
     this.element.classList.add("raw");
     this.element.textContent = this.text;
   }
@@ -58,7 +62,7 @@ export class MarkdownView {
   /** @param {string} html */
   #show(html) {
     const template = document.createElement("template");
-    template.innerHTML = /** @type {string} */ (policy ? policy.createHTML(html) : html);
+    template.innerHTML = policy ? policy.createHTML(html) : html;
     if (this.raw) this.element.replaceChildren();
     this.raw = false;
     this.element.classList.remove("raw");

@@ -54,7 +54,7 @@ export async function* chat(body, signal) {
   const request = { ...body, stream: true, stream_options: { include_usage: true } };
   const response = await ask("v1/chat/completions", { method: "POST", body: JSON.stringify(request), signal });
   try {
-    for await (const data of eventData(/** @type {ReadableStream<Uint8Array>} */ (response.body))) {
+    for await (const data of eventData(/** @type {any} */ (response.body))) {
       if (data === "[DONE]") return;
       const chunk = JSON.parse(data);
       if (chunk.error) throw new ServerError(`The server could not go on: ${chunk.error.message}`, 500);
@@ -87,7 +87,8 @@ async function ask(path, options) {
   /** @type {Record<string, string>} */
   const headers = { "content-type": "application/json" };
   const key = sessionStorage.getItem(KEY);
-  if (key !== null) headers.authorization = `Bearer ${key}`;
+  // A header is bytes, which fetch wants as Latin-1.
+  if (key !== null) headers.authorization = `Bearer ${String.fromCharCode(...new TextEncoder().encode(key))}`;
   let response;
   try {
     response = await fetch(path, { ...options, headers });

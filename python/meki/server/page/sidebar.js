@@ -18,32 +18,41 @@ export class Sidebar {
   constructor(list, actions) {
     this.list = list;
     this.actions = actions;
+    /** @type {Map<Conversation, {entry: HTMLElement, link: HTMLElement}>} */
+    this.entries = new Map();
     list.addEventListener("keydown", (event) => this.#arrows(event));
   }
 
   /**
    * @param {Iterable<Conversation>} conversations
-   * @param {string} open the id of the one that is shown
+   * @param {Conversation} open the one that is shown
    */
   show(conversations, open) {
     const newestFirst = [...conversations].sort((first, second) => second.changed - first.changed);
-    this.list.replaceChildren(...newestFirst.map((conversation) => this.#entry(conversation, conversation.id === open)));
+    // What is there stays: somebody may be writing or pressing something in it.
+    const entries = new Map(newestFirst.map((conversation) => [conversation, this.#entry(conversation)]));
+    for (const [conversation, { entry }] of this.entries) if (!entries.has(conversation)) entry.remove();
+    [...entries.values()].forEach(({ entry }, at) => {
+      if (this.list.children[at] !== entry) this.list.insertBefore(entry, this.list.children[at] ?? null);
+    });
+    for (const [conversation, { entry, link }] of entries) {
+      link.textContent = conversation.title;
+      link.ariaCurrent = conversation === open ? "page" : null;
+      part(entry, ".entry-tools").hidden = conversation !== open;
+    }
+    this.entries = entries;
   }
 
-  /**
-   * @param {Conversation} conversation
-   * @param {boolean} open
-   */
-  #entry(conversation, open) {
+  /** @param {Conversation} conversation */
+  #entry(conversation) {
+    const known = this.entries.get(conversation);
+    if (known) return known;
     const entry = stamp("entry");
     const link = /** @type {HTMLAnchorElement} */ (part(entry, "a"));
-    link.textContent = conversation.title;
     link.href = `#${conversation.id}`;
-    if (open) link.setAttribute("aria-current", "page");
-    part(entry, ".entry-tools").hidden = !open;
     part(entry, ".rename").addEventListener("click", () => this.#rename(conversation, link));
     part(entry, ".delete").addEventListener("click", () => this.actions.remove(conversation));
-    return entry;
+    return { entry, link };
   }
 
   /**

@@ -1,6 +1,6 @@
 /**
  * The data of server-sent events, one string each, as they arrive.
- * @param {ReadableStream<Uint8Array>} body
+ * @param {ReadableStream<Uint8Array<ArrayBuffer>>} body
  * @returns {AsyncGenerator<string>}
  */
 export async function* eventData(body) {
