@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
-from .answers import AnswerForm, begins_inside_thoughts, call_grammar, choose_tools, find_form
+from .answers import AnswerForm, begins_inside_thoughts, call_grammar, choose_tools, find_form, with_calls_as_text
 from .messages import check_tools
 from .options import ChatOptions, CheckedOptions, Form, GenerationOptions, check_flag, check_options, hold_to
 from .prompt import PromptEncoder
@@ -54,13 +54,17 @@ class Requests:
         go_on = check_flag("continue_final_message", options.pop("continue_final_message", False))
         generation: GenerationOptions = {**self._sampling, **options}  # type: ignore[typeddict-item]  # the rest
         checked = check_options({"temperature": 0.0, **generation}, self._vocab_size)
+        template = self.prompts.chat_template
+        if template and not template.knows_tool_calls and self._form.calls:
+            messages = with_calls_as_text(messages, self._form.calls)
         text = self.prompts.render_chat(
             messages, tools=tools, chat_template_kwargs=chat_template_kwargs, continue_final_message=go_on
         )
         token_ids = self.prompts.encode_chat(text)
         begun = str(messages[-1]["content"]) if go_on else ""
         thinks_first = begins_inside_thoughts(self._form, text, begun)
-        answer = replace(self._form, calls=self._form.calls if tools else None, thinks_first=thinks_first)
+        calls = self._form.calls.of_tools(tools) if self._form.calls and tools else None
+        answer = replace(self._form, calls=calls, thinks_first=thinks_first)
         if choice is not None:
             grammar = call_grammar(answer, choice, self.prompts.vocabulary.special_tokens)
             checked = hold_to(checked, Form("tool_choice", grammar))

@@ -57,6 +57,10 @@ GEMMA4 = """\
     {{- message.content.split('<channel|>')[-1] }}
 {%- endfor %}
 """
+QWEN_CODER = """\
+{{- 'Call so: <tool_call>\\n<function=name>\\n<parameter=key>\\nvalue\\n</parameter>\\n</function>' if tools }}
+{{- messages | tojson }}
+"""
 GEMMA3 = (
     "{% for message in messages %}<start_of_turn>{{ message.role }}\n{{ message.content }}<end_of_turn>{% endfor %}"
 )
@@ -66,7 +70,14 @@ HERMES_FORM = find_form(QWEN3)
 LLAMA_FORM = find_form(LLAMA3)
 MISTRAL_FORM = find_form(MAGISTRAL)
 GEMMA_FORM = find_form(GEMMA4)
-FORMS = {"hermes": HERMES_FORM, "llama": LLAMA_FORM, "mistral": MISTRAL_FORM, "gemma": GEMMA_FORM}
+CODER_FORM = find_form(QWEN_CODER)
+FORMS = {
+    "hermes": HERMES_FORM,
+    "llama": LLAMA_FORM,
+    "mistral": MISTRAL_FORM,
+    "gemma": GEMMA_FORM,
+    "coder": CODER_FORM,
+}
 
 
 def parse(form: AnswerForm, pieces: Sequence[str]) -> list[AnswerEvent]:
@@ -108,6 +119,7 @@ def read(form: AnswerForm, text: str) -> list[AnswerEvent]:
         (MISTRAL, None, "MistralCalls"),
         (MAGISTRAL, "[THINK]", "MistralCalls"),
         (GEMMA4, "<|channel>thought\n", "GemmaCalls"),
+        (QWEN_CODER, None, "QwenCoderCalls"),
         (GEMMA3, None, None),
         (DEEPSEEK_DISTILLED, "<think>", None),
     ],
@@ -185,6 +197,16 @@ WEATHER = '{"city": "Par}{is \\" <", "days": [1, {"x": null}]}'
         ),
         ("gemma", "<|channel>thought\n<channel|>Hello", [Content("Hello")]),
         (
+            "coder",
+            "One.\n<tool_call>\n<function=w>\n<parameter=a>\n1\n2 <\n</parameter>\n"
+            '<parameter=b>\n{"c": [1]}\n</parameter>\n'
+            "</function>\n</tool_call>\n<tool_call><function=v></function></tool_call>",
+            [Content("One."), *call(0, "w", '{"a": "1\\n2 <", "b": {"c": [1]}}'), *call(1, "v", "{}")],
+        ),
+        ("coder", "<function=w>\n<parameter=a>1</parameter></function>", call(0, "w", '{"a": 1}')),
+        ("coder", "<function=w></function>\nTwo", [*call(0, "w", "{}"), Content("Two")]),
+        ("coder", f'<tool_call>{{"name": "w", "arguments": {WEATHER}}}</tool_call>', call(0, "w", WEATHER)),
+        (
             "gemma",
             '<|tool_call>call:w{<|"|>a b<|"|>:"x\\n", c: Paris }<tool_call|>',
             call(0, "w", '{"a b": "x\\n", "c": "Paris"}'),
@@ -225,6 +247,10 @@ def test_known_answers(form: str, text: str, expected: list[AnswerEvent]) -> Non
         ),
         ("hermes", '<tool_call>{"name": "w", "arguments": {}} or', [*call(0, "w", "{}"), Content("or")]),
         ("mistral", "[TOOL_CALLS]two words{}", [Content("[TOOL_CALLS]two words{}")]),
+        ("coder", "<function=w", [Content("<function=w")]),
+        ("coder", "<function=w><parameter=a>1</parameter><parameter=b>2", call(0, "w", '{"a": 1')),
+        ("coder", "<function=w>text", [ToolCallStart(0, "w"), Content("text")]),
+        ("coder", "<tool_call>w</tool_call>", [Content("<tool_call>w</tool_call>")]),
         ("gemma", "<|tool_call>w{}", [Content("<|tool_call>w{}")]),
         ("gemma", "<|tool_call>call:w{a}b", [ToolCallStart(0, "w"), ToolCallArguments(0, "{"), Content("a}b")]),
     ],
@@ -237,6 +263,21 @@ def test_thoughts_may_begin_in_the_prompt() -> None:
     form = AnswerForm(HERMES_FORM.thinking, HERMES_FORM.calls, thinks_first=True)
     assert read(form, "\nHm.\n</think>\n\nHello") == [Reasoning("Hm."), Content("Hello")]
     assert read(form, "Hm.") == [Reasoning("Hm.")]
+
+
+def test_a_schema_says_what_is_a_string() -> None:
+    properties = {"a": {"type": "string"}, "b": {"type": "number"}, "c": {}}
+    assert CODER_FORM.calls is not None
+    calls = CODER_FORM.calls.of_tools([{"name": "w", "parameters": {"properties": properties}}])
+    text = "".join(f"<parameter={key}>1</parameter>" for key in "abcd")
+    events = read(AnswerForm(calls=calls), f"<function=w>{text}</function>")
+    assert events == call(0, "w", '{"a": "1", "b": 1, "c": 1, "d": 1}')
+
+
+def test_an_answer_that_begins_calls_without_end_is_read_in_time() -> None:
+    """Each is a call to its end, or text: without a limit this would take hours."""
+    for text in ('<tool_call>{"a":[' * 40_000, '<tool_call>{"arguments":{"a":[' * 40_000 + "}"):
+        assert answer_message(text, HERMES_FORM) == {"role": "assistant", "content": text}
 
 
 def test_all_is_text_by_default() -> None:
@@ -324,6 +365,7 @@ CHUNKS = st.sampled_from(
     [
         *("<think>", "</think>", "<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[/THINK]"),
         *("[THINK]", "<|channel>thought\n", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>', "call:w", "w"),
+        *("<function=w>", "<parameter=a>", "</parameter>", "</function>"),
         *('{"name": "w", "arguments": ', '{"name": "w", "parameters": {"a": 1}}', '{"a": "b\\"}"}', "{a:", "{}", "}"),
         *("{", "[", "]", '"', "\\", ",", ";", ":", " ", "\n", "text", "1", "<", "|", "é🦊"),
     ]

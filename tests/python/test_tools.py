@@ -231,6 +231,27 @@ def test_a_template_of_another_form(engine_with: Callable[[str], Engine]) -> Non
         engine.requests.chat([QUESTION], tools=TOOLS)
 
 
+SMOLLM3 = """\
+{% if xml_tools %}{% for tool in xml_tools[:] %}{{ tool | string }} {% endfor %}
+{{- 'Answer with <tool_call>{"name": name, "arguments": object}</tool_call>.' }}{% endif %}
+{%- for message in messages %}{{ message.role + ": " + message.content }}{{ eos_token }}{% endfor %}
+"""
+
+
+def test_a_template_with_tools_of_another_name_and_no_calls(engine_with: Callable[[str], Engine]) -> None:
+    engine = engine_with(SMOLLM3)
+    result = engine.chat([QUESTION], tools=TOOLS[:1], tool_choice="required", max_new_tokens=0, seed=1)
+    assert result.message is not None
+    message = {**result.message, "tool_calls": result.message["tool_calls"][:1], "content": "Well."}
+    arguments = json.loads(message["tool_calls"][0]["function"]["arguments"])
+    conversation = [QUESTION, message, {"role": "tool", "content": "rain"}]
+    request = engine.requests.chat(conversation, tools=TOOLS[:1])
+    written = json.dumps({"name": "weather", "arguments": arguments})
+    text = engine.tokenizer.decode(request.token_ids, skip_special_tokens=False)
+    assert text.startswith(f"{TOOLS[0]} Answer with")
+    assert f"assistant: Well.\n<tool_call>\n{written}\n</tool_call>" in text
+
+
 class Saying:
     """Has the face of a `_core.Session`."""
 

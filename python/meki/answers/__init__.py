@@ -3,7 +3,7 @@
 from .choice import call_grammar, choose_tools
 from .events import AnswerEvent, Content, Reasoning, ToolCallArguments, ToolCallStart
 from .forms import AnswerForm, begins_inside_thoughts, find_form
-from .message import answer_message, new_call_id
+from .message import answer_message, new_call_id, with_calls_as_text
 from .parser import AnswerParser
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "choose_tools",
     "find_form",
     "new_call_id",
+    "with_calls_as_text",
 ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from .json_text import read_nested, read_string, read_value
 from .parts import MalformedCallError, Parts, Reading
@@ -42,6 +43,15 @@ class CallForm(ABC):
     def around_arguments(self, name: str) -> tuple[str, str]:
         """What stands around the arguments, a JSON object, in a call of this function."""
 
+    def of_tools(self, tools: Sequence[Mapping[str, Any]]) -> CallForm:
+        """The same for calls of these."""
+        return self
+
+    def write(self, calls: Sequence[tuple[str, str]]) -> str:
+        """The text that is these calls: their names and arguments."""
+        written = [arguments.join(self.around_arguments(name)) for name, arguments in calls]
+        return self.between.join(written).join(self.around)
+
 
 class HermesCalls(CallForm):
     """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`: Hermes, Qwen, SmolLM3."""
@@ -56,7 +66,7 @@ class HermesCalls(CallForm):
         return HermesCalls.opener in template
 
     def read(self, parts: Parts, opener: str) -> Reading[None]:
-        yield from _read_objects(parts, "", self.closer)
+        yield from read_objects(parts, "", self.closer)
 
     def around_arguments(self, name: str) -> tuple[str, str]:
         return f'{self.opener}\n{{"name": {json.dumps(name)}, "arguments": ', f"}}\n{self.closer}"
@@ -76,7 +86,7 @@ class LlamaCalls(CallForm):
         return (self.opener, "{") if fresh else (self.opener,)
 
     def read(self, parts: Parts, opener: str) -> Reading[None]:
-        yield from _read_objects(parts, opener if opener == "{" else "", "")
+        yield from read_objects(parts, opener if opener == "{" else "", "")
 
     def around_arguments(self, name: str) -> tuple[str, str]:
         return f'{{"name": {json.dumps(name)}, "parameters": ', "}"
@@ -98,7 +108,7 @@ class MistralCalls(CallForm):
     def read(self, parts: Parts, opener: str) -> Reading[None]:
         char = yield from parts.read_behind_spaces()
         if char in ("[", "{"):
-            yield from _read_objects(parts, char, "")
+            yield from read_objects(parts, char, "")
             return
         name = ""
         while char not in ("[", "{"):
@@ -136,7 +146,7 @@ class NewMistralCalls(MistralCalls):
         return f"{self.opener}{name}{self.arguments}", ""
 
 
-def _read_objects(parts: Parts, first: str, closer: str) -> Reading[None]:
+def read_objects(parts: Parts, first: str, closer: str) -> Reading[None]:
     """Calls that are JSON objects, one or several. first: a bracket that was read before. closer: comes behind them;
     empty: nothing does."""
     before = parts.index

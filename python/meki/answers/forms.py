@@ -7,8 +7,17 @@ from dataclasses import dataclass
 
 from .calls import CallForm, HermesCalls, LlamaCalls, MistralCalls, NewMistralCalls
 from .gemma import GemmaCalls
+from .qwen_coder import QwenCoderCalls
 
-_CALLS: tuple[CallForm, ...] = (HermesCalls(), NewMistralCalls(), MistralCalls(), GemmaCalls(), LlamaCalls())
+_CALLS: tuple[CallForm, ...] = (
+    QwenCoderCalls(),
+    HermesCalls(),
+    NewMistralCalls(),
+    MistralCalls(),
+    GemmaCalls(),
+    LlamaCalls(),
+)
+"""The first that a template has is its."""
 _THINKING = (("<think>", "</think>"), ("<|channel>thought\n", "<channel|>"), ("[THINK]", "[/THINK]"))
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..messages import check_messages, function_of
+from .calls import CallForm
 from .events import AnswerEvent, Content, Reasoning, ToolCallArguments, ToolCallStart
 from .forms import AnswerForm
 from .parser import AnswerParser
@@ -35,6 +38,18 @@ def answer_message(text: str, form: AnswerForm) -> dict[str, Any]:
     if calls:
         message["tool_calls"] = calls
     return message
+
+
+def with_calls_as_text(messages: Sequence[Mapping[str, Any]], form: CallForm) -> list[dict[str, Any]]:
+    """Messages for a template that knows no tool calls, as SmolLM3's: calls become content, as the model writes them.
+    ValueError for what are no messages."""
+    checked = check_messages(messages)
+    for message in checked:
+        if calls := message.pop("tool_calls", None):
+            functions = [function_of(call) for call in calls]
+            text = form.write([(function["name"], str(function["arguments"])) for function in functions])
+            message["content"] = f"{message['content']}\n{text}".lstrip("\n")
+    return checked
 
 
 def new_call_id() -> str:

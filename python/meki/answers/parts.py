@@ -14,6 +14,8 @@ Reading = Generator[None, str, T]
 the text was cut into pieces."""
 
 
+PATIENCE = 100_000
+"""Characters of an answer that are read again: one that begins call after call and ends none would take for ever."""
 TextEvent = type[Content] | type[Reasoning]
 
 
@@ -32,6 +34,7 @@ class Parts:
         self._after_marker = False
         self._spaces = ""
         self._unsettled: list[str] = []  # read, and not yet part of an event
+        self._patience = PATIENCE
         self._again: list[str] = []  # to be read once more, the next at the end
         self._events: list[AnswerEvent] = []
         self._make: Callable[[str], AnswerEvent] = Content  # of the text that the next event will have
@@ -66,8 +69,12 @@ class Parts:
         return "" in self._unsettled[-1:]
 
     def read_again(self) -> None:
-        """Lets all be read again that is not accounted for."""
-        self._again += [char for char in reversed(self._unsettled) if char]
+        """Lets all be read again that is not accounted for; in an answer that had too much of that, writes it down."""
+        self._patience -= len(self._unsettled)
+        if self._patience >= 0:
+            self._again += [char for char in reversed(self._unsettled) if char]
+        elif text := "".join(self._unsettled):
+            self.write(Content, text)
         self.settle()
 
     def write(self, make: TextEvent, text: str) -> None:

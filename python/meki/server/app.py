@@ -25,7 +25,7 @@ async def metrics(call: Call, _: None) -> Response:
 
 async def description(call: Call, _: None) -> Response:
     """This description."""
-    return JSONResponse(describe(ENDPOINTS))
+    return JSONResponse(describe(ENDPOINTS, [model.name for model in call.server.models]))
 
 
 ENDPOINTS = [

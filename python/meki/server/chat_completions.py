@@ -60,6 +60,15 @@ class Tool(Body):
     function: Function
 
 
+class FunctionName(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: FunctionName
+
+
 class JsonSchema(Body):
     name: str
     description: str | None = None
@@ -89,20 +98,28 @@ class ChatBody(GenerationBody):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    def chat_options(self, model: Model, choice: int) -> ChatOptions:
+    @property
+    def most_calls(self) -> int | None:
+        """Tool calls of an answer that the client wants to see; None: all."""
+        return 1 if self.parallel_tool_calls is False else None
+
+    def chat_options(self, model: Model, index: int) -> ChatOptions:
         most = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
-        options: ChatOptions = {
-            **self.options(model, choice),
-            "max_new_tokens": most,
-        }  # None: until the context is full
+        # None: until the context is full.
+        options: ChatOptions = {**self.options(model, index), "max_new_tokens": most}
         if isinstance(self.response_format, AnyJson):
             options["json_schema"] = True
         elif isinstance(self.response_format, JsonOfSchema):
             options["json_schema"] = self.response_format.json_schema.schema_ or True
         if self.tools:
             options["tools"] = [tool.model_dump(exclude_none=True) for tool in self.tools]
+        if self.tool_choice is not None:
+            choice = self.tool_choice
+            options["tool_choice"] = choice if isinstance(choice, str) else choice.model_dump()
         if self.chat_template_kwargs:
             options["chat_template_kwargs"] = self.chat_template_kwargs
         return options
@@ -134,25 +151,30 @@ async def chat_completions(call: Call, body: ChatBody) -> Response:
     }
     if body.stream:
         head["object"] = "chat.completion.chunk"
-        return EventStream(_chunks(head, generations, body.include_usage), lambda error: event(error_body(PATH, error)))
+        return EventStream(
+            _chunks(head, generations, body.most_calls, body.include_usage),
+            lambda error: event(error_body(PATH, error)),
+        )
     results = await asyncio.gather(*(generation.finish() for generation in generations))
-    answers = [_choice(index, result) for index, result in enumerate(results)]
+    answers = [_choice(index, result, body.most_calls) for index, result in enumerate(results)]
     return JSONResponse({**head, "choices": answers, "usage": usage(results, choices)})
 
 
-def _choice(index: int, result: GenerationResult) -> dict[str, Any]:
+def _choice(index: int, result: GenerationResult, most_calls: int | None) -> dict[str, Any]:
     assert result.message is not None
     message = {**result.message, "refusal": None}
+    if calls := message.get("tool_calls"):
+        message["tool_calls"] = calls[:most_calls]
     reason = _finish_reason(result, "tool_calls" in message)
     return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
 
 
 async def _chunks(
-    head: dict[str, Any], generations: Sequence[Generation], include_usage: bool
+    head: dict[str, Any], generations: Sequence[Generation], most_calls: int | None, include_usage: bool
 ) -> AsyncGenerator[str, None]:
     if include_usage:
         head = {**head, "usage": None}
-    async for index, (delta, reason) in merged([_deltas(generation) for generation in generations]):
+    async for index, (delta, reason) in merged([_deltas(generation, most_calls) for generation in generations]):
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
         yield event({**head, "choices": [choice]})
     if include_usage:
@@ -162,12 +184,15 @@ async def _chunks(
     yield "data: [DONE]\n\n"
 
 
-async def _deltas(generation: Generation) -> AsyncIterator[tuple[dict[str, Any], str | None]]:
+async def _deltas(generation: Generation, most_calls: int | None) -> AsyncIterator[tuple[dict[str, Any], str | None]]:
     """What the chunks of one choice add to its message, and at the end why it ends."""
     yield {"role": "assistant", "content": ""}, None
     calls = False
     async for part in generation.events():
-        calls = calls or isinstance(part, ToolCallStart)
+        if isinstance(part, ToolCallStart | ToolCallArguments):
+            calls = True
+            if most_calls is not None and part.index >= most_calls:
+                continue
         yield _delta(part), None
     yield {}, _finish_reason(generation.result, calls)
 

@@ -46,7 +46,7 @@ class GenerationBody(Body):
     # Not of OpenAI's API, but of llama.cpp's and vLLM's.
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     # Of accounts, storage and routing, which there are none of here: ignored.
     user: str | None = None
     store: bool | None = None

@@ -17,8 +17,9 @@ from .state import Server
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens; port 0: a free one. OSError naming both if there cannot be one."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # The protocol is named because asyncio sends small answers at once (TCP_NODELAY) only where it is TCP's.
+        listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
