@@ -33,10 +33,10 @@ ENDPOINTS = [
     *completions.ENDPOINTS,
     *models.ENDPOINTS,
     *tokens.ENDPOINTS,
-    *page.ENDPOINTS,
     Endpoint("GET", "/metrics", metrics),
     Endpoint("GET", "/openapi.json", description),
 ]
+"""Of the APIs; those of the page are its own business."""
 
 
 def make_app(server: Server) -> Starlette:
@@ -52,7 +52,7 @@ def make_app(server: Server) -> Starlette:
             2, Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
         )
     return Starlette(
-        routes=[endpoint.route(server) for endpoint in ENDPOINTS],
+        routes=[endpoint.route(server) for endpoint in (*ENDPOINTS, *page.ENDPOINTS)],
         middleware=middleware,
         exception_handlers={HTTPException: _no_route},
     )

@@ -29,7 +29,6 @@ HEADERS = {
     "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
-    "cross-origin-opener-policy": "same-origin",
     "cache-control": "no-cache",  # kept, and asked for again with the ETag
 }
 _FILES = StaticFiles(directory=Path(__file__).with_name("page"))
@@ -40,6 +39,7 @@ class MarkdownBody(Body):
 
 
 async def file(call: Call, _: None) -> Response:
+    """A file of the page; at / the page."""
     name = call.http.path_params.get("name", "index.html")
     try:
         response = await _FILES.get_response(name, call.http.scope)
@@ -50,6 +50,7 @@ async def file(call: Call, _: None) -> Response:
 
 
 async def markdown(_: Call, body: MarkdownBody) -> Response:
+    """Markdown as HTML."""
     return JSONResponse({"html": await asyncio.to_thread(to_html, body.text)})
 
 

@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 
 import pytest
 from selenium import webdriver
-from selenium.common.exceptions import StaleElementReferenceException
+from selenium.common.exceptions import JavascriptException, StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
+
+__all__ = ["ELSEWHERE", "Browser", "JavascriptException", "Keys", "chromium", "needs_chromium"]
 
 T = TypeVar("T")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -22,6 +24,9 @@ needs_chromium = pytest.mark.skipif(
 )
 FALSE_ALARMS = ("status of 401", "status of 429", "status of 500", "status of 400", "net::ERR_")
 """The browser's log tells of every answer that is an error; tests ask for some."""
+
+ELSEWHERE = "elsewhere.invalid"
+"""This machine, by a name that the browser does not know to be."""
 
 
 class Browser:
@@ -102,6 +107,7 @@ class Browser:
 def chromium() -> Iterator[webdriver.Chrome]:
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM or ""
+    options.add_argument(f"--host-resolver-rules=MAP {ELSEWHERE} 127.0.0.1")
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,800"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})

@@ -4,7 +4,7 @@ What runs sets `pwned`; what loads asks the page's own server for /pwned, or ano
 """
 
 RUN = "window.pwned=1"
-LOAD = "https://elsewhere.invalid/pwned"
+LOAD = "https://another.invalid/pwned"
 
 HOSTILE = [
     f"<script>{RUN}</script>",
@@ -25,7 +25,7 @@ HOSTILE = [
     '<iframe src="javascript:parent.pwned=1"></iframe><iframe srcdoc="<script>parent.pwned=1</script>"></iframe>',
     f"<object data=/pwned></object><embed src=/pwned><video src=/pwned onerror={RUN} autoplay></video>",
     f"<form action=/pwned><input autofocus onfocus={RUN}><button formaction=javascript:{RUN}>a</button></form>",
-    f"<base href=//elsewhere.invalid/><meta http-equiv=refresh content='0;url={LOAD}'>",
+    f"<base href=//another.invalid/><meta http-equiv=refresh content='0;url={LOAD}'>",
     f"<details open ontoggle={RUN}><body onload={RUN}><marquee onstart={RUN}>",
     f"</div></article></main><script>{RUN}</script><div hidden>",
     f'```"><script>{RUN}</script>\n</code></pre><img src=x onerror={RUN}>\n```',

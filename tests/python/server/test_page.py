@@ -12,11 +12,12 @@ from starlette.responses import JSONResponse
 
 from meki.server import page as served_page
 
+from .hostile import HOSTILE
 from .running import Running, Serve
 from .standin import StandIn, serving
 
 webdriver = pytest.importorskip("selenium.webdriver")
-from .browser import Browser, Keys, chromium, needs_chromium  # noqa: E402
+from .browser import ELSEWHERE, Browser, JavascriptException, Keys, chromium, needs_chromium  # noqa: E402
 
 FILES = sorted(path.name for path in Path(served_page.__file__).with_name("page").iterdir())
 
@@ -215,6 +216,36 @@ def test_tool_calls_are_shown(page: Browser, standin: StandIn) -> None:
     standin.answer = lambda body: [{"tool_calls": [first]}, {"tool_calls": [rest]}, {"finish": "tool_calls"}]
     page.ask("Look")
     assert page.texts(".call") == ['Calls look{"at": "<b>"}']
+
+
+CLIPBOARD = "navigator.clipboard.readText().then(arguments[arguments.length - 1])"
+
+
+@needs_chromium
+def test_an_answer_and_its_code_are_copied(page: Browser, standin: StandIn) -> None:
+    page.driver.execute_cdp_cmd(
+        "Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    )
+    standin.answer = lambda body: ["So:\n\n```\na < b\n```\n"]
+    page.ask("Hello")
+    page.click(".assistant .copy")
+    page.until(lambda: page.one(".assistant .copy").text == "Copied")
+    assert page.driver.execute_async_script(CLIPBOARD) == "So:\n\n```\na < b\n```\n"
+    page.click(".copy-code")
+    page.until(lambda: page.one(".copy-code").text == "Copied")
+    assert page.driver.execute_async_script(CLIPBOARD) == "a < b\n"
+
+
+@needs_chromium
+def test_from_another_machine_by_plain_http(driver: Any, url: str) -> None:
+    """There a browser lets a page do less."""
+    page = Browser(driver, url.replace("127.0.0.1", ELSEWHERE))
+    assert page.js("return window.isSecureContext") is False
+    assert page.ask("Hello") == "An answer."
+    page.click(".assistant .copy")
+    page.until(lambda: page.one(".assistant .copy").text == "Copied")
+    page.driver.refresh()
+    page.until(lambda: page.messages() == ["Hello", "An answer."])
 
 
 # ---- What is kept ----
@@ -569,8 +600,6 @@ def test_a_server_that_is_not_there_is_waited_for(driver: Any, standin: StandIn)
 
 @needs_chromium
 def test_hostile_text_runs_nothing_and_loads_nothing(page: Browser, standin: StandIn, url: str) -> None:
-    from .hostile import HOSTILE
-
     standin.answer = lambda body: [{"reasoning_content": text} for text in HOSTILE] + ["\n\n".join(HOSTILE)]
     page.js("document.addEventListener('securitypolicyviolation', () => (window.pwned = 2))")
     page.ask(HOSTILE[0])
@@ -610,16 +639,27 @@ def test_hostile_text_runs_nothing_and_loads_nothing(page: Browser, standin: Sta
 
 
 @needs_chromium
-def test_a_script_that_slipped_through_would_not_run(page: Browser) -> None:
-    """What the policy is for: the HTML of a server that lets everything through."""
-    page.js(
-        "document.addEventListener('securitypolicyviolation', (e) => (window.stopped ??= []).push(e.violatedDirective))"
-    )
-    with pytest.raises(Exception, match="TrustedHTML"):
-        page.js("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=window.pwned=1>')")
-    page.js("const s = document.createElement('div'); s.setAttribute('style', 'color: red'); document.body.append(s)")
-    page.until(lambda: "style-src-attr" in page.js("return window.stopped"))
+def test_even_html_that_slipped_through_would_run_nothing(
+    page: Browser, standin: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the policy is for: here all of a text becomes HTML as it is. (Only what leads the page elsewhere needs no
+    script, and is left out.)"""
+    monkeypatch.setattr(served_page, "to_html", lambda text: text)
+    for text in (text for text in HOSTILE if "http-equiv" not in text):
+        standin.answer = lambda body, text=text: [text]
+        page.say("Hello")
+        page.answer()
+    assert page.all(".body script") and page.all(".body iframe") and page.all(".body svg")
     assert page.js("return window.pwned ?? null") is None
+    assert any("Content Security Policy" in complaint for complaint in page.complaints())
+
+
+@needs_chromium
+def test_html_is_made_in_one_place(page: Browser) -> None:
+    with pytest.raises(JavascriptException, match="TrustedHTML"):
+        page.js("document.body.insertAdjacentHTML('beforeend', '<b>a</b>')")
+    with pytest.raises(JavascriptException, match="Policy"):
+        page.js("trustedTypes.createPolicy('another', {})")
     page.complaints()  # of just that
 
 
