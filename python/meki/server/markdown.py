@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -63,7 +63,7 @@ def _cell_open(renderer: RendererHTML, tokens: Sequence[Token], index: int, opti
 def _make_parser() -> MarkdownIt:
     parser = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"]).disable("image")
     parser.validateLink = _is_link  # type: ignore[method-assign]  # the documented way
-    rules = {
+    rules: dict[str, Callable[..., str]] = {
         "link_open": _link_open,
         "fence": _code,
         "code_block": _code,

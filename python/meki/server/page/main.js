@@ -138,7 +138,7 @@ function route() {
   drawer(false);
   draw();
   thread.toEnd();
-  prompt.focus();
+  if (matchMedia("(hover: hover)").matches) prompt.focus(); // elsewhere that would bring a keyboard onto the screen
 }
 
 function newChat() {
