@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
-from .answers import AnswerForm, begins_inside_thoughts, call_grammar, choose_tools, find_form, with_calls_as_text
+from .answers import (
+    AnswerForm,
+    Calls,
+    begins_inside_thoughts,
+    call_grammar,
+    choose_tools,
+    find_form,
+    with_calls_as_text,
+)
 from .messages import check_tools
 from .options import ChatOptions, CheckedOptions, Form, GenerationOptions, check_flag, check_options, hold_to
 from .prompt import PromptEncoder
@@ -65,10 +73,13 @@ class Requests:
         thinks_first = begins_inside_thoughts(self._form, text, begun)
         calls = self._form.calls.of_tools(tools) if self._form.calls and tools else None
         answer = replace(self._form, calls=calls, thinks_first=thinks_first)
+        form = checked.form
+        if choice is None and tools and calls and form is not None and form.option == "json_schema":
+            choice, checked = Calls(tools, several=True, or_json=form.text), replace(checked, form=None)
         if choice is not None:
             grammar = call_grammar(answer, choice, self.prompts.vocabulary.special_tokens)
             checked = hold_to(checked, Form("tool_choice", grammar))
-        elif checked.form is not None and checked.form.option == "json_schema":
+        elif form is not None and form.option == "json_schema":
             answer = AnswerForm()  # there is nothing but the JSON
         return Request(token_ids, checked, self._constraint(checked), whole=True, answer=answer)
 

@@ -1,6 +1,6 @@
 """What an answer of a chat consists of: text, thinking and tool calls, told apart while they are written."""
 
-from .choice import call_grammar, choose_tools
+from .choice import Calls, call_grammar, choose_tools
 from .events import AnswerEvent, Content, Reasoning, ToolCallArguments, ToolCallStart
 from .forms import AnswerForm, begins_inside_thoughts, find_form
 from .message import answer_message, new_call_id, with_calls_as_text
@@ -10,6 +10,7 @@ __all__ = [
     "AnswerEvent",
     "AnswerForm",
     "AnswerParser",
+    "Calls",
     "Content",
     "Reasoning",
     "ToolCallArguments",

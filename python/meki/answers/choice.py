@@ -27,6 +27,8 @@ class Calls:
     tools: Tools
     """One of these is called, or several."""
     several: bool
+    or_json: str | None = None
+    """Or else JSON of this schema, a JSON text."""
 
 
 def choose_tools(tools: Tools | None, choice: ToolChoice | None) -> tuple[Tools | None, Calls | None]:
@@ -69,7 +71,12 @@ def call_grammar(form: AnswerForm, calls: Calls, special_tokens: Mapping[str, in
         alternatives.append(f"{_text(before, special)} arguments{index} {_text(after, special)}")
         rules.append(f"arguments{index}: %json {json.dumps(schema)}")
     rules.append(f"call: {' | '.join(alternatives)}")
-    start = "calls"
+    answer = "calls"
+    if calls.or_json is not None:
+        answer = "answer"
+        rules.append("answer: calls | content")
+        rules.append(f"content: %json {json.dumps({**json.loads(calls.or_json), 'x-guidance': _WHITESPACE})}")
+    start = answer
     if form.thinking is not None:
         opener, closer = form.thinking
         if closer in special:
@@ -77,7 +84,8 @@ def call_grammar(form: AnswerForm, calls: Calls, special_tokens: Mapping[str, in
         else:
             rules.append(f"thoughts[suffix={json.dumps(closer)}]: /(?s:.*)/")
         rules.append(r"SPACE: /[ \n]{1,2}/")
-        start = "thoughts SPACE? calls" if form.thinks_first else f"({_text(opener, special)} thoughts SPACE?)? calls"
+        thoughts = "thoughts SPACE?" if form.thinks_first else f"({_text(opener, special)} thoughts SPACE?)?"
+        start = f"{thoughts} {answer}"
     return "\n".join([f"start: {start}", *rules, ""])
 
 

@@ -111,9 +111,10 @@ class ChatBody(GenerationBody):
         most = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
         # None: until the context is full.
         options: ChatOptions = {**self.options(model, index), "max_new_tokens": most}
-        if isinstance(self.response_format, AnyJson):
-            options["json_schema"] = True
-        elif isinstance(self.response_format, JsonOfSchema):
+        must_call = self.tool_choice not in (None, "none", "auto")  # then there is no text to have a format
+        if isinstance(self.response_format, AnyJson) and not must_call:
+            options["json_schema"] = {"type": "object"}
+        elif isinstance(self.response_format, JsonOfSchema) and not must_call:
             options["json_schema"] = self.response_format.json_schema.schema_ or True
         if self.tools:
             options["tools"] = [tool.model_dump(exclude_none=True) for tool in self.tools]

@@ -61,9 +61,9 @@ def test_a_call_piece_by_piece(served: Running) -> None:
 
 
 def test_at_most_one_call(served: Running) -> None:
-    """However many the model writes: with these seeds it writes several at least once."""
+    """However many the model writes: with one of these seeds it writes several."""
     most = 0
-    for seed in range(12):
+    for seed in range(4):
         asked = {**ASKED, "tool_choice": "required", "temperature": 1, "seed": seed, "max_tokens": 120}
         for one in (False, True):
             answer = served.openai.chat.completions.create(**asked, parallel_tool_calls=not one).choices[0]
@@ -77,6 +77,27 @@ def test_at_most_one_call(served: Running) -> None:
             assert not one or len(calls) <= 1
             most = max(most, len(calls))
     assert most > 1
+
+
+def test_a_schema_beside_tools(served: Running) -> None:
+    """The model calls a tool, or what it says is of the schema: with these seeds either happens."""
+    schema = {"type": "object", "properties": {"warm": {"type": "boolean"}}, "required": ["warm"]}
+    format = {"type": "json_schema", "json_schema": {"name": "x", "schema": {**schema, "additionalProperties": False}}}
+    kinds = set()
+    for seed in range(8):
+        sampled = {**ASKED, "tool_choice": "auto", "temperature": 2, "seed": seed, "max_tokens": 200}
+        choice = served.openai.chat.completions.create(**sampled, response_format=format).choices[0]
+        if choice.finish_reason == "length":  # the context is small
+            continue
+        message = choice.message
+        if message.content is not None:
+            assert type(json.loads(message.content)["warm"]) is bool
+        else:
+            assert message.tool_calls
+        kinds.add(message.content is None)
+    assert len(kinds) == 2
+    called = served.openai.chat.completions.create(**ASKED, response_format=format).choices[0]
+    assert called.finish_reason == "tool_calls"
 
 
 def test_the_result_of_a_call_goes_back(served: Running) -> None:
