@@ -138,7 +138,7 @@ function route() {
   drawer(false);
   draw();
   thread.toEnd();
-  if (matchMedia("(hover: hover)").matches) prompt.focus(); // elsewhere that would bring a keyboard onto the screen
+  if (!matchMedia("(pointer: coarse)").matches) prompt.focus(); // to a finger that would bring the keyboard
 }
 
 function newChat() {
