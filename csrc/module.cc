@@ -13,11 +13,13 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "csrc/bindings.h"
+#include "runtime/base/crc32c.h"
 #include "runtime/base/error.h"
 #include "runtime/base/file.h"
 #include "runtime/engine/drafter.h"
@@ -161,6 +163,34 @@ py::array_t<int64_t> row_indices(const Engine& engine, const std::vector<int64_t
   return indices;
 }
 
+// The bytes of a buffer whose elements are neighbours. Throws std::invalid_argument for another one.
+std::span<const std::byte> bytes_of(const py::buffer_info& info) {
+  py::ssize_t stride = info.itemsize;
+  for (py::ssize_t axis = info.ndim; axis-- > 0; stride *= info.shape[axis]) {
+    if (info.shape[axis] > 1 && info.strides[axis] != stride)
+      throw std::invalid_argument("a buffer must be contiguous");
+  }
+  return {static_cast<const std::byte*>(info.ptr), static_cast<size_t>(info.size * info.itemsize)};
+}
+
+// Of a snapshot's two parts, wherever they are.
+void restore_parts(GuardedSession& session, const py::bytes& tokens, const py::buffer& state) {
+  const std::string_view ids(tokens);
+  if (ids.size() % sizeof(int32_t) != 0) throw std::invalid_argument("tokens are int32: 4 bytes each");
+  std::vector<int32_t> copy(ids.size() / sizeof(int32_t));  // of bytes that may lie anywhere
+  if (!ids.empty()) std::memcpy(copy.data(), ids.data(), ids.size());
+  const py::buffer_info info = state.request();
+  const std::span<const std::byte> bytes = bytes_of(info);
+  session.call([&](Session& x) { x.restore(copy, bytes); });
+}
+
+uint32_t crc32c_of(const py::buffer& data) {
+  const py::buffer_info info = data.request();
+  const std::span<const std::byte> bytes = bytes_of(info);
+  const py::gil_scoped_release release;
+  return crc32c(bytes);
+}
+
 void bind_errors(py::module_& m) {
   static PyObject* package_error = nullptr;
   package_error = py::exception<PackageError>(m, "PackageError", PyExc_OSError).release().ptr();
@@ -211,15 +241,29 @@ void bind_options(py::module_& m) {
   const SamplingOptions sampling;
   py::class_<SamplingOptions>(
       m, "SamplingOptions",
-      "How the next token is chosen. Applied in this order: repetition penalty, temperature, top-k, top-p,\n"
-      "min-p.")
+      "How the next token is chosen. Applied in this order: repetition penalty, presence and frequency penalty, logit\n"
+      "bias, temperature, top-k, top-p, min-p.")
       .def(py::init([](double temperature, uint32_t top_k, double top_p, double min_p, double repetition_penalty,
+                       double presence_penalty, double frequency_penalty,
+                       std::vector<std::pair<int32_t, double>> logit_bias, std::optional<uint32_t> logprobs,
                        uint64_t seed) {
-             return SamplingOptions{temperature, top_k, top_p, min_p, repetition_penalty, seed};
+             return SamplingOptions{.temperature = temperature,
+                                    .top_k = top_k,
+                                    .top_p = top_p,
+                                    .min_p = min_p,
+                                    .repetition_penalty = repetition_penalty,
+                                    .presence_penalty = presence_penalty,
+                                    .frequency_penalty = frequency_penalty,
+                                    .logit_bias = std::move(logit_bias),
+                                    .logprobs = logprobs,
+                                    .seed = seed};
            }),
            py::kw_only(), "temperature"_a = sampling.temperature, "top_k"_a = sampling.top_k,
            "top_p"_a = sampling.top_p, "min_p"_a = sampling.min_p, "repetition_penalty"_a = sampling.repetition_penalty,
-           "seed"_a = sampling.seed)
+           "presence_penalty"_a = sampling.presence_penalty, "frequency_penalty"_a = sampling.frequency_penalty,
+           "logit_bias"_a = py::tuple(), "logprobs"_a = sampling.logprobs, "seed"_a = sampling.seed)
+      .def("check", &SamplingOptions::check, "vocab_size"_a,
+           "ValueError if an option is outside its range, or a token id outside the vocabulary.")
       .def_readonly("temperature", &SamplingOptions::temperature, "0: the most probable token.")
       .def_readonly("top_k", &SamplingOptions::top_k, "Keep the k most probable tokens; 0: all.")
       .def_readonly("top_p", &SamplingOptions::top_p,
@@ -228,6 +272,14 @@ void bind_options(py::module_& m) {
                     "Drop tokens less probable than this times the most probable one's; 0: none.")
       .def_readonly("repetition_penalty", &SamplingOptions::repetition_penalty,
                     "Divide positive and multiply negative logits of tokens already in the sequence; 1: off.")
+      .def_readonly("presence_penalty", &SamplingOptions::presence_penalty,
+                    "Subtracted from logits of tokens that the generation has; 0: off.")
+      .def_readonly("frequency_penalty", &SamplingOptions::frequency_penalty,
+                    "The same, times how often it has them; 0: off.")
+      .def_readonly("logit_bias", &SamplingOptions::logit_bias, "Token ids, and what is added to their logits.")
+      .def_readonly("logprobs", &SamplingOptions::logprobs,
+                    "Tell log-probabilities, and of how many most probable tokens, at most MOST_LOGPROBS; None: none.")
+      .def_property_readonly_static("MOST_LOGPROBS", [](const py::object&) { return kMostLogprobs; })
       .def_readonly("seed", &SamplingOptions::seed, "Seed of the random generator, 0 to 2**64 - 1.");
 }
 
@@ -256,10 +308,6 @@ void bind_rom(py::module_& m) {
 }
 
 void bind_engine(py::module_& m) {
-  py::class_<Sampler>(m, "Sampler", "Chooses the tokens of a session.")
-      .def(py::init<const SamplingOptions&, size_t>(), "options"_a, "vocab_size"_a,
-           "ValueError if an option is outside its range.");
-
   // Engines are shared and immutable; pybind11's holder has no const.
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine", "An opened package. Immutable and thread-safe.")
       .def_static(
@@ -342,8 +390,27 @@ void bind_engine(py::module_& m) {
           "rom_bytes", [](const Stats& stats) { return stats.rows.bytes; },
           "Bytes read: bundles without their padding (with O_DIRECT, the blocks around them).");
 
-  const py::class_<Snapshot> snapshot_class(m, "Snapshot",
-                                            "What a session was at one moment: see Session.snapshot. Immutable.");
+  py::class_<Logprobs>(m, "Logprobs",
+                       "Natural logarithms of probabilities, all that one token was chosen from: by the logits before\n"
+                       "penalties, bias and temperature, and of all tokens.")
+      .def_readonly("chosen", &Logprobs::chosen, "Of the token itself.")
+      .def_readonly("top", &Logprobs::top, "Of the most probable tokens, by their ids.");
+
+  py::class_<Snapshot>(m, "Snapshot", py::buffer_protocol(),
+                       "What a session was at one moment: see Session.snapshot. Immutable.")
+      .def_property_readonly(
+          "tokens",
+          [](const Snapshot& s) {
+            return py::bytes(reinterpret_cast<const char*>(s.tokens.data()), s.tokens.size() * sizeof(int32_t));
+          },
+          "Those that were computed, int32, as bytes.")
+      .def_property_readonly(
+          "state", [](const py::object& s) { return py::memoryview(s); },  // which holds on to the snapshot
+          "Their state, read-only.")
+      .def_buffer([](const Snapshot& s) {
+        const auto size = static_cast<py::ssize_t>(s.state.size());
+        return py::buffer_info(reinterpret_cast<const uint8_t*>(s.state.data()), size);
+      });
 
   py::class_<GuardedSession>(
       m, "Session",
@@ -389,6 +456,9 @@ void bind_engine(py::module_& m) {
           "Computes `most` pending tokens, or all if there are fewer, as a part of a prompt; how many are left. What\n"
           "`step` and `next` compute of a prompt is then less. KeyboardInterrupt is raised between two prefill chunks.")
       .def_property_readonly(
+          "logprobs", [](GuardedSession& s) { return s.call(&Session::logprobs); },
+          "Of the token that `next` returned last; None if the generation was started without.")
+      .def_property_readonly(
           "finish_reason", [](GuardedSession& s) { return finish_name(s.call(&Session::finish_reason)); },
           "None while running, \"eos\", \"length\" (max_new_tokens reached) or \"context\" (cache full).")
       .def("logits", &GuardedSession::logits, "start"_a = py::none(),
@@ -400,13 +470,29 @@ void bind_engine(py::module_& m) {
           "all\n"
           "of them are pending.")
       .def(
-          "snapshot", [](GuardedSession& s) { return s.call(&Session::snapshot); },
-          "A copy of the computed tokens and their state; pending ones are not part of it.")
+          "snapshot",
+          [](GuardedSession& s, std::optional<size_t> length) {
+            return s.call([length](Session& x) { return length ? x.snapshot(*length) : x.snapshot(); });
+          },
+          "length"_a = py::none(),
+          "A copy of the first `length` tokens and their state, None: of all that are computed. Where a layer with a\n"
+          "window does not reach back so far, it is of no token. ValueError if fewer are computed.")
       .def(
-          "restore", [](GuardedSession& s, const Snapshot& snapshot) { s.call(&Session::restore, snapshot); },
+          "snapshot_bytes", [](GuardedSession& s, size_t length) { return s.call(&Session::snapshot_bytes, length); },
+          "length"_a,
+          "Bytes of the state in a snapshot of `length` tokens. ValueError for more than the context holds.")
+      .def_property_readonly(
+          "pending", [](GuardedSession& s) { return s.call(&Session::pending); },
+          "How many tokens at the end of the sequence are yet to be computed.")
+      .def(
+          "restore",
+          [](GuardedSession& s, const Snapshot& snapshot) { s.call([&](Session& x) { x.restore(snapshot); }); },
           "snapshot"_a,
           "Becomes what `snapshot` holds, of a session of the same package, provider, KV type and, with the provider\n"
-          "\"qnn\", context. ValueError if it does not fit; then nothing changes.")
+          "\"qnn\", context. ValueError if it does not fit, or a token is outside the vocabulary; then nothing "
+          "changes.")
+      .def("restore_parts", &restore_parts, "tokens"_a, "state"_a,
+           "The same of a snapshot's `tokens` and `state`, each in bytes of whoever has kept them.")
       .def(
           "fill_synthetic", [](GuardedSession& s, size_t count) { s.call(&Session::fill_synthetic, count); }, "count"_a,
           "Appends `count` arbitrary tokens with pseudo-random keys and values, as if computed: for measurements at\n"
@@ -438,6 +524,7 @@ PYBIND11_MODULE(_core, m) {
       "cpu_kernels", [] { return meki::simd().name; },
       "The instruction set that attention and linear layers use: \"avx512vnni\", \"avx2\", \"neon-i8mm\",\n"
       "\"neon-dotprod\" or \"portable\".");
+  m.def("crc32c", &meki::crc32c_of, "data"_a, "CRC-32C (Castagnoli, RFC 3720) of a contiguous buffer.");
   m.def(
       "read_manifest",
       [](const std::filesystem::path& path, const std::string& provider, const std::string& soc) {

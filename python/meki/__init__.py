@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from ._core import PackageError
     from .async_engine import AsyncEngine
     from .engine import Engine
-    from .generation import GenerationResult, GenerationStats
+    from .generation import GenerationResult, GenerationStats, TokenLogprobs, TopLogprob
     from .package import ModelNotFoundError
     from .session import Session
+    from .session_file import SessionFileError
 
 __all__ = [
     "AsyncEngine",
@@ -23,6 +24,9 @@ __all__ = [
     "ModelNotFoundError",
     "PackageError",
     "Session",
+    "SessionFileError",
+    "TokenLogprobs",
+    "TopLogprob",
     "__version__",
 ]
 
@@ -34,6 +38,9 @@ _HOMES = {
     "ModelNotFoundError": "package",
     "PackageError": "_core",
     "Session": "session",
+    "SessionFileError": "session_file",
+    "TokenLogprobs": "generation",
+    "TopLogprob": "generation",
 }
 
 if not TYPE_CHECKING:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Unpack
 
 from .engine import Engine
-from .generation import GenerationResult
+from .generation import GenerationResult, TokenLogprobs
 from .options import ChatOptions, GenerationOptions
 from .requests import Request
-from .scheduler import Event, Job, Scheduler
+from .scheduler import Event, Job, Piece, Scheduler
 
 
 class AsyncEngine:
@@ -20,7 +21,9 @@ class AsyncEngine:
         """parallel: generations that run at once, each with a KV cache of `context` tokens (0: the engine's, at most
         4096). waiting: generations that may wait for one of these; more raise QueueFullError."""
         self.engine = engine
-        self._scheduler = Scheduler(lambda: engine.session(context=context), parallel=parallel, waiting=waiting)
+        self._scheduler = Scheduler(
+            lambda: engine.session(context=context), engine.prefix_cache, parallel=parallel, waiting=waiting
+        )
 
     async def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> GenerationResult:
         """Continues `prompt`."""
@@ -32,6 +35,10 @@ class AsyncEngine:
             self._scheduler, lambda: self.engine.requests.text(prompt, first=True, whole=True, **options)
         )
 
+    def run(self, request: Request) -> AsyncTextStream:
+        """What `request`, one of `engine.requests`, asks for, piece by piece."""
+        return AsyncTextStream(self._scheduler, lambda: request)
+
     async def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> GenerationResult:
         """The model's answer to a conversation."""
         return await self.stream_chat(messages, **options).finish()
@@ -39,6 +46,16 @@ class AsyncEngine:
     def stream_chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> AsyncTextStream:
         """The same, piece by piece."""
         return AsyncTextStream(self._scheduler, lambda: self.engine.requests.chat(messages, **options))
+
+    @property
+    def waiting(self) -> int:
+        """Generations that wait, now."""
+        return self._scheduler.waiting
+
+    @property
+    def running(self) -> int:
+        """Generations that run, now."""
+        return self._scheduler.running
 
     async def close(self) -> None:
         """Cancels what waits and runs."""
@@ -52,20 +69,30 @@ class AsyncTextStream(AsyncIterator[str]):
     def __init__(self, scheduler: Scheduler, make_request: Callable[[], Request]) -> None:
         self._scheduler = scheduler
         self._make_request = make_request
+        self.request: Request | None = None
+        """What is generated; None before it is asked for. `AnswerParser(request.answer)` tells the parts of an answer
+        apart."""
+        self.logprobs: list[TokenLogprobs] = []
+        """Of the tokens of the pieces so far, at the end of all; none without the option `logprobs`."""
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._job: Job | None = None
+        self._over = False
         self._result: GenerationResult | None = None
 
     async def __anext__(self) -> str:
         if self._job is None:
             await self.start()
-        if self._result is None:
-            event = await self._events.get()
-            if isinstance(event, str):
-                return event
-            if isinstance(event, Exception):
-                raise event
-            self._result = event
+        if self._over:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        if isinstance(event, Piece):
+            self.logprobs += event.logprobs
+            return event.text
+        self._over = True
+        if isinstance(event, Exception):
+            raise event
+        self._result = event
+        self.logprobs += (event.logprobs or [])[len(self.logprobs) :]
         raise StopAsyncIteration
 
     @property
@@ -75,13 +102,14 @@ class AsyncTextStream(AsyncIterator[str]):
 
     async def start(self) -> None:
         """Puts the generation into the queue. Raises what refuses it."""
-        request = await asyncio.to_thread(self._make_request)  # a grammar may take seconds
+        self.request = await asyncio.to_thread(self._make_request)  # a grammar may take seconds
         loop = asyncio.get_running_loop()
 
         def deliver(event: Event) -> None:
-            loop.call_soon_threadsafe(self._events.put_nowait, event)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        self._job = self._scheduler.submit(request, deliver)
+        self._job = self._scheduler.submit(self.request, deliver)
 
     async def finish(self) -> GenerationResult:
         """Generates what is left."""
@@ -94,6 +122,11 @@ class AsyncTextStream(AsyncIterator[str]):
         return self._result
 
     async def aclose(self) -> None:
-        """Ends the generation where it stands, if it is not over."""
-        if self._job is not None and self._result is None:
-            self._scheduler.cancel(self._job)
+        """Ends the generation where it stands, if it is not over, and waits until its session is free: for the token at
+        hand. `result` is what there was so far; None if the generation had not begun."""
+        if self._job is None or self._over:
+            return
+        self._scheduler.cancel(self._job)
+        with contextlib.suppress(Exception):  # which nobody has asked for any more
+            while True:
+                await anext(self)

@@ -38,10 +38,14 @@ class ChatTemplate:
             self._template = parse_template(text)
         except ValueError as error:  # not UTF-8, too
             raise self._broken(f"does not parse: {error}") from error
-        self._knows_tool_calls = "tool_calls" in text
+        self.text = text
+        """As it is in the file."""
+        self.knows_tool_calls = "tool_calls" in text
+        """Whether it writes calls of earlier answers."""
         # Of a message with tool calls alone: some templates ask for a content of none, others take any for a text.
         self._no_content = None if re.search(r"\bcontent\b\W*\bis\s+(not\s+)?none\b", text) else ""
         self._names = meta.find_undeclared_variables(_environment().parse(text))
+        self._tools = next((name for name in ("tools", "xml_tools") if name in self._names), None)  # SmolLM3's
 
     def render(
         self,
@@ -58,10 +62,10 @@ class ChatTemplate:
         of a template that was given ValueError, if the template fails.
         """
         checked = check_messages(messages, self._no_content)
-        if not self._knows_tool_calls and any("tool_calls" in message for message in checked):
+        if not self.knows_tool_calls and any("tool_calls" in message for message in checked):
             raise ValueError(f"{self._path}: the chat template knows no tool_calls; leave those messages out")
         schemas = check_tools(tools)
-        if schemas and "tools" not in self._names:
+        if schemas and self._tools is None:
             raise ValueError(f"{self._path}: the chat template knows no tools; leave them out")
         if continue_final_message:
             last = checked[-1]
@@ -79,6 +83,8 @@ class ChatTemplate:
             "add_generation_prompt": not continue_final_message,
             "tools": schemas,
         }
+        if schemas and self._tools:
+            variables[self._tools] = schemas
         try:
             text = self._template.render(variables)
         except _RefusalError as error:

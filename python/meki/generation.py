@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from . import _core
+from .answers import AnswerForm, answer_message
 from .options import CheckedOptions
 from .structured import Constraint
 from .text import Detokenizer, StopStrings, Vocabulary
@@ -19,8 +21,8 @@ class GenerationStats:
     prompt_tokens: int
     """Tokens of this prompt, with those that start a sequence; of a chat, the whole conversation."""
     cached_tokens: int
-    """Prompt tokens that were not computed because their keys and values were in the cache: what a conversation has in
-    common with the session's sequence. 0 unless in a chat, as any other prompt is appended."""
+    """Prompt tokens that were not computed because their keys and values were there: what a conversation, or any request
+    of an AsyncEngine, has in common with what was computed before. 0 for a prompt that is appended."""
     new_tokens: int
     seed: int
     time_to_first_token_s: float | None
@@ -48,6 +50,30 @@ class GenerationStats:
 
 
 @dataclass(frozen=True)
+class TopLogprob:
+    """A token that might have been chosen."""
+
+    token_id: int
+    text: bytes
+    """What it adds to a text (`Vocabulary.token_bytes`), which need not be whole characters."""
+    logprob: float
+    """The natural logarithm of its probability; -inf: it is impossible."""
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A token that was chosen, and what it was chosen from."""
+
+    token_id: int
+    text: bytes
+    logprob: float
+    """Of the token, as in `TopLogprob`: by the model's logits before penalties, bias and temperature, and of all
+    tokens, also of those that a schema does not allow."""
+    top: list[TopLogprob]
+    """The most probable tokens, as many as `logprobs` asks for, the most probable first."""
+
+
+@dataclass(frozen=True)
 class GenerationResult:
     """What one generation gave."""
 
@@ -59,6 +85,12 @@ class GenerationResult:
     """"eos", "length" (max_new_tokens), "context" (the KV cache is full), "stop" (a stop string, or one of
     stop_token_ids), or None: not over."""
     stats: GenerationStats
+    message: dict[str, Any] | None
+    """In a chat the text as a message of OpenAI's API, to be appended to the conversation: {"role": "assistant",
+    "content": str}, with "reasoning_content" if the model thought, and "tool_calls" if it called tools; "content" is
+    None beside calls alone. None: not a chat."""
+    logprobs: list[TokenLogprobs] | None
+    """Of each of `token_ids`; None without the option `logprobs`."""
 
 
 class TextStream(Iterator[str]):
@@ -78,20 +110,28 @@ class TextStream(Iterator[str]):
         shared_tokens: int,
         options: CheckedOptions,
         constraint: Constraint | None = None,
+        answer: AnswerForm | None = None,
     ) -> None:
         """sequence: all tokens so far, of which the last `prompt_tokens` are the prompt. shared_tokens: how many of
-        these were in the sequence before, computed or not. constraint: of the tokens to come; None: none."""
+        these were in the sequence before, computed or not. constraint: of the tokens to come; None: none. answer: how
+        the text is to be read; None: it is no answer of a chat."""
         self._core = core
+        self._vocabulary = vocabulary
         self._rom_access = rom_access
         self._detokenizer = Detokenizer(vocabulary, sequence)
         self._stop = StopStrings(options.stop, vocabulary.special_tokens)
         self._stop_token_ids = frozenset(options.stop_token_ids)
         self._constraint = constraint
+        self._answer = answer
+        special = answer.special_tokens(vocabulary.special_tokens) if answer else {}
+        self._marks = {id: text for text, id in special.items()}
         self._seed = options.sampling.seed
         self._prompt_tokens = prompt_tokens
         self._shared_tokens = shared_tokens
         self._pieces: list[str] = []
         self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] | None = None if options.sampling.logprobs is None else []
+        self._asked: float | None = None  # for the first token, when
         self._first_token_s: float | None = None
         self._result: GenerationResult | None = None
 
@@ -111,6 +151,12 @@ class TextStream(Iterator[str]):
         """What there is so far; once the stream is over or closed, the final result."""
         return self._result or self._collect(None)
 
+    @property
+    def logprobs(self) -> Sequence[TokenLogprobs]:
+        """Of the tokens so far, in a list that grows; none without the option `logprobs`. The text of the last ones may
+        be held back."""
+        return () if self._logprobs is None else self._logprobs
+
     def finish(self) -> GenerationResult:
         """Generates what is left and returns the final result."""
         for _ in self:
@@ -121,22 +167,32 @@ class TextStream(Iterator[str]):
         """Ends the generation where it stands. The session, if it is the caller's, keeps the tokens."""
         self._result = self.result
 
+    def read(self, most: int) -> bool:
+        """Computes `most` tokens of the prompt, for a caller that has something else to do between its parts; whether
+        any are left. The first `advance` computes those."""
+        if self._asked is None:
+            self._asked = time.perf_counter()
+        return self._core.compute(most) > 0
+
     def advance(self) -> str:
         """Goes on by one token, unless it is over; the text that came with it, if any did."""
         if self.over:
             return ""
-        start = time.perf_counter()
+        if self._asked is None:
+            self._asked = time.perf_counter()
         token, complete = self._next()
         if token is not None:
             if self._first_token_s is None:
-                self._first_token_s = time.perf_counter() - start
+                self._first_token_s = time.perf_counter() - self._asked
             self._token_ids.append(token)
+            if self._logprobs is not None:
+                self._logprobs.append(self._logprobs_of(token))
         if token is None or token in self._stop_token_ids:
             piece, stopped = self._stop.push(self._detokenizer.flush())
             piece += self._stop.flush()
             reason = "stop" if stopped or token is not None else self._core.finish_reason
         else:
-            mark = self._stop.mark(token)
+            mark = self._marks.get(token) or self._stop.mark(token)
             text = self._detokenizer.flush() + mark if mark else self._detokenizer.push(token)
             piece, stopped = self._stop.push(text)
             reason = "stop" if stopped else None
@@ -157,6 +213,13 @@ class TextStream(Iterator[str]):
         self._core.step()  # the constraint finds out meanwhile what it allows
         token = self._core.next(self._constraint.allowed())
         return token, token is not None and self._constraint.accept(token)
+
+    def _logprobs_of(self, token: int) -> TokenLogprobs:
+        """Of the token that was chosen last."""
+        its = self._core.logprobs
+        assert its is not None
+        text = self._vocabulary.token_bytes
+        return TokenLogprobs(token, text(token), its.chosen, [TopLogprob(id, text(id), value) for id, value in its.top])
 
     def _collect(self, finish_reason: str | None) -> GenerationResult:
         core = self._core.stats
@@ -182,7 +245,16 @@ class TextStream(Iterator[str]):
             accepted_tokens=core.accepted_tokens,
             resident_bytes=None if memory is None else memory["resident"],
         )
-        return GenerationResult("".join(self._pieces), list(self._token_ids), finish_reason, stats)
+        text = "".join(self._pieces)
+        message = None if self._answer is None else answer_message(text, self._answer)
+        logprobs = None if self._logprobs is None else list(self._logprobs)
+        return GenerationResult(text, list(self._token_ids), finish_reason, stats, message, logprobs)
+
+
+def step_together(streams: Sequence[TextStream]) -> None:
+    """Computes what `advance` of each chooses from: those of an engine in one step, as far as their prompts are read.
+    What fails for one of them its `advance` raises."""
+    _core.step([stream._core for stream in streams if not stream.over])
 
 
 def _per_second(count: int, nanoseconds: int) -> float | None:

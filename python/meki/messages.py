@@ -35,7 +35,8 @@ def check_messages(messages: Sequence[Mapping[str, Any]], no_content: str | None
 
 
 def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """A copy of the JSON schemas, None if there are none; TypeError for anything else."""
+    """A copy of the JSON schemas, None if there are none; TypeError for anything else, ValueError for a function that
+    has no name, or parameters that are no schema."""
     if tools is None:
         return None
     if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Sequence):
@@ -44,7 +45,28 @@ def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any
         if not isinstance(tool, Mapping):
             form = '{"type": "function", "function": {"name": ..., "parameters": ...}}'
             raise TypeError(f"tools[{index}] is {shown(tool)}, expected a JSON schema, as {form}")
-    return plain("tools", [dict(tool) for tool in tools]) or None
+    checked: list[dict[str, Any]] = plain("tools", [dict(tool) for tool in tools])
+    for index, tool in enumerate(checked):
+        _check_function(f"tools[{index}]", tool)
+    return checked or None
+
+
+def function_of(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tool is {"type": "function", "function": {...}}, or the function alone."""
+    function: Mapping[str, Any] = tool.get("function", tool)
+    return function
+
+
+def _check_function(where: str, tool: Mapping[str, Any]) -> None:
+    if not isinstance(function := function_of(tool), Mapping):
+        raise ValueError(f'{where}["function"] is {shown(function)}, expected a JSON schema with a name')
+    if "function" in tool:
+        where += '["function"]'
+    if not isinstance(name := function.get("name"), str) or not name:
+        raise ValueError(f'{where}["name"] is {_got(function, "name")}, expected the name of a function')
+    if not isinstance(function.get("parameters") or {}, Mapping):
+        got = _got(function, "parameters")
+        raise ValueError(f'{where}["parameters"] is {got}, expected the JSON schema of an object')
 
 
 def plain(name: str, value: Any) -> Any:

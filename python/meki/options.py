@@ -8,7 +8,7 @@ import operator
 import os
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from reprlib import repr as shown
 from typing import Any, Literal, SupportsFloat, SupportsIndex, TypedDict
 
@@ -17,8 +17,15 @@ from . import _core
 DEFAULT_MAX_NEW_TOKENS = 256
 DEFAULT_ROW_CACHE = 16
 """MiB."""
+DEFAULT_PREFIX_CACHE = 256
+"""MiB: of a model of the paper's smallest size a whole sequence of 4,096 tokens."""
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """Options that a package may have defaults of its own for."""
+PENALTIES = ("presence_penalty", "frequency_penalty")
+MOST_LOGPROBS = _core.SamplingOptions.MOST_LOGPROBS
+
+
+ToolChoice = Literal["auto", "none", "required"] | Mapping[str, Any]
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -39,6 +46,15 @@ class GenerationOptions(TypedDict, total=False):
     """Drop tokens less probable than this times the most probable one's. Default 0: none."""
     repetition_penalty: float
     """Divide positive and multiply negative logits of tokens already in the sequence. Default 1: off."""
+    presence_penalty: float
+    """-2 .. 2: subtracted from the logits of tokens that this generation has made so far. Default 0: off."""
+    frequency_penalty: float
+    """-2 .. 2: the same, times how often it has made them. Default 0: off."""
+    logit_bias: Mapping[int, float]
+    """Added to the logits of these token ids, behind all penalties; -100 .. 100. Default none."""
+    logprobs: int | None
+    """0 .. 20: tell the log-probability of each token that is chosen, and of so many most probable ones
+    (`GenerationResult.logprobs`): those of the model, before penalties, bias and temperature. Default None: do not."""
     seed: int | None
     """0 .. 2**64 - 1. Default None: a fresh random one, to be found in the stats."""
     stop: str | Sequence[str]
@@ -64,6 +80,10 @@ class ChatOptions(GenerationOptions, total=False):
     tools: Sequence[Mapping[str, Any]] | None
     """JSON schemas of the functions that the model may call, as OpenAI's API has them, for the template to write into
     the conversation. Default None."""
+    tool_choice: ToolChoice | None
+    """"auto": the model may call tools; "none": as without `tools`; "required": it calls one or several, with arguments
+    of their schemas; {"type": "function", "function": {"name": ...}}: it calls this one, once. The last two need the
+    extra `structured`. Default None: "auto"."""
     chat_template_kwargs: Mapping[str, Any] | None
     """Variables of the chat template, as {"enable_thinking": False}. Default None. ValueError for one that the template
     does not have."""
@@ -75,9 +95,9 @@ class ChatOptions(GenerationOptions, total=False):
 class Form:
     """What a text is to be like."""
 
-    option: Literal["json_schema", "regex", "grammar"]
+    option: Literal["json_schema", "regex", "grammar", "tool_choice"]
     text: str
-    """The schema as JSON, the regular expression, the grammar."""
+    """The schema as JSON, the regular expression, the grammar (that of `tool_choice`, too)."""
 
 
 @dataclass(frozen=True)
@@ -148,14 +168,17 @@ def check_options(options: GenerationOptions, vocab_size: int = 2**31) -> Checke
     known = GenerationOptions.__annotations__.keys()
     if unknown := sorted(options.keys() - known):
         raise TypeError(f"unknown generation option {unknown[0]!r}; known: {', '.join(known)}")
-    values: dict[str, Any] = {name: value for name, value in options.items() if name in SAMPLING}
+    values: dict[str, Any] = {name: value for name, value in options.items() if name in (*SAMPLING, *PENALTIES)}
     for name, value in values.items():
         values[name] = check_integer(name, value, 2**31 - 1) if name == "top_k" else check_number(name, value)
     seed = options.get("seed")
     # 32 bits are fresh enough, and exact in every JSON reader.
     seed = int.from_bytes(os.urandom(4)) if seed is None else check_integer("seed", seed, 2**64 - 1)
+    values["logit_bias"] = _check_bias(options.get("logit_bias", {}), vocab_size)
+    if (logprobs := options.get("logprobs")) is not None:
+        values["logprobs"] = check_integer("logprobs", logprobs, MOST_LOGPROBS)
     sampling = _core.SamplingOptions(seed=seed, **values)
-    _core.Sampler(sampling, 1)  # raises what a generation would raise later
+    sampling.check(vocab_size)  # raises what a generation would raise later
     stop = options.get("stop", ())
     if not isinstance(stop, str | Sequence):
         raise TypeError(f"stop must be a str or several, got {shown(stop)}")
@@ -168,12 +191,30 @@ def check_options(options: GenerationOptions, vocab_size: int = 2**31) -> Checke
     most = options.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
     most = 0 if most is None else max(0, check_integer("max_new_tokens", most, 2**31 - 1, minimum=-1))
     ignore_eos = check_flag("ignore_eos", options.get("ignore_eos", False))
-    form = _check_form(options)
-    if form is not None and ignore_eos:
+    checked = CheckedOptions(sampling, most, stop, tuple(stop_token_ids), ignore_eos, form=None)
+    return hold_to(checked, _check_form(options))
+
+
+def _check_bias(bias: Mapping[int, float], vocab_size: int) -> list[tuple[int, float]]:
+    if not isinstance(bias, Mapping):
+        raise TypeError(f"logit_bias must be a dict of token ids and numbers, got {shown(bias)}")
+    return [
+        (check_integer("each token id of logit_bias", id, vocab_size - 1), check_number("logit_bias", value))
+        for id, value in bias.items()
+    ]
+
+
+def hold_to(options: CheckedOptions, form: Form | None) -> CheckedOptions:
+    """The same options with a form; ValueError if they exclude each other."""
+    if form is None:
+        return options
+    if options.ignore_eos:
         raise ValueError(
             f"{form.option} and ignore_eos exclude each other: an end token completes such a text; omit one"
         )
-    return CheckedOptions(sampling, most, stop, tuple(stop_token_ids), ignore_eos, form)
+    if options.form is not None:
+        raise ValueError(f"{options.form.option} and {form.option} exclude each other; give one")
+    return replace(options, form=form)
 
 
 def _check_form(options: GenerationOptions) -> Form | None:

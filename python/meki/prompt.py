@@ -72,12 +72,16 @@ class PromptEncoder:
         ids = self._tokenize(text, add_special_tokens=special)
         return [self._bos, *ids] if special and self._bos is not None and ids[:1] != [self._bos] else ids
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> list[int]:
-        """The tokens of a conversation, up to where the answer begins; nothing is added to what the template writes.
-        Arguments and errors as of `ChatTemplate.render`; ValueError if the package has no template."""
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
+        """The text of a conversation, up to where the answer begins. Arguments and errors as of `ChatTemplate.render`;
+        ValueError if the package has no template."""
         if self.chat_template is None:
             raise no_chat_template(self._directory)
-        ids = self._tokenize(self.chat_template.render(messages, **arguments), add_special_tokens=False)
+        return self.chat_template.render(messages, **arguments)
+
+    def encode_chat(self, text: str) -> list[int]:
+        """The tokens of a conversation; nothing is added to what the template writes. ValueError if that is nothing."""
+        ids = self._tokenize(text, add_special_tokens=False)
         if not ids:
             raise ValueError(f"{self._directory}: the chat template makes no text of these messages; give others")
         return ids

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import takewhile
 
 from tokenizers import Tokenizer
@@ -16,6 +17,17 @@ CONTEXT = 4
 and what a decoder does at the beginning of a text it does to the first of them."""
 PROVEN = 16
 """Bytes that are characters so far, from which on a run of byte tokens is taken to go on so."""
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The bytes by the characters that stand for them in the tokens of a byte-level tokenizer: printable ones of
+    Latin-1 stand for themselves, the others are counted through from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(0x100) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTES = _byte_level_alphabet()
 
 
 class Vocabulary:
@@ -33,6 +45,7 @@ class Vocabulary:
         falls_back = "ByteFallback" in repr(tokenizer.decoder)
         self.bytes: Mapping[int | None, int] = ids if falls_back else {}
         """Of a decoder that makes characters of tokens such as <0x0A>: their bytes by their ids."""
+        self._byte_level = "ByteLevel" in repr(tokenizer.decoder)
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -41,6 +54,27 @@ class Vocabulary:
     def has_text(self, token_id: int) -> bool:
         """False: the token is special, or an id that the tokenizer does not have (a padded vocabulary)."""
         return token_id not in self._special_ids and self.tokenizer.id_to_token(token_id) is not None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text, which need not be whole characters; of a special token its name, of an id that
+        the tokenizer does not have nothing."""
+        token = self.tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self._special_ids:
+            return str(token).encode()
+        if (byte := self.bytes.get(token_id)) is not None:
+            return bytes((byte,))
+        if self._byte_level and all(character in _BYTES for character in token):
+            return bytes(_BYTES[character] for character in token)
+        before, text = (self.decode([*self._text_before, *ids]) for ids in ([], [token_id]))
+        return (text.removeprefix(before) if text.startswith(before) else self.decode([token_id])).encode()
+
+    @cached_property
+    def _text_before(self) -> list[int]:
+        """A token that has text, behind which nothing is done that is done to the beginning of a text; or none."""
+        ids = (id for id in range(self.tokenizer.get_vocab_size()) if self.has_text(id) and id not in self.bytes)
+        return next(([id] for id in ids if self.decode([id]).isalpha()), [])
 
 
 class Detokenizer:

@@ -5,12 +5,12 @@
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <numbers>
 #include <numeric>
 #include <stdexcept>
 #include <string>
 
 #include "runtime/base/nan.h"
+#include "runtime/engine/lanes.h"
 
 namespace meki {
 namespace {
@@ -21,44 +21,32 @@ void require(bool valid, const char* name, double got, const char* expected) {
   if (!valid) throw std::invalid_argument(std::string(name) + " is " + std::to_string(got) + ", expected " + expected);
 }
 
-// A vocabulary is large enough for loops over it to be felt. Neighbouring tokens are looked at, or passed over, a block
-// at a time, in lanes that a compiler makes vectors of.
-constexpr size_t kBlock = 64;
-constexpr size_t kLanes = 16;
-static_assert(kBlock % kLanes == 0);
-
-// Folds the values of a block into lanes: lane = step(lane, value).
-template <class Step>
-void fold(std::span<const float> block, float (&lanes)[kLanes], Step step) {
-  size_t i = 0;
-  for (; i + kLanes <= block.size(); i += kLanes) {
-    for (size_t lane = 0; lane < kLanes; ++lane) lanes[lane] = step(lanes[lane], block[i + lane]);
-  }
-  for (size_t lane = 0; i < block.size(); ++i, ++lane) lanes[lane] = step(lanes[lane], block[i]);
-}
-
-// e^x for x from kLeastExponent to 0, nearly: a power of two, and a series for what is left of x.
-constexpr float kLeastExponent = -86.0F;
-float approximate_exp(float x) {
-  constexpr float kNoFraction = 0x1.8p23F;  // a sum with it has no bits for a fraction
-  constexpr float kLn2 = 0.693359375F;      // in so few bits that its multiples are exact
-  constexpr auto kLn2Rest = static_cast<float>(std::numbers::ln2 - double{kLn2});
-  const float shifted = x * std::numbers::log2e_v<float> + kNoFraction;
-  const float power = shifted - kNoFraction;
-  const float rest = (x - power * kLn2) - power * kLn2Rest;
-  const float end = 1.0F / 6 + rest * (1.0F / 24 + rest * (1.0F / 120 + rest * (1.0F / 720)));
-  const float series = 1 + rest * (1 + rest * (0.5F + rest * end));
-  return series * std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) << 23) + std::bit_cast<uint32_t>(1.0F));
-}
-
-// What is wrong with a vocabulary's sum of them, relative, at most: 4e-7 of each, and the rounding of three additions.
-constexpr double kTotalError = 1e-6;
-
 constexpr float kBucketWidth = 0.05F;  // logarithms of weights that differ by more are of different buckets
 
 constexpr size_t kEverything = std::numeric_limits<size_t>::max();
 
 }  // namespace
+
+void SamplingOptions::check(size_t vocab_size) const {
+  require(std::isfinite(temperature) && temperature >= 0, "temperature", temperature, "a number >= 0");
+  require(top_p >= 0 && top_p <= 1, "top_p", top_p, "a number from 0 to 1");
+  require(min_p >= 0 && min_p <= 1, "min_p", min_p, "a number from 0 to 1");
+  require(std::isfinite(repetition_penalty) && repetition_penalty > 0, "repetition_penalty", repetition_penalty,
+          "a number above 0");
+  for (const auto& [name, value] :
+       {std::pair("presence_penalty", presence_penalty), std::pair("frequency_penalty", frequency_penalty)}) {
+    require(value >= -2 && value <= 2, name, value, "a number from -2 to 2");
+  }
+  for (const auto& [id, bias] : logit_bias) {
+    if (id < 0 || static_cast<size_t>(id) >= vocab_size) {
+      throw std::invalid_argument("logit_bias has token id " + std::to_string(id) + ", expected 0 to " +
+                                  std::to_string(vocab_size - 1));
+    }
+    require(bias >= -100 && bias <= 100, ("logit_bias of token " + std::to_string(id)).c_str(), bias,
+            "a number from -100 to 100");
+  }
+  require(logprobs.value_or(0) <= kMostLogprobs, "logprobs", logprobs.value_or(0), "a number from 0 to 20");
+}
 
 Sampler::Sampler(const SamplingOptions& options, size_t vocab_size)
     : options_(options),
@@ -68,14 +56,28 @@ Sampler::Sampler(const SamplingOptions& options, size_t vocab_size)
       seen_(vocab_size),
       block_best_((vocab_size + kBlock - 1) / kBlock),
       ranked_(block_best_.size()) {
+  options.check(vocab_size);
   candidates_.reserve(vocab_size);
   edge_.reserve(vocab_size);
-  const auto& o = options_;
-  require(std::isfinite(o.temperature) && o.temperature >= 0, "temperature", o.temperature, "a number >= 0");
-  require(o.top_p >= 0 && o.top_p <= 1, "top_p", o.top_p, "a number from 0 to 1");
-  require(o.min_p >= 0 && o.min_p <= 1, "min_p", o.min_p, "a number from 0 to 1");
-  require(std::isfinite(o.repetition_penalty) && o.repetition_penalty > 0, "repetition_penalty", o.repetition_penalty,
-          "a number above 0");
+  if (options.presence_penalty != 0 || options.frequency_penalty != 0) {
+    counts_.resize(vocab_size);
+    generated_.reserve(vocab_size);
+  }
+  if (options.logprobs) logprobs_.emplace().top.reserve(*options.logprobs + 1);
+}
+
+bool Sampler::adjusts() const {
+  return options_.repetition_penalty != 1.0 || !generated_.empty() || !options_.logit_bias.empty();
+}
+
+// Changes adjusted_.
+void Sampler::adjust(std::span<const int32_t> sequence) {
+  if (options_.repetition_penalty != 1.0) penalise(sequence);
+  for (const int32_t id : generated_) {
+    const auto index = static_cast<size_t>(id);
+    adjusted_[index] -= static_cast<float>(options_.presence_penalty + options_.frequency_penalty * counts_[index]);
+  }
+  for (const auto& [id, bias] : options_.logit_bias) adjusted_[static_cast<size_t>(id)] += static_cast<float>(bias);
 }
 
 // Changes adjusted_.
@@ -142,21 +144,6 @@ int32_t Sampler::most_probable() const {
   const auto number = std::find(block_best_.begin(), block_best_.end(), best_) - block_best_.begin();
   const auto from = logits_.begin() + number * static_cast<std::ptrdiff_t>(kBlock);
   return static_cast<int32_t>(std::find(from, logits_.end(), best_) - logits_.begin());
-}
-
-// The sum of all weights, within kTotalError of it.
-double Sampler::approximate_total() const {
-  double total = 0;
-  float weights[kBlock];
-  for (size_t number = 0; number < block_best_.size(); ++number) {
-    const std::span<const float> values = block(number);
-    for (size_t i = 0; i < values.size(); ++i) weights[i] = std::max(exponent(values[i]), kLeastExponent);
-    for (size_t i = 0; i < values.size(); ++i) weights[i] = approximate_exp(weights[i]);
-    float lanes[kLanes] = {};
-    fold(std::span<const float>(weights, values.size()), lanes, std::plus<>());
-    total += std::accumulate(lanes, lanes + kLanes, 0.0);
-  }
-  return total;
 }
 
 // Weights of 0 to 1 fall into buckets, 32 an octave, the greatest first: the leading bits of a float, which order as
@@ -233,10 +220,10 @@ void Sampler::keep_top_k() {
 // same, or everything is summed up.
 void Sampler::keep_top_p() {
   if (options_.top_p < 1) {
-    const double target = options_.top_p * approximate_total();
+    const double target = options_.top_p * exp_sum(logits_, best_, temperature_);
     for (const size_t blocks : {block_best_.size() / 16 + 1, block_best_.size()}) {
       gather(blocks);
-      if (keep(bucket_totals(false), target * (1 - kTotalError), target * (1 + kTotalError), false)) return;
+      if (keep(bucket_totals(false), target * (1 - kExpSumError), target * (1 + kExpSumError), false)) return;
     }
   }
   gather(kEverything);
@@ -263,14 +250,26 @@ int32_t Sampler::sample(std::span<const float> logits, std::span<const int32_t> 
                         std::optional<TokenSet> allowed) {
   if (logits.size() != adjusted_.size()) throw std::invalid_argument("logits do not have the size of the vocabulary");
   logits_ = logits;
-  const bool penalty = options_.repetition_penalty != 1.0;
-  if (penalty || allowed) {
+  if (allowed || adjusts()) {
     std::copy(logits.begin(), logits.end(), adjusted_.begin());
     logits_ = adjusted_;
-    if (penalty) penalise(sequence);
+    adjust(sequence);
     if (allowed) forbid_all_but(*allowed);
   }
   survey();
+  const int32_t id = choose();
+  if (logprobs_) log_probabilities(logits, id, *options_.logprobs, *logprobs_);
+  count(id);
+  return id;
+}
+
+// For the penalties of what was generated.
+void Sampler::count(int32_t id) {
+  if (counts_.empty()) return;
+  if (counts_[static_cast<size_t>(id)]++ == 0) generated_.push_back(id);
+}
+
+int32_t Sampler::choose() {
   if (options_.temperature == 0) return most_probable();
 
   if (options_.top_k > 0 && options_.top_k < logits_.size()) {

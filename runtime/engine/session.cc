@@ -84,14 +84,15 @@ void Session::check_room(size_t count) const {
                                                 : ", the model takes no more"));
 }
 
-void Session::append(std::span<const int64_t> ids) {
+void Session::check_token(int64_t id) const {
   const auto limit = static_cast<int64_t>(vocab_size());
-  for (const int64_t id : ids) {
-    if (id < 0 || id >= limit) {
-      throw std::invalid_argument("token id " + std::to_string(id) + " is outside the vocabulary, expected 0 to " +
-                                  std::to_string(limit - 1));
-    }
-  }
+  if (id >= 0 && id < limit) return;
+  throw std::invalid_argument("token id " + std::to_string(id) + " is outside the vocabulary, expected 0 to " +
+                              std::to_string(limit - 1));
+}
+
+void Session::append(std::span<const int64_t> ids) {
+  for (const int64_t id : ids) check_token(id);
   check_room(ids.size());
   if (ids.empty()) return;
   end_generation();
@@ -216,19 +217,33 @@ void Session::rewind(size_t length) {
   }
 }
 
-Snapshot Session::snapshot() {
+Snapshot Session::snapshot(size_t length) {
+  if (length > computed()) {
+    throw std::invalid_argument("a snapshot of " + std::to_string(length) + " tokens: only " +
+                                std::to_string(computed()) + " are computed");
+  }
   if (executor_->state().length() > length_) drop_draft();
-  const auto computed_tokens = tokens().first(computed());
-  return {{computed_tokens.begin(), computed_tokens.end()}, executor_->state().snapshot()};
+  if (!executor_->state().reaches(length)) length = 0;
+  const auto its_tokens = tokens().first(length);
+  return {{its_tokens.begin(), its_tokens.end()}, executor_->state().snapshot(length)};
 }
 
-void Session::restore(const Snapshot& snapshot) {
-  if (snapshot.tokens.size() > context_) {
-    throw std::invalid_argument("the snapshot has " + std::to_string(snapshot.tokens.size()) +
-                                " tokens, the context holds " + std::to_string(context_) + "; choose a larger context");
+size_t Session::snapshot_bytes(size_t length) const {
+  if (length > context_) {
+    throw std::invalid_argument("a snapshot of " + std::to_string(length) + " tokens: the context holds " +
+                                std::to_string(context_));
   }
-  executor_->state().restore(snapshot.state, snapshot.tokens.size());
-  tokens_.assign(snapshot.tokens.begin(), snapshot.tokens.end());
+  return executor_->state().snapshot_bytes(length);
+}
+
+void Session::restore(std::span<const int32_t> tokens, std::span<const std::byte> state) {
+  if (tokens.size() > context_) {
+    throw std::invalid_argument("the snapshot has " + std::to_string(tokens.size()) + " tokens, the context holds " +
+                                std::to_string(context_) + "; choose a larger context");
+  }
+  for (const int32_t id : tokens) check_token(id);
+  executor_->state().restore(state, tokens.size());
+  tokens_.assign(tokens.begin(), tokens.end());
   length_ = tokens_.size();
   logits_ = {};
   end_generation();

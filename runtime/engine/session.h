@@ -85,6 +85,8 @@ class Session {
   // is left as it is: its next() tries again, and throws. The time of a shared step counts in the statistics of each.
   // Throws what step() throws otherwise.
   static void step_together(std::span<Session* const> sessions, const Poll& poll = {});
+  // Of the token that next() returned last; null without SamplingOptions::logprobs or a generation.
+  std::optional<Logprobs> logprobs() const { return sampler_ ? sampler_->logprobs() : std::nullopt; }
   FinishReason finish_reason() const { return finish_reason_; }
 
   // Number of tokens that are not computed yet.
@@ -100,11 +102,18 @@ class Session {
   // Keeps the first `length` tokens; where the state does not reach back to there (SequenceState::truncate), more than
   // these are pending. Throws std::invalid_argument if there are fewer.
   void rewind(size_t length);
-  // A copy of the computed tokens and their state; pending ones are not part of it.
-  Snapshot snapshot();
-  // Becomes what `snapshot` holds, which a session of the same package, provider, KV type and, with Provider::qnn,
-  // context made; ends a running generation. Throws std::invalid_argument if it does not fit; then nothing changes.
-  void restore(const Snapshot& snapshot);
+  // A copy of the first `length` tokens, all of which are computed, and their state; of no token where the state does
+  // not reach back to there. Throws std::invalid_argument if fewer are computed.
+  Snapshot snapshot(size_t length);
+  // Of all computed tokens.
+  Snapshot snapshot() { return snapshot(computed()); }
+  // Bytes of the state in a snapshot of `length` tokens. Throws std::invalid_argument for more than the context holds.
+  size_t snapshot_bytes(size_t length) const;
+  // Becomes what a snapshot holds, which a session of the same package, provider, KV type and, with Provider::qnn,
+  // context made; ends a running generation. Throws std::invalid_argument if it does not fit, or a token is outside the
+  // vocabulary; then nothing changes.
+  void restore(std::span<const int32_t> tokens, std::span<const std::byte> state);
+  void restore(const Snapshot& snapshot) { restore(snapshot.tokens, snapshot.state); }
 
   // Appends `count` arbitrary tokens as if they had been computed: their keys and values are pseudo-random. For
   // measurements at a depth, whose text means nothing. Throws std::invalid_argument if they exceed the context or if
@@ -117,6 +126,7 @@ class Session {
   void reset_stats();
 
  private:
+  void check_token(int64_t id) const;
   void check_room(size_t count) const;
   size_t vocab_size() const { return engine_->manifest().architecture.vocab_size; }
   size_t computed() const { return std::min(executor_->state().length(), length_); }

@@ -10,7 +10,7 @@
 namespace meki::bench {
 namespace {
 
-constexpr SamplingOptions kGreedy{.temperature = 0};
+const SamplingOptions kGreedy{.temperature = 0};
 constexpr size_t kStarts = 100;  // tokens from which a generation may start, tried when the model ends its text
 
 // Pseudo-random token ids, the same at every call.

@@ -297,3 +297,40 @@ def test_structured_answers(package: Convert) -> None:
     long = engine.chat(question, json_schema=True, max_new_tokens=300)
     if long.finish_reason == "eos":
         json.loads(long.text)
+
+
+TOOLS = """\
+{% if tools %}{{- '<|im_start|>system\\nYou may call these functions:\\n<tools>' }}
+{%- for tool in tools %}{{ '\\n' + (tool | tojson) }}{% endfor %}
+{{- '\\n</tools>\\nTo call one, answer\\n<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call><|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content }}
+    {%- for call in message.tool_calls %}
+        {{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+        {{- call.function.arguments | tojson }}
+        {{- '}\\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{{- '<|im_start|>assistant\\n' }}
+"""
+
+
+def test_tools(package: Convert, tmp_path: Path) -> None:
+    """The model's own template knows none; with another it says whose weather it is asked for, if it has to call."""
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    weather = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "What is the weather like in Paris?"}]
+    with pytest.raises(ValueError, match="the chat template knows no tools"):
+        Engine(package("int8"), threads=1).chat(messages, tools=[weather])
+    template = tmp_path / "tools.jinja"
+    template.write_text(TOOLS)
+    engine = Engine(package("int8"), threads=1, chat_template=template)
+    message = engine.chat(messages, tools=[weather], tool_choice="required").message
+    assert message is not None
+    call = message["tool_calls"][0]
+    assert json.loads(call["function"]["arguments"])["city"] == "Paris"
+    messages += [message, {"role": "tool", "tool_call_id": call["id"], "content": "rain"}]
+    answer = engine.chat(messages, tools=[weather], max_new_tokens=20).message
+    assert answer is not None and answer["content"]

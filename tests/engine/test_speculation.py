@@ -22,7 +22,7 @@ from tests.engine.gemma_models import export, gemma3, gemma4
 PROMPT = np.random.default_rng(4).integers(1, 300, 20).tolist()
 GREEDY, SAMPLED = (
     _core.SamplingOptions(temperature=0),
-    _core.SamplingOptions(temperature=0.7, top_p=0.9, repetition_penalty=1.2, seed=11),
+    _core.SamplingOptions(temperature=0.7, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.2, seed=11),
 )
 MODELS: dict[str, dict[str, Any]] = {
     "meki": {},

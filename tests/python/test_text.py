@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from meki.text import BROKEN, CONTEXT, PROVEN, Detokenizer, StopStrings, Vocabulary
 
-from .tokenizers_of_kinds import KINDS, TEXT
+from .tokenizers_of_kinds import EXACT, KINDS, TEXT
 
 
 @cache
@@ -249,3 +249,43 @@ def test_a_special_token_counts_as_the_text_that_a_stop_string_spells() -> None:
     assert run(".</s><s>x", "a.", 2, 1, "y") == ("a.y", False)
     assert run("<s>>", "a", 3) == ("a", True)  # the longest name
     assert run("<s>>", "a", 1, ">") == ("a>", False)
+
+
+@pytest.mark.parametrize("kind", EXACT)
+@given(data=st.data())
+def test_the_bytes_of_tokens_are_those_of_the_text(kind: str, data: st.DataObject) -> None:
+    vocabulary = vocabulary_of(kind)
+    text = data.draw(st.text(alphabet=TEXT + "\n~\x00\u0160", min_size=1))
+    ids = vocabulary.tokenizer.encode(text).ids
+    got = b"".join(map(vocabulary.token_bytes, ids)).decode()
+    assert got.lstrip(" ") == vocabulary.decode(ids).lstrip(" ")  # a decoder may drop the first space
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_of_every_token(kind: str) -> None:
+    vocabulary = vocabulary_of(kind)
+    size = vocabulary.tokenizer.get_vocab_size()
+    for token_id in range(size):
+        data = vocabulary.token_bytes(token_id)
+        text = vocabulary.decode([token_id])
+        if token_id in vocabulary.special_tokens.values():
+            assert data.decode() in vocabulary.special_tokens
+        elif token_id not in vocabulary.bytes and BROKEN not in text:
+            assert data.decode().lstrip(" ") == text.lstrip(" ")
+    assert vocabulary.token_bytes(size + 5) == b""
+    if vocabulary.bytes:
+        assert {vocabulary.token_bytes(token_id)[0] for token_id in vocabulary.bytes} == set(range(256))
+
+
+def test_a_space_before_a_word_is_one_of_its_bytes() -> None:
+    for kind, token, expected in [
+        ("prepend", "▁the", b" the"),
+        ("unigram", "▁the", b" the"),
+        ("metaspace decoder, first", "▁ab", b" ab"),
+        ("byte level", "\u0120", b" "),
+        ("byte level", "\u010a", b"\n"),
+        ("word piece", "the", b" the"),
+        ("word piece", "##the", b"the"),
+    ]:
+        vocabulary = vocabulary_of(kind)
+        assert vocabulary.token_bytes(vocabulary.tokenizer.token_to_id(token)) == expected

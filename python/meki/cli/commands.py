@@ -48,6 +48,10 @@ def eval() -> int:
     return _main("meki.cli.eval")
 
 
+def serve() -> int:
+    return _main("meki.cli.serve")
+
+
 def _main(module: str) -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as by nohup
         signal.signal(signal.SIGINT, signal.SIG_DFL)

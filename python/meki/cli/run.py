@@ -5,20 +5,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from .. import _core
 from ..engine import Draft, Engine, Session
-from ..generation import GenerationResult, TextStream
-from ..options import DEFAULT_MAX_NEW_TOKENS, SAMPLING, GenerationOptions
+from ..generation import GenerationResult, TextStream, TokenLogprobs, TopLogprob
+from ..options import DEFAULT_MAX_NEW_TOKENS, MOST_LOGPROBS, PENALTIES, SAMPLING, GenerationOptions
 from ..prompt import no_chat_template
+from ..requests import Request
 from .arguments import Parser, add_engine_options, engine_options, json_object, path, text_file, text_of, token_ids
 from .errors import note, report, run_command
 from .interactive import Conversation, converse
 from .output import RANDOM_WEIGHTS, SIMULATED, print_stats, print_stream
+from .prompt_cache import PromptCache
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--min-p", type=float, metavar="P", help="drop tokens below P times the most probable one (default: 0, none)")
     add("--repetition-penalty", type=float, metavar="R", help="make repetitions less probable (default: 1, off)")
+    add("--presence-penalty", type=float, metavar="P", help="take P from logits of what is generated (default: 0, off)")
+    add("--frequency-penalty", type=float, metavar="P", help="the same, times how often it is (default: 0, off)")
     add("--seed", type=int, metavar="N", help="same seed, same text (default: a fresh one, shown by --stats)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     add(
@@ -104,6 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = add_engine_options(parser)
     add("--context", type=int, default=0, metavar="N", help="capacity in tokens (default: the model's, at most 4096)")
+    add(
+        "--prompt-cache",
+        type=path,
+        metavar="DIR",
+        help="keep what is computed of prompts in this directory, and begin with what is there of this one",
+    )
     add(
         "--provider",
         choices=("cpu", "qnn"),
@@ -135,6 +146,12 @@ def _parser() -> argparse.ArgumentParser:
         help="several turns in one session; a line is a turn, with --chat a message",
     )
     mode.add_argument("--json", action="store_true", help="print one JSON object")
+    output.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help=f"with --json: log-probabilities of each token and of the N most probable ones, 0 to {MOST_LOGPROBS}",
+    )
     output.add_argument("--stats", action="store_true", help="speed and memory on standard error")
     return parser
 
@@ -163,30 +180,36 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
         stop=arguments.stop,
         stop_token_ids=arguments.stop_token_id,
         ignore_eos=arguments.ignore_eos,
+        logprobs=arguments.logprobs,
         json_schema=arguments.json_schema and _read("schema", "--json-schema", arguments.json_schema),
         regex=arguments.regex,
         grammar=arguments.grammar and _read("grammar", "--grammar", arguments.grammar),
     )
-    given = {name: value for name in SAMPLING if (value := getattr(arguments, name)) is not None}
+    given = {name: value for name in (*SAMPLING, *PENALTIES) if (value := getattr(arguments, name)) is not None}
     options.update(cast(GenerationOptions, given))
 
     # What the text on a terminal begins with.
     begun = engine.tokenizer.decode(prompt) if isinstance(prompt, list) else prompt
     begun = arguments.assistant if arguments.chat else begun
 
-    def begin() -> Session | Conversation:
-        session = engine.session(
+    def warn(text: str) -> None:
+        report(program, "note", text)
+
+    def make_session() -> Session:
+        return engine.session(
             context=arguments.context,
             prefetch=not arguments.no_prefetch,
             draft=draft,
             draft_tokens=arguments.draft_tokens,
         )
+
+    def begin() -> Session | Conversation:
         if not arguments.chat:
-            return session
+            return make_session()
         return Conversation(
-            session,
+            make_session(),
             arguments.system,
-            lambda text: report(program, "note", text),
+            warn,
             answer=arguments.assistant,
             chat_template_kwargs=arguments.chat_template_kwargs,
         )
@@ -204,13 +227,39 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
     if prompt is None:
         converse(begin, options, show, program)
         return
+    if arguments.prompt_cache is not None:
+        cache = PromptCache(arguments.prompt_cache, warn)
+        request = _request(engine, arguments, prompt, options)
+        session = make_session()
+        cache.load(session, request.token_ids)
+        stream = session.run(request)
+        show(stream)
+        cache.save(session, len(request.token_ids), stream.result.stats.cached_tokens)
+        return
     show(begin().stream(cast(str, prompt), **options))  # token ids: of a session alone, as _read_prompt sees to
+
+
+def _request(
+    engine: Engine, arguments: argparse.Namespace, prompt: str | list[int], options: GenerationOptions
+) -> Request:
+    """What a session is to become, whatever it has already."""
+    if not arguments.chat:
+        return engine.requests.text(prompt, first=True, whole=True, **options)
+    turns = (("system", arguments.system), ("user", prompt), ("assistant", arguments.assistant))
+    return engine.requests.chat(
+        [{"role": role, "content": text} for role, text in turns if text is not None],
+        chat_template_kwargs=arguments.chat_template_kwargs,
+        continue_final_message=arguments.assistant is not None,
+        **options,
+    )
 
 
 def _read_prompt(arguments: argparse.Namespace) -> str | list[int] | None:
     """The prompt, wherever it is given; None: the turns come line by line."""
     if arguments.draft_tokens is not None and arguments.draft is None and not arguments.prompt_lookup:
         raise ValueError("--draft-tokens is for speculative decoding; add --prompt-lookup or --draft, or omit it")
+    if arguments.logprobs is not None and not arguments.json:
+        raise ValueError("--logprobs is a part of the JSON object; add --json, or omit it")
     for option in ("system", "assistant", "chat_template", "chat_template_kwargs"):
         if getattr(arguments, option) is not None and not arguments.chat:
             raise ValueError(f"--{option.replace('_', '-')} is a part of a conversation; add --chat, or omit it")
@@ -218,6 +267,8 @@ def _read_prompt(arguments: argparse.Namespace) -> str | list[int] | None:
         if arguments.chat or arguments.interactive:
             raise ValueError("--prompt-ids is a whole prompt; omit --chat and --interactive")
         return list(arguments.prompt_ids)
+    if arguments.prompt_cache is not None and arguments.interactive:
+        raise ValueError("--prompt-cache is for one prompt; omit --interactive, whose session keeps its turns anyway")
     source = "-" if arguments.text == "-" else arguments.file
     text = arguments.prompt if arguments.text is None else arguments.text
     if arguments.interactive:
@@ -231,7 +282,7 @@ def _read_prompt(arguments: argparse.Namespace) -> str | list[int] | None:
     if sys.stdin is None and source in (None, "-"):
         raise ValueError("no prompt: standard input is closed; give it as an argument or with --file")
     if source is None and sys.stdin.isatty():
-        if arguments.chat and not arguments.json:
+        if arguments.chat and not arguments.json and arguments.prompt_cache is None:
             return None
         raise ValueError("no prompt: give it as an argument, with --file or on standard input, or use --interactive")
     return _read("prompt", "--file", None if source in (None, "-") else path(source))
@@ -249,11 +300,29 @@ def _read(kind: str, option: str, file: Path | None) -> str:
 
 def _print_json(engine: Engine, result: GenerationResult) -> None:
     fields = {"model": engine.name, **dataclasses.asdict(result)}
+    if result.message is None:
+        del fields["message"]
+    if result.logprobs is None:
+        del fields["logprobs"]
+    else:
+        fields["logprobs"] = [
+            {**_json_logprob(token), "top": [_json_logprob(other) for other in token.top]} for token in result.logprobs
+        ]
     if engine.random_weights:
         fields["random_weights"] = True
     if engine.soc is not None:
         fields.update(provider=engine.provider, soc=engine.soc, simulated=engine.simulated)
     print(json.dumps(fields, indent=2))
+
+
+def _json_logprob(token: TokenLogprobs | TopLogprob) -> dict[str, Any]:
+    impossible = token.logprob == -math.inf  # which JSON cannot say
+    return {
+        "token_id": token.token_id,
+        "text": token.text.decode(errors="replace"),
+        "bytes": list(token.text),
+        "logprob": None if impossible else token.logprob,
+    }
 
 
 if __name__ == "__main__":

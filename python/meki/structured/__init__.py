@@ -1,5 +1,5 @@
 """Structured output: texts that a JSON schema, a regular expression or a grammar allows."""
 
-from .grammars import Constraint, Grammars
+from .grammars import WHITESPACE, Constraint, Grammars
 
-__all__ = ["Constraint", "Grammars"]
+__all__ = ["WHITESPACE", "Constraint", "Grammars"]

@@ -107,7 +107,13 @@ TEST_CASE("sampler: frequencies and support equal the naive distribution") {
             CAPTURE(top_p);
             CAPTURE(min_p);
             CAPTURE(penalty);
-            check_draws({temperature, top_k, top_p, min_p, penalty, 42}, logits, sequence, 1000);
+            check_draws({.temperature = temperature,
+                         .top_k = top_k,
+                         .top_p = top_p,
+                         .min_p = min_p,
+                         .repetition_penalty = penalty,
+                         .seed = 42},
+                        logits, sequence, 1000);
           }
         }
       }
@@ -283,6 +289,71 @@ TEST_CASE("sampler: a set of allowed tokens that leaves no choice is an error, a
   CHECK(sampler.sample(logits, {}, longer) == 33);
 }
 
+// What the penalties and the bias make of logits, in float as the sampler does: additions in another order would round
+// otherwise, and a draw may fall between.
+std::vector<float> adjusted(std::vector<float> logits, const SamplingOptions& options,
+                            const std::vector<int32_t>& sequence, const std::vector<int32_t>& generated) {
+  const auto repetition = static_cast<float>(options.repetition_penalty);
+  for (size_t id = 0; id < logits.size(); ++id) {
+    const auto is_it = [id](int32_t other) { return static_cast<size_t>(other) == id; };
+    float& logit = logits[id];
+    if (std::any_of(sequence.begin(), sequence.end(), is_it))
+      logit = logit > 0 ? logit / repetition : logit * repetition;
+    const auto count = static_cast<double>(std::count_if(generated.begin(), generated.end(), is_it));
+    if (count > 0) logit -= static_cast<float>(options.presence_penalty + options.frequency_penalty * count);
+    for (const auto& [biased, bias] : options.logit_bias) {
+      if (is_it(biased)) logit += static_cast<float>(bias);
+    }
+  }
+  return logits;
+}
+
+TEST_CASE("sampler: presence and frequency penalties of what is generated, and a bias") {
+  for (const double presence : {0.0, 1.5, -0.5}) {
+    for (const double frequency : {0.0, 0.7, -0.2}) {
+      for (const double repetition : {1.0, 1.4}) {
+        for (const bool biased : {false, true}) {
+          for (const double temperature : {0.0, 1.2}) {
+            CAPTURE(presence);
+            CAPTURE(frequency);
+            CAPTURE(repetition);
+            CAPTURE(temperature);
+            SamplingOptions options{.temperature = temperature,
+                                    .repetition_penalty = repetition,
+                                    .presence_penalty = presence,
+                                    .frequency_penalty = frequency,
+                                    .seed = 5};
+            if (biased) options.logit_bias = {{7, 2.5}, {2, -100.0}, {69, 1.0}};
+            Sampler sampler(options, 70);
+            Sampler plain({.temperature = temperature, .seed = 5}, 70);
+            const std::vector<int32_t> prompt = {2, 3, 3, 64};
+            std::vector<int32_t> sequence = prompt;
+            std::vector<int32_t> generated;
+            for (uint32_t step = 0; step < 60; ++step) {
+              const std::vector<float> logits = random_logits(70, step % 3);
+              const int32_t id = sampler.sample(logits, sequence);
+              CHECK(id == plain.sample(adjusted(logits, options, sequence, generated), {}));
+              if (biased) CHECK(id != 2);
+              sequence.push_back(id);
+              generated.push_back(id);
+            }
+            CHECK(std::set<int32_t>(generated.begin(), generated.end()).size() < generated.size());  // some repeat
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("sampler: a call that fails counts no token") {
+  const std::vector<float> logits = {1.0F, 0.5F};
+  const std::vector<uint32_t> none = {0};
+  Sampler sampler({.temperature = 0, .presence_penalty = 2}, 2);
+  CHECK_THROWS_AS(sampler.sample(logits, {}, none), std::invalid_argument);
+  CHECK(sampler.sample(logits, {}) == 0);
+  CHECK(sampler.sample(logits, {}) == 1);
+}
+
 TEST_CASE("sampler: options outside their range are refused by name") {
   const double nan = kNaN;
   const double infinity = kInfinity;
@@ -299,6 +370,20 @@ TEST_CASE("sampler: options outside their range are refused by name") {
     check_names(error_of<std::invalid_argument>([&] { Sampler({.repetition_penalty = wrong}, 4); }),
                 "repetition_penalty");
   }
+  for (const double wrong : {-2.1, 2.1, infinity, nan}) {
+    check_names(error_of<std::invalid_argument>([&] { Sampler({.presence_penalty = wrong}, 4); }), "presence_penalty");
+    check_names(error_of<std::invalid_argument>([&] { Sampler({.frequency_penalty = wrong}, 4); }),
+                "frequency_penalty");
+  }
+  for (const double wrong : {-100.1, 101.0, infinity, nan}) {
+    check_names(error_of<std::invalid_argument>([&] { Sampler({.logit_bias = {{3, wrong}}}, 4); }),
+                "logit_bias of token 3");
+  }
+  for (const int32_t wrong : {-1, 4}) {
+    check_names(error_of<std::invalid_argument>([&] { Sampler({.logit_bias = {{wrong, 1.0}}}, 4); }),
+                "token id " + std::to_string(wrong) + ", expected 0 to 3");
+  }
+  check_names(error_of<std::invalid_argument>([&] { Sampler({.logprobs = 21}, 4); }), "logprobs");
 }
 
 TEST_CASE("sampler: sample() does not allocate" * doctest::skip(!test::kCountsAllocations)) {
@@ -309,6 +394,7 @@ TEST_CASE("sampler: sample() does not allocate" * doctest::skip(!test::kCountsAl
       {.temperature = 0},
       {.temperature = 1, .top_p = 1},
       {.temperature = 1, .top_k = 50, .top_p = 0.9, .min_p = 0.01, .repetition_penalty = 1.2},
+      {.temperature = 1, .presence_penalty = 1, .frequency_penalty = 0.1, .logit_bias = {{4, 1.0}}},
   };
   for (const SamplingOptions& options : variants) {
     Sampler sampler(options, logits.size());

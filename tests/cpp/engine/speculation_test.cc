@@ -84,7 +84,8 @@ std::vector<Script> scripts(const Model& model) {
 
 template <class Model>
 void check_texts(const Model& model, size_t context) {
-  const SamplingOptions sampling{.temperature = 5, .top_p = 0.9, .repetition_penalty = 1.3, .seed = 9};
+  const SamplingOptions sampling{
+      .temperature = 5, .top_p = 0.9, .repetition_penalty = 1.3, .frequency_penalty = 0.8, .seed = 9};
   const size_t room = context - kPrompt.size();
   Session plain(model.engine, {});
   plain.append(kPrompt);

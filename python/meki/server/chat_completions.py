@@ -1,0 +1,216 @@
+"""OpenAI's /v1/chat/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import JSONResponse, Response
+
+from ..answers import AnswerEvent, Content, Reasoning, ToolCallArguments, ToolCallStart, new_call_id
+from ..generation import GenerationResult
+from ..options import ChatOptions
+from ..requests import Requests
+from .body import Body
+from .endpoint import Call, Endpoint
+from .errors import ApiError, error_body
+from .generation import Generation
+from .merge import merged
+from .openai import FINISH_REASONS, GenerationBody, new_id, usage
+from .sse import EventStream, event
+from .state import Model
+
+PATH = "/v1/chat/completions"
+
+
+class FunctionCall(Body):
+    name: str
+    arguments: str
+
+
+class ToolCall(Body):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(BaseModel):
+    """The chat template sees further members, too."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    role: Literal["developer", "system", "user", "assistant", "tool"]
+    content: str | list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+class Function(Body):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class JsonSchema(Body):
+    name: str
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class AnyText(Body):
+    type: Literal["text"]
+
+
+class AnyJson(Body):
+    type: Literal["json_object"]
+
+
+class JsonOfSchema(Body):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[AnyText | AnyJson | JsonOfSchema, Field(discriminator="type")]
+
+
+class ChatBody(GenerationBody):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def most_calls(self) -> int | None:
+        """Tool calls of an answer that the client wants to see; None: all."""
+        return 1 if self.parallel_tool_calls is False else None
+
+    def chat_options(self, model: Model, index: int) -> ChatOptions:
+        most = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+        # None: until the context is full.
+        options: ChatOptions = {**self.options(model, index), "max_new_tokens": most}
+        must_call = self.tool_choice not in (None, "none", "auto")  # then there is no text to have a format
+        if isinstance(self.response_format, AnyJson) and not must_call:
+            options["json_schema"] = True
+        elif isinstance(self.response_format, JsonOfSchema) and not must_call:
+            options["json_schema"] = self.response_format.json_schema.schema_ or True
+        if self.tools:
+            options["tools"] = [tool.model_dump(exclude_none=True) for tool in self.tools]
+        if self.tool_choice is not None:
+            choice = self.tool_choice
+            options["tool_choice"] = choice if isinstance(choice, str) else choice.model_dump()
+        if self.chat_template_kwargs:
+            options["chat_template_kwargs"] = self.chat_template_kwargs
+        return options
+
+    def chat_messages(self) -> list[dict[str, Any]]:
+        """As chat templates know them, which call a developer a system."""
+        messages = [message.model_dump(exclude_unset=True) for message in self.messages]
+        return [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
+
+
+async def chat_completions(call: Call, body: ChatBody) -> Response:
+    """The answer to a conversation."""
+    model = call.server.model(body.model)
+    choices = body.n or 1
+    if choices > call.server.settings.choices:
+        raise ApiError(400, f"n is {choices}, this server gives at most {call.server.settings.choices}", param="n")
+    messages = body.chat_messages()
+    requests = []
+    for choice in range(choices):
+        options = body.chat_options(model, choice)
+        requests.append(await call.prepare(model, partial(Requests.chat, messages=messages, **options)))
+    generations = await call.start(model, requests)
+    head = {
+        "id": new_id("chatcmpl-"),
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model.name,
+        "system_fingerprint": model.fingerprint,
+    }
+    if body.stream:
+        head["object"] = "chat.completion.chunk"
+        return EventStream(
+            _chunks(head, generations, body.most_calls, body.include_usage),
+            lambda error: event(error_body(PATH, error)),
+        )
+    results = await asyncio.gather(*(generation.finish() for generation in generations))
+    answers = [_choice(index, result, body.most_calls) for index, result in enumerate(results)]
+    return JSONResponse({**head, "choices": answers, "usage": usage(results, choices)})
+
+
+def _choice(index: int, result: GenerationResult, most_calls: int | None) -> dict[str, Any]:
+    assert result.message is not None
+    message = {**result.message, "refusal": None}
+    if calls := message.get("tool_calls"):
+        message["tool_calls"] = calls[:most_calls]
+    reason = _finish_reason(result, "tool_calls" in message)
+    return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+
+
+async def _chunks(
+    head: dict[str, Any], generations: Sequence[Generation], most_calls: int | None, include_usage: bool
+) -> AsyncGenerator[str, None]:
+    if include_usage:
+        head = {**head, "usage": None}
+    async for index, (delta, reason) in merged([_deltas(generation, most_calls) for generation in generations]):
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+        yield event({**head, "choices": [choice]})
+    if include_usage:
+        results = [generation.result for generation in generations]
+        yield event({**head, "choices": [], "usage": usage(results, len(results))})
+    yield "data: [DONE]\n\n"
+
+
+async def _deltas(generation: Generation, most_calls: int | None) -> AsyncIterator[tuple[dict[str, Any], str | None]]:
+    """What the chunks of one choice add to its message, and at the end why it ends."""
+    yield {"role": "assistant", "content": ""}, None
+    calls = False
+    async for part in generation.events():
+        if isinstance(part, ToolCallStart | ToolCallArguments):
+            calls = True
+            if most_calls is not None and part.index >= most_calls:
+                continue
+        yield _delta(part), None
+    yield {}, _finish_reason(generation.result, calls)
+
+
+def _delta(part: AnswerEvent) -> dict[str, Any]:
+    if isinstance(part, Content):
+        return {"content": part.text}
+    if isinstance(part, Reasoning):
+        return {"reasoning_content": part.text}
+    if isinstance(part, ToolCallArguments):
+        return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
+    function = {"name": part.name, "arguments": ""}
+    return {"tool_calls": [{"index": part.index, "id": new_call_id(), "type": "function", "function": function}]}
+
+
+def _finish_reason(result: GenerationResult, calls: bool) -> str:
+    reason = FINISH_REASONS[result.finish_reason or "stop"]
+    return "tool_calls" if calls and reason == "stop" else reason
+
+
+ENDPOINTS = [Endpoint("POST", PATH, chat_completions, ChatBody)]

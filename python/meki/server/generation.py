@@ -1,0 +1,64 @@
+"""A generation as a protocol sees it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+
+from ..answers import AnswerEvent, AnswerParser
+from ..generation import GenerationResult
+from ..requests import Request
+from .errors import engine_errors
+from .state import Model, Server
+
+
+class Generation(AsyncIterator[str]):
+    """The pieces of one generation's text, counted. Errors are ApiErrors; a failure stays what it is."""
+
+    def __init__(self, server: Server, model: Model, request: Request) -> None:
+        self._request = request
+        self._model = model
+        self._metrics = server.metrics
+        self._stream = model.runner.run(request)
+        self._start_s = time.monotonic()
+        self._begun = False
+
+    @property
+    def result(self) -> GenerationResult:
+        """The final result, once the text is over."""
+        assert self._stream.result is not None
+        return self._stream.result
+
+    async def start(self) -> None:
+        with engine_errors(self._model.engine):
+            await self._stream.start()
+
+    async def __anext__(self) -> str:
+        with engine_errors(self._model.engine):
+            piece = await anext(self._stream)
+        if not self._begun:
+            self._begun = True
+            self._metrics.first_token.observe(time.monotonic() - self._start_s)
+        return piece
+
+    async def events(self) -> AsyncIterator[AnswerEvent]:
+        """The parts of a chat's answer."""
+        assert self._request.answer is not None
+        parser = AnswerParser(self._request.answer)
+        async for piece in self:
+            for part in parser.push(piece):
+                yield part
+        for part in parser.finish():
+            yield part
+
+    async def finish(self) -> GenerationResult:
+        """Waits for the result."""
+        async for _ in self:
+            pass
+        return self.result
+
+    async def close(self) -> None:
+        """Ends it where it stands, if it is not over, and counts it."""
+        await self._stream.aclose()
+        if self._stream.result is not None:
+            self._metrics.count(self._stream.result)
