@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 
+#include <algorithm>
 #include <cstring>
 #include <filesystem>
 #include <functional>
@@ -52,8 +53,7 @@ class GuardedSession {
   template <class Work, class... Arguments>
   auto call(Work work, Arguments&&... arguments) {
     const py::gil_scoped_release release;
-    const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock) throw std::runtime_error("this session is in use by another thread; give every thread its own session");
+    const auto lock = enter();
     return std::invoke(work, session_, std::forward<Arguments>(arguments)...);
   }
   std::optional<int32_t> next(const std::optional<py::bytes>& allowed) {
@@ -66,6 +66,29 @@ class GuardedSession {
       set = words;
     }
     return call(&Session::next, poll_signals, set);
+  }
+  size_t compute(size_t most) {
+    return call([most](Session& session) {
+      session.compute(most, poll_signals);
+      return session.pending();
+    });
+  }
+  // Session::step_together.
+  static void step_together(const std::vector<GuardedSession*>& guarded) {
+    const py::gil_scoped_release release;
+    std::vector<GuardedSession*> sorted = guarded;
+    std::sort(sorted.begin(), sorted.end());
+    if (!sorted.empty() && sorted.front() == nullptr) throw py::type_error("a session is None");
+    if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) {
+      throw std::invalid_argument("a session is there twice; give each once");
+    }
+    std::vector<std::unique_lock<std::mutex>> locks;
+    std::vector<Session*> sessions;
+    for (GuardedSession* const session : guarded) {
+      locks.push_back(session->enter());
+      sessions.push_back(&session->session_);
+    }
+    Session::step_together(sessions, poll_signals);
   }
   // From `start` on; none: of all pending tokens.
   py::array_t<float> logits(std::optional<size_t> start) {
@@ -82,6 +105,12 @@ class GuardedSession {
   }
 
  private:
+  std::unique_lock<std::mutex> enter() {
+    std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) throw std::runtime_error("this session is in use by another thread; give every thread its own session");
+    return lock;
+  }
+
   size_t vocab_size_;
   std::mutex mutex_;
   Session session_;
@@ -422,6 +451,10 @@ void bind_engine(py::module_& m) {
       .def(
           "step", [](GuardedSession& s) { s.call(&Session::step, poll_signals); },
           "Computes what `next` chooses from, for a caller to whom the allowed tokens become known meanwhile.")
+      .def(
+          "compute", &GuardedSession::compute, "most"_a,
+          "Computes `most` pending tokens, or all if there are fewer, as a part of a prompt; how many are left. What\n"
+          "`step` and `next` compute of a prompt is then less. KeyboardInterrupt is raised between two prefill chunks.")
       .def_property_readonly(
           "logprobs", [](GuardedSession& s) { return s.call(&Session::logprobs); },
           "Of the token that `next` returned last; None if the generation was started without.")
@@ -481,6 +514,12 @@ PYBIND11_MODULE(_core, m) {
   meki::bind_rom(m);
   meki::bind_engine(m);
   meki::bind_measure(m);
+  m.def(
+      "step", &meki::GuardedSession::step_together, "sessions"_a,
+      "Session.step of distinct sessions at once: those of an engine that have one pending token and no draft are\n"
+      "computed together, whose weights are then read once; the others one after the other. The results are those of\n"
+      "single steps. Where a step fails for lack of a good package, the session's own `next` raises PackageError.\n"
+      "ValueError for a session that is there twice or has no generation, RuntimeError for one that is in use.");
   m.def(
       "cpu_kernels", [] { return meki::simd().name; },
       "The instruction set that attention and linear layers use: \"avx512vnni\", \"avx2\", \"neon-i8mm\",\n"

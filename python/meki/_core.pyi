@@ -8,7 +8,7 @@ import numpy.typing
 import os
 import typing
 import typing_extensions
-__all__: list[str] = ['Block', 'Case', 'Engine', 'EngineOptions', 'Logprobs', 'MakeDrafter', 'Measurement', 'PackageError', 'Plan', 'Rom', 'RomInfo', 'SamplingOptions', 'Session', 'SessionOptions', 'Snapshot', 'Stats', 'cpu_kernels', 'crc32c', 'measure', 'profile_decode', 'read_manifest', 'resident_memory', 'with_rows_in_ram']
+__all__: list[str] = ['Block', 'Case', 'Engine', 'EngineOptions', 'Logprobs', 'MakeDrafter', 'Measurement', 'PackageError', 'Plan', 'Rom', 'RomInfo', 'SamplingOptions', 'Session', 'SessionOptions', 'Snapshot', 'Stats', 'cpu_kernels', 'crc32c', 'measure', 'profile_decode', 'read_manifest', 'resident_memory', 'step', 'with_rows_in_ram']
 class PackageError(OSError):
     """
     A package, or a file of one, that cannot be used: missing, damaged, inconsistent, or changed while in
@@ -312,6 +312,11 @@ class Session:
         Appends tokens, to be computed by the next call, and ends a running generation. ValueError for an id out
         of the vocabulary or a sequence that would exceed the context (the message has both numbers).
         """
+    def compute(self, most: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Computes `most` pending tokens, or all if there are fewer, as a part of a prompt; how many are left. What
+        `step` and `next` compute of a prompt is then less. KeyboardInterrupt is raised between two prefill chunks.
+        """
     def fill_synthetic(self, count: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
         Appends `count` arbitrary tokens with pseudo-random keys and values, as if computed: for measurements at
@@ -551,6 +556,13 @@ def resident_memory(rom: os.PathLike | str | bytes | None) -> dict | None:
     Bytes of this process: "resident", of it "anonymous" (heap and caches), "file" (mapped files) and
     "shared"; "peak", the greatest that "resident" ever was; and "rom", what of "file" is the file `rom`,
     with "without_rom", what of "resident" is not. None where the system does not tell.
+    """
+def step(sessions: collections.abc.Sequence[Session]) -> None:
+    """
+    Session.step of distinct sessions at once: those of an engine that have one pending token and no draft are
+    computed together, whose weights are then read once; the others one after the other. The results are those of
+    single steps. Where a step fails for lack of a good package, the session's own `next` raises PackageError.
+    ValueError for a session that is there twice or has no generation, RuntimeError for one that is in use.
     """
 def with_rows_in_ram(engine: Engine) -> Engine:
     """

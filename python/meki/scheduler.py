@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .generation import GenerationResult, TextStream, TokenLogprobs
+from .generation import GenerationResult, TextStream, TokenLogprobs, step_together
 from .prefix_cache import PrefixCache
 from .requests import Request
 from .session import Session
@@ -23,6 +24,11 @@ class Piece:
     """Of the tokens since the piece before; none without the option `logprobs`. Those behind the last piece are in the
     result alone."""
 
+
+_PART = 64
+"""Tokens of a prompt that are computed while other generations wait for their next token: some steps of these."""
+_LONG_PART = 256
+"""The same where none waits."""
 
 Event = Piece | GenerationResult | Exception
 """What there is of a generation: a piece of its text, or its end, by a result or an error; nothing follows an end."""
@@ -43,6 +49,8 @@ class Job:
         self.request = request
         self.deliver = deliver
         self.cancelled = False
+        self.reads = True
+        """Tokens of its prompt are to be computed, before there is anything to choose from."""
         self.told = 0
         """Tokens whose log-probabilities were delivered."""
 
@@ -116,7 +124,11 @@ class Scheduler:
 
     def _run(self) -> None:
         while self._admit():
-            for entry in list(self._running):
+            self._read()
+            ready = [entry for entry in self._running if entry[0].cancelled or not entry[0].reads]
+            with contextlib.suppress(Exception):  # which those that it concerns meet again
+                step_together([stream for job, _, stream in ready if not job.cancelled])
+            for entry in ready:
                 self._advance(entry)
         for job, _, stream in self._running:
             stream.close()
@@ -151,6 +163,17 @@ class Scheduler:
                 self._pool.give(session)
             job.deliver(error)
         return True
+
+    def _read(self) -> None:
+        """Computes a part of the prompt that is the first of those to be read."""
+        reading = [(job, stream) for job, _, stream in self._running if job.reads and not job.cancelled]
+        if not reading:
+            return
+        job, stream = reading[0]
+        try:
+            job.reads = stream.read(_PART if len(reading) < len(self._running) else _LONG_PART)
+        except Exception:  # `advance` meets it again
+            job.reads = False
 
     def _advance(self, entry: tuple[Job, Session, TextStream]) -> None:
         job, session, stream = entry

@@ -199,7 +199,7 @@ void Session::logits(size_t first, float* out, const Poll& poll) {
                                 " on: expected one of the pending tokens, " + std::to_string(computed()) + " to " +
                                 std::to_string(length_));
   }
-  prefill(first, out, poll);
+  prefill(pending(), first, out, poll);
 }
 
 void Session::rewind(size_t length) {
@@ -298,28 +298,28 @@ uint64_t Session::decode_step() {
   return stall;
 }
 
-// Computes all pending tokens in chunks; the rows of the next chunk are read while one is computed. The logits of
-// tokens[first] and all behind it go to `out`.
-void Session::prefill(size_t first, float* out, const Poll& poll) {
+// Computes the first `count` pending tokens in chunks; the rows of the next chunk are read while one is computed. The
+// logits of tokens[first] and all behind it go to `out`.
+void Session::prefill(size_t count, size_t first, float* out, const Poll& poll) {
   engine_->check_process();
   const Timer timer(stats_.prefill_ns);
   drop_draft();
   rows_ = {};
   generating_ = false;
-  const size_t end = length_;
+  const size_t end = computed() + count;
   const auto count_at = [this, end](size_t begin) { return std::min(executor_->chunk(), end - begin); };
   RowRequest rows;
   if (computed() < end) rows = request_rows(computed(), count_at(computed()));
   while (computed() < end) {
     const size_t begin = computed();
-    const size_t count = count_at(begin);
+    const size_t chunk = count_at(begin);
     RowRequest next;
-    if (begin + count < end) next = request_rows(begin + count, count_at(begin + count));
-    const bool wanted = begin + count > first;
+    if (begin + chunk < end) next = request_rows(begin + chunk, count_at(begin + chunk));
+    const bool wanted = begin + chunk > first;
     const size_t logits_from = first > begin ? first - begin : 0;
-    stats_.prefill_stall_ns += run(count, rows, logits_from, wanted ? out : nullptr);
-    stats_.prefill_tokens += count;
-    if (wanted) out += (count - logits_from) * vocab_size();
+    stats_.prefill_stall_ns += run(chunk, rows, logits_from, wanted ? out : nullptr);
+    stats_.prefill_tokens += chunk;
+    if (wanted) out += (chunk - logits_from) * vocab_size();
     rows = std::move(next);
     if (poll) poll();
   }

@@ -43,6 +43,10 @@ class BlockKvCache final : public SequenceState {
 
   // The whole cache of layer `index`, as uint8 [blocks, kv_heads, block bytes]; KvLayout has the order.
   Tensor tensor(const std::string& name, size_t index) const;
+  std::span<std::byte> memory(size_t index) const {
+    const Layer& layer = layers_[index_[index]];
+    return {at(layer, 0, 0), layer.blocks * layer.layout.kv_heads * layer.layout.block_bytes()};
+  }
 
  private:
   struct Layer {

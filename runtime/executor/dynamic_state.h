@@ -19,6 +19,7 @@ class ConvolutionCache {
 
   // uint8 [context, token_bytes].
   Tensor tensor(const std::string& name, size_t index) const;
+  std::span<std::byte> memory(size_t index) const { return {layer(index), token_bytes_ * context_}; }
 
  private:
   std::byte* layer(size_t index) const { return memory_.data() + index * token_bytes_ * context_; }
