@@ -112,7 +112,9 @@ def test_an_async_stream_tells_them_with_its_pieces(plain: Engine) -> None:
                 told = b"".join(token.text for token in stream.logprobs).decode(errors="replace")
                 assert len(told.replace("\ufffd", "")) >= len(text.replace("\ufffd", ""))  # no text without them
             assert stream.result is not None
-            assert stream.logprobs == stream.result.logprobs == expected.logprobs
+            assert stream.logprobs == stream.result.logprobs
+            assert stream.result.token_ids == expected.token_ids
+            check(plain, stream.result, 2)
             assert (await other).logprobs is None
             assert engine.stream(PROMPT).logprobs == []
         finally:
