@@ -8,7 +8,7 @@ import numpy.typing
 import os
 import typing
 import typing_extensions
-__all__: list[str] = ['Block', 'Case', 'Engine', 'EngineOptions', 'MakeDrafter', 'Measurement', 'PackageError', 'Plan', 'Rom', 'RomInfo', 'Sampler', 'SamplingOptions', 'Session', 'SessionOptions', 'Snapshot', 'Stats', 'cpu_kernels', 'crc32c', 'measure', 'profile_decode', 'read_manifest', 'resident_memory', 'with_rows_in_ram']
+__all__: list[str] = ['Block', 'Case', 'Engine', 'EngineOptions', 'Logprobs', 'MakeDrafter', 'Measurement', 'PackageError', 'Plan', 'Rom', 'RomInfo', 'SamplingOptions', 'Session', 'SessionOptions', 'Snapshot', 'Stats', 'cpu_kernels', 'crc32c', 'measure', 'profile_decode', 'read_manifest', 'resident_memory', 'with_rows_in_ram']
 class PackageError(OSError):
     """
     A package, or a file of one, that cannot be used: missing, damaged, inconsistent, or changed while in
@@ -27,15 +27,40 @@ class EngineOptions:
         """
 class SamplingOptions:
     """
-    How the next token is chosen. Applied in this order: repetition penalty, temperature, top-k, top-p,
-    min-p.
+    How the next token is chosen. Applied in this order: repetition penalty, presence and frequency penalty, logit
+    bias, temperature, top-k, top-p, min-p.
     """
-    def __init__(self, *, temperature: typing.SupportsFloat | typing.SupportsIndex = 0.8, top_k: typing.SupportsInt | typing.SupportsIndex = 0, top_p: typing.SupportsFloat | typing.SupportsIndex = 0.95, min_p: typing.SupportsFloat | typing.SupportsIndex = 0.0, repetition_penalty: typing.SupportsFloat | typing.SupportsIndex = 1.0, seed: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+    MOST_LOGPROBS: typing.ClassVar[int] = 20
+    def __init__(self, *, temperature: typing.SupportsFloat | typing.SupportsIndex = 0.8, top_k: typing.SupportsInt | typing.SupportsIndex = 0, top_p: typing.SupportsFloat | typing.SupportsIndex = 0.95, min_p: typing.SupportsFloat | typing.SupportsIndex = 0.0, repetition_penalty: typing.SupportsFloat | typing.SupportsIndex = 1.0, presence_penalty: typing.SupportsFloat | typing.SupportsIndex = 0.0, frequency_penalty: typing.SupportsFloat | typing.SupportsIndex = 0.0, logit_bias: collections.abc.Sequence[tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex]] = (), logprobs: typing.SupportsInt | typing.SupportsIndex | None = None, seed: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
         ...
+    def check(self, vocab_size: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        ValueError if an option is outside its range, or a token id outside the vocabulary.
+        """
+    @property
+    def frequency_penalty(self) -> float:
+        """
+        The same, times how often it has them; 0: off.
+        """
+    @property
+    def logit_bias(self) -> list[tuple[int, float]]:
+        """
+        Token ids, and what is added to their logits.
+        """
+    @property
+    def logprobs(self) -> int | None:
+        """
+        Tell log-probabilities, and of how many most probable tokens, at most MOST_LOGPROBS; None: none.
+        """
     @property
     def min_p(self) -> float:
         """
         Drop tokens less probable than this times the most probable one's; 0: none.
+        """
+    @property
+    def presence_penalty(self) -> float:
+        """
+        Subtracted from logits of tokens that the generation has; 0: off.
         """
     @property
     def repetition_penalty(self) -> float:
@@ -107,14 +132,6 @@ class Rom:
     @property
     def info(self) -> RomInfo:
         ...
-class Sampler:
-    """
-    Chooses the tokens of a session.
-    """
-    def __init__(self, options: SamplingOptions, vocab_size: typing.SupportsInt | typing.SupportsIndex) -> None:
-        """
-        ValueError if an option is outside its range.
-        """
 class Engine:
     """
     An opened package. Immutable and thread-safe.
@@ -254,6 +271,21 @@ class Stats:
         """
         Nanoseconds that each decode step waited for its rows; empty in a dense model.
         """
+class Logprobs:
+    """
+    Natural logarithms of probabilities, all that one token was chosen from: by the logits before
+    penalties, bias and temperature, and of all tokens.
+    """
+    @property
+    def chosen(self) -> float:
+        """
+        Of the token itself.
+        """
+    @property
+    def top(self) -> list[tuple[int, float]]:
+        """
+        Of the most probable tokens, by their ids.
+        """
 class Snapshot:
     """
     What a session was at one moment: see Session.snapshot. Immutable.
@@ -344,6 +376,11 @@ class Session:
     def finish_reason(self) -> str | None:
         """
         None while running, "eos", "length" (max_new_tokens reached) or "context" (cache full).
+        """
+    @property
+    def logprobs(self) -> Logprobs | None:
+        """
+        Of the token that `next` returned last; None if the generation was started without.
         """
     @property
     def pending(self) -> int:
