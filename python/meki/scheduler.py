@@ -101,7 +101,7 @@ class Scheduler:
             if waits:
                 self._waiting.remove(job)
         if waits:
-            job.deliver(GenerationCancelledError("cancelled before it began"))
+            job.deliver(_cancelled())
 
     def close(self) -> None:
         """Cancels what waits and runs, and waits for the thread."""
@@ -151,6 +151,9 @@ class Scheduler:
 
     def _start(self, job: Job) -> bool:
         """False: one that runs is about to compute the beginning of its prompt, which is worth the wait."""
+        if job.cancelled:  # on its way from the queue
+            job.deliver(_cancelled())
+            return True
         session = None
         try:
             running = [session for _, session, _ in self._running]
@@ -192,3 +195,7 @@ class Scheduler:
                 return
         self._running.remove(entry)
         self._pool.give(session)
+
+
+def _cancelled() -> GenerationCancelledError:
+    return GenerationCancelledError("cancelled before it began")
