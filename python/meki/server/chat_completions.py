@@ -13,12 +13,13 @@ from starlette.responses import JSONResponse, Response
 
 from ..answers import AnswerEvent, Content, Reasoning, ToolCallArguments, ToolCallStart, new_call_id
 from ..generation import GenerationResult
-from ..options import ChatOptions
+from ..options import MOST_LOGPROBS, ChatOptions
 from ..requests import Requests
 from .body import Body
 from .endpoint import Call, Endpoint
 from .errors import ApiError, error_body
 from .generation import Generation
+from .logprobs import chat_logprobs
 from .merge import merged
 from .openai import FINISH_REASONS, GenerationBody, new_id, timings, usage
 from .sse import EventStream, event
@@ -96,6 +97,8 @@ class ChatBody(GenerationBody):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
@@ -111,6 +114,8 @@ class ChatBody(GenerationBody):
         most = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
         # None: until the context is full.
         options: ChatOptions = {**self.options(model, index), "max_new_tokens": most}
+        if self.logprobs:
+            options["logprobs"] = self.top_logprobs or 0
         must_call = self.tool_choice not in (None, "none", "auto")  # then there is no text to have a format
         if isinstance(self.response_format, AnyJson) and not must_call:
             options["json_schema"] = {"type": "object"}
@@ -133,6 +138,8 @@ class ChatBody(GenerationBody):
 
 async def chat_completions(call: Call, body: ChatBody) -> Response:
     """The answer to a conversation."""
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs are of logprobs; set these to true", param="top_logprobs")
     model = call.server.model(body.model)
     choices = body.n or 1
     if choices > call.server.settings.choices:
@@ -152,10 +159,7 @@ async def chat_completions(call: Call, body: ChatBody) -> Response:
     }
     if body.stream:
         head["object"] = "chat.completion.chunk"
-        return EventStream(
-            _chunks(head, generations, body.most_calls, body.include_usage),
-            lambda error: event(error_body(PATH, error)),
-        )
+        return EventStream(_chunks(head, generations, body), lambda error: event(error_body(PATH, error)))
     results = await asyncio.gather(*(generation.finish() for generation in generations))
     answers = [_choice(index, result, body.most_calls) for index, result in enumerate(results)]
     return JSONResponse({**head, "choices": answers, "usage": usage(results, choices)})
@@ -167,32 +171,35 @@ def _choice(index: int, result: GenerationResult, most_calls: int | None) -> dic
     if calls := message.get("tool_calls"):
         message["tool_calls"] = calls[:most_calls]
     reason = _finish_reason(result, "tool_calls" in message)
-    return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+    logprobs = None if result.logprobs is None else chat_logprobs(result.logprobs)
+    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
 
-async def _chunks(
-    head: dict[str, Any], generations: Sequence[Generation], most_calls: int | None, include_usage: bool
-) -> AsyncGenerator[str, None]:
-    if include_usage:
+async def _chunks(head: dict[str, Any], generations: Sequence[Generation], body: ChatBody) -> AsyncGenerator[str, None]:
+    if body.include_usage:
         head = {**head, "usage": None}
-    async for index, (delta, reason) in merged([_deltas(generation, most_calls) for generation in generations]):
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
-        yield event({**head, "choices": [choice]})
-    if include_usage:
+    async for index, choice in merged([_choice_parts(generation, body) for generation in generations]):
+        yield event({**head, "choices": [{"index": index, **choice}]})
+    if body.include_usage:
         results = [generation.result for generation in generations]
         last = {"usage": usage(results, len(results)), "meki": [timings(result) for result in results]}
         yield event({**head, "choices": [], **last})
     yield "data: [DONE]\n\n"
 
 
-async def _deltas(generation: Generation, most_calls: int | None) -> AsyncIterator[tuple[dict[str, Any], str | None]]:
-    """What the chunks of one choice add to its message, and at the end why it ends."""
-    yield {"role": "assistant", "content": ""}, None
+async def _choice_parts(generation: Generation, body: ChatBody) -> AsyncIterator[dict[str, Any]]:
+    """What the chunks have of one choice: what each adds to its message, and at the end why it ends."""
+
+    def part(delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        logprobs = chat_logprobs(generation.take_logprobs()) if body.logprobs else None
+        return {"delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    yield part({"role": "assistant", "content": ""})
     calls = False
-    async for part in generation.events(most_calls):
-        calls = calls or isinstance(part, ToolCallStart)
-        yield _delta(part), None
-    yield {}, _finish_reason(generation.result, calls)
+    async for found in generation.events(body.most_calls):
+        calls = calls or isinstance(found, ToolCallStart)
+        yield part(_delta(found))
+    yield part({}, _finish_reason(generation.result, calls))
 
 
 def _delta(part: AnswerEvent) -> dict[str, Any]:

@@ -10,10 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
+from ..generation import GenerationResult
+from ..options import MOST_LOGPROBS
 from ..requests import Request
 from .endpoint import Call, Endpoint
 from .errors import ApiError, error_body
 from .generation import Generation
+from .logprobs import CompletionLogprobs
 from .merge import merged
 from .openai import FINISH_REASONS, GenerationBody, new_id, usage
 from .sse import EventStream, event
@@ -29,6 +32,7 @@ TokenIds = Annotated[list[int], Field(min_length=1)]
 class CompletionBody(GenerationBody):
     prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     # What this server cannot do, at the values that ask for nothing.
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
@@ -58,13 +62,10 @@ async def completions(call: Call, body: CompletionBody) -> Response:
         "system_fingerprint": model.fingerprint,
     }
     if body.stream:
-        chunks = _chunks(head, generations, choices, body.include_usage)
+        chunks = _chunks(head, generations, choices, body)
         return EventStream(chunks, lambda error: event(error_body(PATH, error)))
     results = await asyncio.gather(*(generation.finish() for generation in generations))
-    answers = [
-        _choice(index, result.text, FINISH_REASONS[result.finish_reason or "stop"])
-        for index, result in enumerate(results)
-    ]
+    answers = [_choice(index, result) for index, result in enumerate(results)]
     return JSONResponse({**head, "choices": answers, "usage": usage(results, choices)})
 
 
@@ -74,32 +75,42 @@ async def _prepare(call: Call, model: Model, body: CompletionBody, prompt: str |
         raise ApiError(400, f"a token id of the prompt is not from 0 to {vocab_size - 1}", param="prompt")
     options = body.options(model, choice)
     options["max_new_tokens"] = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    options["logprobs"] = body.logprobs
     return await call.prepare(
         model, lambda requests: requests.text(prompt, first=True, whole=True, **options), param="prompt"
     )
 
 
 async def _chunks(
-    head: dict[str, Any], generations: Sequence[Generation], choices: int, include_usage: bool
+    head: dict[str, Any], generations: Sequence[Generation], choices: int, body: CompletionBody
 ) -> AsyncGenerator[str, None]:
-    if include_usage:
+    if body.include_usage:
         head = {**head, "usage": None}
-    async for index, (text, reason) in merged([_pieces(generation) for generation in generations]):
-        yield event({**head, "choices": [_choice(index, text, reason)]})
-    if include_usage:
+    async for index, choice in merged([_choice_parts(generation, body) for generation in generations]):
+        yield event({**head, "choices": [{"index": index, **choice}]})
+    if body.include_usage:
         results = [generation.result for generation in generations]
         yield event({**head, "choices": [], "usage": usage(results, choices)})
     yield "data: [DONE]\n\n"
 
 
-async def _pieces(generation: Generation) -> AsyncIterator[tuple[str, str | None]]:
+async def _choice_parts(generation: Generation, body: CompletionBody) -> AsyncIterator[dict[str, Any]]:
+    """What the chunks have of one choice."""
+    logprobs = CompletionLogprobs()
+
+    def part(text: str, reason: str | None = None) -> dict[str, Any]:
+        tokens = None if body.logprobs is None else logprobs.take(generation.take_logprobs())
+        return {"text": text, "logprobs": tokens, "finish_reason": reason}
+
     async for piece in generation:
-        yield piece, None
-    yield "", FINISH_REASONS[generation.result.finish_reason or "stop"]
+        yield part(piece)
+    yield part("", FINISH_REASONS[generation.result.finish_reason or "stop"])
 
 
-def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+def _choice(index: int, result: GenerationResult) -> dict[str, Any]:
+    logprobs = None if result.logprobs is None else CompletionLogprobs().take(result.logprobs)
+    reason = FINISH_REASONS[result.finish_reason or "stop"]
+    return {"index": index, "text": result.text, "logprobs": logprobs, "finish_reason": reason}
 
 
 ENDPOINTS = [Endpoint("POST", PATH, completions, CompletionBody)]

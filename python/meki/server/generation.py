@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator
 
 from ..answers import AnswerEvent, AnswerParser, ToolCallArguments, ToolCallStart
-from ..generation import GenerationResult
+from ..generation import GenerationResult, TokenLogprobs
 from ..requests import Request
 from .errors import engine_errors
 from .state import Model, Server
@@ -23,12 +23,19 @@ class Generation(AsyncIterator[str]):
         self._stream = model.runner.run(request)
         self._start_s = time.monotonic()
         self._begun = False
+        self._taken = 0
 
     @property
     def result(self) -> GenerationResult:
         """The final result, once the text is over."""
         assert self._stream.result is not None
         return self._stream.result
+
+    def take_logprobs(self) -> list[TokenLogprobs]:
+        """Of the tokens of the pieces since the last call; once the text is over, of all that are left."""
+        tokens = self._stream.logprobs[self._taken :]
+        self._taken += len(tokens)
+        return tokens
 
     async def start(self) -> None:
         with engine_errors(self._model.engine):

@@ -27,6 +27,10 @@ TIMINGS = (
 )
 
 
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+"""As a name in JSON."""
+
+
 class StreamOptions(Body):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # against eavesdroppers between the client and OpenAI; ignored
@@ -40,6 +44,9 @@ class GenerationBody(Body):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -63,6 +70,12 @@ class GenerationBody(Body):
     def options(self, model: Model, choice: int) -> GenerationOptions:
         """Of one generation. choice: of `n`, which must not be all the same where there is a seed."""
         options = sampling(model, self.temperature, self.top_p)
+        if self.presence_penalty is not None:
+            options["presence_penalty"] = self.presence_penalty
+        if self.frequency_penalty is not None:
+            options["frequency_penalty"] = self.frequency_penalty
+        if self.logit_bias:
+            options["logit_bias"] = {int(token_id): bias for token_id, bias in self.logit_bias.items()}
         if self.top_k is not None:
             options["top_k"] = max(0, self.top_k)
         if self.min_p is not None:

@@ -239,3 +239,62 @@ def test_what_completions_refuse(served: Running, change: dict[str, Any]) -> Non
 def test_what_openai_ignores_is_ignored(served: Running) -> None:
     ignored = {"user": "u", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "safety_identifier": "s"}
     assert served.openai.chat.completions.create(**CHAT, **ignored).choices
+
+
+def test_penalties_and_bias(served: Running, tiny: Engine) -> None:
+    asked = {"presence_penalty": 0.7, "frequency_penalty": 1.1, "logit_bias": {"300": 3.5, "12": -100}}
+    answer = served.openai.chat.completions.create(**CHAT, **asked)
+    expected = tiny.chat(
+        PLAIN,
+        max_new_tokens=12,
+        temperature=0,
+        presence_penalty=0.7,
+        frequency_penalty=1.1,
+        logit_bias={300: 3.5, 12: -100},
+    )
+    assert answer.choices[0].message.content == expected.text
+    for bias in ({"x": 1}, {"1000000": 1}, {"1": 101}):
+        with pytest.raises(openai.BadRequestError):
+            served.openai.chat.completions.create(**CHAT, logit_bias=bias)
+
+
+def test_logprobs_of_a_chat(served: Running, tiny: Engine) -> None:
+    expected = tiny.chat(PLAIN, max_new_tokens=12, temperature=0, logprobs=3).logprobs
+    asked = {**CHAT, "logprobs": True, "top_logprobs": 3}
+    whole = served.openai.chat.completions.create(**asked).choices[0].logprobs
+    assert expected is not None and whole is not None and whole.content is not None
+    for got, token in zip(whole.content, expected, strict=True):
+        assert (bytes(got.bytes or []), got.logprob) == (token.text, token.logprob)
+        assert [(bytes(top.bytes or []), top.logprob) for top in got.top_logprobs] == [
+            (top.text, top.logprob) for top in token.top
+        ]
+    pieces = [chunk.choices[0].logprobs for chunk in served.openai.chat.completions.create(**asked, stream=True)]
+    assert [token for piece in pieces if piece for token in piece.content or []] == whole.content
+    alone = served.openai.chat.completions.create(**CHAT, logprobs=True).choices[0].logprobs
+    assert alone is not None and [token.top_logprobs for token in alone.content or []] == [[]] * 12
+    assert served.openai.chat.completions.create(**CHAT, logprobs=False).choices[0].logprobs is None
+    with pytest.raises(openai.BadRequestError, match="top_logprobs are of logprobs"):
+        served.openai.chat.completions.create(**CHAT, top_logprobs=1)
+
+
+def test_logprobs_of_a_completion(served: Running, tiny: Engine) -> None:
+    asked: dict[str, Any] = {
+        "model": "meki-tiny",
+        "prompt": "The fox said",
+        "max_tokens": 12,
+        "temperature": 1,
+        "seed": 3,
+    }
+    choice = served.openai.completions.create(**asked, logprobs=2).choices[0]
+    expected = tiny.generate("The fox said", max_new_tokens=12, temperature=1, top_p=1, seed=3, logprobs=2).logprobs
+    whole = choice.logprobs
+    assert expected is not None and whole is not None and whole.tokens and whole.text_offset and whole.top_logprobs
+    assert whole.token_logprobs == [token.logprob for token in expected]
+    assert "".join(whole.tokens) == choice.text
+    ends = [*whole.text_offset[1:], len(choice.text)]
+    assert [choice.text[at:end] for at, end in zip(whole.text_offset, ends, strict=True)] == whole.tokens
+    for token, logprob, top in zip(whole.tokens, whole.token_logprobs, whole.top_logprobs, strict=True):
+        assert top[token] == logprob and 2 <= len(top) <= 3
+    pieces = [chunk.choices[0].logprobs for chunk in served.openai.completions.create(**asked, logprobs=2, stream=True)]
+    for member in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert [value for piece in pieces if piece for value in getattr(piece, member)] == getattr(whole, member)
