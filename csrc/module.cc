@@ -6,17 +6,20 @@
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 
+#include <algorithm>
 #include <cstring>
 #include <filesystem>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "csrc/bindings.h"
+#include "runtime/base/crc32c.h"
 #include "runtime/base/error.h"
 #include "runtime/base/file.h"
 #include "runtime/engine/drafter.h"
@@ -50,8 +53,7 @@ class GuardedSession {
   template <class Work, class... Arguments>
   auto call(Work work, Arguments&&... arguments) {
     const py::gil_scoped_release release;
-    const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock) throw std::runtime_error("this session is in use by another thread; give every thread its own session");
+    const auto lock = enter();
     return std::invoke(work, session_, std::forward<Arguments>(arguments)...);
   }
   std::optional<int32_t> next(const std::optional<py::bytes>& allowed) {
@@ -64,6 +66,29 @@ class GuardedSession {
       set = words;
     }
     return call(&Session::next, poll_signals, set);
+  }
+  size_t compute(size_t most) {
+    return call([most](Session& session) {
+      session.compute(most, poll_signals);
+      return session.pending();
+    });
+  }
+  // Session::step_together.
+  static void step_together(const std::vector<GuardedSession*>& guarded) {
+    const py::gil_scoped_release release;
+    std::vector<GuardedSession*> sorted = guarded;
+    std::sort(sorted.begin(), sorted.end());
+    if (!sorted.empty() && sorted.front() == nullptr) throw py::type_error("a session is None");
+    if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) {
+      throw std::invalid_argument("a session is there twice; give each once");
+    }
+    std::vector<std::unique_lock<std::mutex>> locks;
+    std::vector<Session*> sessions;
+    for (GuardedSession* const session : guarded) {
+      locks.push_back(session->enter());
+      sessions.push_back(&session->session_);
+    }
+    Session::step_together(sessions, poll_signals);
   }
   // From `start` on; none: of all pending tokens.
   py::array_t<float> logits(std::optional<size_t> start) {
@@ -80,6 +105,12 @@ class GuardedSession {
   }
 
  private:
+  std::unique_lock<std::mutex> enter() {
+    std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) throw std::runtime_error("this session is in use by another thread; give every thread its own session");
+    return lock;
+  }
+
   size_t vocab_size_;
   std::mutex mutex_;
   Session session_;
@@ -130,6 +161,34 @@ py::array_t<int64_t> row_indices(const Engine& engine, const std::vector<int64_t
     for (const RowKey& key : keys) *out++ = static_cast<int64_t>(key.index);
   }
   return indices;
+}
+
+// The bytes of a buffer whose elements are neighbours. Throws std::invalid_argument for another one.
+std::span<const std::byte> bytes_of(const py::buffer_info& info) {
+  py::ssize_t stride = info.itemsize;
+  for (py::ssize_t axis = info.ndim; axis-- > 0; stride *= info.shape[axis]) {
+    if (info.shape[axis] > 1 && info.strides[axis] != stride)
+      throw std::invalid_argument("a buffer must be contiguous");
+  }
+  return {static_cast<const std::byte*>(info.ptr), static_cast<size_t>(info.size * info.itemsize)};
+}
+
+// Of a snapshot's two parts, wherever they are.
+void restore_parts(GuardedSession& session, const py::bytes& tokens, const py::buffer& state) {
+  const std::string_view ids(tokens);
+  if (ids.size() % sizeof(int32_t) != 0) throw std::invalid_argument("tokens are int32: 4 bytes each");
+  std::vector<int32_t> copy(ids.size() / sizeof(int32_t));  // of bytes that may lie anywhere
+  if (!ids.empty()) std::memcpy(copy.data(), ids.data(), ids.size());
+  const py::buffer_info info = state.request();
+  const std::span<const std::byte> bytes = bytes_of(info);
+  session.call([&](Session& x) { x.restore(copy, bytes); });
+}
+
+uint32_t crc32c_of(const py::buffer& data) {
+  const py::buffer_info info = data.request();
+  const std::span<const std::byte> bytes = bytes_of(info);
+  const py::gil_scoped_release release;
+  return crc32c(bytes);
 }
 
 void bind_errors(py::module_& m) {
@@ -337,8 +396,21 @@ void bind_engine(py::module_& m) {
       .def_readonly("chosen", &Logprobs::chosen, "Of the token itself.")
       .def_readonly("top", &Logprobs::top, "Of the most probable tokens, by their ids.");
 
-  const py::class_<Snapshot> snapshot_class(m, "Snapshot",
-                                            "What a session was at one moment: see Session.snapshot. Immutable.");
+  py::class_<Snapshot>(m, "Snapshot", py::buffer_protocol(),
+                       "What a session was at one moment: see Session.snapshot. Immutable.")
+      .def_property_readonly(
+          "tokens",
+          [](const Snapshot& s) {
+            return py::bytes(reinterpret_cast<const char*>(s.tokens.data()), s.tokens.size() * sizeof(int32_t));
+          },
+          "Those that were computed, int32, as bytes.")
+      .def_property_readonly(
+          "state", [](const py::object& s) { return py::memoryview(s); },  // which holds on to the snapshot
+          "Their state, read-only.")
+      .def_buffer([](const Snapshot& s) {
+        const auto size = static_cast<py::ssize_t>(s.state.size());
+        return py::buffer_info(reinterpret_cast<const uint8_t*>(s.state.data()), size);
+      });
 
   py::class_<GuardedSession>(
       m, "Session",
@@ -379,6 +451,10 @@ void bind_engine(py::module_& m) {
       .def(
           "step", [](GuardedSession& s) { s.call(&Session::step, poll_signals); },
           "Computes what `next` chooses from, for a caller to whom the allowed tokens become known meanwhile.")
+      .def(
+          "compute", &GuardedSession::compute, "most"_a,
+          "Computes `most` pending tokens, or all if there are fewer, as a part of a prompt; how many are left. What\n"
+          "`step` and `next` compute of a prompt is then less. KeyboardInterrupt is raised between two prefill chunks.")
       .def_property_readonly(
           "logprobs", [](GuardedSession& s) { return s.call(&Session::logprobs); },
           "Of the token that `next` returned last; None if the generation was started without.")
@@ -394,13 +470,29 @@ void bind_engine(py::module_& m) {
           "all\n"
           "of them are pending.")
       .def(
-          "snapshot", [](GuardedSession& s) { return s.call(&Session::snapshot); },
-          "A copy of the computed tokens and their state; pending ones are not part of it.")
+          "snapshot",
+          [](GuardedSession& s, std::optional<size_t> length) {
+            return s.call([length](Session& x) { return length ? x.snapshot(*length) : x.snapshot(); });
+          },
+          "length"_a = py::none(),
+          "A copy of the first `length` tokens and their state, None: of all that are computed. Where a layer with a\n"
+          "window does not reach back so far, it is of no token. ValueError if fewer are computed.")
       .def(
-          "restore", [](GuardedSession& s, const Snapshot& snapshot) { s.call(&Session::restore, snapshot); },
+          "snapshot_bytes", [](GuardedSession& s, size_t length) { return s.call(&Session::snapshot_bytes, length); },
+          "length"_a,
+          "Bytes of the state in a snapshot of `length` tokens. ValueError for more than the context holds.")
+      .def_property_readonly(
+          "pending", [](GuardedSession& s) { return s.call(&Session::pending); },
+          "How many tokens at the end of the sequence are yet to be computed.")
+      .def(
+          "restore",
+          [](GuardedSession& s, const Snapshot& snapshot) { s.call([&](Session& x) { x.restore(snapshot); }); },
           "snapshot"_a,
           "Becomes what `snapshot` holds, of a session of the same package, provider, KV type and, with the provider\n"
-          "\"qnn\", context. ValueError if it does not fit; then nothing changes.")
+          "\"qnn\", context. ValueError if it does not fit, or a token is outside the vocabulary; then nothing "
+          "changes.")
+      .def("restore_parts", &restore_parts, "tokens"_a, "state"_a,
+           "The same of a snapshot's `tokens` and `state`, each in bytes of whoever has kept them.")
       .def(
           "fill_synthetic", [](GuardedSession& s, size_t count) { s.call(&Session::fill_synthetic, count); }, "count"_a,
           "Appends `count` arbitrary tokens with pseudo-random keys and values, as if computed: for measurements at\n"
@@ -423,9 +515,16 @@ PYBIND11_MODULE(_core, m) {
   meki::bind_engine(m);
   meki::bind_measure(m);
   m.def(
+      "step", &meki::GuardedSession::step_together, "sessions"_a,
+      "Session.step of distinct sessions at once: those of an engine that have one pending token and no draft are\n"
+      "computed together, whose weights are then read once; the others one after the other. The results are those of\n"
+      "single steps. Where a step fails for lack of a good package, the session's own `next` raises PackageError.\n"
+      "ValueError for a session that is there twice or has no generation, RuntimeError for one that is in use.");
+  m.def(
       "cpu_kernels", [] { return meki::simd().name; },
       "The instruction set that attention and linear layers use: \"avx512vnni\", \"avx2\", \"neon-i8mm\",\n"
       "\"neon-dotprod\" or \"portable\".");
+  m.def("crc32c", &meki::crc32c_of, "data"_a, "CRC-32C (Castagnoli, RFC 3720) of a contiguous buffer.");
   m.def(
       "read_manifest",
       [](const std::filesystem::path& path, const std::string& provider, const std::string& soc) {

@@ -1,6 +1,6 @@
 """Writes the seeds of the fuzz targets that are made, of the bundled meki-tiny where that is possible.
 
-    python fuzz/seeds.py
+    python -m fuzz.seeds
 
 What a run has found is beside them, under names that begin with "found-", and stays as it is.
 """
@@ -23,6 +23,7 @@ import onnx
 import torch
 from safetensors.numpy import save as save_safetensors
 
+from fuzz.targets import tiny
 from meki.models.architectures.llama import LlamaConfig
 
 HERE = Path(__file__).parent
@@ -355,6 +356,25 @@ def tokenizers() -> Iterator[tuple[str, bytes]]:
     yield "unigram", json.dumps({**parts, "model": unigram, "decoder": None, "pre_tokenizer": None}).encode()
 
 
+def sessions() -> Iterator[tuple[str, bytes]]:
+    """A file, and what sealed_session() of targets.py makes one of."""
+    core = tiny().session()
+    core.logits([5, 6, 7])
+    core._core.append([8])
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "file")
+        core.save(path)
+        whole = path.read_bytes()
+    yield "whole", whole
+    sizes, content = whole[16:48], whole[256:-4]
+    yield "sealed", sizes + content
+    state = len(content) - 4 * 4
+    yield "not-finite", sizes + content[:16] + b"\xff" * state
+    yield "huge-tokens", struct.pack("<4Q", 2**62, 3, state, 2**64 - 1) + content[:99]
+    yield "huge-state", struct.pack("<4Q", 4, 3, 2**64 - 1, 2**64 - 1) + content[:99]
+    yield "outside", sizes + struct.pack("<4i", -1, 2**31 - 1, 0, 0) + content[16:]
+
+
 SEEDS = {
     "config": configs,
     "safetensors": safetensors,
@@ -364,6 +384,7 @@ SEEDS = {
     "torch_zip": torch_zips,
     "chat_template": chat_templates,
     "tokenizer": tokenizers,
+    "session": sessions,
     "graph": graphs,
     "rom_header": rom_headers,
     "node": nodes,

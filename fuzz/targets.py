@@ -13,13 +13,14 @@ import io
 import resource
 import shutil
 import signal
+import struct
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from meki import PackageError
+from meki import Engine, PackageError, SessionFileError, _core
 from meki.chat import ChatTemplate, parse_template
 from meki.models.checkpoints import CheckpointError, open_checkpoint
 from meki.models.checkpoints.checkpoint import checkpoint_source
@@ -194,7 +195,47 @@ def tokenizer(data: bytes) -> None:
             encoder.encode(text, first=True)
 
 
+TINY = SEEDS.parents[1] / "models" / "packages" / "meki-tiny"
+
+
+@functools.cache
+def tiny() -> Engine:
+    return Engine(TINY, threads=1, kv_type="int4")
+
+
+def sealed_session(data: bytes) -> bytes:
+    """A session file of `tiny()` whose header has the sizes that the input begins with, and right checksums, and whose
+    tokens and state are the rest."""
+    path = scratch("session") / "empty"
+    if not path.exists():
+        tiny().session().save(path)
+    head, content = bytearray(path.read_bytes()[:252]), data[32:]
+    sizes = head[16:48] = data[:32].ljust(32, b"\0")
+    tokens, _, state_bytes, _ = struct.unpack("<4Q", sizes)
+    ids, state = content[: 4 * tokens], content[4 * tokens : 4 * tokens + state_bytes]
+    struct.pack_into("<I", head, 116, _core.crc32c(ids))
+    checksums = [_core.crc32c(state[begin : begin + (1 << 20)]) for begin in range(0, len(state), 1 << 20)]
+    parts = (head, struct.pack("<I", _core.crc32c(head)), content, struct.pack(f"<{len(checksums)}I", *checksums))
+    return b"".join(parts)
+
+
+def session(data: bytes) -> None:
+    """As a session file of a small model, as it is and sealed; what is accepted goes on, whatever its state is."""
+    path = scratch("session") / "file"
+    for content in (data, sealed_session(data)):
+        path.write_bytes(content)
+        its = tiny().session(context=64)
+        its.logits([1, 2, 3])
+        try:
+            its.load(path)
+        except (SessionFileError, ValueError):
+            assert its.tokens == [1, 2, 3]
+            continue
+        with contextlib.suppress(PackageError):  # of values that are not finite
+            its.generate([1], max_new_tokens=2)
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
-    for target in (safetensors, config, index, quantized, gguf, torch_zip, chat_template, tokenizer)
+    for target in (safetensors, config, index, quantized, gguf, torch_zip, chat_template, tokenizer, session)
 }

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .generation import GenerationResult, GenerationStats, TokenLogprobs, TopLogprob
     from .package import ModelNotFoundError
     from .session import Session
+    from .session_file import SessionFileError
 
 __all__ = [
     "AsyncEngine",
@@ -23,6 +24,7 @@ __all__ = [
     "ModelNotFoundError",
     "PackageError",
     "Session",
+    "SessionFileError",
     "TokenLogprobs",
     "TopLogprob",
     "__version__",
@@ -36,6 +38,7 @@ _HOMES = {
     "ModelNotFoundError": "package",
     "PackageError": "_core",
     "Session": "session",
+    "SessionFileError": "session_file",
     "TokenLogprobs": "generation",
     "TopLogprob": "generation",
 }

@@ -7,7 +7,8 @@ import numpy
 import numpy.typing
 import os
 import typing
-__all__: list[str] = ['Block', 'Case', 'Engine', 'EngineOptions', 'MakeDrafter', 'Measurement', 'PackageError', 'Plan', 'Rom', 'RomInfo', 'Sampler', 'SamplingOptions', 'Session', 'SessionOptions', 'Snapshot', 'Stats', 'cpu_kernels', 'measure', 'profile_decode', 'read_manifest', 'resident_memory', 'with_rows_in_ram']
+import typing_extensions
+__all__: list[str] = ['Block', 'Case', 'Engine', 'EngineOptions', 'Logprobs', 'MakeDrafter', 'Measurement', 'PackageError', 'Plan', 'Rom', 'RomInfo', 'SamplingOptions', 'Session', 'SessionOptions', 'Snapshot', 'Stats', 'cpu_kernels', 'crc32c', 'measure', 'profile_decode', 'read_manifest', 'resident_memory', 'step', 'with_rows_in_ram']
 class PackageError(OSError):
     """
     A package, or a file of one, that cannot be used: missing, damaged, inconsistent, or changed while in
@@ -26,15 +27,40 @@ class EngineOptions:
         """
 class SamplingOptions:
     """
-    How the next token is chosen. Applied in this order: repetition penalty, temperature, top-k, top-p,
-    min-p.
+    How the next token is chosen. Applied in this order: repetition penalty, presence and frequency penalty, logit
+    bias, temperature, top-k, top-p, min-p.
     """
-    def __init__(self, *, temperature: typing.SupportsFloat | typing.SupportsIndex = 0.8, top_k: typing.SupportsInt | typing.SupportsIndex = 0, top_p: typing.SupportsFloat | typing.SupportsIndex = 0.95, min_p: typing.SupportsFloat | typing.SupportsIndex = 0.0, repetition_penalty: typing.SupportsFloat | typing.SupportsIndex = 1.0, seed: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+    MOST_LOGPROBS: typing.ClassVar[int] = 20
+    def __init__(self, *, temperature: typing.SupportsFloat | typing.SupportsIndex = 0.8, top_k: typing.SupportsInt | typing.SupportsIndex = 0, top_p: typing.SupportsFloat | typing.SupportsIndex = 0.95, min_p: typing.SupportsFloat | typing.SupportsIndex = 0.0, repetition_penalty: typing.SupportsFloat | typing.SupportsIndex = 1.0, presence_penalty: typing.SupportsFloat | typing.SupportsIndex = 0.0, frequency_penalty: typing.SupportsFloat | typing.SupportsIndex = 0.0, logit_bias: collections.abc.Sequence[tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsFloat | typing.SupportsIndex]] = (), logprobs: typing.SupportsInt | typing.SupportsIndex | None = None, seed: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
         ...
+    def check(self, vocab_size: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        ValueError if an option is outside its range, or a token id outside the vocabulary.
+        """
+    @property
+    def frequency_penalty(self) -> float:
+        """
+        The same, times how often it has them; 0: off.
+        """
+    @property
+    def logit_bias(self) -> list[tuple[int, float]]:
+        """
+        Token ids, and what is added to their logits.
+        """
+    @property
+    def logprobs(self) -> int | None:
+        """
+        Tell log-probabilities, and of how many most probable tokens, at most MOST_LOGPROBS; None: none.
+        """
     @property
     def min_p(self) -> float:
         """
         Drop tokens less probable than this times the most probable one's; 0: none.
+        """
+    @property
+    def presence_penalty(self) -> float:
+        """
+        Subtracted from logits of tokens that the generation has; 0: off.
         """
     @property
     def repetition_penalty(self) -> float:
@@ -106,14 +132,6 @@ class Rom:
     @property
     def info(self) -> RomInfo:
         ...
-class Sampler:
-    """
-    Chooses the tokens of a session.
-    """
-    def __init__(self, options: SamplingOptions, vocab_size: typing.SupportsInt | typing.SupportsIndex) -> None:
-        """
-        ValueError if an option is outside its range.
-        """
 class Engine:
     """
     An opened package. Immutable and thread-safe.
@@ -253,10 +271,35 @@ class Stats:
         """
         Nanoseconds that each decode step waited for its rows; empty in a dense model.
         """
+class Logprobs:
+    """
+    Natural logarithms of probabilities, all that one token was chosen from: by the logits before
+    penalties, bias and temperature, and of all tokens.
+    """
+    @property
+    def chosen(self) -> float:
+        """
+        Of the token itself.
+        """
+    @property
+    def top(self) -> list[tuple[int, float]]:
+        """
+        Of the most probable tokens, by their ids.
+        """
 class Snapshot:
     """
     What a session was at one moment: see Session.snapshot. Immutable.
     """
+    @property
+    def state(self) -> memoryview:
+        """
+        Their state, read-only.
+        """
+    @property
+    def tokens(self) -> bytes:
+        """
+        Those that were computed, int32, as bytes.
+        """
 class Session:
     """
     One sequence: its tokens, KV cache and prefetcher. Use from one thread at a time; RuntimeError tells a
@@ -268,6 +311,11 @@ class Session:
         """
         Appends tokens, to be computed by the next call, and ends a running generation. ValueError for an id out
         of the vocabulary or a sequence that would exceed the context (the message has both numbers).
+        """
+    def compute(self, most: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Computes `most` pending tokens, or all if there are fewer, as a part of a prompt; how many are left. What
+        `step` and `next` compute of a prompt is then less. KeyboardInterrupt is raised between two prefill chunks.
         """
     def fill_synthetic(self, count: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
@@ -295,16 +343,25 @@ class Session:
     def restore(self, snapshot: Snapshot) -> None:
         """
         Becomes what `snapshot` holds, of a session of the same package, provider, KV type and, with the provider
-        "qnn", context. ValueError if it does not fit; then nothing changes.
+        "qnn", context. ValueError if it does not fit, or a token is outside the vocabulary; then nothing changes.
+        """
+    def restore_parts(self, tokens: bytes, state: typing_extensions.Buffer) -> None:
+        """
+        The same of a snapshot's `tokens` and `state`, each in bytes of whoever has kept them.
         """
     def rewind(self, length: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
         Keeps the first `length` tokens of the sequence. Where a layer with a window does not reach back so far, all
         of them are pending.
         """
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, length: typing.SupportsInt | typing.SupportsIndex | None = None) -> Snapshot:
         """
-        A copy of the computed tokens and their state; pending ones are not part of it.
+        A copy of the first `length` tokens and their state, None: of all that are computed. Where a layer with a
+        window does not reach back so far, it is of no token. ValueError if fewer are computed.
+        """
+    def snapshot_bytes(self, length: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Bytes of the state in a snapshot of `length` tokens. ValueError for more than the context holds.
         """
     def start(self, sampling: SamplingOptions, max_new_tokens: typing.SupportsInt | typing.SupportsIndex, end_token_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] | None = None) -> None:
         """
@@ -324,6 +381,16 @@ class Session:
     def finish_reason(self) -> str | None:
         """
         None while running, "eos", "length" (max_new_tokens reached) or "context" (cache full).
+        """
+    @property
+    def logprobs(self) -> Logprobs | None:
+        """
+        Of the token that `next` returned last; None if the generation was started without.
+        """
+    @property
+    def pending(self) -> int:
+        """
+        How many tokens at the end of the sequence are yet to be computed.
         """
     @property
     def stats(self) -> Stats:
@@ -463,6 +530,10 @@ def cpu_kernels() -> str:
     The instruction set that attention and linear layers use: "avx512vnni", "avx2", "neon-i8mm",
     "neon-dotprod" or "portable".
     """
+def crc32c(data: typing_extensions.Buffer) -> int:
+    """
+    CRC-32C (Castagnoli, RFC 3720) of a contiguous buffer.
+    """
 def measure(engines: collections.abc.Sequence[Engine], plan: Plan, progress: collections.abc.Callable[[str], None], bandwidth_bytes: typing.SupportsInt | typing.SupportsIndex) -> Measurement:
     """
     Runs every test once to warm up, then `plan.repetitions` rounds of all tests; before the first round and after
@@ -485,6 +556,13 @@ def resident_memory(rom: os.PathLike | str | bytes | None) -> dict | None:
     Bytes of this process: "resident", of it "anonymous" (heap and caches), "file" (mapped files) and
     "shared"; "peak", the greatest that "resident" ever was; and "rom", what of "file" is the file `rom`,
     with "without_rom", what of "resident" is not. None where the system does not tell.
+    """
+def step(sessions: collections.abc.Sequence[Session]) -> None:
+    """
+    Session.step of distinct sessions at once: those of an engine that have one pending token and no draft are
+    computed together, whose weights are then read once; the others one after the other. The results are those of
+    single steps. Where a step fails for lack of a good package, the session's own `next` raises PackageError.
+    ValueError for a session that is there twice or has no generation, RuntimeError for one that is in use.
     """
 def with_rows_in_ram(engine: Engine) -> Engine:
     """

@@ -21,7 +21,9 @@ class AsyncEngine:
         """parallel: generations that run at once, each with a KV cache of `context` tokens (0: the engine's, at most
         4096). waiting: generations that may wait for one of these; more raise QueueFullError."""
         self.engine = engine
-        self._scheduler = Scheduler(lambda: engine.session(context=context), parallel=parallel, waiting=waiting)
+        self._scheduler = Scheduler(
+            lambda: engine.session(context=context), engine.prefix_cache, parallel=parallel, waiting=waiting
+        )
 
     async def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> GenerationResult:
         """Continues `prompt`."""

@@ -6,14 +6,17 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from queue import SimpleQueue
 from reprlib import repr as shown
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from . import _core
 from .generation import GenerationResult, TextStream
 from .options import (
+    DEFAULT_PREFIX_CACHE,
     DEFAULT_ROW_CACHE,
     ChatOptions,
     GenerationOptions,
@@ -25,9 +28,13 @@ from .options import (
     check_token_ids,
 )
 from .package import check_parsed_files, compiled_targets, find_model, has_random_weights, read_manifest
+from .prefix_cache import PrefixCache
 from .prompt import PromptEncoder
 from .requests import Requests
+from .scheduler import Event, Piece, Scheduler
 from .session import Session
+from .session_file import Origin, model_digest
+from .session_pool import SessionPool
 
 if TYPE_CHECKING:  # a text needs no numpy, which takes 0.1 s to load
     import numpy as np
@@ -51,6 +58,7 @@ class Engine:
         soc: str | None = None,
         chat_template: str | os.PathLike[str] | None = None,
         row_cache: int = DEFAULT_ROW_CACHE,
+        prefix_cache: int = DEFAULT_PREFIX_CACHE,
         memory: bool = True,
         rom_delay_ms: float = 0.0,
         profile: str | os.PathLike[str] = "",
@@ -63,7 +71,9 @@ class Engine:
         "float16", which has no other. provider: "cpu", or "qnn" for what meki-compile has made of the package: it runs
         on the NPU of a Qualcomm chip, on x86-64 in its simulator. soc: the compiled chip, such as "sm8750"; None: the
         only one there is. chat_template: a Jinja file in place of the package's own chat template. row_cache: MiB of
-        memory at most in which memory rows that were read are kept, for all sessions; 0: none are.
+        memory at most in which memory rows that were read are kept, for all sessions; 0: none are. prefix_cache:
+        MiB of memory at most in which the state of conversations is kept that `chat` and `AsyncEngine` have no session
+        for any more; 0: none is.
 
         For measurements: memory: False runs the backbone without its memory. rom_delay_ms: milliseconds that every
         read of the ROM takes longer, 0 to 10,000, to imitate slow storage. profile: ONNX Runtime writes a trace of each
@@ -102,8 +112,20 @@ class Engine:
                 self._core = opening.result()  # what it refuses comes first
         self.tokenizer = prompts.tokenizer
         self.requests = Requests(prompts, self.manifest["sampling"], self.vocab_size)
+        self._origin = Origin(
+            model=model_digest(self.manifest, chip),
+            provider=self.provider,
+            kv_type=self.kv_type,
+            memory=memory and self.manifest["memory"] is not None,
+            vocab_size=self.vocab_size,
+            context=self.context,
+        )
         self._lock = threading.Lock()
-        self._idle: tuple[tuple[Any, ...], Session] | None = None  # of the last chat, by what it was made with
+        most = check_integer("prefix_cache", prefix_cache, 2**20) << 20
+        windows = [cache["window"] for cache in self.manifest.get("kv_caches") or () if cache.get("window")]
+        self.prefix_cache = PrefixCache(most, min(windows, default=0))
+        """What sessions of several generations have computed before."""
+        self._pool: tuple[tuple[Any, ...], SessionPool] | None = None  # of chats, by what the last one's was made with
 
     @property
     def name(self) -> str:
@@ -188,7 +210,7 @@ class Engine:
             draft_tokens=_check_draft_tokens(draft, draft_tokens),
         )
         # Not the engine itself: it keeps a session, and a cycle would outlive both.
-        return Session(self._core, settings, self.requests, self.rom_access)
+        return Session(self._core, settings, self.requests, self.rom_access, self._origin)
 
     def generate(
         self,
@@ -219,6 +241,44 @@ class Engine:
         session = self.session(context=context, prefetch=prefetch, draft=draft, draft_tokens=draft_tokens)
         return session.stream(prompt, **options)
 
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        parallel: int = 8,
+        context: int = 0,
+        **options: Unpack[GenerationOptions],
+    ) -> list[GenerationResult]:
+        """Continues each of several prompts as `generate` does, `parallel` at once, which takes less time than one after
+        the other: what goes on is computed together. The results come in the order of the prompts; the first error of
+        one of them is raised, and ends the others."""
+        requests = [self.requests.text(prompt, first=True, whole=True, **options) for prompt in prompts]
+        ends: SimpleQueue[tuple[int, Event]] = SimpleQueue()
+        results: dict[int, GenerationResult] = {}
+
+        def deliver(index: int, event: Event) -> None:
+            if not isinstance(event, Piece):
+                ends.put((index, event))
+
+        scheduler = Scheduler(
+            lambda: self.session(context=context),
+            self.prefix_cache,
+            parallel=check_integer("parallel", parallel, 1024, 1),
+            waiting=len(requests),
+        )
+        try:
+            for index, request in enumerate(requests):
+                scheduler.submit(request, partial(deliver, index))
+            while len(results) < len(requests):
+                index, end = ends.get()
+                if isinstance(end, Exception):
+                    raise end
+                assert isinstance(end, GenerationResult)
+                results[index] = end
+        finally:
+            scheduler.close()
+        return [results[index] for index in range(len(requests))]
+
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -231,23 +291,33 @@ class Engine:
     ) -> GenerationResult:
         """The model's answer to a conversation; messages, options and errors as in `Session.stream_chat`.
 
-        The session of the last chat is kept, so that a conversation which goes on computes only what is new
-        (`cached_tokens` of the stats). That saves time and changes nothing else; it costs the memory of one KV cache
-        until the engine goes. Chats at the same moment have a session each, of which the last to end is kept. A chat
-        with another `context`, `prefetch`, `draft` or `draft_tokens` than the last begins a new session.
+        The session of the last chat is kept, and in the `prefix_cache` the state of conversations before it, so that
+        one which goes on computes only what is new (`cached_tokens` of the stats). That saves time and changes nothing
+        else; it costs the memory of one KV cache, and of the prefix cache, until the engine goes. Chats at the same
+        moment have a session each, of which the last to end is kept. A chat with another `context`, `prefetch`, `draft`
+        or `draft_tokens` than the last has a new session.
         """
-        key = (context, prefetch, draft, draft_tokens)
-        with self._lock:
-            idle, self._idle = self._idle, None
-        session = idle[1] if idle is not None and idle[0] == key else None
-        del idle  # one that does not fit frees its memory before the new one takes some
-        if session is None:
-            session = self.session(context=context, prefetch=prefetch, draft=draft, draft_tokens=draft_tokens)
+        request = self.requests.chat(messages, **options)
+        pool = self._pool_of((context, prefetch, draft, draft_tokens))
+
+        def make_session() -> Session:
+            return self.session(context=context, prefetch=prefetch, draft=draft, draft_tokens=draft_tokens)
+
+        session = pool.take(request.token_ids, make_session)
+        assert session is not None
         try:
-            return session.chat(messages, **options)
+            return session.run(request).finish()
         finally:
-            with self._lock:
-                self._idle = (key, session)
+            pool.give(session)
+
+    def _pool_of(self, key: tuple[Any, ...]) -> SessionPool:
+        with self._lock:
+            if self._pool is not None and self._pool[0] != key:
+                self._pool[1].close()  # frees its memory before the new one's session takes some
+                self._pool = None
+            if self._pool is None:
+                self._pool = key, SessionPool(self.prefix_cache, 1)
+            return self._pool[1]
 
     def logits(self, token_ids: Sequence[int], start: int = 0) -> NDArray[np.float32]:
         """float32 [len(token_ids) - start, vocab_size]: row i predicts the token after token_ids[: start + i + 1].

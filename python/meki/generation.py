@@ -21,8 +21,8 @@ class GenerationStats:
     prompt_tokens: int
     """Tokens of this prompt, with those that start a sequence; of a chat, the whole conversation."""
     cached_tokens: int
-    """Prompt tokens that were not computed because their keys and values were in the cache: what a conversation has in
-    common with the session's sequence. 0 unless in a chat, as any other prompt is appended."""
+    """Prompt tokens that were not computed because their keys and values were there: what a conversation, or any
+    request of an AsyncEngine, has in common with what was computed before. 0 for a prompt that is appended."""
     new_tokens: int
     seed: int
     time_to_first_token_s: float | None
@@ -133,6 +133,7 @@ class TextStream(Iterator[str]):
         self._pieces: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] | None = None if options.sampling.logprobs is None else []
+        self._asked: float | None = None  # for the first token, when
         self._first_token_s: float | None = None
         self._result: GenerationResult | None = None
 
@@ -168,15 +169,23 @@ class TextStream(Iterator[str]):
         """Ends the generation where it stands. The session, if it is the caller's, keeps the tokens."""
         self._result = self.result
 
+    def read(self, most: int) -> bool:
+        """Computes `most` tokens of the prompt, for a caller that has something else to do between its parts; whether
+        any are left. The first `advance` computes those."""
+        if self._asked is None:
+            self._asked = time.perf_counter()
+        return self._core.compute(most) > 0
+
     def advance(self) -> str:
         """Goes on by one token, unless it is over; the text that came with it, if any did."""
         if self.over:
             return ""
-        start = time.perf_counter()
+        if self._asked is None:
+            self._asked = time.perf_counter()
         token, complete = self._next()
         if token is not None:
             if self._first_token_s is None:
-                self._first_token_s = time.perf_counter() - start
+                self._first_token_s = time.perf_counter() - self._asked
             self._token_ids.append(token)
             if self._logprobs is not None:
                 self._logprobs.append(self._logprobs_of(token))
@@ -244,6 +253,12 @@ class TextStream(Iterator[str]):
         return GenerationResult(
             text, list(self._token_ids), finish_reason, self._stop.completed, stats, message, logprobs
         )
+
+
+def step_together(streams: Sequence[TextStream]) -> None:
+    """Computes what `advance` of each chooses from: those of an engine in one step, as far as their prompts are read.
+    What fails for one of them its `advance` raises."""
+    _core.step([stream._core for stream in streams if not stream.over])
 
 
 def _per_second(count: int, nanoseconds: int) -> float | None:

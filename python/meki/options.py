@@ -17,6 +17,8 @@ from . import _core
 DEFAULT_MAX_NEW_TOKENS = 256
 DEFAULT_ROW_CACHE = 16
 """MiB."""
+DEFAULT_PREFIX_CACHE = 256
+"""MiB: of a model of the paper's smallest size a whole sequence of 4,096 tokens."""
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """Options that a package may have defaults of its own for."""
 PENALTIES = ("presence_penalty", "frequency_penalty")

@@ -71,17 +71,32 @@ class Requests:
         token_ids = self.prompts.encode_chat(text)
         begun = str(messages[-1]["content"]) if go_on else ""
         thinks_first = begins_inside_thoughts(self._form, text, begun)
+        answer, checked = self._held(checked, tools, choice, thinks_first)
+        return Request(token_ids, checked, self._constraint(checked), whole=True, answer=answer)
+
+    def _held(
+        self,
+        options: CheckedOptions,
+        tools: Sequence[Mapping[str, Any]] | None,
+        choice: RequiredCalls | None,
+        thinks_first: bool,
+    ) -> tuple[AnswerForm, CheckedOptions]:
+        """How an answer is to be read, and options that hold it to what it has to be."""
         calls = self._form.calls.of_tools(tools) if self._form.calls and tools else None
         answer = replace(self._form, calls=calls, thinks_first=thinks_first)
-        form = checked.form
+        form = options.form
         if choice is None and tools and calls and form is not None and form.option == "json_schema":
-            choice, checked = RequiredCalls(tools, several=True, or_json=form.text), replace(checked, form=None)
+            choice, options = RequiredCalls(tools, several=True, or_json=form.text), replace(options, form=None)
         if choice is not None:
             grammar = call_grammar(answer, choice, self.prompts.vocabulary.special_tokens)
-            checked = hold_to(checked, Form("tool_choice", grammar))
-        elif form is not None and form.option == "json_schema":
-            answer = AnswerForm()  # there is nothing but the JSON
-        return Request(token_ids, checked, self._constraint(checked), whole=True, answer=answer)
+            return answer, hold_to(options, Form("tool_choice", grammar))
+        if form is None:
+            return answer, options
+        if form.option == "json_schema":
+            return AnswerForm(), options  # there is nothing but the JSON
+        # Thoughts end only if the form says so.
+        ends = answer.thinking is not None and answer.thinking[1] in form.text
+        return replace(answer, thinks_first=thinks_first and ends), options
 
     def _constraint(self, options: CheckedOptions) -> Constraint | None:
         return None if options.form is None else self._grammars.constraint(options.form)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .generation import GenerationResult, TextStream, TokenLogprobs
+from .generation import GenerationResult, TextStream, TokenLogprobs, step_together
+from .prefix_cache import PrefixCache
 from .requests import Request
-from .session import Session, common_prefix
+from .session import Session
+from .session_pool import SessionPool
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,11 @@ class Piece:
     """Of the tokens since the piece before; none without the option `logprobs`. Those behind the last piece are in the
     result alone."""
 
+
+_PART = 64
+"""Tokens of a prompt that are computed while other generations wait for their next token: some steps of these."""
+_LONG_PART = 256
+"""The same where none waits."""
 
 Event = Piece | GenerationResult | Exception
 """What there is of a generation: a piece of its text, or its end, by a result or an error; nothing follows an end."""
@@ -41,6 +49,8 @@ class Job:
         self.request = request
         self.deliver = deliver
         self.cancelled = False
+        self.reads = True
+        """Tokens of its prompt are to be computed, before there is anything to choose from."""
         self.told = 0
         """Tokens whose log-probabilities were delivered."""
 
@@ -48,16 +58,24 @@ class Job:
 class Scheduler:
     """Runs the generations of one engine, up to `parallel` at once. Thread-safe."""
 
-    def __init__(self, make_session: Callable[[], Session], *, parallel: int = 8, waiting: int = 64) -> None:
-        """parallel: sessions that run at once. waiting: generations that may wait for one."""
+    def __init__(
+        self,
+        make_session: Callable[[], Session],
+        prefix_cache: PrefixCache,
+        *,
+        parallel: int = 8,
+        waiting: int = 64,
+    ) -> None:
+        """prefix_cache: of the engine. parallel: sessions that run at once. waiting: generations that may wait for
+        one."""
         self._make_session = make_session
+        self._pool = SessionPool(prefix_cache, parallel)
         self._parallel = parallel
         self._most_waiting = waiting
         self._condition = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._closed = False
-        self._running: list[tuple[Job, Session, TextStream]] = []  # of the thread alone, as the next
-        self._idle: list[Session] = []  # the last used at the end
+        self._running: list[tuple[Job, Session, TextStream]] = []  # of the thread alone
         self._thread = threading.Thread(target=self._run, name="meki-scheduler", daemon=True)
         self._thread.start()
 
@@ -106,7 +124,11 @@ class Scheduler:
 
     def _run(self) -> None:
         while self._admit():
-            for entry in list(self._running):
+            self._read()
+            ready = [entry for entry in self._running if entry[0].cancelled or not entry[0].reads]
+            with contextlib.suppress(Exception):  # which those that it concerns meet again
+                step_together([stream for job, _, stream in ready if not job.cancelled])
+            for entry in ready:
                 self._advance(entry)
         for job, _, stream in self._running:
             stream.close()
@@ -122,24 +144,36 @@ class Scheduler:
             jobs = [
                 self._waiting.popleft() for _ in range(min(self._parallel - len(self._running), len(self._waiting)))
             ]
-        for job in jobs:
-            self._start(job)
+        later = [job for job in jobs if not self._start(job)]
+        with self._condition:
+            self._waiting.extendleft(reversed(later))
         return True
 
-    def _start(self, job: Job) -> None:
+    def _start(self, job: Job) -> bool:
+        """False: one that runs is about to compute the beginning of its prompt, which is worth the wait."""
+        session = None
         try:
-            session = self._session_for(job.request.token_ids)
+            running = [session for _, session, _ in self._running]
+            session = self._pool.take(job.request.token_ids, self._make_session, running)
+            if session is None:
+                return False
             self._running.append((job, session, session.run(job.request)))
         except Exception as error:
+            if session is not None:
+                self._pool.give(session)
             job.deliver(error)
+        return True
 
-    def _session_for(self, token_ids: list[int]) -> Session:
-        """The idle session that has the longest beginning of these tokens, or a new one."""
-        if len(self._idle) + len(self._running) < self._parallel:
-            return self._make_session()
-        best = max(self._idle, key=lambda session: common_prefix(session.tokens, token_ids))
-        self._idle.remove(best)
-        return best
+    def _read(self) -> None:
+        """Computes a part of the prompt that is the first of those to be read."""
+        reading = [(job, stream) for job, _, stream in self._running if job.reads and not job.cancelled]
+        if not reading:
+            return
+        job, stream = reading[0]
+        try:
+            job.reads = stream.read(_PART if len(reading) < len(self._running) else _LONG_PART)
+        except Exception:  # `advance` meets it again
+            job.reads = False
 
     def _advance(self, entry: tuple[Job, Session, TextStream]) -> None:
         job, session, stream = entry
@@ -157,4 +191,4 @@ class Scheduler:
             if not stream.over:
                 return
         self._running.remove(entry)
-        self._idle.append(session)
+        self._pool.give(session)

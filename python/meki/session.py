@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from array import array
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from . import _core
 from .generation import GenerationResult, TextStream
-from .options import ChatOptions, GenerationOptions, check_integer, check_token_ids
+from .options import ChatOptions, GenerationOptions, check_integer, check_path, check_token_ids
+from .prefix_cache import common_prefix
 from .requests import Request, Requests
+from .session_file import Origin, open_session, write_session
 
 if TYPE_CHECKING:  # a text needs no numpy, which takes 0.1 s to load
     import numpy as np
@@ -24,12 +28,21 @@ class Session:
     """
 
     def __init__(
-        self, engine: _core.Engine, settings: _core.SessionOptions, requests: Requests, rom_access: str | None
+        self,
+        engine: _core.Engine,
+        settings: _core.SessionOptions,
+        requests: Requests,
+        rom_access: str | None,
+        origin: Origin,
     ) -> None:
+        self.origin = origin
+        """What a file with this session's state belongs to."""
         self._requests = requests
         self._rom_access = rom_access
         self._core = _core.Session(engine, settings)
         self._stream: TextStream | None = None
+        self.prompt_length = 0
+        """Tokens of the sequence up to the end of the last prompt."""
 
     @property
     def context(self) -> int:
@@ -40,6 +53,12 @@ class Session:
     def tokens(self) -> list[int]:
         """The sequence so far: prompts and generated tokens."""
         return self._core.tokens
+
+    @property
+    def computed_tokens(self) -> list[int]:
+        """Of the sequence so far, those whose state is there: all but the last ones."""
+        tokens = self._core.tokens
+        return tokens[: len(tokens) - self._core.pending]
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> GenerationResult:
         """Appends `prompt` and generates. Options and errors as in `stream`."""
@@ -91,6 +110,7 @@ class Session:
             self._core.rewind(shared)
         self._core.append(token_ids[shared:])  # the last that can refuse: from here on the earlier stream is over
         self._begin()
+        self.prompt_length = len(self._core.tokens)
         options = request.options
         ends = [] if options.ignore_eos else self._requests.prompts.end_token_ids
         self._core.start(options.sampling, options.max_new_tokens, ends)
@@ -125,12 +145,52 @@ class Session:
         self._core.rewind(check_integer("length", length, len(self._core.tokens)))
         self._begin()
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the sequence and what is computed of it to a file, for `load`: a few KB to 100 KB a token, by the
+        model's keys and values. What stood there is replaced when all is written. OSError if it cannot be."""
+        write_session(_path(path), self.origin, self._core.tokens, self._core.snapshot())
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """The sequence becomes that of a file, with what is computed of it; ends an earlier stream of this session.
+
+        A session has saved it of the same model, provider and `kv_type`, with its memory if this one has it; context,
+        prefetching and drafts may differ. SessionFileError, which is an OSError, for a file that is damaged or of
+        another kind of session, OSError if it cannot be read, ValueError if it does not fit the context: the sequence
+        is then as before.
+        """
+        with open_session(_path(path), self.origin) as file:
+            if len(file.tokens) > self.context:
+                raise ValueError(
+                    f"{file.path}: has {len(file.tokens)} tokens, the context holds {self.context}; "
+                    "choose a larger context"
+                )
+            state = file.read(self._core.snapshot_bytes(file.computed))
+        self._core.restore_parts(array("i", file.tokens[: file.computed]).tobytes(), state)
+        self._core.append(file.tokens[file.computed :])
+        self._begin()
+        self.prompt_length = len(file.tokens)
+
+    def snapshot_bytes(self, length: int) -> int:
+        """Bytes of the state in a snapshot of `length` tokens. ValueError for more than the context holds."""
+        return self._core.snapshot_bytes(length)
+
+    def snapshot(self, length: int | None = None) -> _core.Snapshot:
+        """A copy of the first `length` tokens and their state, None: of all that are computed. Of no token where a
+        layer with a window does not reach back so far. ValueError if fewer are computed."""
+        return self._core.snapshot(length)
+
+    def become(self, snapshot: _core.Snapshot) -> None:
+        """The sequence becomes that of a snapshot, of a session of the same engine; ends an earlier stream of this
+        session. ValueError if it does not fit the context; the sequence is then as before."""
+        self._core.restore(snapshot)
+        self._begin()
+        self.prompt_length = len(self._core.tokens)
+
     def _begin(self) -> None:
         if self._stream is not None:
             self._stream.close()
         self._core.reset_stats()
 
 
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+def _path(path: str | os.PathLike[str]) -> Path:
+    return Path(check_path("path", path)).expanduser()

@@ -111,6 +111,14 @@ void Engine::check_process() const {
                            ", which this one was forked from without its threads; open an engine here");
 }
 
+bool Engine::run_batch(std::span<BatchMember> members) const {
+  const std::lock_guard lock(batch_mutex_);
+  if (batch_ == nullptr) batch_ = backend_->batch_executor();
+  if (batch_ == nullptr) return false;
+  batch_->run(members);
+  return true;
+}
+
 std::shared_ptr<const Engine> Engine::make(const std::shared_ptr<const RowSource>& rows,
                                            const std::shared_ptr<const Backend>& backend, int threads) {
   auto engine = std::make_shared<const Engine>(rows, backend, threads);

@@ -5,7 +5,9 @@
 #include <chrono>
 #include <filesystem>
 #include <memory>
+#include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 
 #include "runtime/executor/backend.h"
@@ -53,12 +55,17 @@ class Engine {
   int threads() const { return threads_; }
   // Throws std::runtime_error in a process that was forked off after the engine was made: its threads are not there.
   void check_process() const;
+  // BatchExecutor::run for sequences of its sessions, one step at a time: a second caller waits. False: the backend
+  // takes no such steps, and none was taken.
+  bool run_batch(std::span<BatchMember> members) const;
 
  private:
   const std::shared_ptr<const RowSource> rows_;
   const std::shared_ptr<const Backend> backend_;
   const int threads_;
   const pid_t process_;
+  mutable std::mutex batch_mutex_;
+  mutable std::unique_ptr<BatchExecutor> batch_;  // made for the first step
 };
 
 }  // namespace meki

@@ -84,14 +84,15 @@ void Session::check_room(size_t count) const {
                                                 : ", the model takes no more"));
 }
 
-void Session::append(std::span<const int64_t> ids) {
+void Session::check_token(int64_t id) const {
   const auto limit = static_cast<int64_t>(vocab_size());
-  for (const int64_t id : ids) {
-    if (id < 0 || id >= limit) {
-      throw std::invalid_argument("token id " + std::to_string(id) + " is outside the vocabulary, expected 0 to " +
-                                  std::to_string(limit - 1));
-    }
-  }
+  if (id >= 0 && id < limit) return;
+  throw std::invalid_argument("token id " + std::to_string(id) + " is outside the vocabulary, expected 0 to " +
+                              std::to_string(limit - 1));
+}
+
+void Session::append(std::span<const int64_t> ids) {
+  for (const int64_t id : ids) check_token(id);
   check_room(ids.size());
   if (ids.empty()) return;
   end_generation();
@@ -198,7 +199,7 @@ void Session::logits(size_t first, float* out, const Poll& poll) {
                                 " on: expected one of the pending tokens, " + std::to_string(computed()) + " to " +
                                 std::to_string(length_));
   }
-  prefill(first, out, poll);
+  prefill(pending(), first, out, poll);
 }
 
 void Session::rewind(size_t length) {
@@ -216,19 +217,33 @@ void Session::rewind(size_t length) {
   }
 }
 
-Snapshot Session::snapshot() {
+Snapshot Session::snapshot(size_t length) {
+  if (length > computed()) {
+    throw std::invalid_argument("a snapshot of " + std::to_string(length) + " tokens: only " +
+                                std::to_string(computed()) + " are computed");
+  }
   if (executor_->state().length() > length_) drop_draft();
-  const auto computed_tokens = tokens().first(computed());
-  return {{computed_tokens.begin(), computed_tokens.end()}, executor_->state().snapshot()};
+  if (!executor_->state().reaches(length)) length = 0;
+  const auto its_tokens = tokens().first(length);
+  return {{its_tokens.begin(), its_tokens.end()}, executor_->state().snapshot(length)};
 }
 
-void Session::restore(const Snapshot& snapshot) {
-  if (snapshot.tokens.size() > context_) {
-    throw std::invalid_argument("the snapshot has " + std::to_string(snapshot.tokens.size()) +
-                                " tokens, the context holds " + std::to_string(context_) + "; choose a larger context");
+size_t Session::snapshot_bytes(size_t length) const {
+  if (length > context_) {
+    throw std::invalid_argument("a snapshot of " + std::to_string(length) + " tokens: the context holds " +
+                                std::to_string(context_));
   }
-  executor_->state().restore(snapshot.state, snapshot.tokens.size());
-  tokens_.assign(snapshot.tokens.begin(), snapshot.tokens.end());
+  return executor_->state().snapshot_bytes(length);
+}
+
+void Session::restore(std::span<const int32_t> tokens, std::span<const std::byte> state) {
+  if (tokens.size() > context_) {
+    throw std::invalid_argument("the snapshot has " + std::to_string(tokens.size()) + " tokens, the context holds " +
+                                std::to_string(context_) + "; choose a larger context");
+  }
+  for (const int32_t id : tokens) check_token(id);
+  executor_->state().restore(state, tokens.size());
+  tokens_.assign(tokens.begin(), tokens.end());
   length_ = tokens_.size();
   logits_ = {};
   end_generation();
@@ -283,28 +298,28 @@ uint64_t Session::decode_step() {
   return stall;
 }
 
-// Computes all pending tokens in chunks; the rows of the next chunk are read while one is computed. The logits of
-// tokens[first] and all behind it go to `out`.
-void Session::prefill(size_t first, float* out, const Poll& poll) {
+// Computes the first `count` pending tokens in chunks; the rows of the next chunk are read while one is computed. The
+// logits of tokens[first] and all behind it go to `out`.
+void Session::prefill(size_t count, size_t first, float* out, const Poll& poll) {
   engine_->check_process();
   const Timer timer(stats_.prefill_ns);
   drop_draft();
   rows_ = {};
   generating_ = false;
-  const size_t end = length_;
+  const size_t end = computed() + count;
   const auto count_at = [this, end](size_t begin) { return std::min(executor_->chunk(), end - begin); };
   RowRequest rows;
   if (computed() < end) rows = request_rows(computed(), count_at(computed()));
   while (computed() < end) {
     const size_t begin = computed();
-    const size_t count = count_at(begin);
+    const size_t chunk = count_at(begin);
     RowRequest next;
-    if (begin + count < end) next = request_rows(begin + count, count_at(begin + count));
-    const bool wanted = begin + count > first;
+    if (begin + chunk < end) next = request_rows(begin + chunk, count_at(begin + chunk));
+    const bool wanted = begin + chunk > first;
     const size_t logits_from = first > begin ? first - begin : 0;
-    stats_.prefill_stall_ns += run(count, rows, logits_from, wanted ? out : nullptr);
-    stats_.prefill_tokens += count;
-    if (wanted) out += (count - logits_from) * vocab_size();
+    stats_.prefill_stall_ns += run(chunk, rows, logits_from, wanted ? out : nullptr);
+    stats_.prefill_tokens += chunk;
+    if (wanted) out += (chunk - logits_from) * vocab_size();
     rows = std::move(next);
     if (poll) poll();
   }

@@ -79,6 +79,12 @@ class Session {
   // Computes what next() chooses from, for a caller to whom the allowed tokens become known meanwhile; next() does it
   // where this was not called. Throws as next().
   void step(const Poll& poll = {});
+  // step() of distinct sessions at once: where each has one pending token and no drafter, those of an engine go through
+  // the stages together, whose weights are then read once for all; the others take their steps one after the other.
+  // Logits are those of single steps, to the bit where weights are packed. A session whose step fails with PackageError
+  // is left as it is: its next() tries again, and throws. The time of a shared step counts in the statistics of each.
+  // Throws what step() throws otherwise.
+  static void step_together(std::span<Session* const> sessions, const Poll& poll = {});
   // Of the token that next() returned last; null without SamplingOptions::logprobs or a generation.
   std::optional<Logprobs> logprobs() const { return sampler_ ? sampler_->logprobs() : std::nullopt; }
   FinishReason finish_reason() const { return finish_reason_; }
@@ -86,7 +92,9 @@ class Session {
   // Number of tokens that are not computed yet.
   size_t pending() const { return length_ - computed(); }
   // Computes the pending tokens.
-  void compute(const Poll& poll = {}) { prefill(length_, nullptr, poll); }
+  void compute(const Poll& poll = {}) { compute(length_, poll); }
+  // The first `most` of them, or all if there are fewer.
+  void compute(size_t most, const Poll& poll = {}) { prefill(std::min(most, pending()), length_, nullptr, poll); }
   // The same, and writes the logits of tokens[first] and all behind it, float32 [tokens().size() - first, vocab_size].
   // Throws std::invalid_argument unless tokens[first] is pending, or first is tokens().size(): then there are none.
   void logits(size_t first, float* out, const Poll& poll = {});
@@ -94,11 +102,18 @@ class Session {
   // Keeps the first `length` tokens; where the state does not reach back to there (SequenceState::truncate), more than
   // these are pending. Throws std::invalid_argument if there are fewer.
   void rewind(size_t length);
-  // A copy of the computed tokens and their state; pending ones are not part of it.
-  Snapshot snapshot();
-  // Becomes what `snapshot` holds, which a session of the same package, provider, KV type and, with Provider::qnn,
-  // context made; ends a running generation. Throws std::invalid_argument if it does not fit; then nothing changes.
-  void restore(const Snapshot& snapshot);
+  // A copy of the first `length` tokens, all of which are computed, and their state; of no token where the state does
+  // not reach back to there. Throws std::invalid_argument if fewer are computed.
+  Snapshot snapshot(size_t length);
+  // Of all computed tokens.
+  Snapshot snapshot() { return snapshot(computed()); }
+  // Bytes of the state in a snapshot of `length` tokens. Throws std::invalid_argument for more than the context holds.
+  size_t snapshot_bytes(size_t length) const;
+  // Becomes what a snapshot holds, which a session of the same package, provider, KV type and, with Provider::qnn,
+  // context made; ends a running generation. Throws std::invalid_argument if it does not fit, or a token is outside the
+  // vocabulary; then nothing changes.
+  void restore(std::span<const int32_t> tokens, std::span<const std::byte> state);
+  void restore(const Snapshot& snapshot) { restore(snapshot.tokens, snapshot.state); }
 
   // Appends `count` arbitrary tokens as if they had been computed: their keys and values are pseudo-random. For
   // measurements at a depth, whose text means nothing. Throws std::invalid_argument if they exceed the context or if
@@ -111,6 +126,7 @@ class Session {
   void reset_stats();
 
  private:
+  void check_token(int64_t id) const;
   void check_room(size_t count) const;
   size_t vocab_size() const { return engine_->manifest().architecture.vocab_size; }
   size_t computed() const { return std::min(executor_->state().length(), length_); }
@@ -123,7 +139,11 @@ class Session {
   uint64_t decode_step();
   int32_t sample(bool decoding, std::optional<TokenSet> allowed);
   void take(int32_t token);
-  void prefill(size_t first, float* out, const Poll& poll);
+  void prefill(size_t count, size_t first, float* out, const Poll& poll);
+  bool joins(const Engine& engine) const;
+  void step_or_leave(const Poll& poll);
+  static void run_batch(std::span<Session* const> sessions, const Poll& poll);
+  void take_step(const BatchMember& member, uint64_t ns);
   uint64_t run(size_t tokens, RowRequest& rows, size_t logits_from, float* out);
 
   const std::shared_ptr<const Engine> engine_;

@@ -44,6 +44,8 @@ class Backend {
   // For sequences of up to `context` tokens, in steps of up to `chunk` tokens, or fewer: Executor::chunk() tells.
   // Throws std::runtime_error without memory for the state, std::bad_alloc without memory for anything else.
   virtual std::unique_ptr<Executor> executor(size_t context, size_t chunk) const = 0;
+  // For steps of several sequences; null: it takes none.
+  virtual std::unique_ptr<BatchExecutor> batch_executor() const { return nullptr; }
   // What to use in place of a backend that fails at its first step; null: nothing.
   virtual std::shared_ptr<const Backend> fallback() const { return nullptr; }
 

@@ -68,23 +68,28 @@ void BlockKvCache::for_blocks(size_t length, Piece piece) const {
   }
 }
 
-size_t BlockKvCache::snapshot_bytes(size_t tokens) const {
+bool BlockKvCache::reaches(size_t length) const {
+  return std::all_of(layers_.begin(), layers_.end(),
+                     [length](const Layer& layer) { return layer.first <= layer.first_kept(length) * kBlock; });
+}
+
+size_t BlockKvCache::snapshot_bytes(size_t length) const {
   size_t bytes = 0;
   for (const Layer& layer : layers_) {
-    const size_t blocks = blocks_of(tokens) - layer.first_kept(tokens);
+    const size_t blocks = blocks_of(length) - layer.first_kept(length);
     bytes += blocks * layer.layout.kv_heads * layer.layout.block_bytes();
   }
   return bytes;
 }
 
-std::vector<std::byte> BlockKvCache::snapshot() const {
-  std::vector<std::byte> copy(snapshot_bytes(length_));
-  copy_to(copy.data());
+std::vector<std::byte> BlockKvCache::snapshot(size_t length) const {
+  std::vector<std::byte> copy(snapshot_bytes(length));
+  copy_to(copy.data(), length);
   return copy;
 }
 
-void BlockKvCache::copy_to(std::byte* snapshot) const {
-  for_blocks(length_,
+void BlockKvCache::copy_to(std::byte* snapshot, size_t length) const {
+  for_blocks(length,
              [&snapshot](const std::byte* block, size_t bytes) { snapshot = std::copy_n(block, bytes, snapshot); });
 }
 

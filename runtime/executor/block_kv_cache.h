@@ -26,12 +26,12 @@ class BlockKvCache final : public SequenceState {
   void append(size_t tokens) override { length_ += tokens; }
   // To 0 where a ring does not have any more what the next token sees.
   void truncate(size_t length) override;
+  bool reaches(size_t length) const override;
   // Of a ring, what the last token and the next one see.
-  std::vector<std::byte> snapshot() const override;
-  // Of a state of `tokens` tokens.
-  size_t snapshot_bytes(size_t tokens) const;
-  // Writes the snapshot to snapshot_bytes(length()) bytes.
-  void copy_to(std::byte* snapshot) const;
+  std::vector<std::byte> snapshot(size_t length) const override;
+  size_t snapshot_bytes(size_t length) const override;
+  // Writes the snapshot to snapshot_bytes(length) bytes.
+  void copy_to(std::byte* snapshot, size_t length) const;
   void restore(std::span<const std::byte> snapshot, size_t length) override;
   // A cache that several layers see is read by each.
   size_t bytes(size_t tokens) const override;
@@ -43,6 +43,10 @@ class BlockKvCache final : public SequenceState {
 
   // The whole cache of layer `index`, as uint8 [blocks, kv_heads, block bytes]; KvLayout has the order.
   Tensor tensor(const std::string& name, size_t index) const;
+  std::span<std::byte> memory(size_t index) const {
+    const Layer& layer = layers_[index_[index]];
+    return {at(layer, 0, 0), layer.blocks * layer.layout.kv_heads * layer.layout.block_bytes()};
+  }
 
  private:
   struct Layer {

@@ -123,10 +123,10 @@ size_t CompiledKvCache::token_elements() const {
   return elements;
 }
 
-std::vector<std::byte> CompiledKvCache::snapshot() const {
+std::vector<std::byte> CompiledKvCache::snapshot(size_t length) const {
   std::vector<std::byte> copy;
-  copy.reserve(2 * token_elements() * length_ * sizeof(uint16_t));
-  for_pieces(0, length_, [&copy](const uint16_t* data, size_t count) {
+  copy.reserve(snapshot_bytes(length));
+  for_pieces(0, length, [&copy](const uint16_t* data, size_t count) {
     const auto bytes = std::as_bytes(std::span(data, count));
     copy.insert(copy.end(), bytes.begin(), bytes.end());
   });
@@ -134,7 +134,7 @@ std::vector<std::byte> CompiledKvCache::snapshot() const {
 }
 
 void CompiledKvCache::restore(std::span<const std::byte> snapshot, size_t length) {
-  const size_t expected = 2 * token_elements() * length * sizeof(uint16_t);
+  const size_t expected = snapshot_bytes(length);
   if (length > context_ || snapshot.size() != expected) throw bad_snapshot(snapshot.size(), expected, length);
   size_t done = 0;
   for_pieces(0, length, [&](uint16_t* data, size_t count) {

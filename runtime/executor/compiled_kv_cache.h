@@ -32,7 +32,9 @@ class CompiledKvCache final : public SequenceState {
   void check_finite(size_t tokens, const std::filesystem::path& package) const;
   void append(size_t tokens) override;
   void truncate(size_t length) override { length_ = length; }
-  std::vector<std::byte> snapshot() const override;
+  bool reaches(size_t) const override { return true; }
+  std::vector<std::byte> snapshot(size_t length) const override;
+  size_t snapshot_bytes(size_t length) const override { return 2 * token_elements() * length * sizeof(uint16_t); }
   void restore(std::span<const std::byte> snapshot, size_t length) override;
   // A step reads all of the cache, whatever is in it.
   size_t bytes(size_t) const override { return readers_bytes_; }

@@ -14,6 +14,7 @@ class DynamicBackend final : public Backend {
   DynamicBackend(const Manifest& manifest, KvType kv_type, const GraphLoader& load);
 
   std::unique_ptr<Executor> executor(size_t context, size_t chunk) const override;
+  std::unique_ptr<BatchExecutor> batch_executor() const override;  // in dynamic_batch.cc
 
   const std::vector<Stage>& stages() const { return stages_; }
   // Names of the float32 [1, T, hidden] tensors that pass from stage to stage.

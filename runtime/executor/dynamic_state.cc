@@ -43,16 +43,19 @@ void DynamicState::truncate(size_t length) {
   length_ = kv_cache_.length();
 }
 
-std::vector<std::byte> DynamicState::snapshot() const {
-  const size_t keys_and_values = kv_cache_.snapshot_bytes(length_);
-  std::vector<std::byte> copy(keys_and_values + convolutions_.bytes(length_));
-  kv_cache_.copy_to(copy.data());
-  convolutions_.copy_to(copy.data() + keys_and_values, length_);
+size_t DynamicState::snapshot_bytes(size_t length) const {
+  return kv_cache_.snapshot_bytes(length) + convolutions_.bytes(length);
+}
+
+std::vector<std::byte> DynamicState::snapshot(size_t length) const {
+  std::vector<std::byte> copy(snapshot_bytes(length));
+  kv_cache_.copy_to(copy.data(), length);
+  convolutions_.copy_to(copy.data() + kv_cache_.snapshot_bytes(length), length);
   return copy;
 }
 
 void DynamicState::restore(std::span<const std::byte> snapshot, size_t length) {
-  const size_t expected = kv_cache_.snapshot_bytes(length) + convolutions_.bytes(length);
+  const size_t expected = snapshot_bytes(length);
   if (length > convolutions_.context() || snapshot.size() != expected) {
     throw bad_snapshot(snapshot.size(), expected, length);
   }

@@ -19,6 +19,7 @@ class ConvolutionCache {
 
   // uint8 [context, token_bytes].
   Tensor tensor(const std::string& name, size_t index) const;
+  std::span<std::byte> memory(size_t index) const { return {layer(index), token_bytes_ * context_}; }
 
  private:
   std::byte* layer(size_t index) const { return memory_.data() + index * token_bytes_ * context_; }
@@ -38,7 +39,9 @@ class DynamicState final : public SequenceState {
   void begin(size_t tokens) { kv_cache_.begin(tokens); }
   void append(size_t tokens) override;
   void truncate(size_t length) override;
-  std::vector<std::byte> snapshot() const override;
+  bool reaches(size_t length) const override { return kv_cache_.reaches(length); }
+  std::vector<std::byte> snapshot(size_t length) const override;
+  size_t snapshot_bytes(size_t length) const override;
   void restore(std::span<const std::byte> snapshot, size_t length) override;
   // Of keys and values: a convolution reads a few tokens, however many there are.
   size_t bytes(size_t tokens) const override { return kv_cache_.bytes(tokens); }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -11,12 +12,23 @@
 
 namespace meki {
 
+class Executor;
+
 // Some tokens that go through all stages at once, behind those in the state.
 struct Step {
   std::span<const int32_t> tokens;  // 1 to Executor::chunk() of them
   RowRequest* rows = nullptr;       // theirs, of Executor::width() tokens; null in a dense model
   size_t logits_from = 0;           // with `logits`: wanted of tokens[logits_from] and all behind it
   float* logits = nullptr;          // float32 [tokens.size() - logits_from, vocab_size]; null: of the last token alone
+};
+
+// The next token of one sequence, in a step that several sequences take together.
+struct BatchMember {
+  Executor* executor = nullptr;
+  int32_t token = 0;
+  RowRequest* rows = nullptr;  // of the token; null in a dense model
+  uint64_t stall = 0;          // nanoseconds that the step waited for them
+  bool computed = false;       // by the step: the state has the token, last_logits() are its
 };
 
 // How the tokens of one sequence go through the stages of a backend: the memory that these read and write, and the
@@ -38,6 +50,8 @@ class Executor {
   virtual uint64_t run(const Step& step) = 0;
   // Of the last token of the last step, float32 [vocab_size].
   std::span<const float> last_logits() const { return {logits_.as<float>(), logits_.size() / sizeof(float)}; }
+  // Takes those of a token that a BatchExecutor has computed.
+  void take_logits(std::span<const float> logits) { std::copy(logits.begin(), logits.end(), logits_.as<float>()); }
 
   virtual SequenceState& state() = 0;
   const SequenceState& state() const { return const_cast<Executor*>(this)->state(); }
@@ -53,6 +67,19 @@ class Executor {
 
  private:
   const size_t chunk_;
+};
+
+// Steps of several sequences, one token of each. For one thread at a time. Its backend outlives it.
+class BatchExecutor {
+ public:
+  static constexpr size_t kMost = 16;  // members of a step
+
+  virtual ~BatchExecutor() = default;
+  // Takes a step, of 1 to kMost sequences of the backend's executors. What fails for some of them, their rows or NaN
+  // among their logits, does not concern the others; where a stage fails, no member is computed. Why, a step of one's
+  // own tells: the states of those that are not computed are as before, but that they may reach less far back.
+  // Allocates nothing where steps of so many were taken before.
+  virtual void run(std::span<BatchMember> members) = 0;
 };
 
 }  // namespace meki

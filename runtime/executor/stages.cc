@@ -189,13 +189,14 @@ void BoundStages::bind(const StepShape& shape) {
   if (entries_.size() > capacity_) entries_.pop_back();
 }
 
-uint64_t BoundStages::run(const StepShape& shape, RowRequest* rows) {
+uint64_t BoundStages::run(const StepShape& shape, const std::function<uint64_t()>& wait_for_rows) {
   bind(shape);
   uint64_t stall = 0;
+  bool waited = wait_for_rows == nullptr;
   for (size_t index = 0; index < stages_.size(); ++index) {
-    if (rows != nullptr && stages_[index].rows) {
-      stall = rows->wait();
-      rows = nullptr;
+    if (!waited && stages_[index].rows) {
+      stall = wait_for_rows();
+      waited = true;
     }
     entries_.front().bindings[index]->run();
   }

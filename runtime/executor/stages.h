@@ -112,9 +112,14 @@ class BoundStages {
   BoundStages(const StageNames& names, const std::vector<Stage>& stages, size_t capacity, TensorOf tensor_of);
   // Binds the stages for steps of a shape, unless they are. Throws PackageError.
   void bind(const StepShape& shape);
-  // Runs all stages; waits for `rows`, if there are any, before the first that takes some, and returns the nanoseconds
-  // that took. Allocates nothing where the shape is bound. Throws PackageError.
-  uint64_t run(const StepShape& shape, RowRequest* rows);
+  // Runs all stages; calls wait_for_rows(), if it is not empty, before the first that takes some, and returns what that
+  // returned. Allocates nothing where the shape is bound. Throws PackageError.
+  uint64_t run(const StepShape& shape, const std::function<uint64_t()>& wait_for_rows);
+  // The same for the rows of one request, which may be null.
+  uint64_t run(const StepShape& shape, RowRequest* rows) {
+    if (rows == nullptr) return run(shape, std::function<uint64_t()>());
+    return run(shape, [rows] { return rows->wait(); });
+  }
 
  private:
   struct Entry {

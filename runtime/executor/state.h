@@ -22,9 +22,14 @@ class SequenceState {
   // length <= length().
   virtual void truncate(size_t length) = 0;
 
-  // A copy of all of it, for restore() of a state of the same model, context and type: of this backend or of another
-  // one with the same.
-  virtual std::vector<std::byte> snapshot() const = 0;
+  // Whether a snapshot of the first `length` tokens can be taken: what the last of them and the next one see is there.
+  // length <= length(); true for length() itself.
+  virtual bool reaches(size_t length) const = 0;
+  // A copy of what there is of the first `length` tokens, for restore() of a state of the same model, context and type:
+  // of this backend or of another one with the same. Only where reaches(length).
+  virtual std::vector<std::byte> snapshot(size_t length) const = 0;
+  // Bytes of a snapshot of `length` tokens.
+  virtual size_t snapshot_bytes(size_t length) const = 0;
   // Becomes what the snapshot of a state of `length` tokens was made of. Throws std::invalid_argument if the snapshot
   // does not have the size of such a state.
   virtual void restore(std::span<const std::byte> snapshot, size_t length) = 0;

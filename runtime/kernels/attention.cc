@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <span>
+#include <vector>
 
 #include "runtime/kernels/norm.h"
 #include "runtime/kernels/scratch.h"
@@ -110,28 +112,36 @@ struct Prepared {
   float* offsets;  // [kv_heads, rows, 2 * KeyOffsets::pairs()], of KeyOffsets::prepare
 };
 
+// The attention of one sequence.
 class Attention {
  public:
   Attention(const Simd& simd, const KvLayout& layout, const AttentionArgs& args)
-      : simd_(simd), layout_(layout), args_(args), partition_(layout, args) {
-    const size_t dim = layout.head_dim;
-    const size_t rows = layout.kv_heads * partition_.rows;
-    const size_t partials = partition_.split ? rows * partition_.range_count : 0;
-    const size_t codes = partition_.integer ? rows * dim : 0;
-    const size_t offsets = rows * 2 * pairs();
-    thread_local Scratch scratch;
-    scratch.begin(Scratch::bytes<float>(rows * dim) + Scratch::bytes<int8_t>(codes) + Scratch::bytes<float>(rows) +
-                  Scratch::bytes<int32_t>(rows * dim / 16) + Scratch::bytes<float>(offsets) +
-                  2 * Scratch::bytes<float>(partials) + Scratch::bytes<float>(partials * dim));
-    queries_ = {scratch.take<float>(rows * dim), scratch.take<int8_t>(codes), scratch.take<float>(rows),
-                scratch.take<int32_t>(rows * dim / 16), scratch.take<float>(offsets)};
-    partial_ = {scratch.take<float>(partials), scratch.take<float>(partials), scratch.take<float>(partials * dim)};
+      : simd_(simd), layout_(layout), args_(args), partition_(layout, args) {}
+
+  // What take() takes.
+  size_t scratch_bytes() const {
+    const Sizes size = sizes();
+    return Scratch::bytes<float>(size.values) + Scratch::bytes<int8_t>(size.codes) + Scratch::bytes<float>(size.rows) +
+           Scratch::bytes<int32_t>(size.sums) + Scratch::bytes<float>(size.offsets) +
+           2 * Scratch::bytes<float>(size.partials) + Scratch::bytes<float>(size.partials * layout_.head_dim);
+  }
+  void take(Scratch& scratch) {
+    const Sizes size = sizes();
+    queries_ = {scratch.take<float>(size.values), scratch.take<int8_t>(size.codes), scratch.take<float>(size.rows),
+                scratch.take<int32_t>(size.sums), scratch.take<float>(size.offsets)};
+    partial_ = {scratch.take<float>(size.partials), scratch.take<float>(size.partials),
+                scratch.take<float>(size.partials * layout_.head_dim)};
   }
 
   size_t pieces() const {
     return layout_.kv_heads * partition_.tiles * (partition_.split ? partition_.range_count : 1);
   }
   bool split() const { return partition_.split; }
+  // Bytes of the cache that all tokens together look at.
+  size_t work() const {
+    const size_t seen = args_.past + args_.tokens - first_seen(args_.past, args_.window);
+    return layout_.bytes(seen) * args_.tokens;
+  }
 
   // Appends one kv head's keys and values, and prepares the queries of its group.
   void prepare(size_t kv_head) const {
@@ -198,6 +208,25 @@ class Attention {
   }
 
  private:
+  struct Sizes {  // of memory, in elements
+    size_t rows;
+    size_t values;
+    size_t codes;
+    size_t sums;
+    size_t offsets;
+    size_t partials;
+  };
+  Sizes sizes() const {
+    const size_t rows = layout_.kv_heads * partition_.rows;
+    const size_t values = rows * layout_.head_dim;
+    return {.rows = rows,
+            .values = values,
+            .codes = partition_.integer ? values : 0,
+            .sums = values / 16,
+            .offsets = rows * 2 * pairs(),
+            .partials = partition_.split ? rows * partition_.range_count : 0};
+  }
+
   // `count` rows from `first` on over the blocks of one range that they see.
   void attend(size_t kv_head, size_t first, size_t count, size_t range, const Sums& out) const {
     const size_t dim = layout_.head_dim;
@@ -313,16 +342,39 @@ class Attention {
 
 }  // namespace
 
-void attention(const Simd& simd, const KvLayout& layout, const AttentionArgs& args, const Parallel& parallel) {
+void attention(const Simd& simd, const KvLayout& layout, std::span<const AttentionArgs> sequences,
+               const Parallel& parallel) {
   // What takes some microseconds is over before another thread has taken its share.
   constexpr size_t kSerialBytes = 64 << 10;
-  const size_t seen = args.past + args.tokens - first_seen(args.past, args.window);
-  const bool small = layout.bytes(seen) * args.tokens < kSerialBytes;
-  const Parallel threads = small ? Parallel{} : parallel;
-  const Attention work(simd, layout, args);
-  threads(layout.kv_heads, [&work](size_t kv_head) { work.prepare(kv_head); });
-  threads(work.pieces(), [&work](size_t index) { work.piece(index); });
-  if (work.split()) threads(layout.kv_heads, [&work](size_t kv_head) { work.combine(kv_head); });
+  thread_local Scratch scratch;
+  thread_local std::vector<Attention> all;  // keeps its memory
+  all.clear();
+  size_t bytes = 0;
+  size_t pieces = 0;
+  size_t work = 0;
+  bool split = false;
+  for (const AttentionArgs& args : sequences) {
+    const Attention& its = all.emplace_back(simd, layout, args);
+    bytes += its.scratch_bytes();
+    pieces += its.pieces();
+    work += its.work();
+    split |= its.split();
+  }
+  scratch.begin(bytes);
+  for (Attention& its : all) its.take(scratch);
+  const Parallel threads = work < kSerialBytes ? Parallel{} : parallel;
+  const std::span<const Attention> each = all;  // `all` is another one in another thread
+  const size_t heads = layout.kv_heads;
+  threads(each.size() * heads, [each, heads](size_t index) { each[index / heads].prepare(index % heads); });
+  threads(pieces, [each](size_t index) {
+    const Attention* its = each.data();
+    for (; index >= its->pieces(); ++its) index -= its->pieces();
+    its->piece(index);
+  });
+  if (!split) return;
+  threads(each.size() * heads, [each, heads](size_t index) {
+    if (each[index / heads].split()) each[index / heads].combine(index % heads);
+  });
 }
 
 }  // namespace meki

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstddef>
+#include <span>
 #include <vector>
 
 #include "runtime/base/parallel.h"
@@ -45,7 +46,7 @@ class KeyOffsets {
   std::vector<float> turns_;  // [head_dim / 2, 2, 64]: cos and sin of the first positions, by channel
 };
 
-// What one layer's attention computes on. Passive data.
+// What one layer's attention computes on, of one sequence. Passive data.
 struct AttentionArgs {
   size_t heads = 0;            // query heads, a multiple of the layout's kv_heads
   size_t tokens = 0;           // to compute
@@ -77,8 +78,14 @@ struct AttentionArgs {
 // (Flash-Decoding). They depend on positions alone: a token's result is the same to the bit whatever tokens are
 // computed beside it and by however many threads. A key or value is read once for all query heads of its group. Queries
 // and keys of an integer cache are rotated by an orthonormal Hadamard matrix over the largest power of two that divides
-// head_dim, which leaves their products as they are and spreads outliers before they are rounded. Thread-safe on
-// distinct caches. Throws std::bad_alloc.
-void attention(const Simd& simd, const KvLayout& layout, const AttentionArgs& args, const Parallel& parallel);
+// head_dim, which leaves their products as they are and spreads outliers before they are rounded. Of several sequences,
+// each with a cache of its own, the pieces of all are shared out together; the results are those of each alone.
+// Thread-safe on distinct caches. Throws std::bad_alloc.
+void attention(const Simd& simd, const KvLayout& layout, std::span<const AttentionArgs> sequences,
+               const Parallel& parallel);
+// Of one sequence.
+inline void attention(const Simd& simd, const KvLayout& layout, const AttentionArgs& args, const Parallel& parallel) {
+  attention(simd, layout, std::span(&args, 1), parallel);
+}
 
 }  // namespace meki

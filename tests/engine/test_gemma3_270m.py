@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from meki import Engine
 from meki.models.convert import main as convert
+from tests.python.random_schemas import outcome
 
 pytestmark = pytest.mark.slow
 
@@ -106,3 +107,9 @@ def test_perplexity_of_the_files_own_bits(stored: Engine, reference: Any, tokeni
     # Inputs of products in 8 bits, and an int8 cache: a KL divergence of 0.0075 nats, which is what the perplexity is
     # to rise by; measured +0.26% over the text in windows of 4,096 tokens, +0.67% here.
     assert abs(math.expm1((got - expected) / sum(len(piece) - 1 for piece in pieces))) < 0.012
+
+
+def test_structured_output(stored: Engine) -> None:
+    """Over a vocabulary of 262,144 tokens."""
+    ends = [outcome(stored, number, 100) for number in range(12)]
+    assert set(ends) <= {"eos", "length"} and ends.count("eos") >= 6, ends

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from meki import Engine
 from meki.models import convert
+from tests.python.random_schemas import outcome
 
 BASE = 151_643
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -112,3 +113,5 @@ def test_the_whole_vocabulary_through_a_package(qwen3: Path, tmp_path: Path) -> 
     result = engine.generate(text, max_new_tokens=8, seed=1)
     assert engine.random_weights and 0 < len(result.token_ids) <= 8
     assert engine.logits([151_679, 151_668]).shape == (2, 151_680)
+    ends = [outcome(engine, number, 300) for number in range(20)]
+    assert set(ends) <= {"eos", "length"} and ends.count("eos") >= 10, ends

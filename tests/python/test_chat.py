@@ -422,8 +422,9 @@ def test_threads_get_what_they_get_alone(chatting: Engine) -> None:
 def test_the_kept_session_goes_with_the_engine(chat_package: Path) -> None:
     engine = Engine(chat_package, threads=1)
     engine.chat([QUESTION], **GREEDY)
-    assert engine._idle is not None
-    gone = weakref.ref(engine), weakref.ref(engine._idle[1])
+    assert engine._pool is not None
+    gone = weakref.ref(engine), *map(weakref.ref, engine._pool[1]._idle)
+    assert len(gone) == 2
     gc.disable()
     try:
         del engine

@@ -272,7 +272,7 @@ def test_the_bytes_of_every_token(kind: str) -> None:
         if token_id in vocabulary.special_tokens.values():
             assert data.decode() in vocabulary.special_tokens
         elif token_id not in vocabulary.bytes and BROKEN not in text:
-            assert data.decode().lstrip(" ") == text.lstrip(" ")
+            assert data.decode().lstrip(" ") == text.removeprefix("##").lstrip(" ")  # ## in a first word alone
     assert vocabulary.token_bytes(size + 5) == b""
     if vocabulary.bytes:
         assert {vocabulary.token_bytes(token_id)[0] for token_id in vocabulary.bytes} == set(range(256))

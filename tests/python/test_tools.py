@@ -189,9 +189,12 @@ def test_an_answer_that_begins_inside_thoughts(engine_with: Callable[[str], Engi
         messages = [QUESTION, {"role": "assistant", "content": begun}]
         request = engine.requests.chat(messages, continue_final_message=True)
         assert request.answer is not None and request.answer.thinks_first is thinks
-    # What a schema holds is no thought.
-    result = engine.chat([QUESTION], json_schema={"enum": ["yes", "no"]})
-    assert result.message == {"role": "assistant", "content": result.text}
+    # What a schema or a pattern holds is no thought, unless that ends thoughts.
+    for held in ({"json_schema": {"enum": ["yes", "no"]}}, {"regex": "yes|no"}):
+        result = engine.chat([QUESTION], **held)
+        assert result.message == {"role": "assistant", "content": result.text}
+    result = engine.chat([QUESTION], regex="(a|b)</think>(yes|no)")
+    assert result.message is not None and result.message["reasoning_content"] + "</think>" == result.text[:9]
 
 
 def test_without_tools_there_are_no_calls(engine_with: Callable[[str], Engine]) -> None:

@@ -16,10 +16,12 @@ from ..engine import Draft, Engine, Session
 from ..generation import GenerationResult, TextStream, TokenLogprobs, TopLogprob
 from ..options import DEFAULT_MAX_NEW_TOKENS, MOST_LOGPROBS, PENALTIES, SAMPLING, GenerationOptions
 from ..prompt import no_chat_template
+from ..requests import Request
 from .arguments import Parser, add_engine_options, engine_options, json_object, path, text_file, text_of, token_ids
 from .errors import note, report, run_command
 from .interactive import Conversation, converse
 from .output import RANDOM_WEIGHTS, SIMULATED, print_stats, print_stream
+from .prompt_cache import PromptCache
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,6 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     add = add_engine_options(parser)
     add("--context", type=int, default=0, metavar="N", help="capacity in tokens (default: the model's, at most 4096)")
     add(
+        "--prompt-cache",
+        type=path,
+        metavar="DIR",
+        help="keep what is computed of prompts in this directory, and begin with what is there of this one",
+    )
+    add(
         "--provider",
         choices=("cpu", "qnn"),
         default="cpu",
@@ -184,19 +192,24 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
     begun = engine.tokenizer.decode(prompt) if isinstance(prompt, list) else prompt
     begun = arguments.assistant if arguments.chat else begun
 
-    def begin() -> Session | Conversation:
-        session = engine.session(
+    def warn(text: str) -> None:
+        report(program, "note", text)
+
+    def make_session() -> Session:
+        return engine.session(
             context=arguments.context,
             prefetch=not arguments.no_prefetch,
             draft=draft,
             draft_tokens=arguments.draft_tokens,
         )
+
+    def begin() -> Session | Conversation:
         if not arguments.chat:
-            return session
+            return make_session()
         return Conversation(
-            session,
+            make_session(),
             arguments.system,
-            lambda text: report(program, "note", text),
+            warn,
             answer=arguments.assistant,
             chat_template_kwargs=arguments.chat_template_kwargs,
         )
@@ -214,7 +227,31 @@ def _run(arguments: argparse.Namespace, program: str) -> None:
     if prompt is None:
         converse(begin, options, show, program)
         return
+    if arguments.prompt_cache is not None:
+        cache = PromptCache(arguments.prompt_cache, warn)
+        request = _request(engine, arguments, prompt, options)
+        session = make_session()
+        cache.load(session, request.token_ids)
+        stream = session.run(request)
+        show(stream)
+        cache.save(session, len(request.token_ids), stream.result.stats.cached_tokens)
+        return
     show(begin().stream(cast(str, prompt), **options))  # token ids: of a session alone, as _read_prompt sees to
+
+
+def _request(
+    engine: Engine, arguments: argparse.Namespace, prompt: str | list[int], options: GenerationOptions
+) -> Request:
+    """What a session is to become, whatever it has already."""
+    if not arguments.chat:
+        return engine.requests.text(prompt, first=True, whole=True, **options)
+    turns = (("system", arguments.system), ("user", prompt), ("assistant", arguments.assistant))
+    return engine.requests.chat(
+        [{"role": role, "content": text} for role, text in turns if text is not None],
+        chat_template_kwargs=arguments.chat_template_kwargs,
+        continue_final_message=arguments.assistant is not None,
+        **options,
+    )
 
 
 def _read_prompt(arguments: argparse.Namespace) -> str | list[int] | None:
@@ -230,6 +267,8 @@ def _read_prompt(arguments: argparse.Namespace) -> str | list[int] | None:
         if arguments.chat or arguments.interactive:
             raise ValueError("--prompt-ids is a whole prompt; omit --chat and --interactive")
         return list(arguments.prompt_ids)
+    if arguments.prompt_cache is not None and arguments.interactive:
+        raise ValueError("--prompt-cache is for one prompt; omit --interactive, whose session keeps its turns anyway")
     source = "-" if arguments.text == "-" else arguments.file
     text = arguments.prompt if arguments.text is None else arguments.text
     if arguments.interactive:
@@ -243,7 +282,7 @@ def _read_prompt(arguments: argparse.Namespace) -> str | list[int] | None:
     if sys.stdin is None and source in (None, "-"):
         raise ValueError("no prompt: standard input is closed; give it as an argument or with --file")
     if source is None and sys.stdin.isatty():
-        if arguments.chat and not arguments.json:
+        if arguments.chat and not arguments.json and arguments.prompt_cache is None:
             return None
         raise ValueError("no prompt: give it as an argument, with --file or on standard input, or use --interactive")
     return _read("prompt", "--file", None if source in (None, "-") else path(source))

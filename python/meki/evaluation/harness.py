@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..engine import Engine
 from ..options import SAMPLING, GenerationOptions
-from ..session import common_prefix
+from ..prefix_cache import common_prefix
 from .perplexity import windows
 from .scorer import Scorer
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engine import Engine
-from ..session import common_prefix
+from ..prefix_cache import common_prefix
 
 _ROWS = 256
 """Rows of logits in memory at a time: those of a long text would take gigabytes."""

@@ -20,7 +20,7 @@ from .endpoint import Call, Endpoint
 from .errors import ApiError, error_body
 from .generation import Generation
 from .merge import merged
-from .openai import FINISH_REASONS, GenerationBody, new_id, usage
+from .openai import FINISH_REASONS, GenerationBody, new_id, timings, usage
 from .sse import EventStream, event
 from .state import Model
 
@@ -180,7 +180,8 @@ async def _chunks(
         yield event({**head, "choices": [choice]})
     if include_usage:
         results = [generation.result for generation in generations]
-        yield event({**head, "choices": [], "usage": usage(results, len(results))})
+        last = {"usage": usage(results, len(results)), "meki": [timings(result) for result in results]}
+        yield event({**head, "choices": [], **last})
     yield "data: [DONE]\n\n"
 
 

@@ -16,6 +16,16 @@ from .state import Model
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
 """OpenAI's words for those of GenerationResult."""
 
+TIMINGS = (
+    "time_to_first_token_s",
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+    "stall_us_p50",
+    "stall_us_p99",
+    "rom_requests",
+    "rom_hits",
+)
+
 
 class StreamOptions(Body):
     include_usage: bool | None = None
@@ -89,6 +99,11 @@ def usage(results: Sequence[GenerationResult], choices: int = 1) -> dict[str, An
         "total_tokens": prompt_tokens + new_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(stats.cached_tokens for stats in prompts)},
     }
+
+
+def timings(result: GenerationResult) -> dict[str, Any]:
+    """What OpenAI's API does not tell: of one generation, the members of GenerationStats about time and the memory."""
+    return {name: getattr(result.stats, name) for name in TIMINGS}
 
 
 def _first(*values: float | None) -> float:

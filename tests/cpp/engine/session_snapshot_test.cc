@@ -46,7 +46,24 @@ void check_snapshots(const Model& model) {
   broken = snapshot;
   broken.tokens.resize(1000);
   check_names(error_of<std::invalid_argument>([&] { session.restore(broken); }), "1000");
+  broken = snapshot;
+  broken.tokens[1] = static_cast<int32_t>(FakeModel::kVocab);
+  check_names(error_of<std::invalid_argument>([&] { session.restore(broken); }), "outside the vocabulary");
   CHECK(tokens_of(session) == concat(sequence, {20}));
+
+  for (size_t length = 0; length <= sequence.size(); ++length) {  // of earlier tokens: as if it had ended there
+    const Snapshot part = fork.snapshot(length);
+    CHECK(part.state.size() == fork.snapshot_bytes(length));
+    Session other(model.engine, {});
+    other.restore(part);
+    CHECK(tokens_of(other) == Ids(sequence.begin(), sequence.begin() + static_cast<std::ptrdiff_t>(length)));
+    other.append(Ids{20});
+    const Ids longer = tokens_of(other);
+    CHECK(pending_logits(other) == expected_logits(model, longer, length));
+  }
+  const size_t more = fork.tokens().size() - fork.pending() + 1;
+  check_names(error_of<std::invalid_argument>([&] { fork.snapshot(more); }), std::to_string(more));
+  CHECK_THROWS_AS(fork.snapshot_bytes(fork.context() + 1), std::invalid_argument);
 
   const Snapshot empty = Session(model.engine, {}).snapshot();
   CHECK(empty.tokens.empty());

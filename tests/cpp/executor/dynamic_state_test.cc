@@ -87,7 +87,7 @@ TEST_CASE("dynamic state: it grows, and goes back to any length with what it has
   for (const size_t length : {73, 64, 5, 0}) {
     state.state.truncate(length);
     CHECK(state.state.length() == length);
-    CHECK(state.state.snapshot().size() == snapshot_bytes(2, length));
+    CHECK(state.state.snapshot(length).size() == snapshot_bytes(2, length));
   }
   CHECK(state.content() == content);
   state.state.append_noise(20);
@@ -101,7 +101,7 @@ TEST_CASE("dynamic state: a snapshot brings its tokens into another state, and n
       CAPTURE(length);
       State from(convolutions, 2);
       from.state.append(length);
-      const std::vector<std::byte> snapshot = from.state.snapshot();
+      const std::vector<std::byte> snapshot = from.state.snapshot(length);
       CHECK(snapshot.size() == snapshot_bytes(convolutions, length));
       State to(convolutions, 3);
       const State before(convolutions, 3);
@@ -120,7 +120,7 @@ TEST_CASE("dynamic state: a snapshot brings its tokens into another state, and n
         CHECK(same(to.convolution(layer).first(used), from.convolution(layer).first(used)));
         CHECK(same(to.convolution(layer).subspan(used), before.convolution(layer).subspan(used)));
       }
-      CHECK(to.state.snapshot() == snapshot);
+      CHECK(to.state.snapshot(length) == snapshot);
     }
   }
 }
@@ -279,22 +279,39 @@ TEST_CASE("KV cache: a snapshot of a ring has what the next token sees, for a ri
     CAPTURE(length);
     Ring from;
     from.grow(length);
-    const std::vector<std::byte> snapshot = from.cache.snapshot();
+    const std::vector<std::byte> snapshot = from.cache.snapshot(length);
     CHECK(snapshot.size() == from.cache.snapshot_bytes(length));
     Ring to;
     to.grow(1234);
     to.cache.restore(snapshot, length);
     CHECK(to.cache.length() == length);
     CHECK(to.sees_window());
-    CHECK(to.cache.snapshot() == snapshot);
+    CHECK(to.cache.snapshot(length) == snapshot);
     BlockKvCache wider(KvType::int8, kMixed, kLong, 300);
     wider.restore(snapshot, length);
-    CHECK(wider.snapshot() == snapshot);
+    CHECK(wider.snapshot(length) == snapshot);
     if (length > 200) {  // what came before is not in the snapshot
       to.cache.truncate(length - 200);
       CHECK(to.cache.length() == 0);
     }
   }
+}
+
+TEST_CASE("KV cache: a snapshot of earlier tokens has what the next one sees, as far back as the ring reaches") {
+  Ring from;
+  from.grow(5001);
+  for (size_t length = 5001 - BlockKvCache::kSlack; length <= 5001; length += 64) {
+    CAPTURE(length);
+    CHECK(from.cache.reaches(length));
+    Ring to;
+    to.cache.restore(from.cache.snapshot(length), length);
+    CHECK(to.cache.length() == length);
+    CHECK(to.sees_window());
+    to.cache.truncate(length - 1);
+    CHECK(to.cache.length() == length - 1);
+  }
+  CHECK_FALSE(from.cache.reaches(2000));
+  CHECK_FALSE(from.cache.reaches(0));
 }
 
 TEST_CASE("KV cache: after a snapshot the last token can be computed again, whatever the length") {
@@ -303,7 +320,7 @@ TEST_CASE("KV cache: after a snapshot the last token can be computed again, what
     Ring from;
     from.grow(length);
     Ring to;
-    to.cache.restore(from.cache.snapshot(), length);
+    to.cache.restore(from.cache.snapshot(length), length);
     to.cache.truncate(length - 1);
     CHECK(to.cache.length() == length - 1);
     CHECK(to.sees_window());

@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "runtime/executor/dynamic.h"
+#include "runtime/graph/batch.h"
 #include "runtime/kernels/kv_cache.h"
 #include "runtime/rows/open_rows.h"
 
@@ -94,11 +95,38 @@ class FakeBinding final : public Binding {
     if (fault_ != nullptr && fault_->countdown > 0 && --fault_->countdown == 0) throw std::runtime_error("fake fault");
     const int64_t total = *total_;
     if (fault_ != nullptr && fault_->on_run) fault_->on_run(tokens_, total);
-    const int64_t start = total - tokens_;
+    const BatchedStep* const batch = BatchedStep::current;
+    if (batch == nullptr) {
+      run_tokens(0, tokens_, total - tokens_);
+      return;
+    }
+    require(total == tokens_ && batch->pasts.size() == static_cast<size_t>(tokens_), "another number of sequences");
+    const std::vector<Cache> caches = caches_;
+    uint32_t* const seen = seen_;
+    for (size_t t = 0; t < batch->pasts.size(); ++t) {  // in turns, as the only sequence there is
+      for (size_t i = 0; i < caches.size(); ++i) {
+        const std::span<std::byte> memory = batch->of(reinterpret_cast<std::byte*>(caches[i].data))[t];
+        caches_[i].data = reinterpret_cast<float*>(memory.data());
+        capacity_ = static_cast<int64_t>(memory.size() / (kHeads * 2 * kHeadDim * sizeof(float)));
+      }
+      if (seen != nullptr) {
+        const std::span<std::byte> memory = batch->of(reinterpret_cast<std::byte*>(seen))[t];
+        seen_ = reinterpret_cast<uint32_t*>(memory.data());
+        seen_capacity_ = static_cast<int64_t>(memory.size() / (kHidden * sizeof(uint32_t)));
+      }
+      run_tokens(static_cast<int64_t>(t), 1, static_cast<int64_t>(batch->pasts[t]));
+    }
+    caches_ = caches;
+    seen_ = seen;
+  }
+
+  // Tokens from `first` on, which are the positions from `start` on of a sequence.
+  void run_tokens(int64_t first, int64_t count, int64_t start) {
+    const int64_t total = start + count;
     require(start >= 0 && total <= capacity_, "a step beyond the cache");
     require(seen_ == nullptr || total <= seen_capacity_, "a step beyond the convolution's cache");
-    for (int64_t t = 0; t < tokens_; ++t) {
-      const uint32_t input = input_of(t);
+    for (int64_t t = 0; t < count; ++t) {
+      const uint32_t input = input_of(first + t);
       for (const Cache& cache : caches_) {
         for (uint32_t head = 0; head < kHeads; ++head) {
           for (uint32_t i = 0; i < kHeadDim; ++i) {
@@ -110,13 +138,15 @@ class FakeBinding final : public Binding {
       }
       for (uint32_t i = 0; seen_ != nullptr && i < kHidden; ++i) seen_[(start + t) * kHidden + i] = mix(input, i);
       for (uint32_t i = 0; hidden_out_ != nullptr && i < kHidden; ++i) {
-        hidden_out_[t * kHidden + i] = number(mix(prefix(start + t), i));
+        hidden_out_[(first + t) * kHidden + i] = number(mix(prefix(start + t), i));
       }
     }
     const bool nan = fault_ != nullptr && fault_->nan;
     for (int64_t row = 0; logits_ != nullptr && row < logit_rows_; ++row) {
       require(logit_index_[row] >= 0 && logit_index_[row] < tokens_, "logit_index outside the step");
-      const uint32_t state = prefix(start + logit_index_[row]);
+      const int64_t t = logit_index_[row] - first;
+      if (t < 0 || t >= count) continue;
+      const uint32_t state = prefix(start + t);
       for (uint32_t token = 0; token < FakeModel::kVocab; ++token) {
         logits_[row * FakeModel::kVocab + token] = nan ? std::numeric_limits<float>::quiet_NaN() : logit(state, token);
       }

@@ -533,5 +533,34 @@ TEST_CASE("attention: allocates nothing after the first call" * doctest::skip(!t
   }
 }
 
+TEST_CASE("attention: of several sequences at once it is that of each, to the bit") {
+  Random random(77);
+  for (const KvType type : kKvTypes) {
+    for (const size_t window : {size_t{0}, size_t{90}}) {
+      std::vector<Sequence> alone;
+      std::vector<size_t> lengths = {1, 64, 900, 65, 3000, 200};  // with the step's own token
+      for (const size_t length : lengths) {
+        alone.emplace_back(
+            Shape{.kv_heads = 3, .group = 3, .head_dim = 32, .past = length - 1, .tokens = 1, .window = window}, type,
+            random);
+        alone.back().run(simd(), 0, length - 1, 512, {});
+      }
+      std::vector<Sequence> together = alone;
+      const size_t row = alone.front().shape.heads() * alone.front().shape.head_dim;
+      std::vector<float> out(lengths.size() * row, kNaN);
+      std::vector<AttentionArgs> all;
+      for (size_t i = 0; i < lengths.size(); ++i)
+        all.push_back(together[i].args(lengths[i] - 1, 1, out.data() + i * row));
+      Threads threads(3);
+      attention(simd(), together.front().layout, all, threads.parallel());
+      for (size_t i = 0; i < lengths.size(); ++i) {
+        const std::vector<float> expected = alone[i].run(simd(), lengths[i] - 1, lengths[i], 1, {});
+        CHECK(std::equal(expected.begin(), expected.end(), out.data() + i * row));
+        CHECK(together[i].cache == alone[i].cache);
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace meki

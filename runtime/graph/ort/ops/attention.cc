@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "runtime/graph/ort/ops/kernel.h"
+#include "runtime/graph/ort/ops/sequences.h"
 #include "runtime/kernels/scratch.h"
 
 namespace meki::ops {
@@ -50,13 +51,14 @@ class Rotary {
   const float* cos() const { return cos_; }
   const float* sin() const { return sin_; }
 
+  // What lines() takes at most of a scratch for so many tokens, of as many sequences perhaps.
+  size_t scratch_bytes(size_t tokens) const { return tables_ ? 0 : 2 * tokens * Scratch::bytes<float>(half_); }
   // cos and sin of `tokens` tokens from `position` on, [tokens, head_dim / 2]; in `scratch` unless they are in tables.
   std::array<const float*, 2> lines(size_t position, size_t tokens, Scratch& scratch) const {
     if (tables_) {
       require(position + tokens <= positions_, "the sequence is longer than the rotary tables");
       return {cos_ + position * half_, sin_ + position * half_};
     }
-    scratch.begin(2 * Scratch::bytes<float>(tokens * half_));
     auto* const cos = scratch.take<float>(tokens * half_);
     auto* const sin = scratch.take<float>(tokens * half_);
     std::fill_n(cos, tokens * half_, 1.0F);
@@ -128,45 +130,46 @@ class AttentionKernel final : public Kernel {
             shared_ ? "qkv is not [1, tokens, heads * head_dim]"
                     : "qkv is not [1, tokens, (heads + 2 * kv_heads) * head_dim]");
     const auto tokens = static_cast<size_t>(qkv.sizes[1]);
-    require(call.input_shape(2).elements() == 1, "total_sequence_length is not one integer");
-    const int32_t total = *call.input<int32_t>(2);
-    require(total >= 0 && static_cast<size_t>(total) >= tokens, "the sequence is shorter than this step");
-    const auto length = static_cast<size_t>(total);
     const Shape blocks = call.input_shape(1);
     require(blocks.rank == 3 && static_cast<size_t>(blocks.sizes[1]) == kv_heads_ &&
                 static_cast<size_t>(blocks.sizes[2]) == layout_.block_bytes(),
             "the KV cache has other heads or another head_dim");
-    const auto cache_blocks = static_cast<size_t>(blocks.sizes[0]);
-    require(cache_blocks % KvLayout::kRun == 0, "the KV cache is not of whole runs of blocks");
-    const size_t past = length - tokens;
-    // All blocks from the first that is seen to the last that is written.
-    const size_t first = first_seen(past, window_);
-    require((length + KvLayout::kBlock - 1) / KvLayout::kBlock - first / KvLayout::kBlock <= cache_blocks,
-            "the sequence is longer than the KV cache, or the window is another than the manifest's");
-    const auto* const cache = call.input<std::byte>(1);
-    require(shared_ || call.output<std::byte>(1, blocks) == cache, "past and present are not the same memory");
+    const auto* const x = call.input<float>(0);
+    auto* const out = call.output<float>(0, {{1, qkv.sizes[1], static_cast<int64_t>(heads_ * head_dim)}, 3});
     thread_local Scratch scratch;
-    const auto [cos, sin] = rotary_.lines(past, tokens, scratch);
-    const AttentionArgs args{
-        .heads = heads_,
-        .tokens = tokens,
-        .past = past,
-        .shared = shared_,
-        .qkv = call.input<float>(0),
-        .cos = cos,
-        .sin = sin,
-        .q_norm_weight = q_norm_weight_,
-        .k_norm_weight = k_norm_weight_,
-        .value_norm = value_norm_,
-        .epsilon = epsilon_,
-        .scale = scale_,
-        .offsets = offsets_ ? &*offsets_ : nullptr,
-        .window = window_,
-        .cache = const_cast<std::byte*>(cache),  // written unless it is shared
-        .cache_blocks = cache_blocks,
-        .out = call.output<float>(0, {{1, qkv.sizes[1], static_cast<int64_t>(heads_ * head_dim)}, 3}),
-    };
-    attention(simd(), layout_, args, call.parallel());
+    thread_local std::vector<AttentionArgs> sequences;  // keeps its memory
+    scratch.begin(rotary_.scratch_bytes(tokens));
+    sequences.clear();
+    each_sequence(call, tokens, 1, shared_ ? kNoOutput : 1, 2, [&](const SequencePart& part) {
+      const size_t cache_blocks = part.state.size() / (kv_heads_ * layout_.block_bytes());
+      require(cache_blocks % KvLayout::kRun == 0, "the KV cache is not of whole runs of blocks");
+      // All blocks from the first that is seen to the last that is written.
+      const size_t first = first_seen(part.past, window_);
+      const size_t length = part.past + part.tokens;
+      require((length + KvLayout::kBlock - 1) / KvLayout::kBlock - first / KvLayout::kBlock <= cache_blocks,
+              "the sequence is longer than the KV cache, or the window is another than the manifest's");
+      const auto [cos, sin] = rotary_.lines(part.past, part.tokens, scratch);
+      sequences.push_back({
+          .heads = heads_,
+          .tokens = part.tokens,
+          .past = part.past,
+          .shared = shared_,
+          .qkv = x + part.first * width,
+          .cos = cos,
+          .sin = sin,
+          .q_norm_weight = q_norm_weight_,
+          .k_norm_weight = k_norm_weight_,
+          .value_norm = value_norm_,
+          .epsilon = epsilon_,
+          .scale = scale_,
+          .offsets = offsets_ ? &*offsets_ : nullptr,
+          .window = window_,
+          .cache = part.state.data(),
+          .cache_blocks = cache_blocks,
+          .out = out + part.first * heads_ * head_dim,
+      });
+    });
+    attention(simd(), layout_, sequences, call.parallel());
   }
 
  private:

@@ -3,6 +3,7 @@
 #include "runtime/kernels/convolution.h"
 
 #include "runtime/graph/ort/ops/kernel.h"
+#include "runtime/graph/ort/ops/sequences.h"
 
 namespace meki::ops {
 namespace {
@@ -30,21 +31,22 @@ class ConvolutionKernel final : public Kernel {
     const Shape x = call.input_shape(0);
     require(x.rank == 3 && x.sizes[0] == 1 && static_cast<size_t>(x.last()) == args_.channels,
             "x is not [1, tokens, channels]");
-    require(call.input_shape(2).elements() == 1, "total_sequence_length is not one integer");
-    const int32_t total = *call.input<int32_t>(2);
-    require(total >= x.sizes[1], "the sequence is shorter than this step");
     const Shape cache = call.input_shape(1);
-    require(cache.rank == 2 && static_cast<size_t>(cache.last()) == args_.channels * convolution_bytes(args_.kv_type),
+    const size_t token_bytes = args_.channels * convolution_bytes(args_.kv_type);
+    require(cache.rank == 2 && static_cast<size_t>(cache.last()) == token_bytes,
             "the cache is not [positions, bytes of the channels]");
-    require(total <= cache.sizes[0], "the sequence is longer than the cache");
-    ConvolutionArgs args = args_;
-    args.tokens = static_cast<size_t>(x.sizes[1]);
-    args.past = static_cast<size_t>(total) - args.tokens;
-    args.x = call.input<float>(0);
-    args.cache = call.output<std::byte>(1, cache);
-    require(args.cache == call.input<std::byte>(1), "past and present are not the same memory");
-    args.out = call.output<float>(0, x);
-    convolve(args, call.parallel());
+    const auto* const in = call.input<float>(0);
+    auto* const out = call.output<float>(0, x);
+    each_sequence(call, static_cast<size_t>(x.sizes[1]), 1, 1, 2, [&](const SequencePart& part) {
+      require((part.past + part.tokens) * token_bytes <= part.state.size(), "the sequence is longer than the cache");
+      ConvolutionArgs args = args_;
+      args.tokens = part.tokens;
+      args.past = part.past;
+      args.x = in + part.first * args_.channels;
+      args.cache = part.state.data();
+      args.out = out + part.first * args_.channels;
+      convolve(args, call.parallel());
+    });
   }
 
  private:
