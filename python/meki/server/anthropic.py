@@ -193,8 +193,7 @@ class CountBody(Body):
         options = ChatOptions()
         if self.tools:
             options["tools"] = [{"type": "function", "function": tool.function()} for tool in self.tools]
-        last = messages[-1]
-        if last["role"] == "assistant" and "tool_calls" not in last:
+        if messages and messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
             options["continue_final_message"] = True
         if self.tool_choice and self.tool_choice.type == "none":
             options["tool_choice"] = "none"

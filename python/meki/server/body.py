@@ -122,7 +122,7 @@ def _param(wrong: ErrorDetails, value: Any) -> str:
     """The place of an error as `messages[0].content`. What pydantic puts between, the kinds that a value might have, is
     left out; a kind may be called as a member is."""
     text, place = "", wrong["loc"]
-    for step, following in zip(place, (*place[1:], None), strict=True):
+    for step, following in zip(place, (*place, None)[1:], strict=True):
         if isinstance(step, int):
             if isinstance(value, list) and step < len(value):
                 text, value = f"{text}[{step}]", value[step]

@@ -290,6 +290,7 @@ def test_what_agents_send(served: Running) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "text alone"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages[0]"),
         ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": []}]}, "at least one message"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 5}]}, "the type custom"),
         ({"tool_choice": {"type": "tool", "name": "clock"}}, "needs a tool"),
         ({"thinking": {"type": "sometimes"}}, "thinking.type"),

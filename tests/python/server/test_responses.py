@@ -226,7 +226,7 @@ def test_an_agent_calls_a_tool_and_answers(served: Running, streamed: bool) -> N
                 name="Meteorologist",
                 instructions="Tell the weather.",
                 model=OpenAIResponsesModel("meki-tiny", client),
-                model_settings=ModelSettings(tool_choice="required", temperature=0, max_tokens=100, store=False),
+                model_settings=ModelSettings(tool_choice="weather", temperature=0, max_tokens=100, store=False),
                 tools=[weather],
                 output_type=Weather,
             )
