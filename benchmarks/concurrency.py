@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from queue import SimpleQueue
 from statistics import median
 
@@ -47,7 +48,7 @@ def speed(times: Sequence[Sequence[float]]) -> Speed:
     """times: of each generation the seconds at which its pieces came, at least two each."""
     begin, end = max(its[0] for its in times), min(its[-1] for its in times)
     count = sum(begin < moment <= end for its in times for moment in its)
-    gaps = sorted(1000 * (after - before) for its in times for before, after in zip(its, its[1:], strict=False))
+    gaps = sorted(1000 * (after - before) for its in times for before, after in pairwise(its))
     tokens_per_s = count / (end - begin) if count else 0.0
     return Speed(tokens_per_s, median(gaps), gaps[min(len(gaps) - 1, int(0.95 * len(gaps)))])
 

@@ -148,7 +148,10 @@ def test_an_error_of_one_is_its_own(tmp_path: Path, tiny: Engine) -> None:
     """The bundle of a token that one of them says is damaged."""
     prompts = PROMPTS[:4]
     alone = [tiny.generate(prompt, max_new_tokens=16, temperature=0) for prompt in prompts]
-    said = [set(its.token_ids) | set(tiny.requests.prompts.encode(p, first=True)) for p, its in zip(prompts, alone)]
+    said = [
+        set(its.token_ids) | set(tiny.requests.prompts.encode(p, first=True))
+        for p, its in zip(prompts, alone, strict=True)
+    ]
     bad, victim = next(
         (token, index)
         for index, its in enumerate(alone)
