@@ -95,6 +95,10 @@ class ChatTemplate:
             raise self._broken(f"fails on these messages: {error}") from error
         return self._cut(text) if continue_final_message else text
 
+    def knows(self, variable: str) -> bool:
+        """Whether it has such a variable, to be set with `chat_template_kwargs`."""
+        return variable in self._names
+
     def _check_kwargs(self, kwargs: Mapping[str, Any] | None) -> Mapping[str, Any]:
         if kwargs is None:
             return {}

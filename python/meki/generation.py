@@ -21,8 +21,8 @@ class GenerationStats:
     prompt_tokens: int
     """Tokens of this prompt, with those that start a sequence; of a chat, the whole conversation."""
     cached_tokens: int
-    """Prompt tokens that were not computed because their keys and values were there: what a conversation, or any request
-    of an AsyncEngine, has in common with what was computed before. 0 for a prompt that is appended."""
+    """Prompt tokens that were not computed because their keys and values were there: what a conversation, or any
+    request of an AsyncEngine, has in common with what was computed before. 0 for a prompt that is appended."""
     new_tokens: int
     seed: int
     time_to_first_token_s: float | None
@@ -84,6 +84,8 @@ class GenerationResult:
     finish_reason: str | None
     """"eos", "length" (max_new_tokens), "context" (the KV cache is full), "stop" (a stop string, or one of
     stop_token_ids), or None: not over."""
+    stop: str | None
+    """The stop string that ended the text; None: another reason."""
     stats: GenerationStats
     message: dict[str, Any] | None
     """In a chat the text as a message of OpenAI's API, to be appended to the conversation: {"role": "assistant",
@@ -248,7 +250,9 @@ class TextStream(Iterator[str]):
         text = "".join(self._pieces)
         message = None if self._answer is None else answer_message(text, self._answer)
         logprobs = None if self._logprobs is None else list(self._logprobs)
-        return GenerationResult(text, list(self._token_ids), finish_reason, stats, message, logprobs)
+        return GenerationResult(
+            text, list(self._token_ids), finish_reason, self._stop.completed, stats, message, logprobs
+        )
 
 
 def step_together(streams: Sequence[TextStream]) -> None:

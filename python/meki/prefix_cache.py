@@ -67,10 +67,10 @@ class PrefixCache:
     """Snapshots of sessions, those that were used last, in a budget of memory. Thread-safe."""
 
     def __init__(self, most_bytes: int, window: int = 0) -> None:
-        """most_bytes: of all snapshots together. window: positions that the layer sees which sees fewest; 0: all layers
-        see all."""
+        """most_bytes: of all snapshots together."""
         self._most_bytes = most_bytes
-        self._window = window
+        self.window = window
+        """Positions that the layer sees which sees fewest; 0: all layers see all."""
         self._lock = threading.Lock()
         self._kept: list[Kept] = []  # the last used at the end
         self._size = 0
@@ -120,7 +120,7 @@ class PrefixCache:
     def _reused(self, kept: Kept, shared: int) -> int:
         """How many of the first `shared` tokens are computed in a session that takes it and goes back to there. Of a
         window, a snapshot has what its last token sees."""
-        within = not self._window or kept.length <= self._window or shared >= kept.length - 1
+        within = not self.window or kept.length <= self.window or shared >= kept.length - 1
         return shared if within else 0
 
     def _free(self, size: int) -> None:

@@ -19,6 +19,9 @@ from .text import Vocabulary
 if TYPE_CHECKING:
     from .chat import ChatTemplate
 
+LONG_TEXT = 10_000
+"""Characters, which take some 50 ms."""
+
 
 class PromptEncoder:
     """The tokenizer and the chat template of a package. Immutable and thread-safe."""
@@ -143,7 +146,13 @@ class PromptEncoder:
         except UnicodeEncodeError as error:
             raise ValueError(f"the prompt is not valid Unicode: {error}; give text that UTF-8 can hold") from error
         with _guarded(self._directory):
-            ids: list[int] = (tokenizer or self.tokenizer).encode(text, add_special_tokens=add_special_tokens).ids
+            encoder = tokenizer or self.tokenizer
+            # Of these two only the latter lets other threads run meanwhile; it has threads of its own.
+            if len(text) < LONG_TEXT:
+                encoding = encoder.encode(text, add_special_tokens=add_special_tokens)
+            else:
+                (encoding,) = encoder.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            ids: list[int] = encoding.ids
         return ids
 
 

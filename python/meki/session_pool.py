@@ -58,7 +58,8 @@ class SessionPool:
                 if kept is not None and kept_tokens == best:
                     snapshot = self._cache.take(kept, best)
                 else:
-                    snapshot = self._copy(next(its for its in begun if its.shared == best))
+                    source = next(its.session for its in begun if its.shared == best)
+                    snapshot = self._copy(source, best, common=True)
             if chosen is None:
                 self._count += 1
             else:
@@ -101,20 +102,22 @@ class SessionPool:
     def _save(self, its: _Begun) -> None:
         if self._lost(its) < WORTH:
             return
-        size = its.session.snapshot_bytes(packed_length(its.sequence)) + len(its.sequence)
-        if self._cache.make_room(size):
-            with contextlib.suppress(MemoryError):  # then it is lost
-                self._cache.put(Kept(its.sequence, its.session.snapshot(), common=False))
+        whole = packed_length(its.sequence)
+        # A snapshot of a window is of use at its end alone: better that of a prompt, which comes again as it is.
+        lengths = [min(its.session.prompt_length, whole), whole] if self._cache.window else [whole]
+        for length in lengths:
+            if self._cache.make_room(its.session.snapshot_bytes(length)) and self._copy(its.session, length):
+                return
 
-    def _copy(self, its: _Begun) -> _core.Snapshot | None:
-        """The shared beginning, which is kept for others that begin so; None: without memory for it, or where its state
-        is overwritten already."""
-        sequence = pack(its.session.tokens[: its.shared])
-        self._cache.make_room(its.session.snapshot_bytes(its.shared) + len(sequence))
+    def _copy(self, session: Session, length: int, *, common: bool = False) -> _core.Snapshot | None:
+        """The first `length` tokens, which the cache keeps, too; None: without memory for them, or where their state is
+        overwritten already."""
+        sequence = pack(session.tokens[:length])
+        self._cache.make_room(session.snapshot_bytes(length) + len(sequence))
         with contextlib.suppress(MemoryError):
-            snapshot = its.session.snapshot(its.shared)
+            snapshot = session.snapshot(length)
             if snapshot.tokens:
-                self._cache.put(Kept(sequence, snapshot, common=True))
+                self._cache.put(Kept(sequence, snapshot, common))
                 return snapshot
         return None
 

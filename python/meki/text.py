@@ -207,7 +207,10 @@ class StopStrings:
         if marks:
             pattern = re.compile("|".join(map(re.escape, marks)))
             self._stops += [pattern.sub(lambda match: marks[match[0]], stop) for stop in stops]
+        self._given = list(stops)
         self._held = ""
+        self.completed: str | None = None
+        """The stop string that ended the text, as it was given; None: none yet."""
 
     def mark(self, token_id: int) -> str:
         """What stands in a text for this token, if it is special and part of a stop string."""
@@ -217,10 +220,16 @@ class StopStrings:
         """The text that is now certain, and whether a stop string was completed. What may be the beginning of a stop
         string is held back."""
         text = self._held + piece
-        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        found = [
+            (start + len(stop), start, index)
+            for index, stop in enumerate(self._stops)
+            if (start := text.find(stop)) >= 0
+        ]
         if found:
+            _, start, index = min(found)
             self._held = ""
-            return self._without_marks(text[: min(found)[1]]), True
+            self.completed = self._given[index % len(self._given)]  # behind those given come the same with marks
+            return self._without_marks(text[:start]), True
         longest = max((len(stop) - 1 for stop in self._stops), default=0)
         # The leftmost suffix that a stop string could begin with; any later one lies inside it.
         first = max(0, len(text) - longest)

@@ -132,6 +132,35 @@ def test_a_ring_holds_what_is_seen_and_a_rewind_beyond_it_computes_again(
     close(other.logits(), exact(IDS + IDS[:30])[1800:])
 
 
+def test_a_file_of_a_ring_goes_on_from_every_length(tokenizer_spec: TokenizerSpec, tmp_path: Path) -> None:
+    _, ours = gemma4()
+    engine = Engine(export(ours, tokenizer_spec, tmp_path / "package"), kv_type="float32")
+    its = engine.session()
+    its.logits(IDS)
+    its.save(tmp_path / "file")
+    loaded = engine.session()
+    for length in (len(IDS), len(IDS) - 1, len(IDS) - 40, 1000, 20, 0):
+        loaded.load(tmp_path / "file")
+        loaded.rewind(length)
+        other = engine.session()
+        other.logits([*IDS[:length], 7])
+        close(loaded.logits([7, 8])[1:], other.logits([8]))
+
+
+def test_conversations_with_rings_alternate(tokenizer_spec: TokenizerSpec, tmp_path: Path) -> None:
+    """A copy serves a conversation that goes on; where it is left before its end, all is computed."""
+    _, ours = gemma4()
+    spec = dataclasses.replace(tokenizer_spec, chat_template=TEMPLATE, special_tokens={"bos_token": ""})
+    engine = Engine(export(ours, spec, tmp_path / "package"), kv_type="float32")
+    options: Any = {"max_new_tokens": 8, "ignore_eos": True}
+    first, second = ([{"role": "user", "content": f"{word} " * 40}] for word in ("ship", "cat"))
+    turn = [{"role": "assistant", "content": "thoughts<channel|>The cat."}, {"role": "user", "content": "And?"}]
+    for messages, cached in ((first, False), (second, False), (first, True), (second, True), (first + turn, True)):
+        got = engine.chat(messages, **options)
+        assert got.token_ids == engine.session().chat(messages, **options).token_ids
+        assert (got.stats.cached_tokens > 30) == cached
+
+
 TEMPLATE = """{{ bos_token }}{% for message in messages -%}
 <|turn>{{ "model" if message.role == "assistant" else message.role }}
 {{ message.content.split("<channel|>")[-1] }}<turn|>

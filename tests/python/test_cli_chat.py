@@ -121,7 +121,7 @@ def test_json(chat_package: Path, chat_engine: Engine, capsys) -> None:
     assert run(chat_package, "--json", MESSAGE) == 0
     out = json.loads(capsys.readouterr().out)
     expected = chat_engine.session().chat([user(MESSAGE)], **OPTIONS)
-    assert set(out) == {"model", "text", "token_ids", "finish_reason", "stats", "message", "random_weights"}
+    assert set(out) == {"model", "text", "token_ids", "finish_reason", "stop", "stats", "message", "random_weights"}
     assert (out["text"], out["token_ids"], out["message"]) == (expected.text, expected.token_ids, expected.message)
     assert (out["stats"]["prompt_tokens"], out["stats"]["cached_tokens"]) == (expected.stats.prompt_tokens, 0)
 

@@ -129,7 +129,7 @@ def test_json(package: Path, engine: Engine, text: str, capsys) -> None:
     assert run(package, *FIXED, "--json", PROMPT) == 0
     out = json.loads(capsys.readouterr().out)
     expected = engine.generate(PROMPT, seed=7, max_new_tokens=12)
-    assert set(out) == {"model", "text", "token_ids", "finish_reason", "stats", "random_weights"}
+    assert set(out) == {"model", "text", "token_ids", "finish_reason", "stop", "stats", "random_weights"}
     assert (out["model"], out["text"], out["token_ids"]) == (engine.name, text, expected.token_ids)
     assert (out["finish_reason"], out["random_weights"]) == (expected.finish_reason, True)
     assert out["stats"]["seed"] == 7

@@ -57,7 +57,7 @@ def test_a_first_space_is_part_of_text_and_stop_strings(say: Callable[..., Gener
     assert say(["<s>", "▁the"], "▁a", "b").text == " ab"
     assert say(["<s>", "▁the", "</s>"], "▁a", "b").text == " ab"  # as after the control tokens of a chat
     result = say(["<s>", "▁the"], "▁a", "b", stop=" a")
-    assert (result.text, result.finish_reason, len(result.token_ids)) == ("", "stop", 1)
+    assert (result.text, result.finish_reason, result.stop, len(result.token_ids)) == ("", "stop", " a", 1)
     assert say(["<s>"], "▁a", "b", stop=" a").text == "ab"  # no space begins a text
 
 
@@ -73,7 +73,7 @@ def test_a_special_token_is_a_stop_string(say: Callable[..., GenerationResult]) 
 def test_stop_token_ids(say: Callable[..., GenerationResult]) -> None:
     said = ("▁a", "<0xC3>", "<0xA9>", "e", "h")
     result = say(["▁the"], *said, stop_tokens=["b", "e"])
-    assert (result.text, result.finish_reason, len(result.token_ids)) == (" aé", "stop", 4)
+    assert (result.text, result.finish_reason, result.stop, len(result.token_ids)) == (" aé", "stop", None, 4)
     result = say(["▁the"], *said, stop_tokens=["e"], stop="éx")  # what was held back for the stop string
     assert (result.text, result.finish_reason) == (" aé", "stop")
 

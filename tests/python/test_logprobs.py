@@ -121,21 +121,18 @@ def test_an_async_stream_tells_them_with_its_pieces(plain: Engine) -> None:
     asyncio.run(main())
 
 
-def naive_greedy(engine: Engine, count: int, **options: Any) -> list[int]:
-    """As docs/python.md words the options."""
-    sequence, made = list(engine.tokenizer.encode(PROMPT).ids), []
-    for _ in range(count):
-        logits = engine.logits(sequence)[-1].astype(np.float64)
-        repetition = options.get("repetition_penalty", 1.0)
-        for token_id in set(sequence):
-            logits[token_id] *= repetition if logits[token_id] < 0 else 1 / repetition
-        for token_id, times in Counter(made).items():
-            logits[token_id] -= options.get("presence_penalty", 0) + options.get("frequency_penalty", 0) * times
-        for token_id, bias in options.get("logit_bias", {}).items():
-            logits[token_id] += bias
-        made.append(int(logits.argmax()))
-        sequence.append(made[-1])
-    return made
+def naive_logits(engine: Engine, made: list[int], **options: Any) -> np.ndarray:
+    """float64 [vocab_size], behind the prompt and what is made: as docs/python.md words the options."""
+    sequence = [*engine.tokenizer.encode(PROMPT).ids, *made]
+    logits = engine.logits(sequence)[-1].astype(np.float64)
+    repetition = options.get("repetition_penalty", 1.0)
+    for token_id in set(sequence):
+        logits[token_id] *= repetition if logits[token_id] < 0 else 1 / repetition
+    for token_id, times in Counter(made).items():
+        logits[token_id] -= options.get("presence_penalty", 0) + options.get("frequency_penalty", 0) * times
+    for token_id, bias in options.get("logit_bias", {}).items():
+        logits[token_id] += bias
+    return logits
 
 
 numbers = st.floats(-2, 2)
@@ -155,27 +152,11 @@ numbers = st.floats(-2, 2)
 )
 def test_penalties_and_biases_are_those_of_a_naive_loop(plain: Engine, options: dict[str, Any]) -> None:
     result = plain.generate(PROMPT, temperature=0, max_new_tokens=10, ignore_eos=True, logprobs=2, **options)
-    expected = naive_greedy(plain, 10, **options)
-    if result.token_ids != expected:  # at a near tie, which rounding may decide otherwise
-        at = next(i for i in range(10) if result.token_ids[i] != expected[i])
-        adjusted = naive_margin(plain, expected[:at], result.token_ids[at], expected[at], **options)
-        assert adjusted < 1e-4
-
-
-def naive_margin(engine: Engine, made: list[int], one: int, other: int, **options: Any) -> float:
-    """How far the two are from each other after these tokens."""
-    sequence = engine.tokenizer.encode(PROMPT).ids
-    logits = engine.logits(sequence + made)[-1].astype(np.float64)
-
-    def adjusted(token_id: int) -> float:
-        value, repetition = float(logits[token_id]), options.get("repetition_penalty", 1.0)
-        if token_id in sequence + made:
-            value *= repetition if value < 0 else 1 / repetition
-        times = made.count(token_id)
-        value -= (options.get("presence_penalty", 0) if times else 0) + options.get("frequency_penalty", 0) * times
-        return value + float(options.get("logit_bias", {}).get(token_id, 0))
-
-    return abs(adjusted(one) - adjusted(other))
+    assert len(result.token_ids) == 10
+    for at, token_id in enumerate(result.token_ids):
+        logits = naive_logits(plain, result.token_ids[:at], **options)
+        # The greatest, or nearly: the engine adds in float32, where 1e-5 is the place of 100, and see TOLERANCE.
+        assert logits[token_id] >= logits.max() - TOLERANCE
 
 
 def test_tokens_of_the_prompt_are_not_penalised(plain: Engine) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meki.prompt import PromptEncoder, tokenizer_errors
+from meki.prompt import LONG_TEXT, PromptEncoder, tokenizer_errors
 
 from .tokenizers_of_kinds import EXACT, KINDS, SPECIAL
 
@@ -60,6 +60,15 @@ def test_a_first_prompt_is_what_the_tokenizer_makes_of_it(encoder_of: Make) -> N
     for kind in KINDS:
         encoder = encoder_of(kind)
         assert encoder.encode("the a", first=True) == encoder.tokenizer.encode("the a").ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_text_is_encoded_as_any_other(encoder_of: Make, kind: str) -> None:
+    """Which happens in another way, so that other threads can run meanwhile."""
+    encoder, text = encoder_of(kind), "the ab é." * (LONG_TEXT // 8)
+    for special in (False, True):
+        expected = encoder.tokenizer.encode(text, add_special_tokens=special).ids
+        assert encoder.encode_text(text, special=special) == expected
 
 
 def test_nothing_is_copied_where_nothing_is_put_in_front(encoder_of: Make) -> None:

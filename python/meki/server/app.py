@@ -9,7 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from . import chat_completions, completions, models, tokens
+from . import anthropic, chat_completions, completions, models, page, responses, tokens
 from .endpoint import Call, Endpoint
 from .errors import ApiError, error_response
 from .metrics import RequestCounter
@@ -31,11 +31,14 @@ async def description(call: Call, _: None) -> Response:
 ENDPOINTS = [
     *chat_completions.ENDPOINTS,
     *completions.ENDPOINTS,
+    *responses.ENDPOINTS,
+    *anthropic.ENDPOINTS,
     *models.ENDPOINTS,
     *tokens.ENDPOINTS,
     Endpoint("GET", "/metrics", metrics),
     Endpoint("GET", "/openapi.json", description),
 ]
+"""Of the APIs; those of the page are its own business."""
 
 
 def make_app(server: Server) -> Starlette:
@@ -51,7 +54,7 @@ def make_app(server: Server) -> Starlette:
             2, Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
         )
     return Starlette(
-        routes=[endpoint.route(server) for endpoint in ENDPOINTS],
+        routes=[endpoint.route(server) for endpoint in (*ENDPOINTS, *page.ENDPOINTS)],
         middleware=middleware,
         exception_handlers={HTTPException: _no_route},
     )

@@ -6,7 +6,8 @@ import asyncio
 import json
 from typing import Any, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.types import Receive, Scope
 
 from .errors import ApiError
@@ -17,6 +18,33 @@ class Body(BaseModel):
     """What a caller sends. A member that is not declared is an error, and so is a text where a number belongs."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+def of_type(*known: str, default: str | None = None, why: str) -> BeforeValidator:
+    """Refuses an object whose "type" is not known, and says why, before its members are looked at. default: the type of
+    an object that has none."""
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        kind = value.get("type")
+        if kind is None and default is not None:
+            return {**value, "type": default}
+        if kind not in known:
+            raise ValueError(f"the type {str(kind)[:100]!r} cannot be used here: {why}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def absent(why: str) -> BeforeValidator:
+    """Of a member that may be there, but only as null."""
+
+    def check(value: Any) -> None:
+        if value is not None:
+            raise ValueError(why)
+
+    return BeforeValidator(check)
 
 
 B = TypeVar("B", bound=BaseModel)
@@ -75,10 +103,12 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _refusal(error: ValidationError, value: Any) -> ApiError:
-    """Of several errors, the first that concerns an unknown member, or else the first."""
+    """Of several errors, the first that concerns an unknown member, or else the one deepest inside: where there are
+    several kinds of value, that is of the kind that was meant."""
     errors = error.errors(include_url=False, include_input=False, include_context=False)
-    wrong = next((wrong for wrong in errors if wrong["type"] == "extra_forbidden"), errors[0])
-    kind, param = wrong["type"], _param(wrong["loc"], value)
+    wrong = next((wrong for wrong in errors if wrong["type"] == "extra_forbidden"), None)
+    wrong = wrong or max(errors, key=lambda wrong: (len(wrong["loc"]), not wrong["type"].endswith("_type")))
+    kind, param = wrong["type"], _param(wrong, value)
     if kind == "extra_forbidden":
         return ApiError(400, f"Unknown parameter: '{param}'.", code="unknown_parameter", param=param)
     if kind == "missing":
@@ -88,13 +118,16 @@ def _refusal(error: ValidationError, value: Any) -> ApiError:
     return ApiError(400, f"Invalid '{param}': {message}." if param else f"{message}.", code=code, param=param or None)
 
 
-def _param(place: tuple[str | int, ...], value: Any) -> str:
-    """A place as `messages[0].content`; what pydantic puts between, the kinds that a value might have, left out."""
-    text = ""
-    for at, step in enumerate(place):
+def _param(wrong: ErrorDetails, value: Any) -> str:
+    """The place of an error as `messages[0].content`. What pydantic puts between, the kinds that a value might have, is
+    left out; a kind may be called as a member is."""
+    text, place = "", wrong["loc"]
+    for step, following in zip(place, (*place[1:], None), strict=True):
         if isinstance(step, int):
             if isinstance(value, list) and step < len(value):
                 text, value = f"{text}[{step}]", value[step]
-        elif isinstance(value, dict) and (step in value or at == len(place) - 1):
-            text, value = f"{text}.{step}" if text else step, value.get(step)
+        elif isinstance(value, dict):
+            is_kind = not isinstance(value.get(step), dict | list) and following in value
+            if (step in value and not is_kind) or (wrong["type"] == "missing" and following is None):
+                text, value = f"{text}.{step}" if text else step, value.get(step)
     return text[:200]

@@ -20,7 +20,7 @@ from .endpoint import Call, Endpoint
 from .errors import ApiError, error_body
 from .generation import Generation
 from .merge import merged
-from .openai import FINISH_REASONS, GenerationBody, new_id, usage
+from .openai import FINISH_REASONS, GenerationBody, new_id, timings, usage
 from .sse import EventStream, event
 from .state import Model
 
@@ -113,7 +113,7 @@ class ChatBody(GenerationBody):
         options: ChatOptions = {**self.options(model, index), "max_new_tokens": most}
         must_call = self.tool_choice not in (None, "none", "auto")  # then there is no text to have a format
         if isinstance(self.response_format, AnyJson) and not must_call:
-            options["json_schema"] = True
+            options["json_schema"] = {"type": "object"}
         elif isinstance(self.response_format, JsonOfSchema) and not must_call:
             options["json_schema"] = self.response_format.json_schema.schema_ or True
         if self.tools:
@@ -180,7 +180,8 @@ async def _chunks(
         yield event({**head, "choices": [choice]})
     if include_usage:
         results = [generation.result for generation in generations]
-        yield event({**head, "choices": [], "usage": usage(results, len(results))})
+        last = {"usage": usage(results, len(results)), "meki": [timings(result) for result in results]}
+        yield event({**head, "choices": [], **last})
     yield "data: [DONE]\n\n"
 
 
@@ -188,11 +189,8 @@ async def _deltas(generation: Generation, most_calls: int | None) -> AsyncIterat
     """What the chunks of one choice add to its message, and at the end why it ends."""
     yield {"role": "assistant", "content": ""}, None
     calls = False
-    async for part in generation.events():
-        if isinstance(part, ToolCallStart | ToolCallArguments):
-            calls = True
-            if most_calls is not None and part.index >= most_calls:
-                continue
+    async for part in generation.events(most_calls):
+        calls = calls or isinstance(part, ToolCallStart)
         yield _delta(part), None
     yield {}, _finish_reason(generation.result, calls)
 

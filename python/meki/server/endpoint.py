@@ -47,13 +47,15 @@ class Call:
 
     async def start(self, model: Model, requests: Sequence[Request]) -> list[Generation]:
         """Starts generations, in the order of the requests. ApiError if they find no place in the queue."""
-        generations = []
-        for request in requests:
-            generation = Generation(self.server, model, request)
-            self._stack.push_async_callback(generation.close)
+        generations = [Generation(self.server, model, request) for request in requests]
+        self._stack.push_async_callback(_close, generations)
+        for generation in generations:
             await generation.start()
-            generations.append(generation)
         return generations
+
+
+async def _close(generations: Sequence[Generation]) -> None:
+    await asyncio.gather(*(generation.close() for generation in generations))
 
 
 @dataclass(frozen=True)

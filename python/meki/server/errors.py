@@ -40,10 +40,21 @@ class ApiError(Exception):
 def error_body(path: str, error: ApiError) -> dict[str, Any]:
     """An error as JSON. path: of the request, which tells the API."""
     if path.startswith("/v1/messages"):
-        kind = _ANTHROPIC.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-        return {"type": "error", "error": {"type": kind, "message": error.message}}
+        return anthropic_error(error)
     kind = _OPENAI.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def anthropic_error(error: ApiError) -> dict[str, Any]:
+    """In Anthropic's form and, for what is wrong with the members of a body, its words."""
+    kind = _ANTHROPIC.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    message = error.message
+    if error.param and error.code in _ANTHROPIC_WORDS:
+        place = error.param.replace("[", ".").replace("]", "")
+        message = f"{place}: {_ANTHROPIC_WORDS[error.code]}"
+    elif error.code == "context_length_exceeded":  # by these words programs know that they have to shorten it
+        message = f"prompt is too long: {message}"
+    return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 def error_response(path: str, error: ApiError) -> JSONResponse:
@@ -82,4 +93,8 @@ _ANTHROPIC = {
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
+}
+_ANTHROPIC_WORDS = {
+    "unknown_parameter": "Extra inputs are not permitted",
+    "missing_required_parameter": "Field required",
 }

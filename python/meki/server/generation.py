@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import AsyncIterator
 
-from ..answers import AnswerEvent, AnswerParser
+from ..answers import AnswerEvent, AnswerParser, ToolCallArguments, ToolCallStart
 from ..generation import GenerationResult
 from ..requests import Request
 from .errors import engine_errors
@@ -41,14 +42,19 @@ class Generation(AsyncIterator[str]):
             self._metrics.first_token.observe(time.monotonic() - self._start_s)
         return piece
 
-    async def events(self) -> AsyncIterator[AnswerEvent]:
-        """The parts of a chat's answer."""
+    async def events(self, most_calls: int | None = None) -> AsyncIterator[AnswerEvent]:
+        """The parts of a chat's answer. most_calls: tool calls from then on are left out; None: none are."""
         assert self._request.answer is not None
         parser = AnswerParser(self._request.answer)
+
+        def wanted(parts: list[AnswerEvent]) -> list[AnswerEvent]:
+            calls = ToolCallStart | ToolCallArguments
+            return [part for part in parts if not isinstance(part, calls) or part.index < (most_calls or sys.maxsize)]
+
         async for piece in self:
-            for part in parser.push(piece):
+            for part in wanted(parser.push(piece)):
                 yield part
-        for part in parser.finish():
+        for part in wanted(parser.finish()):
             yield part
 
     async def finish(self) -> GenerationResult:

@@ -16,6 +16,16 @@ from .state import Model
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
 """OpenAI's words for those of GenerationResult."""
 
+TIMINGS = (
+    "time_to_first_token_s",
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+    "stall_us_p50",
+    "stall_us_p99",
+    "rom_requests",
+    "rom_hits",
+)
+
 
 class StreamOptions(Body):
     include_usage: bool | None = None
@@ -52,11 +62,7 @@ class GenerationBody(Body):
 
     def options(self, model: Model, choice: int) -> GenerationOptions:
         """Of one generation. choice: of `n`, which must not be all the same where there is a seed."""
-        sampling = model.engine.manifest["sampling"]
-        options = GenerationOptions(
-            temperature=_first(self.temperature, sampling.get("temperature"), 1.0),
-            top_p=_first(self.top_p, sampling.get("top_p"), 1.0),
-        )
+        options = sampling(model, self.temperature, self.top_p)
         if self.top_k is not None:
             options["top_k"] = max(0, self.top_k)
         if self.min_p is not None:
@@ -68,6 +74,14 @@ class GenerationBody(Body):
         if stop := [self.stop] if isinstance(self.stop, str) else self.stop:
             options["stop"] = stop
         return options
+
+
+def sampling(model: Model, temperature: float | None, top_p: float | None) -> GenerationOptions:
+    """What a caller says comes first, then the package, then the APIs' own defaults."""
+    own = model.engine.manifest["sampling"]
+    return GenerationOptions(
+        temperature=_first(temperature, own.get("temperature"), 1.0), top_p=_first(top_p, own.get("top_p"), 1.0)
+    )
 
 
 def new_id(prefix: str) -> str:
@@ -85,6 +99,11 @@ def usage(results: Sequence[GenerationResult], choices: int = 1) -> dict[str, An
         "total_tokens": prompt_tokens + new_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(stats.cached_tokens for stats in prompts)},
     }
+
+
+def timings(result: GenerationResult) -> dict[str, Any]:
+    """What OpenAI's API does not tell: of one generation, the members of GenerationStats about time and the memory."""
+    return {name: getattr(result.stats, name) for name in TIMINGS}
 
 
 def _first(*values: float | None) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -12,8 +13,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from .errors import ApiError, error_response
 from .settings import Settings
 
-PUBLIC = frozenset({"/health"})
-"""Paths that need no key."""
+PUBLIC = re.compile(r"/|/health|/page/.*")
+"""Paths that need no key: the page itself asks for one."""
 
 
 class Guarded:
@@ -60,7 +61,7 @@ class KeyGuard(Guarded):
 
     def check(self, path: str, headers: Headers) -> None:
         key = self._settings.api_key
-        if key is None or path in PUBLIC:
+        if key is None or PUBLIC.fullmatch(path):
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")

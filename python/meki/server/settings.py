@@ -17,7 +17,7 @@ class Settings:
     """Names that a request may call this server by, besides `host`, localhost and any IP address."""
     cors_origins: tuple[str, ...] = ()
     """Origins, such as "https://example.org", whose pages may use the server in a browser."""
-    body_bytes: int = 8 << 20
+    body_bytes: int = 4 << 20
     """Of a request, at most."""
     choices: int = 16
     """Generations that one request may ask for: prompts times `n`."""

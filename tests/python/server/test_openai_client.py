@@ -118,7 +118,7 @@ def test_json(served: Running) -> None:
     assert json.loads(answer.choices[0].message.content or "") in ({"a": 1}, {"a": 2})
     assert answer.choices[0].finish_reason == "stop"
     answer = served.openai.chat.completions.create(**{**CHAT, "max_tokens": 1}, response_format={"type": "json_object"})
-    assert (answer.choices[0].message.content or "").lstrip()[:1] in ("", *'{["-0123456789tfn')
+    assert (answer.choices[0].message.content or "").lstrip()[:1] in ("", "{")
 
 
 def test_a_schema_that_cannot_be_used(served: Running) -> None:

@@ -1,0 +1,285 @@
+"""OpenAI's /v1/responses: what a request becomes, and its client on a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from agents import Agent, ModelSettings, OpenAIResponsesModel, RunConfig, Runner, function_tool
+from pydantic import BaseModel
+
+from meki import AsyncEngine, Engine
+from meki.server.responses import ResponsesBody
+from meki.server.settings import Settings
+from meki.server.state import Model, Server
+
+from .running import Running, Serve, running
+from .test_tools import PLACES, TOOLS
+
+ASKED: dict[str, Any] = {"model": "meki-tiny", "input": "How is the weather?", "temperature": 0}
+FUNCTIONS: list[Any] = [{"type": "function", "strict": True, **tool["function"]} for tool in TOOLS]
+CALLED: dict[str, Any] = {
+    **ASKED,
+    "tools": FUNCTIONS,
+    "tool_choice": {"type": "function", "name": "weather"},
+    "max_output_tokens": 80,
+}
+
+
+def messages(**body: Any) -> list[dict[str, Any]]:
+    return ResponsesBody.model_validate({"model": "m", **body}).messages()
+
+
+def test_messages_of_a_text() -> None:
+    assert messages(input="Hello") == [{"role": "user", "content": "Hello"}]
+    assert messages(input="Hello", instructions="Be short.") == [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Hello"},
+    ]
+
+
+def test_messages_of_items() -> None:
+    items = [
+        {"role": "developer", "content": "Be kind."},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hello."}]},
+        {
+            "role": "user",
+            "content": [{"type": "input_text", "text": "Weather"}, {"type": "input_text", "text": "now?"}],
+        },
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
+        {
+            "type": "message",
+            "id": "msg_1",
+            "status": "completed",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "I look.", "annotations": [], "logprobs": []}],
+        },
+        {
+            "type": "function_call",
+            "id": "fc_1",
+            "call_id": "call_1",
+            "name": "weather",
+            "arguments": '{"place": "Rome"}',
+        },
+        {"type": "function_call_output", "call_id": "call_1", "output": "Sunny."},
+        {"type": "function_call", "call_id": "call_2", "name": "clock", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "call_2", "output": [{"type": "input_text", "text": "Noon."}]},
+        {"type": "reasoning", "summary": [], "encrypted_content": None},
+    ]
+
+    def call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
+        return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+    assert messages(input=items, instructions="Be short.") == [
+        {"role": "system", "content": "Be short.\nBe kind."},
+        {"role": "user", "content": "Hello.\nWeather\nnow?"},
+        {
+            "role": "assistant",
+            "content": "I look.",
+            "reasoning_content": "Hm.",
+            "tool_calls": [call("call_1", "weather", '{"place": "Rome"}')],
+        },
+        {"role": "tool", "tool_call_id": "call_1", "name": "weather", "content": "Sunny."},
+        {"role": "assistant", "content": None, "tool_calls": [call("call_2", "clock", "{}")]},
+        {"role": "tool", "tool_call_id": "call_2", "name": "clock", "content": "Noon."},
+    ]
+
+
+def test_a_response(served: Running) -> None:
+    response = served.openai.responses.create(
+        **ASKED, instructions="Be short.", max_output_tokens=8, metadata={"a": "b"}, user="me"
+    )
+    expected = served.openai.chat.completions.create(
+        model="meki-tiny",
+        messages=[{"role": "system", "content": "Be short."}, {"role": "user", "content": ASKED["input"]}],
+        temperature=0,
+        max_tokens=8,
+    )
+    assert response.output_text == expected.choices[0].message.content
+    assert response.status == "incomplete" and response.incomplete_details is not None
+    assert response.incomplete_details.reason == "max_output_tokens"
+    assert response.usage is not None and expected.usage is not None
+    assert response.usage.input_tokens == expected.usage.prompt_tokens
+    assert response.usage.output_tokens == 8 and response.usage.total_tokens == response.usage.input_tokens + 8
+    assert (response.metadata, response.user, response.instructions) == ({"a": "b"}, "me", "Be short.")
+    assert (response.temperature, response.max_output_tokens, response.tool_choice) == (0, 8, "auto")
+    assert response.to_dict()["store"] is False
+
+
+def test_what_was_computed_before_is_cached(serve: Serve) -> None:
+    with serve(parallel=1) as served:
+        first, second = (served.openai.responses.create(**ASKED, max_output_tokens=4).usage for _ in range(2))
+    assert first is not None and second is not None
+    assert first.input_tokens_details.cached_tokens == 0
+    assert second.input_tokens_details.cached_tokens == second.input_tokens - 1
+
+
+def test_piece_by_piece(served: Running) -> None:
+    whole = served.openai.responses.create(**ASKED, max_output_tokens=12)
+    with served.openai.responses.stream(**ASKED, max_output_tokens=12) as stream:
+        events = list(stream)
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
+    assert events[0].type == "response.created" and events[-1].type == "response.incomplete"
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+
+    async def ask() -> str:
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+            text = ""
+            async for event in await client.responses.create(**ASKED, max_output_tokens=12, stream=True):
+                text += event.delta if event.type == "response.output_text.delta" else ""
+            assert (await client.responses.create(**ASKED, max_output_tokens=12)).output_text == text
+            return text
+
+    assert asyncio.run(ask()) == whole.output_text
+
+
+def test_a_call_and_its_result(served: Running) -> None:
+    response = served.openai.responses.create(**CALLED)
+    (call,) = response.output
+    assert call.type == "function_call" and call.name == "weather" and call.call_id.startswith("call_")
+    assert json.loads(call.arguments)["place"] in PLACES
+    assert response.status == call.status == "completed"
+    assert response.to_dict()["tools"][0]["parameters"] == FUNCTIONS[0]["parameters"]
+    with served.openai.responses.stream(**CALLED) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.function_call_arguments.delta"]
+        (streamed,) = stream.get_final_response().output
+    assert streamed.type == "function_call" and "".join(deltas) == streamed.arguments == call.arguments
+    items = [
+        {"role": "user", "content": ASKED["input"]},
+        call.to_dict(),
+        {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny."},
+    ]
+    answer = served.openai.responses.create(
+        **{**CALLED, "input": items, "tool_choice": "none", "max_output_tokens": 4}  # type: ignore[arg-type]
+    )
+    assert [item.type for item in answer.output] == ["message"]
+
+
+def test_one_call_if_one_is_wanted(served: Running) -> None:
+    most = 0
+    for _ in range(6):  # with some seeds the model writes several
+        asked = {**CALLED, "tool_choice": "required", "temperature": 1, "max_output_tokens": 120}
+        answer = served.openai.responses.create(**asked, parallel_tool_calls=False)
+        calls = [item for item in answer.output if item.type == "function_call"]
+        most = max(most, len(calls))
+    assert most == 1 and answer.parallel_tool_calls is False
+
+
+class Weather(BaseModel):
+    sunny: bool
+
+
+def test_text_of_a_schema(served: Running) -> None:
+    parsed = served.openai.responses.parse(**ASKED, text_format=Weather, max_output_tokens=60)
+    assert isinstance(parsed.output_parsed, Weather) and parsed.status == "completed"
+    answer = served.openai.responses.create(**ASKED, text={"format": {"type": "json_object"}}, max_output_tokens=200)
+    assert answer.status == "incomplete" or isinstance(json.loads(answer.output_text), dict)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_thoughts(tmp_path: Path, streamed: bool) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for message in messages %}{{ message.role + ': ' + message.content + '\\n' }}{% endfor %}"
+        "assistant: {% if enable_thinking %}<think>\n{% endif %}"
+    )
+    engine = Engine("meki-tiny", threads=1, chat_template=template)
+    runner = AsyncEngine(engine, parallel=1, context=engine.context)
+    with running(Server([Model("meki-tiny", runner, engine.context)], Settings())) as served:
+        for effort in ("low", "none", None):
+            asked = {**ASKED, "max_output_tokens": 8, "reasoning": {"effort": effort}}
+            if streamed:
+                with served.openai.responses.stream(**asked) as stream:
+                    last = list(stream)[-1]
+                    assert last.type == "response.incomplete"
+                    response = last.response
+            else:
+                response = served.openai.responses.create(**asked)
+            kinds = [item.type for item in response.output]
+            assert response.usage is not None
+            tokens = response.usage.output_tokens_details.reasoning_tokens
+            if effort == "low":
+                assert kinds == ["reasoning", "message"] and response.output_text == ""
+                assert 0 < tokens <= 8
+            else:
+                assert kinds == ["message"] and tokens == 0
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_agent_calls_a_tool_and_answers(served: Running, streamed: bool) -> None:
+    asked: list[bool] = []
+
+    # The tool is there once: this model would call it again and again.
+    @function_tool(is_enabled=lambda context, agent: not asked)
+    def weather(rain: bool) -> str:
+        """Whether there is weather."""
+        asked.append(rain)
+        return "There is."
+
+    async def run() -> object:
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+            agent = Agent(
+                name="Meteorologist",
+                instructions="Tell the weather.",
+                model=OpenAIResponsesModel("meki-tiny", client),
+                model_settings=ModelSettings(tool_choice="required", temperature=0, max_tokens=100, store=False),
+                tools=[weather],
+                output_type=Weather,
+            )
+            config = RunConfig(tracing_disabled=True)
+            if not streamed:
+                return (await Runner.run(agent, "How is it?", run_config=config, max_turns=3)).final_output
+            result = Runner.run_streamed(agent, "How is it?", run_config=config, max_turns=3)
+            async for _ in result.stream_events():
+                pass
+            return result.final_output
+
+    assert isinstance(asyncio.run(run()), Weather)
+    assert asked
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "param", "message"),
+    [
+        ({"model": "other"}, "model_not_found", "model", "does not exist"),
+        ({"previous_response_id": "resp_1"}, "invalid_value", "previous_response_id", "keeps no responses"),
+        ({"conversation": "conv_1"}, "invalid_value", "conversation", "keeps no responses"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "invalid_value", "input[0]", "keeps no items"),
+        ({"input": []}, "invalid_value", "input", "at least 1 item"),
+        ({"input": None}, "invalid_type", "input", "valid"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+            "invalid_value",
+            "input[0].content[0]",
+            "text alone",
+        ),
+        ({"input": [{"role": "user", "content": "x", "king": 1}]}, "unknown_parameter", "input[0].king", ""),
+        ({"input": [{"role": "king", "content": "x"}]}, "invalid_value", "input[0].role", "'user'"),
+        ({"tools": [{"type": "web_search", "filters": {}}]}, "invalid_value", "tools[0]", "give functions"),
+        ({"tool_choice": "required"}, "invalid_value", None, "needs a tool"),
+        ({"max_output_tokens": 0}, "invalid_value", "max_output_tokens", ""),
+        ({"truncation": "auto"}, "invalid_value", "truncation", "'disabled'"),
+        ({"background": True}, "invalid_value", "background", ""),
+        ({"include": ["message.output_text.logprobs"]}, "invalid_value", "include[0]", ""),
+        ({"king": 1}, "unknown_parameter", "king", ""),
+        ({"input": "long " * 600}, "context_length_exceeded", "input", "512"),
+        ({"text": {"format": {"type": "xml"}}}, "invalid_value", "text.format", ""),
+    ],
+)
+def test_errors(served: Running, change: dict[str, Any], code: str, param: str | None, message: str) -> None:
+    for stream in (False, True):
+        answer = served.post("/v1/responses", {**ASKED, **change, "stream": stream})
+        assert answer.status_code == (404 if code == "model_not_found" else 400)
+        error = answer.json()["error"]
+        assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", code, param)
+        assert message in error["message"]
+
+
+def test_a_client_that_leaves_ends_the_generation(served: Running) -> None:
+    with served.openai.responses.create(**ASKED, stream=True) as stream:
+        next(iter(stream))
+    served.wait_until_idle()
