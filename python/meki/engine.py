@@ -249,9 +249,9 @@ class Engine:
         context: int = 0,
         **options: Unpack[GenerationOptions],
     ) -> list[GenerationResult]:
-        """Continues each of several prompts as `generate` does, `parallel` at once, which takes less time than one after
-        the other: what goes on is computed together. The results come in the order of the prompts; the first error of
-        one of them is raised, and ends the others."""
+        """Continues each of several prompts as `generate` does, `parallel` at once, which are computed together: that
+        takes less time than one after the other. The results come in the order of the prompts; the first error of one
+        of them is raised, and ends the others."""
         requests = [self.requests.text(prompt, first=True, whole=True, **options) for prompt in prompts]
         ends: SimpleQueue[tuple[int, Event]] = SimpleQueue()
         results: dict[int, GenerationResult] = {}

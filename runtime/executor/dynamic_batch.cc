@@ -52,7 +52,7 @@ class DynamicBatch final : public BatchExecutor {
                              std::span(memory_).first(states_.size() * tokens)};
       const BatchedStep::Scope scope(step);
       if (row_layers_ > 0) {
-        stages_.run(shape, [this, members] { return wait(members); });
+        stages_.run(shape, [this, &members] { return wait(members); });  // two pointers: nothing is allocated for them
       } else {
         stages_.run(shape, nullptr);
       }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,8 +52,11 @@ def test_what_a_shared_step_counts(tiny: Engine) -> None:
         assert its.compute(10_000) == 0
         its.next()
     for _ in range(5):
+        idle = [its.stats for its in sessions]
         _core.step(sessions)
         before = [its.stats for its in sessions]
+        (taken,) = {its.decode_ns - was.decode_ns for its, was in zip(before, idle, strict=True)}
+        assert taken > 0  # one step's time counts for each
         _core.step(sessions)  # there is nothing left to compute
         assert [its.stats.decode_ns for its in sessions] == [its.decode_ns for its in before]
         for its in sessions:
@@ -142,11 +146,12 @@ def test_a_batch(tiny: Engine) -> None:
 
 def test_an_error_of_one_is_its_own(tmp_path: Path, tiny: Engine) -> None:
     """The bundle of a token that one of them says is damaged."""
-    import shutil
-
     prompts = PROMPTS[:4]
     alone = [tiny.generate(prompt, max_new_tokens=16, temperature=0) for prompt in prompts]
-    said = [set(its.token_ids) | set(tiny.requests.prompts.encode(p, first=True)) for p, its in zip(prompts, alone)]
+    said = [
+        set(its.token_ids) | set(tiny.requests.prompts.encode(p, first=True))
+        for p, its in zip(prompts, alone, strict=True)
+    ]
     bad, victim = next(
         (token, index)
         for index, its in enumerate(alone)

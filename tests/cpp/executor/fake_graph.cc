@@ -1,6 +1,7 @@
 #include "tests/cpp/executor/fake_graph.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <limits>
 #include <stdexcept>
@@ -101,11 +102,12 @@ class FakeBinding final : public Binding {
       return;
     }
     require(total == tokens_ && batch->pasts.size() == static_cast<size_t>(tokens_), "another number of sequences");
-    const std::vector<Cache> caches = caches_;
+    std::array<float*, kLayers> caches{};  // addresses that stand for them
+    for (size_t i = 0; i < caches_.size(); ++i) caches[i] = caches_[i].data;
     uint32_t* const seen = seen_;
     for (size_t t = 0; t < batch->pasts.size(); ++t) {  // in turns, as the only sequence there is
-      for (size_t i = 0; i < caches.size(); ++i) {
-        const std::span<std::byte> memory = batch->of(reinterpret_cast<std::byte*>(caches[i].data))[t];
+      for (size_t i = 0; i < caches_.size(); ++i) {
+        const std::span<std::byte> memory = batch->of(reinterpret_cast<std::byte*>(caches[i]))[t];
         caches_[i].data = reinterpret_cast<float*>(memory.data());
         capacity_ = static_cast<int64_t>(memory.size() / (kHeads * 2 * kHeadDim * sizeof(float)));
       }
@@ -116,7 +118,7 @@ class FakeBinding final : public Binding {
       }
       run_tokens(static_cast<int64_t>(t), 1, static_cast<int64_t>(batch->pasts[t]));
     }
-    caches_ = caches;
+    for (size_t i = 0; i < caches_.size(); ++i) caches_[i].data = caches[i];
     seen_ = seen;
   }
 
