@@ -367,7 +367,7 @@ OTHER_POSITIONS = r"the cache is not \[positions, bytes of the channels\]"
         (set_inputs(CONVOLVED, {1: np.zeros((128, 64), np.uint8)}), OTHER_POSITIONS),
         (set_inputs(CONVOLVED, {1: np.zeros((1, 128, 128), np.uint8)}), OTHER_POSITIONS),
         (set_inputs(CONVOLVED, {1: np.zeros((8, 128), np.uint8)}), OTHER_MEMORY),
-        (set_inputs(CONVOLVED, {1: np.zeros((0, 128), np.uint8)}), "the sequence is longer than the cache"),
+        (set_inputs(CONVOLVED, {1: np.zeros((0, 128), np.uint8)}), "the computed output shape"),
         (set_inputs(CONVOLVED, {2: np.zeros(2, np.int32)}), "total_sequence_length is not one integer"),
         (set_inputs(CONVOLVED, {2: np.zeros(1, np.int32)}), SHORT),
         (set_inputs(CONVOLVED, {3: floats(65)}), NOT_WEIGHT),
