@@ -167,7 +167,7 @@ class TextStream(Iterator[str]):
 
     def close(self) -> None:
         """Ends the generation where it stands. The session, if it is the caller's, keeps the tokens."""
-        self._result = self.result
+        self._end(self.result)
 
     def read(self, most: int) -> bool:
         """Computes `most` tokens of the prompt, for a caller that has something else to do between its parts; whether
@@ -205,8 +205,12 @@ class TextStream(Iterator[str]):
         if piece:
             self._pieces.append(piece)
         if reason:
-            self._result = self._collect(reason)
+            self._end(self._collect(reason))
         return piece
+
+    def _end(self, result: GenerationResult) -> None:
+        self._result = result
+        self._constraint = None  # with its thread: the session may keep this stream for long
 
     def _next(self) -> tuple[int | None, bool]:
         """The next token, None when there is none, and whether the text is complete with it."""

@@ -189,10 +189,10 @@ class Scheduler:
             if stream.over:
                 job.deliver(stream.result)
         except Exception as error:
+            stream.close()
             job.deliver(error)
-        else:
-            if not stream.over:
-                return
+        if not stream.over:
+            return
         self._running.remove(entry)
         self._pool.give(session)
 
