@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 from .engine import Engine
 from .generation import GenerationResult, TokenLogprobs
@@ -15,7 +15,10 @@ from .scheduler import Event, Job, Piece, Scheduler
 
 
 class AsyncEngine:
-    """Generations of one engine, from one event loop. Options are those of `Engine.generate` and `Engine.chat`."""
+    """Generations of one engine, from one event loop. Options are those of `Engine.generate` and `Engine.chat`.
+
+    It has a thread, and with it the engine's memory, until it is closed: `async with AsyncEngine(engine) as runner`.
+    """
 
     def __init__(self, engine: Engine, *, parallel: int = 8, waiting: int = 64, context: int = 0) -> None:
         """parallel: generations that run at once, each with a KV cache of `context` tokens (0: the engine's, at most
@@ -57,6 +60,12 @@ class AsyncEngine:
         """Generations that run, now."""
         return self._scheduler.running
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
     async def close(self) -> None:
         """Cancels what waits and runs."""
         await asyncio.to_thread(self._scheduler.close)
@@ -89,6 +98,7 @@ class AsyncTextStream(AsyncIterator[str]):
             self.logprobs += event.logprobs
             return event.text
         self._over = True
+        self._events.put_nowait(event)  # for whoever waits, too: `aclose` beside an iteration
         if isinstance(event, Exception):
             raise event
         self._result = event

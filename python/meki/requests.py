@@ -16,7 +16,16 @@ from .answers import (
     with_calls_as_text,
 )
 from .messages import check_tools
-from .options import ChatOptions, CheckedOptions, Form, GenerationOptions, check_flag, check_options, hold_to
+from .options import (
+    ChatOptions,
+    CheckedOptions,
+    Form,
+    GenerationOptions,
+    check_flag,
+    check_integer,
+    check_options,
+    hold_to,
+)
 from .prompt import PromptEncoder
 from .structured import Constraint, Grammars
 
@@ -53,6 +62,8 @@ class Requests:
         """To go on with `prompt`. first: it begins the sequence."""
         checked = check_options({**self._sampling, **options}, self._vocab_size)
         token_ids = self.prompts.encode(prompt, first=first)
+        for token_id in (min(token_ids), max(token_ids)) if token_ids else ():
+            check_integer("each token id of a prompt", token_id, self._vocab_size - 1)
         return Request(token_ids, checked, self._constraint(checked), whole)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> Request:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -75,17 +77,25 @@ class Scheduler:
         self._condition = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._closed = False
+        self._process = os.getpid()
         self._running: list[tuple[Job, Session, TextStream]] = []  # of the thread alone
         self._thread = threading.Thread(target=self._run, name="meki-scheduler", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # Python would end the thread in the midst of a step, and the process with it
 
     def submit(self, request: Request, deliver: Callable[[Event], None]) -> Job:
         """Has `deliver` called with every event of a generation, on the scheduler's thread, which waits meanwhile.
-        QueueFullError if too many wait, RuntimeError behind `close`."""
+        QueueFullError if too many wait, RuntimeError behind `close` and in a forked process."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"the scheduler belongs to process {self._process}, which this one was forked from without its "
+                "threads; open an engine here"
+            )
         with self._condition:
             if self._closed:
                 raise RuntimeError("the scheduler is closed")
-            if len(self._waiting) >= self._most_waiting:
+            free = max(0, self._parallel - len(self._running))
+            if len(self._waiting) >= self._most_waiting + free:
                 raise QueueFullError(f"{len(self._waiting)} generations wait already; try again later")
             job = Job(request, deliver)
             self._waiting.append(job)
@@ -105,6 +115,9 @@ class Scheduler:
 
     def close(self) -> None:
         """Cancels what waits and runs, and waits for the thread."""
+        atexit.unregister(self.close)
+        if os.getpid() != self._process:  # where there is no thread, and its lock may be taken for ever
+            return
         with self._condition:
             self._closed = True
             self._condition.notify()
@@ -123,16 +136,34 @@ class Scheduler:
         return len(self._running)
 
     def _run(self) -> None:
-        while self._admit():
-            self._read()
-            ready = [entry for entry in self._running if entry[0].cancelled or not entry[0].reads]
-            with contextlib.suppress(Exception):  # which those that it concerns meet again
-                step_together([stream for job, _, stream in ready if not job.cancelled])
-            for entry in ready:
-                self._advance(entry)
+        failure: Exception | None = None
+        try:
+            while self._admit():
+                self._round()
+        except Exception as error:  # of no generation in particular: nobody is to wait for ever
+            failure = error
         for job, _, stream in self._running:
-            stream.close()
-            job.deliver(stream.result)
+            try:
+                stream.close()
+                job.deliver(failure or stream.result)
+            except Exception as error:
+                job.deliver(error)
+        if failure:
+            with self._condition:
+                self._closed = True
+                waiting = list(self._waiting)
+                self._waiting.clear()
+            for job in waiting:
+                job.deliver(failure)
+
+    def _round(self) -> None:
+        """A part of a prompt, and a token of each generation whose prompt is read."""
+        self._read()
+        ready = [entry for entry in self._running if entry[0].cancelled or not entry[0].reads]
+        with contextlib.suppress(Exception):  # which those that it concerns meet again
+            step_together([stream for job, _, stream in ready if not job.cancelled])
+        for entry in ready:
+            self._advance(entry)
 
     def _admit(self) -> bool:
         """Starts what waits, as far as sessions are free, and waits for the first. False: the scheduler is closed."""
@@ -141,10 +172,14 @@ class Scheduler:
                 self._condition.wait()
             if self._closed:
                 return False
-            jobs = [
-                self._waiting.popleft() for _ in range(min(self._parallel - len(self._running), len(self._waiting)))
-            ]
-        later = [job for job in jobs if not self._start(job)]
+        later: list[Job] = []
+        while len(self._running) < self._parallel and len(later) < self._parallel:  # it takes time to find out
+            with self._condition:
+                if not self._waiting:
+                    break
+                job = self._waiting.popleft()
+            if not self._start(job):
+                later.append(job)
         with self._condition:
             self._waiting.extendleft(reversed(later))
         return True

@@ -53,20 +53,25 @@ class SessionPool:
                 return None
             chosen = self._choose(idle, best)
             session = make_session() if chosen is None else chosen.session
-            snapshot = None
-            if best >= WORTH + (chosen.shared if chosen else 0):
-                if kept is not None and kept_tokens == best:
-                    snapshot = self._cache.take(kept, best)
-                else:
-                    source = next(its.session for its in begun if its.shared == best)
-                    snapshot = self._copy(source, best, common=True)
             if chosen is None:
                 self._count += 1
             else:
-                self._save(chosen)
                 self._idle.remove(session)
-            if snapshot is not None:
-                session.become(snapshot)
+            try:
+                snapshot = None
+                if best >= WORTH + (chosen.shared if chosen else 0):
+                    # The cache is the engine's: what it keeps may be longer than sessions of this pool can be.
+                    if kept is not None and kept_tokens == best and kept.length <= session.context:
+                        snapshot = self._cache.take(kept, best)
+                    elif source := next((its.session for its in begun if its.shared == best), None):
+                        snapshot = self._copy(source, best, common=True)
+                if chosen is not None:
+                    self._save(chosen)
+                if snapshot is not None:
+                    session.become(snapshot)
+            except BaseException:
+                self._idle.append(session)
+                raise
         return session
 
     def give(self, session: Session) -> None:
