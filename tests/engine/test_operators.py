@@ -191,7 +191,7 @@ INPUTS: dict[str, tuple[str, Inputs, str]] = {
     "past-of-3-heads": (ATTENTION, {1: cache(heads=3)}, OTHER_CACHE),
     "past-of-other-bytes": (ATTENTION, {1: cache(block_bytes=2561)}, OTHER_CACHE),
     "past-of-rank-2": (ATTENTION, {1: cache()[0]}, OTHER_CACHE),
-    "past-of-no-blocks": (ATTENTION, {1: cache(0)}, FULL_CACHE),
+    "past-of-no-blocks": (ATTENTION, {1: cache(0)}, "the computed output shape"),
     "length-0": (ATTENTION, {2: np.array(0, np.int32)}, SHORT),
     "length-negative": (ATTENTION, {2: np.array(-5, np.int32)}, SHORT),
     "length-enormous": (ATTENTION, {2: np.array(2**31 - 1, np.int32)}, FULL_CACHE),
