@@ -76,7 +76,9 @@ async def ask(client: httpx.AsyncClient, url: str, model: str, prompt: str, toke
 async def one_round(url: str, callers: int, requests: int, tokens: int, chance: random.Random, seen: Seen) -> None:
     begun: list[float] = []
     times: list[list[float]] = []
-    async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None)) as client:
+    # A connection each: some servers close one behind an answer without saying so.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    async with httpx.AsyncClient(timeout=600, limits=limits) as client:
         model = (await client.get(f"{url}/models")).json()["data"][0]["id"]
 
         async def call() -> None:
@@ -108,7 +110,10 @@ def run(arguments: argparse.Namespace) -> None:
             for name, callers in reversed(seen) if number % 2 else seen:
                 its = seen[name, callers] if number > 0 else Seen()  # the first warms up
                 settings = (callers, arguments.requests, arguments.tokens)
-                asyncio.run(one_round(servers[name], *settings, chance, its))
+                try:
+                    asyncio.run(one_round(servers[name], *settings, chance, its))
+                except httpx.HTTPError as error:
+                    raise RuntimeError(f"{servers[name]}: {error}; see whether the server still runs") from error
                 progress.update()
     print("\n".join([*head(COLUMNS, "l"), *(row(line) for line in lines(seen))]))
 
