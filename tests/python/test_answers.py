@@ -204,6 +204,12 @@ WEATHER = '{"city": "Par}{is \\" <", "days": [1, {"x": null}]}'
             [Content("One."), *call(0, "w", '{"a": "1\\n2 <", "b": {"c": [1]}}'), *call(1, "v", "{}")],
         ),
         ("coder", "<function=w>\n<parameter=a>1</parameter></function>", call(0, "w", '{"a": 1}')),
+        (
+            "coder",
+            "<function=w><parameter=a>NaN</parameter><parameter=b>[-Infinity]</parameter></function>",
+            call(0, "w", '{"a": "NaN", "b": "[-Infinity]"}'),
+        ),
+        ("gemma", "<|tool_call>call:w{a:NaN,b:-Infinity}<tool_call|>", call(0, "w", '{"a": "NaN", "b": "-Infinity"}')),
         ("coder", "<function=w></function>\nTwo", [*call(0, "w", "{}"), Content("Two")]),
         ("coder", f'<tool_call>{{"name": "w", "arguments": {WEATHER}}}</tool_call>', call(0, "w", WEATHER)),
         (
@@ -282,6 +288,14 @@ def test_a_schema_says_what_is_a_string() -> None:
     text = "".join(f"<parameter={key}>1</parameter>" for key in "abcd")
     events = read(AnswerForm(calls=calls), f"<function=w>{text}</function>")
     assert events == call(0, "w", '{"a": "1", "b": 1, "c": 1, "d": 1}')
+
+
+@pytest.mark.parametrize("parameters", [None, [], {"properties": ["a"]}, {"properties": None}, {"properties": {"a": 1}}])
+def test_a_schema_that_is_none(parameters: Any) -> None:
+    assert CODER_FORM.calls is not None
+    calls = CODER_FORM.calls.of_tools([{"name": "w", "parameters": parameters}])
+    text = "<function=w><parameter=a>1</parameter></function>"
+    assert read(AnswerForm(calls=calls), text) == call(0, "w", '{"a": 1}')
 
 
 def test_an_answer_that_begins_calls_without_end_is_read_in_time() -> None:

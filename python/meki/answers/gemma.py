@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 
 from .calls import CallForm
-from .json_text import read_string
+from .json_text import is_json, read_string
 from .parts import MalformedCallError, Parts, Reading
 
 _QUOTE = '<|"|>'
@@ -140,11 +140,7 @@ def _json(text: str) -> str:
 
 def _bare(text: str) -> str:
     """A number or one of JSON's words; the model forgets quotation marks at times."""
-    try:
-        json.loads(text)
-    except ValueError:
-        return _PYTHON_WORDS.get(text) or _json(text)
-    return text
+    return text if is_json(text) else _PYTHON_WORDS.get(text) or _json(text)
 
 
 _PYTHON_WORDS = {"None": "null", "True": "true", "False": "false"}

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import NoReturn
 
 from .parts import MalformedCallError, Parts, Reading
 
 _CLOSERS = {"{": "}", "[": "]"}
+
+
+def is_json(text: str) -> bool:
+    """Whether it is one value, in JSON's own words: Python knows NaN and Infinity, too."""
+    try:
+        json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def read_string(parts: Parts) -> Reading[str]:
@@ -62,6 +72,10 @@ def _read_rest_of_string(parts: Parts, emit: Callable[[str], object]) -> Reading
         if char == '"' and not escaped:
             return
         escaped = char == "\\" and not escaped
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _ignore(_text: str) -> None:

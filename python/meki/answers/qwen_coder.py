@@ -8,6 +8,7 @@ from typing import Any
 
 from ..messages import function_of
 from .calls import CallForm, HermesCalls, read_objects
+from .json_text import is_json
 from .parts import MalformedCallError, Parts, Reading
 
 
@@ -60,15 +61,11 @@ class QwenCoderCalls(HermesCalls):
             yield from parts.read_text(self.closer[1:])
 
     def _json(self, function: str, key: str, value: str) -> str:
-        schema = self._schemas.get(function, {}).get("properties", {}).get(key)
-        if not (isinstance(schema, Mapping) and schema.get("type") == "string"):
-            try:
-                json.loads(value)
-            except (ValueError, RecursionError):
-                pass
-            else:
-                return value
-        return json.dumps(value, ensure_ascii=False)
+        schema: Any = self._schemas.get(function)
+        for step in ("properties", key):  # a caller may have sent anything for a schema
+            schema = schema.get(step) if isinstance(schema, Mapping) else None
+        is_text = isinstance(schema, Mapping) and schema.get("type") == "string"
+        return value if not is_text and is_json(value) else json.dumps(value, ensure_ascii=False)
 
 
 def _read_tag(parts: Parts) -> Reading[str]:
