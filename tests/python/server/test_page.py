@@ -337,7 +337,6 @@ MESSAGE = {"id": "m", "parent": None, "role": "user", "content": "Hello", "reaso
                 [{**GOOD, "id": 7}],
                 [{**GOOD, "head": "nobody"}],
                 [{**GOOD, "messages": [{**MESSAGE, "role": "system"}]}],
-                [{**GOOD, "messages": [{**MESSAGE, "parent": "m"}]}],
                 [{**GOOD, "messages": [MESSAGE, MESSAGE]}],
                 [{**GOOD, "messages": [{**MESSAGE, "content": {"a": 1}}]}],
                 [{**GOOD, "settings": {"sampling": {"seed": "x"}}}],
@@ -351,6 +350,17 @@ def test_a_file_that_is_none_of_the_page_is_refused(page: Browser, tmp_path: Pat
     page.all("#import-file")[0].send_keys(str(file))
     assert page.one("#toast span").text.startswith("The file was not imported: ")
     assert not page.all("#conversations a")
+
+
+@needs_chromium
+@pytest.mark.parametrize("parent", ["lost", "m"])
+def test_a_message_whose_parent_is_lost_begins_a_branch(page: Browser, tmp_path: Path, parent: str) -> None:
+    file = tmp_path / "orphan.json"
+    conversation = {**GOOD, "messages": [{**MESSAGE, "parent": parent}], "head": "m"}
+    file.write_text(json.dumps({"format": "meki-conversations", "version": 1, "conversations": [conversation]}))
+    page.all("#import-file")[0].send_keys(str(file))
+    page.click("#conversations a")
+    page.until(lambda: page.messages() == ["Hello"])
 
 
 # ---- Settings ----
@@ -562,6 +572,19 @@ def test_what_the_server_refuses_can_be_tried_again(
     page.until(lambda: page.messages() == ["Hello", "An answer."])
     assert page.answer() == "An answer."
     assert not page.one(".assistant").find_elements("css selector", ".versions:not([hidden])")
+
+
+@needs_chromium
+def test_trying_again_keeps_what_was_said_after_the_failure(page: Browser, standin: StandIn) -> None:
+    standin.refusal = JSONResponse({"error": {"message": "it broke"}}, 500)
+    page.ask("One")
+    standin.refusal = None
+    page.ask("Two")
+    page.click(".retry")
+    page.until(lambda: page.messages() == ["One", "An answer."])
+    page.answer()
+    page.click(".assistant .earlier")
+    page.until(lambda: page.messages() == ["One", "", "Two", "An answer."])
 
 
 @needs_chromium

@@ -220,8 +220,10 @@ function edit(message, text) {
 /** @param {Message} message an answer that is wanted anew */
 function again(message) {
   const question = open.messages.find(({ id }) => id === message.parent);
-  if (message.problem && !message.content) open.messages.splice(open.messages.indexOf(message), 1);
-  if (question) answerTo(open, question);
+  if (!question) return;
+  const isLast = !open.messages.some(({ parent }) => parent === message.id);
+  if (message.problem && !message.content && isLast) open.messages.splice(open.messages.indexOf(message), 1);
+  answerTo(open, question);
 }
 
 /** @param {Message} message */

@@ -41,7 +41,7 @@ function conversation(value) {
     const message = { parent: null, content: "", reasoning: "", ...pick(item, MESSAGE) };
     if (message.role !== "user" && message.role !== "assistant") throw new Error("a message is of nobody known");
     if (!message.id || ids.has(message.id)) throw new Error("a message has no id of its own");
-    if (!ids.has(message.parent)) throw new Error("a message stands before the one that it follows");
+    if (!ids.has(message.parent)) message.parent = null; // the one it followed is lost: it begins a branch
     ids.add(message.id);
     const calls = list(item.calls ?? []).map((call) => ({ name: "", arguments: "", ...pick(call, CALL) }));
     const stats = Object.fromEntries(Object.entries(item.stats ?? {}).filter(([, part]) => typeof part === "number"));
