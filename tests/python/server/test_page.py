@@ -388,6 +388,48 @@ def test_the_system_prompt_and_sampling_arrive(page: Browser, standin: StandIn) 
 
 
 @needs_chromium
+@pytest.mark.parametrize("kept", ["{", "null", "7", "{}", '{"sampling": "x"}', '{"sampling": {"seed": "x"}}'])
+def test_kept_settings_that_are_damaged_are_none(page: Browser, standin: StandIn, kept: str) -> None:
+    page.js("localStorage.setItem('settings', arguments[0])", kept)
+    page.driver.refresh()
+    page.until(lambda: page.texts("#model option"))
+    assert page.ask("Hello") == "An answer."
+    assert standin.bodies[0].keys() == {"model", "messages", "stream", "stream_options"}
+
+
+BLOCKED = """
+for (const name of ["localStorage", "sessionStorage", "indexedDB"])
+  Object.defineProperty(window, name, { get() { throw new DOMException("denied", "SecurityError"); } });
+"""
+FULL = "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); };"
+
+
+@needs_chromium
+@pytest.mark.parametrize("script", [BLOCKED, FULL], ids=["blocked", "full"])
+def test_a_browser_that_keeps_nothing(driver: Any, url: str, standin: StandIn, script: str) -> None:
+    standin.key = "sesame"
+    command = "Page.addScriptToEvaluateOnNewDocument"
+    added = driver.execute_cdp_cmd(command, {"source": script})
+    try:
+        page = Browser(driver, url)
+        page.one("[name=key]").send_keys("sesame" + Keys.ENTER)
+        page.until(lambda: page.texts("#model option"))
+        page.click("#settings")
+        page.one("[name=top_k]").send_keys("2")
+        page.press(Keys.ESCAPE)
+        page.click("#theme")
+        assert page.one("#theme").get_attribute("aria-pressed") == "true"
+        page.ask("Hello")
+        page.click("#new")
+        page.ask("Hello")
+        assert [body["top_k"] for body in standin.bodies] == [2, 2]
+        assert page.complaints() == []
+    finally:
+        driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+        driver.get("about:blank")
+
+
+@needs_chromium
 def test_what_is_out_of_range_is_not_sent(page: Browser, standin: StandIn) -> None:
     page.click("#settings")
     page.one("[name=top_p]").send_keys("1.5")

@@ -7,6 +7,7 @@ import { count } from "./numbers.js";
 import { models as askForModels } from "./server.js";
 import { askForKey, editSettings, keepSettings, lastSettings } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
+import { local } from "./storage.js";
 import { Store } from "./store.js";
 import { Thread } from "./thread.js";
 import { exported, imported } from "./transfer.js";
@@ -337,10 +338,10 @@ byId("theme").addEventListener("click", () => {
   // The system's own is followed from now on.
   if (wanted === system) {
     delete document.documentElement.dataset.theme;
-    localStorage.removeItem("theme");
+    local.set("theme", null);
   } else {
     document.documentElement.dataset.theme = wanted;
-    localStorage.setItem("theme", wanted);
+    local.set("theme", wanted);
   }
   drawTheme();
 });

@@ -49,8 +49,17 @@ function conversation(value) {
   });
   const checked = { head: null, title: "", changed: 0, ...pick(value, CONVERSATION) };
   if (!checked.id || !ids.has(checked.head)) throw new Error("a conversation is incomplete");
-  const sampling = pick(value.settings?.sampling, Object.fromEntries(SAMPLING.map((name) => [name, "number"])));
-  return { ...checked, messages, settings: { ...pick(value.settings, SETTINGS), sampling } };
+  return { ...checked, messages, settings: settingsOf(value.settings) };
+}
+
+/**
+ * @param {any} value
+ * @returns {import("./conversation.js").Settings} what is known of it, and nothing else
+ * @throws {Error} with what is wrong, in words
+ */
+export function settingsOf(value) {
+  const sampling = pick(value?.sampling, Object.fromEntries(SAMPLING.map((name) => [name, "number"])));
+  return { ...pick(value, SETTINGS), sampling };
 }
 
 /**
