@@ -337,7 +337,6 @@ MESSAGE = {"id": "m", "parent": None, "role": "user", "content": "Hello", "reaso
                 [{**GOOD, "id": 7}],
                 [{**GOOD, "head": "nobody"}],
                 [{**GOOD, "messages": [{**MESSAGE, "role": "system"}]}],
-                [{**GOOD, "messages": [{**MESSAGE, "parent": "m"}]}],
                 [{**GOOD, "messages": [MESSAGE, MESSAGE]}],
                 [{**GOOD, "messages": [{**MESSAGE, "content": {"a": 1}}]}],
                 [{**GOOD, "settings": {"sampling": {"seed": "x"}}}],
@@ -351,6 +350,17 @@ def test_a_file_that_is_none_of_the_page_is_refused(page: Browser, tmp_path: Pat
     page.all("#import-file")[0].send_keys(str(file))
     assert page.one("#toast span").text.startswith("The file was not imported: ")
     assert not page.all("#conversations a")
+
+
+@needs_chromium
+@pytest.mark.parametrize("parent", ["lost", "m"])
+def test_a_message_whose_parent_is_lost_begins_a_branch(page: Browser, tmp_path: Path, parent: str) -> None:
+    file = tmp_path / "orphan.json"
+    conversation = {**GOOD, "messages": [{**MESSAGE, "parent": parent}], "head": "m"}
+    file.write_text(json.dumps({"format": "meki-conversations", "version": 1, "conversations": [conversation]}))
+    page.all("#import-file")[0].send_keys(str(file))
+    page.click("#conversations a")
+    page.until(lambda: page.messages() == ["Hello"])
 
 
 # ---- Settings ----
@@ -375,6 +385,48 @@ def test_the_system_prompt_and_sampling_arrive(page: Browser, standin: StandIn) 
     page.click("#new")
     page.ask("Hello")  # a new chat begins with the same
     assert standin.bodies[2] == body
+
+
+@needs_chromium
+@pytest.mark.parametrize("kept", ["{", "null", "7", "{}", '{"sampling": "x"}', '{"sampling": {"seed": "x"}}'])
+def test_kept_settings_that_are_damaged_are_none(page: Browser, standin: StandIn, kept: str) -> None:
+    page.js("localStorage.setItem('settings', arguments[0])", kept)
+    page.driver.refresh()
+    page.until(lambda: page.texts("#model option"))
+    assert page.ask("Hello") == "An answer."
+    assert standin.bodies[0].keys() == {"model", "messages", "stream", "stream_options"}
+
+
+BLOCKED = """
+for (const name of ["localStorage", "sessionStorage", "indexedDB"])
+  Object.defineProperty(window, name, { get() { throw new DOMException("denied", "SecurityError"); } });
+"""
+FULL = "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); };"
+
+
+@needs_chromium
+@pytest.mark.parametrize("script", [BLOCKED, FULL], ids=["blocked", "full"])
+def test_a_browser_that_keeps_nothing(driver: Any, url: str, standin: StandIn, script: str) -> None:
+    standin.key = "sesame"
+    command = "Page.addScriptToEvaluateOnNewDocument"
+    added = driver.execute_cdp_cmd(command, {"source": script})
+    try:
+        page = Browser(driver, url)
+        page.one("[name=key]").send_keys("sesame" + Keys.ENTER)
+        page.until(lambda: page.texts("#model option"))
+        page.click("#settings")
+        page.one("[name=top_k]").send_keys("2")
+        page.press(Keys.ESCAPE)
+        page.click("#theme")
+        assert page.one("#theme").get_attribute("aria-pressed") == "true"
+        page.ask("Hello")
+        page.click("#new")
+        page.ask("Hello")
+        assert [body["top_k"] for body in standin.bodies] == [2, 2]
+        assert page.complaints() == []
+    finally:
+        driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+        driver.get("about:blank")
 
 
 @needs_chromium
@@ -562,6 +614,19 @@ def test_what_the_server_refuses_can_be_tried_again(
     page.until(lambda: page.messages() == ["Hello", "An answer."])
     assert page.answer() == "An answer."
     assert not page.one(".assistant").find_elements("css selector", ".versions:not([hidden])")
+
+
+@needs_chromium
+def test_trying_again_keeps_what_was_said_after_the_failure(page: Browser, standin: StandIn) -> None:
+    standin.refusal = JSONResponse({"error": {"message": "it broke"}}, 500)
+    page.ask("One")
+    standin.refusal = None
+    page.ask("Two")
+    page.click(".retry")
+    page.until(lambda: page.messages() == ["One", "An answer."])
+    page.answer()
+    page.click(".assistant .earlier")
+    page.until(lambda: page.messages() == ["One", "", "Two", "An answer."])
 
 
 @needs_chromium

@@ -7,6 +7,7 @@ import { count } from "./numbers.js";
 import { models as askForModels } from "./server.js";
 import { askForKey, editSettings, keepSettings, lastSettings } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
+import { local } from "./storage.js";
 import { Store } from "./store.js";
 import { Thread } from "./thread.js";
 import { exported, imported } from "./transfer.js";
@@ -220,8 +221,10 @@ function edit(message, text) {
 /** @param {Message} message an answer that is wanted anew */
 function again(message) {
   const question = open.messages.find(({ id }) => id === message.parent);
-  if (message.problem && !message.content) open.messages.splice(open.messages.indexOf(message), 1);
-  if (question) answerTo(open, question);
+  if (!question) return;
+  const isLast = !open.messages.some(({ parent }) => parent === message.id);
+  if (message.problem && !message.content && isLast) open.messages.splice(open.messages.indexOf(message), 1);
+  answerTo(open, question);
 }
 
 /** @param {Message} message */
@@ -335,10 +338,10 @@ byId("theme").addEventListener("click", () => {
   // The system's own is followed from now on.
   if (wanted === system) {
     delete document.documentElement.dataset.theme;
-    localStorage.removeItem("theme");
+    local.set("theme", null);
   } else {
     document.documentElement.dataset.theme = wanted;
-    localStorage.setItem("theme", wanted);
+    local.set("theme", wanted);
   }
   drawTheme();
 });

@@ -1,6 +1,7 @@
 /** What the page asks its server for. */
 
 import { eventData } from "./sse.js";
+import { ofTab } from "./storage.js";
 
 /**
  * @typedef {{id: string, random_weights: boolean, can_chat: boolean, context: number}} Model
@@ -26,7 +27,7 @@ const KEY = "api-key";
 
 /** @param {string} key used until the tab is closed */
 export function useKey(key) {
-  sessionStorage.setItem(KEY, key);
+  ofTab.set(KEY, key);
 }
 
 /** @returns {Promise<Model[]>} */
@@ -86,7 +87,7 @@ function statsOf({ usage, meki }) {
 async function ask(path, options) {
   /** @type {Record<string, string>} */
   const headers = { "content-type": "application/json" };
-  const key = sessionStorage.getItem(KEY);
+  const key = ofTab.get(KEY);
   // A header is bytes, which fetch wants as Latin-1.
   if (key !== null) headers.authorization = `Bearer ${String.fromCharCode(...new TextEncoder().encode(key))}`;
   let response;

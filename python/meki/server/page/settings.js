@@ -3,6 +3,8 @@
 import { SAMPLING } from "./conversation.js";
 import { part } from "./dom.js";
 import { useKey } from "./server.js";
+import { local } from "./storage.js";
+import { settingsOf } from "./transfer.js";
 
 /** @typedef {import("./conversation.js").Settings} Settings */
 
@@ -10,12 +12,16 @@ const LAST = "settings";
 
 /** @returns {Settings} what a new conversation begins with */
 export function lastSettings() {
-  return JSON.parse(localStorage.getItem(LAST) ?? '{"sampling": {}}');
+  try {
+    return settingsOf(JSON.parse(local.get(LAST) ?? "null"));
+  } catch {
+    return { sampling: {} }; // what is kept is none of this page
+  }
 }
 
 /** @param {Settings} settings that new conversations begin with */
 export function keepSettings(settings) {
-  localStorage.setItem(LAST, JSON.stringify(settings));
+  local.set(LAST, JSON.stringify(settings));
 }
 
 /**

@@ -41,7 +41,7 @@ function conversation(value) {
     const message = { parent: null, content: "", reasoning: "", ...pick(item, MESSAGE) };
     if (message.role !== "user" && message.role !== "assistant") throw new Error("a message is of nobody known");
     if (!message.id || ids.has(message.id)) throw new Error("a message has no id of its own");
-    if (!ids.has(message.parent)) throw new Error("a message stands before the one that it follows");
+    if (!ids.has(message.parent)) message.parent = null; // the one it followed is lost: it begins a branch
     ids.add(message.id);
     const calls = list(item.calls ?? []).map((call) => ({ name: "", arguments: "", ...pick(call, CALL) }));
     const stats = Object.fromEntries(Object.entries(item.stats ?? {}).filter(([, part]) => typeof part === "number"));
@@ -49,8 +49,17 @@ function conversation(value) {
   });
   const checked = { head: null, title: "", changed: 0, ...pick(value, CONVERSATION) };
   if (!checked.id || !ids.has(checked.head)) throw new Error("a conversation is incomplete");
-  const sampling = pick(value.settings?.sampling, Object.fromEntries(SAMPLING.map((name) => [name, "number"])));
-  return { ...checked, messages, settings: { ...pick(value.settings, SETTINGS), sampling } };
+  return { ...checked, messages, settings: settingsOf(value.settings) };
+}
+
+/**
+ * @param {any} value
+ * @returns {import("./conversation.js").Settings} what is known of it, and nothing else
+ * @throws {Error} with what is wrong, in words
+ */
+export function settingsOf(value) {
+  const sampling = pick(value?.sampling, Object.fromEntries(SAMPLING.map((name) => [name, "number"])));
+  return { ...pick(value, SETTINGS), sampling };
 }
 
 /**
