@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from meki.server import run
+
 from .running import Running, Serve, wait_for
 
 LONG = {"model": "meki-tiny", "prompt": "Once upon a time", "max_tokens": 400, "temperature": 0, "seed": 1}
@@ -108,7 +110,7 @@ def test_a_body_that_goes_on_behind_its_answer(serve: Serve, monkeypatch: pytest
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
 
-    monkeypatch.setattr("meki.server.run.make_app", lambda _server: answer)
+    monkeypatch.setattr(run, "make_app", lambda _server: answer)
     head = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     with serve(receive_s=0.5) as served, served.raw(head) as connection:
         got = b""
