@@ -290,7 +290,9 @@ def test_a_schema_says_what_is_a_string() -> None:
     assert events == call(0, "w", '{"a": "1", "b": 1, "c": 1, "d": 1}')
 
 
-@pytest.mark.parametrize("parameters", [None, [], {"properties": ["a"]}, {"properties": None}, {"properties": {"a": 1}}])
+@pytest.mark.parametrize(
+    "parameters", [None, [], {"properties": ["a"]}, {"properties": None}, {"properties": {"a": 1}}]
+)
 def test_a_schema_that_is_none(parameters: Any) -> None:
     assert CODER_FORM.calls is not None
     calls = CODER_FORM.calls.of_tools([{"name": "w", "parameters": parameters}])

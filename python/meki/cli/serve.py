@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--cors-origin",
+        type=_origin,
         action="append",
         default=[],
         metavar="URL",
@@ -75,6 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _origin(text: str) -> str:
+    """As browsers write it."""
+    if text == "*":
+        raise argparse.ArgumentTypeError("'*' would let in any page; name the origins, as in https://example.org")
+    return text.rstrip("/")
+
+
 def _serve(arguments: argparse.Namespace, program: str) -> None:
     from ..server.run import HttpServer, listen
     from ..server.settings import Settings
@@ -88,7 +96,7 @@ def _serve(arguments: argparse.Namespace, program: str) -> None:
 
     settings = Settings(
         host=arguments.host,
-        api_key=arguments.api_key or os.environ.get(API_KEY) or None,
+        api_key=(arguments.api_key or os.environ.get(API_KEY) or "").strip() or None,
         allowed_hosts=tuple(arguments.allowed_host),
         cors_origins=tuple(arguments.cors_origin),
     )

@@ -64,4 +64,5 @@ async def _no_route(request: Request, error: Exception) -> Response:
     """Of a path or a method that there is none of."""
     assert isinstance(error, HTTPException)
     message = f"{error.detail}: {request.method} {request.url.path[:100]}"
-    return error_response(request.url.path, ApiError(error.status_code, message, headers=error.headers))
+    headers = {**(error.headers or {}), "Connection": "close"}  # the body is not read
+    return error_response(request.url.path, ApiError(error.status_code, message, headers=headers))

@@ -86,7 +86,7 @@ async def read_body(scope: Scope, receive: Receive, settings: Settings) -> bytes
 def parse_body(data: bytes, kind: type[B]) -> B:
     """ApiError for what is no JSON or not of this kind."""
     try:
-        value = json.loads(data, parse_constant=_no_constant)
+        value = json.loads(data.decode(), parse_constant=_no_constant)  # of bytes it would take surrogates, too
         if b"\\ud" in data.lower():  # half a surrogate pair is no text
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:

@@ -64,7 +64,7 @@ class KeyGuard(Guarded):
         if key is None or PUBLIC.fullmatch(path):
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        given = token.strip(" \t") if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         # Header values are bytes, which Starlette shows as Latin-1.
         if not hmac.compare_digest(given.encode("latin-1"), key.encode()):
             what = "the API key is wrong" if given else "an API key is needed"

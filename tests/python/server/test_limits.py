@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from meki.server import run
+
 from .running import Running, Serve, wait_for
 
 LONG = {"model": "meki-tiny", "prompt": "Once upon a time", "max_tokens": 400, "temperature": 0, "seed": 1}
@@ -38,6 +40,7 @@ def answer_of(connection: socket.socket) -> bytes:
         b'{"model": "meki-tiny", "prompt": "x", "temperature": 1e999}',
         b'{"model": "meki-tiny", "prompt": "x", "max_tokens": 1' + b"0" * 5000 + b"}",
         b'{"model": "meki-tiny", "prompt": "\\ud800"}',
+        b'{"model": "meki-tiny", "prompt": "\xed\xa0\x80"}',
         b'{"model": "\\udfff", "prompt": "x"}',
         b'{"\\ud800": 1}',
         b"[" * 100_000,
@@ -89,6 +92,40 @@ def test_a_body_that_is_too_large(serve: Serve) -> None:
         chunked = served.raw(head + b"Transfer-Encoding: chunked\r\n\r\n3e9\r\n" + b" " * 1001 + b"\r\n")
         assert answer_of(chunked).startswith(b"HTTP/1.1 413 ")
         assert served.post("/v1/completions", b" " * 1000).status_code == 400
+
+
+def test_a_body_that_nobody_reads(serve: Serve) -> None:
+    """The connection is closed, however slowly the body comes."""
+    with serve(receive_s=0.2) as served:
+        for line in (b"POST /v1/none", b"POST /health"):
+            head = line + b" HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+            answer = answer_of(served.raw(head))
+            assert answer.startswith(b"HTTP/1.1 40") and b"connection: close" in answer.lower()
+
+
+def test_a_body_that_goes_on_behind_its_answer(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever answers without a word of closing: a body that ends in time leaves the connection as it was."""
+
+    async def answer(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    monkeypatch.setattr(run, "make_app", lambda _server: answer)
+    head = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with serve(receive_s=0.5) as served, served.raw(head) as connection:
+        got = b""
+        with contextlib.suppress(ConnectionError):
+            while data := connection.recv(1000):
+                got += data
+                connection.sendall(b"1\r\nx\r\n")
+        assert got.endswith(b"ok")
+        wait_for(lambda: not served.connections)
+    with serve(receive_s=60) as served, served.raw(head) as connection:
+        for _ in range(2):
+            while not got.endswith(b"\r\n\r\nok"):
+                got += connection.recv(1000)
+            got = b""
+            connection.sendall(b"1\r\nx\r\n0\r\n\r\n" + head)
 
 
 def test_half_a_request(serve: Serve) -> None:

@@ -40,6 +40,13 @@ def test_without_the_key(guarded: Running, key: dict[str, str], path: str) -> No
     assert answer.headers["www-authenticate"] == "Bearer"
 
 
+def test_a_key_whose_bytes_look_like_spaces(serve: Serve) -> None:
+    """The last byte of "à" is a no-break space in Latin-1."""
+    with serve(api_key="secretà") as server:
+        for key in ({"authorization": "Bearer secretà".encode()}, {"x-api-key": "secretà".encode()}):
+            assert server.http.get("/v1/models", headers=key).status_code == 200
+
+
 def test_health_needs_no_key(guarded: Running) -> None:
     assert guarded.http.get("/health").json() == {"status": "ok"}
 

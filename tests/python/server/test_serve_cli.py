@@ -92,7 +92,7 @@ def test_a_second_signal_ends_it() -> None:
 
 
 def test_the_key_of_the_environment() -> None:
-    with process(MEKI_API_KEY="sesame") as server:
+    with process(MEKI_API_KEY="sesame\n") as server:
         assert server.http.get("/v1/models").status_code == 401
         assert server.http.get("/v1/models", headers={"x-api-key": "sesame"}).status_code == 200
 
@@ -104,6 +104,19 @@ def test_other_machines(key: tuple[str, ...], said: str) -> None:
         server.process.send_signal(signal.SIGTERM)
         code, errors = server.end()
         assert code == 0 and errors.startswith("meki-serve: warning: other machines") and said in errors
+
+
+def test_an_origin_may_end_with_a_slash() -> None:
+    with process("--cors-origin", "https://good.example/") as server:
+        answer = server.http.get("/health", headers={"origin": "https://good.example"})
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://good.example"
+
+
+def test_any_origin_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["meki-tiny", "--port", "0", "--cors-origin", "*"])
+    assert "'*' would let in any page; name the origins" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
