@@ -260,6 +260,7 @@ def test_from_another_machine_by_plain_http(driver: Any, url: str) -> None:
     """There a browser lets a page do less."""
     page = Browser(driver, url.replace("127.0.0.1", ELSEWHERE))
     assert page.js("return window.isSecureContext") is False
+    page.until(lambda: page.texts("#model option"))
     assert page.ask("Hello") == "An answer."
     page.click(".assistant .copy")
     page.until(lambda: page.one(".assistant .copy").text == "Copied")
