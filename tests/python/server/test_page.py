@@ -353,7 +353,7 @@ def test_export_and_import(page: Browser, standin: StandIn, tmp_path: Path) -> N
 
 
 GOOD = {"id": "a", "title": "T", "changed": 1, "settings": {"sampling": {}}, "head": None, "messages": []}
-MESSAGE = {"id": "m", "parent": None, "role": "user", "content": "Hello", "reasoning": "", "calls": []}
+MESSAGE: dict[str, Any] = {"id": "m", "parent": None, "role": "user", "content": "Hello", "reasoning": "", "calls": []}
 
 
 @needs_chromium
