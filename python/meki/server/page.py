@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +17,8 @@ from .endpoint import Call, Endpoint
 from .errors import ApiError
 from .markdown import to_html
 
-MAX_CHARACTERS = 100_000
-"""Of a text that is rendered, which takes up to some seconds; a longer one the page shows as it is."""
+MAX_CHARACTERS = 20_000
+"""Of a text that is rendered, which takes a second or two at most; a longer one the page shows as it is."""
 
 # Scripts and styles are the page's own files; HTML gets into the page in one place, markdown.js.
 POLICY = (
@@ -32,6 +33,7 @@ HEADERS = {
     "cache-control": "no-cache",  # kept, and asked for again with the ETag
 }
 _FILES = StaticFiles(directory=Path(__file__).with_name("page"))
+_RENDERER = ThreadPoolExecutor(1, "markdown")  # not the event loop's threads, which generations start in
 
 
 class MarkdownBody(Body):
@@ -51,7 +53,8 @@ async def file(call: Call, _: None) -> Response:
 
 async def markdown(_: Call, body: MarkdownBody) -> Response:
     """Markdown as HTML."""
-    return JSONResponse({"html": await asyncio.to_thread(to_html, body.text)})
+    html = await asyncio.get_running_loop().run_in_executor(_RENDERER, to_html, body.text)
+    return JSONResponse({"html": html})
 
 
 ENDPOINTS = [

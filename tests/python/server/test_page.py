@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +98,22 @@ def test_rendering_needs_the_key_and_has_a_limit(serve: Serve) -> None:
         key = {"authorization": "Bearer sesame"}
         assert server.post("/markdown", {"text": "*a*"}, **key).json() == {"html": "<p><em>a</em></p>\n"}
         assert server.post("/markdown", {"text": "a" * (served_page.MAX_CHARACTERS + 1)}, **key).status_code == 400
+
+
+def test_rendering_leaves_the_threads_of_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generations start in the event loop's own threads, here one."""
+    go = threading.Event()
+    monkeypatch.setattr(served_page, "to_html", lambda text: text if go.wait(60) else "")
+
+    async def render() -> bytes:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        body = served_page.MarkdownBody(text="a")
+        rendering = asyncio.create_task(served_page.markdown(None, body))  # type: ignore[arg-type]
+        await asyncio.sleep(0)  # it has begun
+        await asyncio.to_thread(go.set)
+        return bytes((await rendering).body)
+
+    assert json.loads(asyncio.run(render())) == {"html": "a"}
 
 
 # ---- A conversation ----
@@ -241,6 +260,7 @@ def test_from_another_machine_by_plain_http(driver: Any, url: str) -> None:
     """There a browser lets a page do less."""
     page = Browser(driver, url.replace("127.0.0.1", ELSEWHERE))
     assert page.js("return window.isSecureContext") is False
+    page.until(lambda: page.texts("#model option"))
     assert page.ask("Hello") == "An answer."
     page.click(".assistant .copy")
     page.until(lambda: page.one(".assistant .copy").text == "Copied")
@@ -267,6 +287,21 @@ def test_conversations_are_kept(page: Browser, url: str) -> None:
     page.driver.get(url)
     page.until(lambda: page.texts("#conversations a"))
     assert page.messages() == []
+
+
+@needs_chromium
+def test_a_transaction_that_fails_at_its_end_is_told_of(page: Browser) -> None:
+    """As where the disk is full."""
+    page.js("""
+        const { put } = IDBObjectStore.prototype;
+        IDBObjectStore.prototype.put = function (value) {
+          const request = put.call(this, value);
+          request.addEventListener("success", () => this.transaction.abort());
+          return request;
+        };
+    """)
+    page.ask("Hello")
+    page.until(lambda: page.one("#toast span").text == "This browser could not keep the conversation; export it.")
 
 
 @needs_chromium
@@ -318,7 +353,7 @@ def test_export_and_import(page: Browser, standin: StandIn, tmp_path: Path) -> N
 
 
 GOOD = {"id": "a", "title": "T", "changed": 1, "settings": {"sampling": {}}, "head": None, "messages": []}
-MESSAGE = {"id": "m", "parent": None, "role": "user", "content": "Hello", "reasoning": "", "calls": []}
+MESSAGE: dict[str, Any] = {"id": "m", "parent": None, "role": "user", "content": "Hello", "reasoning": "", "calls": []}
 
 
 @needs_chromium

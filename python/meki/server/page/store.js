@@ -33,12 +33,12 @@ export class Store {
 
   /** @param {Conversation} conversation */
   async put(conversation) {
-    if (this.database) await done(this.#objects("readwrite").put(conversation));
+    if (this.database) await written(this.#objects("readwrite").put(conversation));
   }
 
   /** @param {string} id */
   async delete(id) {
-    if (this.database) await done(this.#objects("readwrite").delete(id));
+    if (this.database) await written(this.#objects("readwrite").delete(id));
   }
 
   /** @param {IDBTransactionMode} mode */
@@ -56,5 +56,17 @@ function done(request) {
   return new Promise((resolve, reject) => {
     request.onsuccess = () => resolve(request.result);
     request.onerror = () => reject(request.error);
+  });
+}
+
+/**
+ * @param {IDBRequest} request that writes
+ * @returns {Promise<void>} when it is kept: a full disk ends the transaction after the request's own success
+ */
+function written(request) {
+  const transaction = /** @type {IDBTransaction} */ (request.transaction);
+  return new Promise((resolve, reject) => {
+    transaction.oncomplete = () => resolve();
+    transaction.onabort = transaction.onerror = () => reject(transaction.error);
   });
 }
