@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -18,10 +16,9 @@ from ..requests import Requests
 from .body import Body
 from .endpoint import Call, Endpoint
 from .errors import ApiError, error_body
-from .generation import Generation
+from .generation import Generation, finish_all
 from .logprobs import chat_logprobs
-from .merge import merged
-from .openai import FINISH_REASONS, GenerationBody, new_id, timings, usage
+from .openai import FINISH_REASONS, GenerationBody, answer_head, choice_chunks, timings, usage
 from .sse import EventStream, event
 from .state import Model
 
@@ -150,17 +147,11 @@ async def chat_completions(call: Call, body: ChatBody) -> Response:
         options = body.chat_options(model, choice)
         requests.append(await call.prepare(model, partial(Requests.chat, messages=messages, **options)))
     generations = await call.start(model, requests)
-    head = {
-        "id": new_id("chatcmpl-"),
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": model.name,
-        "system_fingerprint": model.fingerprint,
-    }
     if body.stream:
-        head["object"] = "chat.completion.chunk"
+        head = answer_head("chat.completion.chunk", "chatcmpl-", model)
         return EventStream(_chunks(head, generations, body), lambda error: event(error_body(PATH, error)))
-    results = await asyncio.gather(*(generation.finish() for generation in generations))
+    head = answer_head("chat.completion", "chatcmpl-", model)
+    results = await finish_all(generations)
     answers = [_choice(index, result, body.most_calls) for index, result in enumerate(results)]
     return JSONResponse({**head, "choices": answers, "usage": usage(results, choices)})
 
@@ -175,16 +166,13 @@ def _choice(index: int, result: GenerationResult, most_calls: int | None) -> dic
     return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
 
-async def _chunks(head: dict[str, Any], generations: Sequence[Generation], body: ChatBody) -> AsyncGenerator[str, None]:
-    if body.include_usage:
-        head = {**head, "usage": None}
-    async for index, choice in merged([_choice_parts(generation, body) for generation in generations]):
-        yield event({**head, "choices": [{"index": index, **choice}]})
-    if body.include_usage:
+def _chunks(head: dict[str, Any], generations: Sequence[Generation], body: ChatBody) -> AsyncGenerator[str, None]:
+    def last() -> dict[str, Any]:
         results = [generation.result for generation in generations]
-        last = {"usage": usage(results, len(results)), "meki": [timings(result) for result in results]}
-        yield event({**head, "choices": [], **last})
-    yield "data: [DONE]\n\n"
+        return {"usage": usage(results, len(results)), "meki": [timings(result) for result in results]}
+
+    parts = [_choice_parts(generation, body) for generation in generations]
+    return choice_chunks(head, parts, last if body.include_usage else None)
 
 
 async def _choice_parts(generation: Generation, body: ChatBody) -> AsyncIterator[dict[str, Any]]:

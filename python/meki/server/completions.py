@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
@@ -15,10 +13,9 @@ from ..options import MOST_LOGPROBS
 from ..requests import Request
 from .endpoint import Call, Endpoint
 from .errors import ApiError, error_body
-from .generation import Generation
+from .generation import Generation, finish_all
 from .logprobs import CompletionLogprobs
-from .merge import merged
-from .openai import FINISH_REASONS, GenerationBody, new_id, usage
+from .openai import FINISH_REASONS, GenerationBody, answer_head, choice_chunks, usage
 from .sse import EventStream, event
 from .state import Model
 
@@ -54,17 +51,11 @@ async def completions(call: Call, body: CompletionBody) -> Response:
         )
     requests = [await _prepare(call, model, body, prompt, choice) for prompt in prompts for choice in range(choices)]
     generations = await call.start(model, requests)
-    head = {
-        "id": new_id("cmpl-"),
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": model.name,
-        "system_fingerprint": model.fingerprint,
-    }
+    head = answer_head("text_completion", "cmpl-", model)
     if body.stream:
         chunks = _chunks(head, generations, choices, body)
         return EventStream(chunks, lambda error: event(error_body(PATH, error)))
-    results = await asyncio.gather(*(generation.finish() for generation in generations))
+    results = await finish_all(generations)
     answers = [_choice(index, result) for index, result in enumerate(results)]
     return JSONResponse({**head, "choices": answers, "usage": usage(results, choices)})
 
@@ -81,17 +72,14 @@ async def _prepare(call: Call, model: Model, body: CompletionBody, prompt: str |
     )
 
 
-async def _chunks(
+def _chunks(
     head: dict[str, Any], generations: Sequence[Generation], choices: int, body: CompletionBody
 ) -> AsyncGenerator[str, None]:
-    if body.include_usage:
-        head = {**head, "usage": None}
-    async for index, choice in merged([_choice_parts(generation, body) for generation in generations]):
-        yield event({**head, "choices": [{"index": index, **choice}]})
-    if body.include_usage:
-        results = [generation.result for generation in generations]
-        yield event({**head, "choices": [], "usage": usage(results, choices)})
-    yield "data: [DONE]\n\n"
+    def last() -> dict[str, Any]:
+        return {"usage": usage([generation.result for generation in generations], choices)}
+
+    parts = [_choice_parts(generation, body) for generation in generations]
+    return choice_chunks(head, parts, last if body.include_usage else None)
 
 
 async def _choice_parts(generation: Generation, body: CompletionBody) -> AsyncIterator[dict[str, Any]]:

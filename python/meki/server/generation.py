@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from ..answers import AnswerEvent, AnswerParser, ToolCallArguments, ToolCallStart
 from ..generation import GenerationResult, TokenLogprobs
@@ -75,3 +76,14 @@ class Generation(AsyncIterator[str]):
         await self._stream.aclose()
         if self._stream.result is not None:
             self._metrics.count(self._stream.result)
+
+
+async def finish_all(generations: Sequence[Generation]) -> list[GenerationResult]:
+    """Waits for all results. An error of one ends the others."""
+    tasks = [asyncio.create_task(generation.finish()) for generation in generations]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

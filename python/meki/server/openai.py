@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -11,6 +12,8 @@ from pydantic import Field
 from ..generation import GenerationResult
 from ..options import GenerationOptions
 from .body import Body
+from .merge import merged
+from .sse import event
 from .state import Model
 
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
@@ -95,6 +98,33 @@ def sampling(model: Model, temperature: float | None, top_p: float | None) -> Ge
     return GenerationOptions(
         temperature=_first(temperature, own.get("temperature"), 1.0), top_p=_first(top_p, own.get("top_p"), 1.0)
     )
+
+
+def answer_head(kind: str, prefix: str, model: Model) -> dict[str, Any]:
+    """What an answer, or each chunk of it, begins with. kind: "object"; prefix: of its id."""
+    return {
+        "id": new_id(prefix),
+        "object": kind,
+        "created": int(time.time()),
+        "model": model.name,
+        "system_fingerprint": model.fingerprint,
+    }
+
+
+async def choice_chunks(
+    head: dict[str, Any],
+    choices: Sequence[AsyncIterator[dict[str, Any]]],
+    last: Callable[[], dict[str, Any]] | None,
+) -> AsyncGenerator[str, None]:
+    """A stream of chunks. choices: the parts of each; last: makes what the chunk behind them has beside no choices,
+    None: there is none."""
+    if last is not None:
+        head = {**head, "usage": None}
+    async for index, part in merged(choices):
+        yield event({**head, "choices": [{"index": index, **part}]})
+    if last is not None:
+        yield event({**head, "choices": [], **last()})
+    yield "data: [DONE]\n\n"
 
 
 def new_id(prefix: str) -> str:
