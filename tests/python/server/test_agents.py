@@ -6,7 +6,16 @@ import asyncio
 
 import openai
 import pytest
-from agents import Agent, ModelSettings, OpenAIChatCompletionsModel, RunConfig, Runner, function_tool
+from agents import (
+    Agent,
+    Model,
+    ModelSettings,
+    OpenAIChatCompletionsModel,
+    OpenAIResponsesModel,
+    RunConfig,
+    Runner,
+    function_tool,
+)
 from pydantic import BaseModel
 
 from .running import Running
@@ -16,8 +25,18 @@ class Weather(BaseModel):
     sunny: bool
 
 
+@pytest.mark.parametrize(
+    ("api", "settings"),
+    [
+        (OpenAIChatCompletionsModel, ModelSettings(tool_choice="required", include_usage=True)),
+        (OpenAIResponsesModel, ModelSettings(tool_choice="weather", store=False)),
+    ],
+    ids=["chat completions", "responses"],
+)
 @pytest.mark.parametrize("streamed", [False, True])
-def test_an_agent_calls_a_tool_and_answers(served: Running, streamed: bool) -> None:
+def test_an_agent_calls_a_tool_and_answers(
+    served: Running, api: type[Model], settings: ModelSettings, streamed: bool
+) -> None:
     asked: list[bool] = []
 
     # The tool is there once: this model would call it again and again.
@@ -32,8 +51,8 @@ def test_an_agent_calls_a_tool_and_answers(served: Running, streamed: bool) -> N
             agent = Agent(
                 name="Meteorologist",
                 instructions="Tell the weather.",
-                model=OpenAIChatCompletionsModel("meki-tiny", client),
-                model_settings=ModelSettings(tool_choice="required", temperature=0, max_tokens=100, include_usage=True),
+                model=api("meki-tiny", client),
+                model_settings=settings.resolve(ModelSettings(temperature=0, max_tokens=100)),
                 tools=[weather],
                 output_type=Weather,
             )

@@ -9,7 +9,6 @@ from typing import Any
 
 import openai
 import pytest
-from agents import Agent, ModelSettings, OpenAIResponsesModel, RunConfig, Runner, function_tool
 from pydantic import BaseModel
 
 from meki import AsyncEngine, Engine
@@ -207,39 +206,6 @@ def test_thoughts(tmp_path: Path, streamed: bool) -> None:
                 assert 0 < tokens <= 8
             else:
                 assert kinds == ["message"] and tokens == 0
-
-
-@pytest.mark.parametrize("streamed", [False, True])
-def test_an_agent_calls_a_tool_and_answers(served: Running, streamed: bool) -> None:
-    asked: list[bool] = []
-
-    # The tool is there once: this model would call it again and again.
-    @function_tool(is_enabled=lambda context, agent: not asked)
-    def weather(rain: bool) -> str:
-        """Whether there is weather."""
-        asked.append(rain)
-        return "There is."
-
-    async def run() -> object:
-        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
-            agent = Agent(
-                name="Meteorologist",
-                instructions="Tell the weather.",
-                model=OpenAIResponsesModel("meki-tiny", client),
-                model_settings=ModelSettings(tool_choice="weather", temperature=0, max_tokens=100, store=False),
-                tools=[weather],
-                output_type=Weather,
-            )
-            config = RunConfig(tracing_disabled=True)
-            if not streamed:
-                return (await Runner.run(agent, "How is it?", run_config=config, max_turns=3)).final_output
-            result = Runner.run_streamed(agent, "How is it?", run_config=config, max_turns=3)
-            async for _ in result.stream_events():
-                pass
-            return result.final_output
-
-    assert isinstance(asyncio.run(run()), Weather)
-    assert asked
 
 
 @pytest.mark.parametrize(
