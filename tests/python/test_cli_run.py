@@ -204,7 +204,7 @@ def test_seed_repeats_the_text(package: Path, text: str, capsys) -> None:
         (["--max-new-tokens", "-2", PROMPT], "max_new_tokens"),
         (["--stop-token-id", "300", PROMPT], "stop_token_ids must be from 0 to 299, got 300"),
         (["--prompt-ids", "1,2", "--interactive"], "--prompt-ids is a whole prompt; omit --chat and --interactive"),
-        (["--prompt-ids", "1,300"], "vocabulary"),
+        (["--prompt-ids", "1,300"], "each token id of a prompt must be from 0 to 299, got 300"),
         (["--threads", "-1", PROMPT], "threads"),
         (["--row-cache", "-1", PROMPT], "row_cache must be from 0 to 1048576"),
         (["--context", "1000000", PROMPT], "context is 1000000"),

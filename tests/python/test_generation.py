@@ -141,8 +141,8 @@ def test_token_ids_as_a_prompt(engine: Engine) -> None:
     ("prompt", "error", "message"),
     [
         ([], ValueError, "at least one token"),
-        ([300], ValueError, "vocabulary"),
-        ([-1], ValueError, "vocabulary"),
+        ([300], ValueError, "each token id of a prompt must be from 0 to 299, got 300"),
+        ([-1], ValueError, "each token id of a prompt must be from 0 to 299, got -1"),
         (["a"], TypeError, "prompt.*sequence of integers"),
         ([1.5], TypeError, "prompt.*sequence of integers"),
         (b"a", TypeError, "prompt.*sequence of integers"),
