@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import _core
-from .answers import AnswerForm, answer_message
+from .answers import AnswerForm, AnswerParser, answer_message
 from .options import CheckedOptions
 from .structured import Constraint
 from .text import Detokenizer, StopStrings, Vocabulary
@@ -82,8 +82,8 @@ class GenerationResult:
     """The generated tokens. After a stop string, up to and including the token with which it was complete; after one of
     `stop_token_ids`, with that."""
     finish_reason: str | None
-    """"eos", "length" (max_new_tokens), "context" (the KV cache is full), "stop" (a stop string, or one of
-    stop_token_ids), or None: not over."""
+    """"eos" (the model's end, or that of what the options allow), "length" (max_new_tokens), "context" (the KV cache is
+    full), "stop" (a stop string, or one of stop_token_ids), or None: not over."""
     stop: str | None
     """The stop string that ended the text; None: another reason."""
     stats: GenerationStats
@@ -125,6 +125,7 @@ class TextStream(Iterator[str]):
         self._stop_token_ids = frozenset(options.stop_token_ids)
         self._constraint = constraint
         self._answer = answer
+        self._reader = AnswerParser(answer) if answer and answer.one_call else None
         special = answer.special_tokens(vocabulary.special_tokens) if answer else {}
         self._marks = {id: text for text, id in special.items()}
         self._seed = options.sampling.seed
@@ -198,6 +199,9 @@ class TextStream(Iterator[str]):
             text = self._detokenizer.flush() + mark if mark else self._detokenizer.push(token)
             piece, stopped = self._stop.push(text)
             reason = "stop" if stopped else None
+        if self._reader is not None:
+            self._reader.push(piece)
+            complete = complete or self._reader.over
         if complete and not reason:  # as if the model's end token had followed
             rest, stopped = self._stop.push(self._detokenizer.flush())
             piece += rest + self._stop.flush()

@@ -84,6 +84,8 @@ class ChatOptions(GenerationOptions, total=False):
     """"auto": the model may call tools; "none": as without `tools`; "required": it calls one or several, with arguments
     of their schemas; {"type": "function", "function": {"name": ...}}: it calls this one, once. The last two need the
     extra `structured`. Default None: "auto"."""
+    parallel_tool_calls: bool
+    """False: an answer has one call at most; the generation ends ("eos") where another begins. Default True."""
     chat_template_kwargs: Mapping[str, Any] | None
     """Variables of the chat template, as {"enable_thinking": False}. Default None. ValueError for one that the template
     does not have."""

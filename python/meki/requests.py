@@ -68,7 +68,10 @@ class Requests:
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> Request:
         """To answer a conversation."""
-        tools, choice = choose_tools(check_tools(options.pop("tools", None)), options.pop("tool_choice", None))
+        one_call = not check_flag("parallel_tool_calls", options.pop("parallel_tool_calls", True))
+        tools, choice = choose_tools(
+            check_tools(options.pop("tools", None)), options.pop("tool_choice", None), one_call=one_call
+        )
         chat_template_kwargs = options.pop("chat_template_kwargs", None)
         go_on = check_flag("continue_final_message", options.pop("continue_final_message", False))
         generation: GenerationOptions = {**self._sampling, **options}  # type: ignore[typeddict-item]  # the rest
@@ -82,22 +85,24 @@ class Requests:
         token_ids = self.prompts.encode_chat(text)
         begun = str(messages[-1]["content"]) if go_on else ""
         thinks_first = begins_inside_thoughts(self._form, text, begun)
-        answer, checked = self._held(checked, tools, choice, thinks_first)
+        form = replace(self._form, thinks_first=thinks_first, one_call=one_call)
+        answer, checked = self._held(form, checked, tools, choice)
         return Request(token_ids, checked, self._constraint(checked), whole=True, answer=answer)
 
     def _held(
         self,
+        answer: AnswerForm,
         options: CheckedOptions,
         tools: Sequence[Mapping[str, Any]] | None,
         choice: RequiredCalls | None,
-        thinks_first: bool,
     ) -> tuple[AnswerForm, CheckedOptions]:
         """How an answer is to be read, and options that hold it to what it has to be."""
-        calls = self._form.calls.of_tools(tools) if self._form.calls and tools else None
-        answer = replace(self._form, calls=calls, thinks_first=thinks_first)
+        calls = answer.calls.of_tools(tools) if answer.calls and tools else None
+        answer = replace(answer, calls=calls)
         form = options.form
         if choice is None and tools and calls and form is not None and form.option == "json_schema":
-            choice, options = RequiredCalls(tools, several=True, or_json=form.text), replace(options, form=None)
+            choice = RequiredCalls(tools, several=not answer.one_call, or_json=form.text)
+            options = replace(options, form=None)
         if choice is not None:
             grammar = call_grammar(answer, choice, self.prompts.vocabulary.special_tokens)
             return answer, hold_to(options, Form("tool_choice", grammar))
@@ -107,7 +112,7 @@ class Requests:
             return AnswerForm(), options  # there is nothing but the JSON
         # Thoughts end only if the form says so.
         ends = answer.thinking is not None and answer.thinking[1] in form.text
-        return replace(answer, thinks_first=thinks_first and ends), options
+        return replace(answer, thinks_first=answer.thinks_first and ends), options
 
     def _constraint(self, options: CheckedOptions) -> Constraint | None:
         return None if options.form is None else self._grammars.constraint(options.form)

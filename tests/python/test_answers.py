@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -279,6 +280,25 @@ def test_thoughts_may_begin_in_the_prompt() -> None:
     form = AnswerForm(HERMES_FORM.thinking, HERMES_FORM.calls, thinks_first=True)
     assert read(form, "\nHm.\n</think>\n\nHello") == [Reasoning("Hm."), Content("Hello")]
     assert read(form, "Hm.") == [Reasoning("Hm.")]
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "kept"),
+    [
+        ("hermes", 'a<tool_call>{"name": "w", "arguments": {}}</tool_call>\n<tool_call>{"name": "v", "arguments":{', 3),
+        ("hermes", '<tool_call>{"name": "w", "arguments": {}}</tool_call>b<think>', 3),
+        ("llama", '{"name": "w", "parameters": {}}; {"name": "v", "parameters": {}} c', 2),
+        ("mistral", '[TOOL_CALLS][{"name": "w", "arguments": {}}, {"name": "v", "arguments": {}}]', 2),
+        ("gemma", "<|tool_call>call:w{}<tool_call|><|tool_call>call:v{}<tool_call|>c", 2),
+        ("coder", "<function=w></function><function=v></function>", 2),
+    ],
+)
+def test_an_answer_that_may_have_one_call_is_over_where_another_begins(form: str, text: str, kept: int) -> None:
+    events = read(replace(FORMS[form], one_call=True), text)
+    assert events == read(FORMS[form], text)[:kept]
+    parser = AnswerParser(replace(FORMS[form], one_call=True))
+    parser.push(text)
+    assert parser.over == any(event == ToolCallStart(1, "v") for event in read(FORMS[form], text))
 
 
 def test_a_schema_says_what_is_a_string() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import jsonschema
@@ -127,6 +128,19 @@ def test_any_of_the_tools_may_be_called(engine_with: Callable[[str], Engine], fo
             assert allows(engine, engine.requests.chat([QUESTION], tools=TOOLS, **options), text), text
         for text in wrong:
             assert not allows(engine, engine.requests.chat([QUESTION], tools=TOOLS, **options), text), text
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_one_call_may_be_all_there_may_be(engine_with: Callable[[str], Engine], form: str) -> None:
+    engine = engine_with(template(form))
+    before, after, between = WRITTEN[form]
+    call = before % "we" + "{}" + after
+    for options in ({"tool_choice": "required"}, {"json_schema": {"type": "object"}}):
+        begin = "<|python_tag|>" if form == "llama" and "json_schema" in options else ""
+        for one in (False, True):
+            for calls in (call, call + between + call):
+                request = engine.requests.chat([QUESTION], tools=TOOLS, parallel_tool_calls=not one, **options)
+                assert allows(engine, request, begin + calls) is not (one and calls != call)
 
 
 def test_a_certain_function_is_called_once(engine_with: Callable[[str], Engine]) -> None:
@@ -323,3 +337,19 @@ def test_markers_that_are_special_tokens_are_read(
     stopped, _ = say(stop="a<|other|>")
     assert stopped.message == {"role": "assistant", "content": "", "reasoning_content": "the"}
     assert AnswerParser(AnswerForm()).push("<think>") == [Content("<think>")]
+
+
+def test_a_generation_ends_where_a_second_call_begins(engine_with: Callable[[str], Engine]) -> None:
+    engine = engine_with(template("hermes"))
+    tokenizer: Tokenizer = KINDS["byte level"]()
+    call = '<tool_call>{"name": "we", "arguments": {}}</tool_call>'
+    ids = tokenizer.encode(f"a{call}\n{call}b{call}", add_special_tokens=False).ids
+    for one in (False, True):
+        form = replace(find_form(template("hermes")), one_call=one)
+        core = cast(_core.Session, Saying(engine, ids))
+        stream = TextStream(core, Vocabulary(tokenizer), [], None, 0, 0, check_options({}), None, form)
+        result = stream.finish()
+        assert result.message is not None and result.message["content"] == ("a" if one else "ab")
+        assert (len(result.message["tool_calls"]), result.finish_reason) == (1 if one else 3, "eos")
+        assert not one or f"a{call}\n{call}".startswith(result.text)
+        assert (len(result.token_ids) < len(ids)) is one

@@ -33,15 +33,17 @@ class RequiredCalls:
     """Or else JSON of this schema, a JSON text."""
 
 
-def choose_tools(tools: Tools | None, choice: ToolChoice | None) -> tuple[Tools | None, RequiredCalls | None]:
-    """The tools that the model is told of, and the calls that its answer has to be, if it has to. ValueError for a
-    choice that is none, or of a tool that is not there."""
+def choose_tools(
+    tools: Tools | None, choice: ToolChoice | None, *, one_call: bool
+) -> tuple[Tools | None, RequiredCalls | None]:
+    """The tools that the model is told of, and the calls that its answer has to be, if it has to. one_call: at most.
+    ValueError for a choice that is none, or of a tool that is not there."""
     if choice is None or choice == "auto":
         return tools, None
     if choice == "none":
         return None, None
     if choice == "required" and tools:
-        return tools, RequiredCalls(tools, several=True)
+        return tools, RequiredCalls(tools, several=not one_call)
     function = choice.get("function") if isinstance(choice, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if choice != "required" and not isinstance(name, str):

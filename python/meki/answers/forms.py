@@ -31,6 +31,8 @@ class AnswerForm:
     """None: calls of tools are not told apart."""
     thinks_first: bool = False
     """The answer begins inside thoughts, which the prompt has begun."""
+    one_call: bool = False
+    """The answer is over where a second call begins."""
 
     def special_tokens(self, special_tokens: Mapping[str, int]) -> dict[str, int]:
         """Those of a tokenizer's, ids by their texts, that set off parts: they have to be part of the answer's text."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .events import AnswerEvent, Content, Reasoning
+from .events import AnswerEvent, Content, Reasoning, ToolCallStart
 from .forms import AnswerForm
 from .parts import MalformedCallError, Parts, Reading, TextEvent
 
@@ -20,6 +20,8 @@ class AnswerParser:
 
     def __init__(self, form: AnswerForm) -> None:
         self._form = form
+        self.over = False
+        """The answer has all that it may have, and more was written: that is left out."""
         self._parts = Parts()
         self._reading = self._read()
         next(self._reading)
@@ -28,7 +30,7 @@ class AnswerParser:
         """The parts, or more of them, that are certain with the next piece."""
         for char in piece:
             self._reading.send(char)
-        return self._parts.take()
+        return self._take()
 
     def finish(self) -> list[AnswerEvent]:
         """What was held back, once no more can follow."""
@@ -36,7 +38,15 @@ class AnswerParser:
             while True:  # what is no call is read again, up to the end
                 self._reading.send("")
         except StopIteration:
-            return self._parts.take()
+            return self._take()
+
+    def _take(self) -> list[AnswerEvent]:
+        wanted: list[AnswerEvent] = []
+        for part in self._parts.take():
+            self.over = self.over or (self._form.one_call and isinstance(part, ToolCallStart) and part.index > 0)
+            if not self.over:
+                wanted.append(part)
+        return wanted
 
     def _read(self) -> Reading[None]:
         parts, thinking, calls = self._parts, self._form.thinking, self._form.calls

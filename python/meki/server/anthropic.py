@@ -221,6 +221,8 @@ class MessagesBody(CountBody):
             options["top_k"] = self.top_k
         if self.stop_sequences:
             options["stop"] = self.stop_sequences
+        if self.tool_choice and self.tool_choice.disable_parallel_tool_use:
+            options["parallel_tool_calls"] = False
         if isinstance(self.tool_choice, ToolChoiceTool):
             options["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
         elif self.tool_choice and self.tool_choice.type == "any":
@@ -241,8 +243,7 @@ async def messages(call: Call, body: MessagesBody) -> Response:
     request = await call.prepare(model, partial(Requests.chat, messages=conversation, **options))
     (generation,) = await call.start(model, [request])
     writer = MessageWriter(model.name, len(request.token_ids))
-    one_call = body.tool_choice is not None and body.tool_choice.disable_parallel_tool_use
-    return await written(writer, model, generation, most_calls=1 if one_call else None, stream=bool(body.stream))
+    return await written(writer, model, generation, stream=bool(body.stream))
 
 
 async def count_tokens(call: Call, body: CountBody) -> Response:

@@ -102,11 +102,6 @@ class ChatBody(GenerationBody):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    @property
-    def most_calls(self) -> int | None:
-        """Tool calls of an answer that the client wants to see; None: all."""
-        return 1 if self.parallel_tool_calls is False else None
-
     def chat_options(self, model: Model, index: int) -> ChatOptions:
         most = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
         # None: until the context is full.
@@ -123,6 +118,8 @@ class ChatBody(GenerationBody):
         if self.tool_choice is not None:
             choice = self.tool_choice
             options["tool_choice"] = choice if isinstance(choice, str) else choice.model_dump()
+        if self.parallel_tool_calls is False:
+            options["parallel_tool_calls"] = False
         if self.chat_template_kwargs:
             options["chat_template_kwargs"] = self.chat_template_kwargs
         return options
@@ -136,7 +133,8 @@ class ChatBody(GenerationBody):
 async def chat_completions(call: Call, body: ChatBody) -> Response:
     """The answer to a conversation."""
     if body.top_logprobs is not None and not body.logprobs:
-        raise ApiError(400, "top_logprobs are of logprobs; set these to true", param="top_logprobs")
+        why = "top_logprobs are of logprobs; set these to true"
+        raise ApiError(400, why, code="invalid_value", param="top_logprobs")
     model = call.server.model(body.model)
     choices = body.n or 1
     if choices > call.server.settings.choices:
@@ -152,15 +150,13 @@ async def chat_completions(call: Call, body: ChatBody) -> Response:
         return EventStream(_chunks(head, generations, body), lambda error: event(error_body(PATH, error)))
     head = answer_head("chat.completion", "chatcmpl-", model)
     results = await finish_all(generations)
-    answers = [_choice(index, result, body.most_calls) for index, result in enumerate(results)]
+    answers = [_choice(index, result) for index, result in enumerate(results)]
     return JSONResponse({**head, "choices": answers, "usage": usage(results, choices)})
 
 
-def _choice(index: int, result: GenerationResult, most_calls: int | None) -> dict[str, Any]:
+def _choice(index: int, result: GenerationResult) -> dict[str, Any]:
     assert result.message is not None
     message = {**result.message, "refusal": None}
-    if calls := message.get("tool_calls"):
-        message["tool_calls"] = calls[:most_calls]
     reason = _finish_reason(result, "tool_calls" in message)
     logprobs = None if result.logprobs is None else chat_logprobs(result.logprobs)
     return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
@@ -184,7 +180,7 @@ async def _choice_parts(generation: Generation, body: ChatBody) -> AsyncIterator
 
     yield part({"role": "assistant", "content": ""})
     calls = False
-    async for found in generation.events(body.most_calls):
+    async for found in generation.events():
         calls = calls or isinstance(found, ToolCallStart)
         yield part(_delta(found))
     yield part({}, _finish_reason(generation.result, calls))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 
-from ..answers import AnswerEvent, AnswerParser, ToolCallArguments, ToolCallStart
+from ..answers import AnswerEvent, AnswerParser
 from ..generation import GenerationResult, TokenLogprobs
 from ..requests import Request
 from .errors import engine_errors
@@ -50,19 +49,14 @@ class Generation(AsyncIterator[str]):
             self._metrics.first_token.observe(time.monotonic() - self._start_s)
         return piece
 
-    async def events(self, most_calls: int | None = None) -> AsyncIterator[AnswerEvent]:
-        """The parts of a chat's answer. most_calls: tool calls from then on are left out; None: none are."""
+    async def events(self) -> AsyncIterator[AnswerEvent]:
+        """The parts of a chat's answer."""
         assert self._request.answer is not None
         parser = AnswerParser(self._request.answer)
-
-        def wanted(parts: list[AnswerEvent]) -> list[AnswerEvent]:
-            calls = ToolCallStart | ToolCallArguments
-            return [part for part in parts if not isinstance(part, calls) or part.index < (most_calls or sys.maxsize)]
-
         async for piece in self:
-            for part in wanted(parser.push(piece)):
+            for part in parser.push(piece):
                 yield part
-        for part in wanted(parser.finish()):
+        for part in parser.finish():
             yield part
 
     async def finish(self) -> GenerationResult:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..generation import TokenLogprobs, TopLogprob
@@ -14,8 +14,38 @@ IMPOSSIBLE = -9999.0
 
 def chat_logprobs(tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
     """Of a chat's choice, or of a chunk of one."""
-    content = [{**_described(token), "top_logprobs": [_described(top) for top in token.top]} for token in tokens]
-    return {"content": content, "refusal": None}
+    return {"content": text_logprobs(tokens), "refusal": None}
+
+
+def text_logprobs(tokens: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
+    """Of a text, token by token."""
+    return [{**_described(token), "top_logprobs": [_described(top) for top in token.top]} for token in tokens]
+
+
+class PartTokens:
+    """Which tokens the parts of an answer were written with: markers, and spaces beside them, are of no part."""
+
+    def __init__(self, take: Callable[[], Sequence[TokenLogprobs]]) -> None:
+        """take: the tokens since the last call, those of the next part among them."""
+        self._take = take
+        self._tokens: list[TokenLogprobs] = []
+
+    def of(self, text: str) -> list[TokenLogprobs]:
+        """Of the next part's next text: all that have a byte of it. One that two texts share is the first one's."""
+        self._tokens += self._take()
+        written = b"".join(token.text for token in self._tokens)
+        its = text.encode()
+        begin = max(written.find(its), 0)  # not there: bytes that are no characters were written in its place
+        end = begin + len(its) if its in written else len(written)
+        tokens, left, at = [], [], 0
+        for token in self._tokens:
+            if at >= end:
+                left.append(token)
+            elif at + len(token.text) > begin:
+                tokens.append(token)
+            at += len(token.text)
+        self._tokens = left
+        return tokens
 
 
 class CompletionLogprobs:

@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from starlette.responses import Response
 
-from ..options import ChatOptions
+from ..options import MOST_LOGPROBS, ChatOptions
 from ..requests import Requests
 from .body import Body, absent, of_type
 from .chat_completions import AnyJson, AnyText
 from .conversation import Conversation, thinking_variables
 from .endpoint import Call, Endpoint
+from .errors import ApiError
 from .openai import StreamOptions, sampling
 from .responses_stream import ResponseWriter
 from .state import Model
@@ -167,6 +168,7 @@ class ResponsesBody(Body):
     reasoning: ReasoningConfig | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     metadata: dict[str, str] | None = None
     # What this server cannot do, at the values that ask for nothing.
     previous_response_id: Annotated[None, absent(_STATELESS)] = None
@@ -176,11 +178,11 @@ class ResponsesBody(Body):
     moderation: Annotated[None, absent("this server moderates nothing")] = None
     background: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
-    top_logprobs: Literal[0] | None = None
-    # Of things that there are none of here, or that change no text: ignored.
+    # The first asks for log-probabilities; the others are of things that there are none of here, and are ignored.
     include: (
         list[
             Literal[
+                "message.output_text.logprobs",
                 "file_search_call.results",
                 "web_search_call.results",
                 "web_search_call.action.sources",
@@ -192,6 +194,7 @@ class ResponsesBody(Body):
         ]
         | None
     ) = None
+    # Of accounts, storage and routing, or that change no text: ignored.
     store: bool | None = None
     max_tool_calls: int | None = None
     user: str | None = None
@@ -200,6 +203,11 @@ class ResponsesBody(Body):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
+
+    @property
+    def logprobs(self) -> bool:
+        """Whether they are wanted."""
+        return "message.output_text.logprobs" in (self.include or ())
 
     def messages(self) -> list[dict[str, Any]]:
         """As chat templates know them."""
@@ -243,6 +251,10 @@ class ResponsesBody(Body):
             options["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
         elif self.tool_choice is not None:
             options["tool_choice"] = self.tool_choice
+        if self.parallel_tool_calls is False:
+            options["parallel_tool_calls"] = False
+        if self.logprobs:
+            options["logprobs"] = self.top_logprobs or 0
         effort = self.reasoning.effort if self.reasoning else None
         if variables := thinking_variables(model, None if effort is None else effort != "none"):
             options["chat_template_kwargs"] = variables
@@ -274,7 +286,7 @@ class ResponsesBody(Body):
             "text": {"format": form.model_dump(by_alias=True), "verbosity": text.verbosity or "medium"},
             "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
             "tools": tools,
-            "top_logprobs": 0,
+            "top_logprobs": self.top_logprobs or 0,
             "top_p": options["top_p"],
             "truncation": "disabled",
             "user": self.user,
@@ -287,13 +299,16 @@ _ECHOED = {"type", "strict", *_DESCRIBED}
 
 async def responses(call: Call, body: ResponsesBody) -> Response:
     """The answer to a conversation, in items."""
+    if body.top_logprobs and not body.logprobs:
+        why = "top_logprobs are of logprobs; include message.output_text.logprobs"
+        raise ApiError(400, why, code="invalid_value", param="top_logprobs")
     model = call.server.model(body.model)
     options = body.options(model)
     request = await call.prepare(model, partial(Requests.chat, messages=body.messages(), **options), param="input")
     (generation,) = await call.start(model, [request])
-    writer = ResponseWriter({"model": model.name, **body.echo(options)})
-    most_calls = 1 if body.parallel_tool_calls is False else None
-    return await written(writer, model, generation, most_calls=most_calls, stream=bool(body.stream))
+    take_logprobs = generation.take_logprobs if body.logprobs else None
+    writer = ResponseWriter({"model": model.name, **body.echo(options)}, take_logprobs)
+    return await written(writer, model, generation, stream=bool(body.stream))
 
 
 def _text_of(content: str | list[ContentPart]) -> str:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..answers import AnswerEvent, Content, ToolCallArguments, ToolCallStart, new_call_id
-from ..generation import GenerationResult
+from ..generation import GenerationResult, TokenLogprobs
 from .errors import ApiError
+from .logprobs import PartTokens, text_logprobs
 from .openai import FINISH_REASONS, new_id
 from .writer import AnswerWriter, Event
 
 _TEXTS = {"message": "response.output_text", "reasoning": "response.reasoning_text"}
 
+Take = Callable[[], Sequence[TokenLogprobs]]
+
 
 class ResponseWriter(AnswerWriter):
     """Each run of content, each of thoughts and each call is an item of the response's output."""
 
-    def __init__(self, head: dict[str, Any]) -> None:
-        """head: what of the response is known from the beginning."""
+    def __init__(self, head: dict[str, Any], take_logprobs: Take | None = None) -> None:
+        """head: what of the response is known from the beginning. take_logprobs: of the tokens since the last call;
+        None: they are not told."""
         self.answer = {
             "id": new_id("resp_"),
             "object": "response",
@@ -34,6 +39,7 @@ class ResponseWriter(AnswerWriter):
         }
         self._item: dict[str, Any] | None = None  # the last of the output, while it is written
         self._sequence = 0
+        self._tokens = PartTokens(take_logprobs or list)
 
     def begin(self) -> list[Event]:
         return [self._lifecycle("created"), self._lifecycle("in_progress")]
@@ -41,6 +47,7 @@ class ResponseWriter(AnswerWriter):
     def push(self, part: AnswerEvent) -> list[Event]:
         if isinstance(part, ToolCallStart):
             return [*self._close("completed"), *self._open_call(part.name)]
+        logprobs = text_logprobs(self._tokens.of(part.text))
         if isinstance(part, ToolCallArguments):
             assert self._item is not None
             self._item["arguments"] += part.text
@@ -50,8 +57,11 @@ class ResponseWriter(AnswerWriter):
         if self._item is None or self._item["type"] != kind:
             events = [*self._close("completed"), *self._open_text(kind)]
         assert self._item is not None
-        self._item["content"][0]["text"] += part.text
-        return [*events, self._of_text(f"{_TEXTS[kind]}.delta", delta=part.text)]
+        written = self._item["content"][0]
+        written["text"] += part.text
+        if kind == "message":
+            written["logprobs"] += logprobs
+        return [*events, self._of_text(f"{_TEXTS[kind]}.delta", logprobs, delta=part.text)]
 
     def end(self, result: GenerationResult, thinking_tokens: int) -> list[Event]:
         complete = FINISH_REASONS[result.finish_reason or "stop"] == "stop"
@@ -95,7 +105,7 @@ class ResponseWriter(AnswerWriter):
             part = {"type": "reasoning_text", "text": ""}
         opened = self._open(item)
         item["content"] = [part]
-        return [opened, self._of_text("response.content_part.added", part=copy.copy(part))]
+        return [opened, self._of_text("response.content_part.added", part=copy.deepcopy(part))]
 
     def _open(self, item: dict[str, Any]) -> Event:
         self._item = item
@@ -114,7 +124,7 @@ class ResponseWriter(AnswerWriter):
         else:
             part = item["content"][0]
             events = [
-                self._of_text(f"{_TEXTS[item['type']]}.done", text=part["text"]),
+                self._of_text(f"{_TEXTS[item['type']]}.done", part.get("logprobs", ()), text=part["text"]),
                 self._of_text("response.content_part.done", part=part),
             ]
         events.append(self._whole_item("done"))
@@ -132,9 +142,10 @@ class ResponseWriter(AnswerWriter):
         assert self._item is not None
         return self._event(kind, item_id=self._item["id"], output_index=len(self.answer["output"]) - 1, **more)
 
-    def _of_text(self, kind: str, **more: Any) -> Event:
-        logprobs: dict[str, Any] = {"logprobs": []} if kind.startswith("response.output_text") else {}
-        return self._of_item(kind, content_index=0, **more, **logprobs)
+    def _of_text(self, kind: str, logprobs: Sequence[dict[str, Any]] = (), **more: Any) -> Event:
+        if kind.startswith("response.output_text"):
+            more["logprobs"] = list(logprobs)
+        return self._of_item(kind, content_index=0, **more)
 
     def _event(self, kind: str, **more: Any) -> Event:
         event = {"type": kind, "sequence_number": self._sequence, **more}

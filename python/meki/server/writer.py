@@ -43,11 +43,9 @@ class AnswerWriter(ABC):
         """In place of the end."""
 
 
-async def written(
-    writer: AnswerWriter, model: Model, generation: Generation, *, most_calls: int | None, stream: bool
-) -> Response:
-    """The response to a request. most_calls: tool calls that it may have; None: all."""
-    events = _events(writer, model, generation, most_calls)
+async def written(writer: AnswerWriter, model: Model, generation: Generation, *, stream: bool) -> Response:
+    """The response to a request."""
+    events = _events(writer, model, generation)
     if stream:
         return EventStream(_sent(events), lambda error: _text(writer.fail(error)))
     async for _ in events:
@@ -61,13 +59,11 @@ async def _sent(events: AsyncGenerator[Event, None]) -> AsyncGenerator[str, None
             yield _text(data)
 
 
-async def _events(
-    writer: AnswerWriter, model: Model, generation: Generation, most_calls: int | None
-) -> AsyncGenerator[Event, None]:
+async def _events(writer: AnswerWriter, model: Model, generation: Generation) -> AsyncGenerator[Event, None]:
     for data in writer.begin():
         yield data
     thoughts = ""
-    async for part in generation.events(most_calls):
+    async for part in generation.events():
         if isinstance(part, Reasoning):
             thoughts += part.text
         for data in writer.push(part):

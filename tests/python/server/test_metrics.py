@@ -8,7 +8,7 @@ import socket
 from prometheus_client.parser import text_string_to_metric_families
 
 from meki.generation import TokenLogprobs, TopLogprob
-from meki.server.logprobs import IMPOSSIBLE, CompletionLogprobs, chat_logprobs
+from meki.server.logprobs import IMPOSSIBLE, CompletionLogprobs, PartTokens, chat_logprobs
 from meki.server.run import listen
 
 from .running import Running, Serve, wait_for
@@ -85,3 +85,23 @@ def test_logprobs_that_json_has_no_words_for() -> None:
         "top_logprobs": [{"a": IMPOSSIBLE, "bytes:\\xe2": -0.5}, {"bytes:\\x98\\x83": -0.25}],
         "text_offset": [0, 0],
     }
+
+
+def tokens_of(*texts: bytes) -> list[TokenLogprobs]:
+    return [TokenLogprobs(id, text, -1.0, []) for id, text in enumerate(texts)]
+
+
+def test_tokens_of_an_answers_parts() -> None:
+    """Those of markers, and of spaces beside them, are of no part."""
+    tokens = [tokens_of(b"<think>", b"\n", b"Hm", b".", b"\n</", b"think>", b"\n\nIt", b" is", b"<tool_call>")]
+    its = PartTokens(lambda: tokens.pop() if tokens else [])
+    taken = [[token.token_id for token in its.of(text)] for text in ("Hm", ".", "It", " is")]
+    assert taken == [[2], [3], [6], [7]]
+
+
+def test_tokens_that_are_no_characters_or_two_texts() -> None:
+    tokens = [tokens_of(b"a<", b"b"), tokens_of(b"\xe2", b"\x98"), []]
+    its = PartTokens(lambda: tokens.pop(0))
+    assert [token.text for token in its.of("a")] == [b"a<"]  # the marker that it may be is held back
+    assert [token.text for token in its.of("<b")] == [b"b", b"\xe2", b"\x98"]
+    assert its.of("\ufffd") == []

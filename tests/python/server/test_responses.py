@@ -9,6 +9,7 @@ from typing import Any
 
 import openai
 import pytest
+from openai.types.responses import Response, ResponseOutputMessage, ResponseOutputText
 from pydantic import BaseModel
 
 from meki import AsyncEngine, Engine
@@ -136,6 +137,35 @@ def test_piece_by_piece(served: Running) -> None:
     assert asyncio.run(ask()) == whole.output_text
 
 
+def test_logprobs(served: Running) -> None:
+    asked: dict[str, Any] = {**ASKED, "max_output_tokens": 12, "include": ["message.output_text.logprobs"]}
+    chat = served.openai.chat.completions.create(
+        model="meki-tiny",
+        messages=[{"role": "user", "content": ASKED["input"]}],
+        temperature=0,
+        max_tokens=12,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    assert chat.choices[0].logprobs is not None
+    expected = [token.to_dict() for token in chat.choices[0].logprobs.content or []]
+
+    def of(response: Response) -> list[dict[str, Any]]:
+        (message,) = response.output
+        assert isinstance(message, ResponseOutputMessage) and isinstance(message.content[0], ResponseOutputText)
+        return [token.to_dict() for token in message.content[0].logprobs or []]
+
+    whole = served.openai.responses.create(**asked, top_logprobs=2)
+    assert of(whole) == expected and whole.to_dict()["top_logprobs"] == 2
+    with served.openai.responses.stream(**asked, top_logprobs=2) as stream:
+        events = list(stream)
+    assert events[-1].type == "response.incomplete" and of(events[-1].response) == expected
+    pieces = [event.logprobs for event in events if event.type == "response.output_text.delta"]
+    assert [token.to_dict() for piece in pieces for token in piece] == expected
+    assert [token["top_logprobs"] for token in of(served.openai.responses.create(**asked))] == [[]] * 12
+    assert of(served.openai.responses.create(**{**asked, "include": []})) == []
+
+
 def test_a_call_and_its_result(served: Running) -> None:
     response = served.openai.responses.create(**CALLED)
     (call,) = response.output
@@ -230,7 +260,9 @@ def test_thoughts(tmp_path: Path, streamed: bool) -> None:
         ({"max_output_tokens": 0}, "invalid_value", "max_output_tokens", ""),
         ({"truncation": "auto"}, "invalid_value", "truncation", "'disabled'"),
         ({"background": True}, "invalid_value", "background", ""),
-        ({"include": ["message.output_text.logprobs"]}, "invalid_value", "include[0]", ""),
+        ({"include": ["everything"]}, "invalid_value", "include[0]", ""),
+        ({"top_logprobs": 2}, "invalid_value", "top_logprobs", "include message.output_text.logprobs"),
+        ({"include": ["message.output_text.logprobs"], "top_logprobs": 21}, "invalid_value", "top_logprobs", "20"),
         ({"king": 1}, "unknown_parameter", "king", ""),
         ({"input": "long " * 600}, "context_length_exceeded", "input", "512"),
         ({"text": {"format": {"type": "xml"}}}, "invalid_value", "text.format", ""),
