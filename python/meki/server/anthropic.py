@@ -243,7 +243,7 @@ async def messages(call: Call, body: MessagesBody) -> Response:
     request = await call.prepare(model, partial(Requests.chat, messages=conversation, **options))
     (generation,) = await call.start(model, [request])
     writer = MessageWriter(model.name, len(request.token_ids))
-    return await written(writer, model, generation, stream=bool(body.stream))
+    return await written(call, writer, model, generation, stream=bool(body.stream))
 
 
 async def count_tokens(call: Call, body: CountBody) -> Response:

@@ -12,16 +12,20 @@ from ..answers import AnswerEvent, Content, ToolCallArguments, ToolCallStart
 from ..generation import GenerationResult
 from .errors import ApiError, anthropic_error
 from .openai import new_id
+from .sse import event
 from .writer import AnswerWriter, Event
 
 SIGNATURE = "unsigned"
 """Of thoughts. Clients do not send back those without one; here nothing depends on it."""
+PING: Event = {"type": "ping"}
 _STOP_REASONS = {"length": "max_tokens", "context": "model_context_window_exceeded"}
 _DELTAS = {"text": "text_delta", "thinking": "thinking_delta"}
 
 
 class MessageWriter(AnswerWriter):
     """Each run of content, each of thoughts and each call is a block of the message's content."""
+
+    ping = event(PING, PING["type"])
 
     def __init__(self, model: str, prompt_tokens: int) -> None:
         self.answer = {
@@ -39,7 +43,7 @@ class MessageWriter(AnswerWriter):
         self._input = ""  # of a call
 
     def begin(self) -> list[Event]:
-        return [{"type": "message_start", "message": copy.deepcopy(self.answer)}, {"type": "ping"}]
+        return [{"type": "message_start", "message": copy.deepcopy(self.answer)}, PING]
 
     def push(self, part: AnswerEvent) -> list[Event]:
         if isinstance(part, ToolCallStart):

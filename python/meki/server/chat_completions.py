@@ -147,7 +147,8 @@ async def chat_completions(call: Call, body: ChatBody) -> Response:
     generations = await call.start(model, requests)
     if body.stream:
         head = answer_head("chat.completion.chunk", "chatcmpl-", model)
-        return EventStream(_chunks(head, generations, body), lambda error: event(error_body(PATH, error)))
+        chunks = _chunks(head, generations, body)
+        return EventStream(chunks, lambda error: event(error_body(PATH, error)), ping_s=call.server.settings.ping_s)
     head = answer_head("chat.completion", "chatcmpl-", model)
     results = await finish_all(generations)
     answers = [_choice(index, result) for index, result in enumerate(results)]

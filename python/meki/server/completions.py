@@ -54,7 +54,7 @@ async def completions(call: Call, body: CompletionBody) -> Response:
     head = answer_head("text_completion", "cmpl-", model)
     if body.stream:
         chunks = _chunks(head, generations, choices, body)
-        return EventStream(chunks, lambda error: event(error_body(PATH, error)))
+        return EventStream(chunks, lambda error: event(error_body(PATH, error)), ping_s=call.server.settings.ping_s)
     results = await finish_all(generations)
     answers = [_choice(index, result) for index, result in enumerate(results)]
     return JSONResponse({**head, "choices": answers, "usage": usage(results, choices)})

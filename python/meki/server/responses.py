@@ -308,7 +308,7 @@ async def responses(call: Call, body: ResponsesBody) -> Response:
     (generation,) = await call.start(model, [request])
     take_logprobs = generation.take_logprobs if body.logprobs else None
     writer = ResponseWriter({"model": model.name, **body.echo(options)}, take_logprobs)
-    return await written(writer, model, generation, stream=bool(body.stream))
+    return await written(call, writer, model, generation, stream=bool(body.stream))
 
 
 def _text_of(content: str | list[ContentPart]) -> str:

@@ -27,5 +27,8 @@ class Settings:
     """Seconds that a client may take for the head of a request, and again for its body."""
     send_s: float = 60.0
     """Seconds that a client may read nothing of an answer before it counts as gone."""
+    ping_s: float = 15.0
+    """Seconds that a stream of events may be silent, while a prompt is computed or waits, before the client is told
+    that something will come."""
     stop_s: int = 30
     """Seconds that running requests may take to end when the server is stopped."""

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .errors import ApiError, as_api_error
+from .iterators import with_pauses
 
 
 def event(data: Any, name: str | None = None) -> str:
@@ -19,23 +20,42 @@ def event(data: Any, name: str | None = None) -> str:
     return f"{head}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
+COMMENT = ": still here\n\n"
+"""What readers of events pass over."""
+
+
 class EventStream(Response):
     """Sends events as they are made. The generator is closed with the sending, however that ends; an error of its own
     becomes a last event."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str, None], on_error: Callable[[ApiError], str]) -> None:
-        """on_error: the event that tells of an error."""
+    def __init__(
+        self,
+        events: AsyncGenerator[str, None],
+        on_error: Callable[[ApiError], str],
+        *,
+        ping_s: float,
+        ping: str = COMMENT,
+    ) -> None:
+        """on_error: the event that tells of an error. ping_s: seconds without an event after which `ping` is sent, and
+        again, so that nobody on the way takes the connection for dead."""
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._on_error = on_error
+        self._ping_s = ping_s
+        self._ping = ping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for text in self._with_error():
-            await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+        async with (
+            contextlib.aclosing(self._with_error()) as events,
+            contextlib.aclosing(with_pauses(events, self._ping_s)) as paused,
+        ):
+            async for text in paused:
+                body = (self._ping if text is None else text).encode()
+                await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _with_error(self) -> AsyncGenerator[str, None]:

@@ -6,15 +6,16 @@ import asyncio
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, ClassVar
 
 from starlette.responses import JSONResponse, Response
 
 from ..answers import AnswerEvent, Reasoning
 from ..generation import GenerationResult
+from .endpoint import Call
 from .errors import ApiError
 from .generation import Generation
-from .sse import EventStream, event
+from .sse import COMMENT, EventStream, event
 from .state import Model
 
 Event = dict[str, Any]
@@ -25,6 +26,8 @@ class AnswerWriter(ABC):
     """Writes down one answer: `answer` is what there is so far, and every step returns the events that tell of it."""
 
     answer: dict[str, Any]
+    ping: ClassVar[str] = COMMENT
+    """What a stream has where nothing else comes."""
 
     @abstractmethod
     def begin(self) -> list[Event]:
@@ -43,11 +46,12 @@ class AnswerWriter(ABC):
         """In place of the end."""
 
 
-async def written(writer: AnswerWriter, model: Model, generation: Generation, *, stream: bool) -> Response:
-    """The response to a request."""
+async def written(call: Call, writer: AnswerWriter, model: Model, generation: Generation, *, stream: bool) -> Response:
+    """The response to a call."""
     events = _events(writer, model, generation)
     if stream:
-        return EventStream(_sent(events), lambda error: _text(writer.fail(error)))
+        ping_s = call.server.settings.ping_s
+        return EventStream(_sent(events), lambda error: _text(writer.fail(error)), ping_s=ping_s, ping=writer.ping)
     async for _ in events:
         pass
     return JSONResponse(writer.answer)

@@ -8,6 +8,7 @@ import socket
 import struct
 from typing import Any
 
+import anthropic
 import pytest
 
 from meki.server import run
@@ -180,6 +181,44 @@ def test_a_client_that_leaves_the_queue(serve: Serve) -> None:
         clients[0].close()  # the one that runs
         assert b"[DONE]" in answer_of(clients[2])
         served.wait_until_idle()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "ping", "end"),
+    [
+        ("/v1/completions", {"prompt": "x"}, b": still here\n\n", b"data: [DONE]"),
+        (
+            "/v1/messages",
+            {"messages": [{"role": "user", "content": "x"}]},
+            b'event: ping\ndata: {"type":"ping"}\n\n',
+            b"event: message_stop",
+        ),
+    ],
+)
+def test_a_client_that_waits_is_told_so(serve: Serve, path: str, body: dict[str, Any], ping: bytes, end: bytes) -> None:
+    with serve(parallel=1, ping_s=0.005) as served, served.raw(request(LONG)):  # another, that it waits for
+        wait_for(lambda: served.runner.running)
+        asked = {"model": "meki-tiny", "max_tokens": 3, "stream": True, **body}
+        answer = answer_of(served.raw(request(asked, path)))
+    assert answer.startswith(b"HTTP/1.1 200 OK") and answer.count(ping) >= 2 and end in answer
+
+
+def test_clients_pass_over_what_tells_them_to_wait(serve: Serve) -> None:
+    message: Any = {"role": "user", "content": "x"}
+    asked: dict[str, Any] = {"model": "meki-tiny", "max_tokens": 3, "temperature": 0, "messages": [message]}
+    with serve(parallel=1, ping_s=0.001) as served:
+        texts = []
+        for _ in range(2):
+            chunks = served.openai.chat.completions.create(**asked, stream=True)
+            texts.append("".join(chunk.choices[0].delta.content or "" for chunk in chunks))
+            client = anthropic.Anthropic(base_url=served.url, api_key="none", max_retries=0)
+            with client, client.messages.stream(**asked) as stream:
+                texts.append("".join(stream.text_stream))
+        with served.raw(request(LONG)):
+            wait_for(lambda: served.runner.running)
+            chunks = served.openai.chat.completions.create(**asked, stream=True)
+            texts.append("".join(chunk.choices[0].delta.content or "" for chunk in chunks))
+    assert texts[0] and texts == texts[:1] * 5
 
 
 def test_a_client_that_reads_nothing(serve: Serve) -> None:

@@ -1,4 +1,4 @@
-"""Several asynchronous iterators at once."""
+"""Asynchronous iterators: several at once, and one that takes its time."""
 
 from __future__ import annotations
 
@@ -31,3 +31,23 @@ async def merged(iterators: Sequence[AsyncIterator[T]]) -> AsyncGenerator[tuple[
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+
+
+async def with_pauses(items: AsyncIterator[T], pause_s: float) -> AsyncGenerator[T | None, None]:
+    """What an iterator gives, and None each time that nothing has come for so many seconds."""
+
+    async def following() -> T:
+        return await anext(items)
+
+    while True:
+        coming = asyncio.create_task(following())
+        try:
+            while not (await asyncio.wait([coming], timeout=pause_s))[0]:
+                yield None
+            item = coming.result()
+        except StopAsyncIteration:
+            return
+        finally:
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)
+        yield item
