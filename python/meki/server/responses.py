@@ -17,13 +17,13 @@ from .endpoint import Call, Endpoint
 from .errors import ApiError
 from .openai import StreamOptions, sampling
 from .responses_stream import ResponseWriter
+from .responses_tools import Functions, Tool, full_name
 from .state import Model
 from .writer import written
 
 PATH = "/v1/responses"
 _STATELESS = "this server keeps no responses; send the whole conversation as `input`"
 _TEXT_ALONE = "the model takes text alone, as input_text"
-_FUNCTIONS_ALONE = 'the server runs no tools of its own; give functions, as {"type": "function", "name": ...}'
 Status = Literal["in_progress", "completed", "incomplete"]
 ItemId = Annotated[str | None, Field(description="Means nothing here")]
 
@@ -115,19 +115,6 @@ Item = Annotated[
 ]
 
 
-class FunctionTool(Body):
-    type: Literal["function"]
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-    # Of tools that are run or searched for elsewhere; ignored.
-    allowed_callers: list[str] | None = None
-    defer_loading: bool | None = None
-    output_schema: dict[str, Any] | None = None
-    async_: Annotated[bool | None, Field(alias="async")] = None
-
-
 class NamedFunction(Body):
     type: Literal["function"]
     name: str
@@ -162,7 +149,7 @@ class ResponsesBody(Body):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     text: TextConfig | None = None
-    tools: list[Annotated[FunctionTool, of_type("function", why=_FUNCTIONS_ALONE)]] | None = None
+    tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningConfig | None = None
@@ -203,11 +190,17 @@ class ResponsesBody(Body):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
+    client_metadata: dict[str, Any] | None = None  # of Codex
 
     @property
     def logprobs(self) -> bool:
         """Whether they are wanted."""
         return "message.output_text.logprobs" in (self.include or ())
+
+    @property
+    def functions(self) -> Functions:
+        """Those of its tools."""
+        return Functions(self.tools or ())
 
     def messages(self) -> list[dict[str, Any]]:
         """As chat templates know them."""
@@ -222,7 +215,7 @@ class ResponsesBody(Body):
                 role = "system" if item.role == "developer" else item.role
                 conversation.say(role, _text_of(item.content))
             elif isinstance(item, FunctionCallItem):
-                conversation.call(item.call_id, item.name, item.arguments)
+                conversation.call(item.call_id, full_name(item.name, item.namespace), item.arguments)
             elif isinstance(item, FunctionCallOutputItem):
                 conversation.result(item.call_id, _text_of(item.output))
             else:
@@ -242,11 +235,8 @@ class ResponsesBody(Body):
             options["json_schema"] = True
         elif isinstance(form, JsonOfSchema):
             options["json_schema"] = form.schema_
-        if self.tools:
-            options["tools"] = [
-                {"type": "function", "function": tool.model_dump(include=_DESCRIBED, exclude_none=True)}
-                for tool in self.tools
-            ]
+        if functions := self.functions.described():
+            options["tools"] = functions
         if isinstance(self.tool_choice, NamedFunction):
             options["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
         elif self.tool_choice is not None:
@@ -262,10 +252,6 @@ class ResponsesBody(Body):
 
     def echo(self, options: ChatOptions) -> dict[str, Any]:
         """What a response says of its request."""
-        tools = [
-            {"description": None, "parameters": None, "strict": False, **tool.model_dump(include=_ECHOED)}
-            for tool in self.tools or ()
-        ]
         choice = self.tool_choice or "auto"
         reasoning, text = self.reasoning or ReasoningConfig(), self.text or TextConfig()
         form = text.format or AnyText(type="text")
@@ -285,16 +271,12 @@ class ResponsesBody(Body):
             "temperature": options["temperature"],
             "text": {"format": form.model_dump(by_alias=True), "verbosity": text.verbosity or "medium"},
             "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
-            "tools": tools,
+            "tools": self.functions.echo(),
             "top_logprobs": self.top_logprobs or 0,
             "top_p": options["top_p"],
             "truncation": "disabled",
             "user": self.user,
         }
-
-
-_DESCRIBED = {"name", "description", "parameters"}
-_ECHOED = {"type", "strict", *_DESCRIBED}
 
 
 async def responses(call: Call, body: ResponsesBody) -> Response:
@@ -307,7 +289,7 @@ async def responses(call: Call, body: ResponsesBody) -> Response:
     request = await call.prepare(model, partial(Requests.chat, messages=body.messages(), **options), param="input")
     (generation,) = await call.start(model, [request])
     take_logprobs = generation.take_logprobs if body.logprobs else None
-    writer = ResponseWriter({"model": model.name, **body.echo(options)}, take_logprobs)
+    writer = ResponseWriter({"model": model.name, **body.echo(options)}, body.functions, take_logprobs)
     return await written(call, writer, model, generation, stream=bool(body.stream))
 
 

@@ -12,6 +12,7 @@ from ..generation import GenerationResult, TokenLogprobs
 from .errors import ApiError
 from .logprobs import PartTokens, text_logprobs
 from .openai import FINISH_REASONS, new_id
+from .responses_tools import Functions
 from .writer import AnswerWriter, Event
 
 _TEXTS = {"message": "response.output_text", "reasoning": "response.reasoning_text"}
@@ -22,9 +23,9 @@ Take = Callable[[], Sequence[TokenLogprobs]]
 class ResponseWriter(AnswerWriter):
     """Each run of content, each of thoughts and each call is an item of the response's output."""
 
-    def __init__(self, head: dict[str, Any], take_logprobs: Take | None = None) -> None:
-        """head: what of the response is known from the beginning. take_logprobs: of the tokens since the last call;
-        None: they are not told."""
+    def __init__(self, head: dict[str, Any], functions: Functions, take_logprobs: Take | None = None) -> None:
+        """head: what of the response is known from the beginning. functions: that may be called. take_logprobs: of the
+        tokens since the last call; None: they are not told."""
         self.answer = {
             "id": new_id("resp_"),
             "object": "response",
@@ -39,6 +40,7 @@ class ResponseWriter(AnswerWriter):
         }
         self._item: dict[str, Any] | None = None  # the last of the output, while it is written
         self._sequence = 0
+        self._functions = functions
         self._tokens = PartTokens(take_logprobs or list)
 
     def begin(self) -> list[Event]:
@@ -91,7 +93,7 @@ class ResponseWriter(AnswerWriter):
         return self._lifecycle("failed")
 
     def _open_call(self, name: str) -> list[Event]:
-        call = {"id": new_id("fc_"), "call_id": new_call_id(), "name": name, "arguments": ""}
+        call = {"id": new_id("fc_"), "call_id": new_call_id(), **self._functions.called(name), "arguments": ""}
         return [self._open({"type": "function_call", **call})]
 
     def _open_text(self, kind: str) -> list[Event]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import openai
 import pytest
-from openai.types.responses import Response, ResponseOutputMessage, ResponseOutputText
+from openai.types.responses import Response, ResponseFunctionToolCall, ResponseOutputMessage, ResponseOutputText
 from pydantic import BaseModel
 
 from meki import AsyncEngine, Engine
@@ -188,6 +188,39 @@ def test_a_call_and_its_result(served: Running) -> None:
     assert [item.type for item in answer.output] == ["message"]
 
 
+def test_functions_of_a_namespace(served: Running) -> None:
+    """Beside what agents offer unasked, and a server without the internet does not have."""
+    tools: list[Any] = [
+        {"type": "namespace", "name": "sky", "description": "Of the sky.", "tools": FUNCTIONS[:1]},
+        {"type": "web_search", "external_web_access": False},
+    ]
+    asked = {**CALLED, "tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
+    response = served.openai.responses.create(**asked, extra_body={"client_metadata": {"a": "b"}})
+    (call,) = response.output
+    assert call.type == "function_call" and (call.namespace, call.name) == ("sky", "weather")
+    (echoed,) = response.to_dict()["tools"]
+    assert (echoed["type"], echoed["tools"][0]["parameters"]) == ("namespace", FUNCTIONS[0]["parameters"])
+    for event in served.openai.responses.create(**asked, stream=True):
+        if event.type == "response.output_item.done":
+            assert isinstance(event.item, ResponseFunctionToolCall)
+            assert (event.item.namespace, event.item.name) == ("sky", "weather")
+    body = ResponsesBody.model_validate(
+        {
+            **asked,
+            "input": [
+                {"role": "user", "content": "Hello"},
+                call.to_dict(),
+                {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny."},
+            ],
+        }
+    )
+    assert [tool["function"]["name"] for tool in body.functions.described()] == ["sky.weather"]
+    _, called, result = body.messages()
+    assert called["tool_calls"][0]["function"]["name"] == result["name"] == "sky.weather"
+    refused = served.post("/v1/responses", {**asked, "tools": tools[1:]})
+    assert refused.status_code == 400 and "needs a tool" in refused.json()["error"]["message"]
+
+
 def test_one_call_if_one_is_wanted(served: Running) -> None:
     most = 0
     for _ in range(6):  # with some seeds the model writes several
@@ -255,7 +288,7 @@ def test_thoughts(tmp_path: Path, streamed: bool) -> None:
         ),
         ({"input": [{"role": "user", "content": "x", "king": 1}]}, "unknown_parameter", "input[0].king", ""),
         ({"input": [{"role": "king", "content": "x"}]}, "invalid_value", "input[0].role", "'user'"),
-        ({"tools": [{"type": "web_search", "filters": {}}]}, "invalid_value", "tools[0]", "give functions"),
+        ({"tools": [{"type": "mcp", "server_label": "x"}]}, "invalid_value", "tools[0]", "give functions"),
         ({"tool_choice": "required"}, "invalid_value", None, "needs a tool"),
         ({"max_output_tokens": 0}, "invalid_value", "max_output_tokens", ""),
         ({"truncation": "auto"}, "invalid_value", "truncation", "'disabled'"),

@@ -15,6 +15,7 @@ from meki.answers import AnswerEvent, Content, Reasoning, ToolCallArguments, Too
 from meki.server.errors import ApiError
 from meki.server.responses import ResponsesBody
 from meki.server.responses_stream import ResponseWriter
+from meki.server.responses_tools import Functions
 
 from .answers import a_result, answers, runs, write
 
@@ -80,7 +81,7 @@ def shown(item: dict[str, Any]) -> tuple[str, str]:
 
 @given(parts=answers(), reason=st.sampled_from(("eos", "stop", "length", "context")))
 def test_any_answer(parts: list[AnswerEvent], reason: str) -> None:
-    writer = ResponseWriter(HEAD)
+    writer = ResponseWriter(HEAD, Functions([]))
     events = write(writer, parts, a_result(reason))
     output = read(events)
     expected = runs(parts)
@@ -106,7 +107,10 @@ def test_any_answer(parts: list[AnswerEvent], reason: str) -> None:
 
 def test_the_order_of_events() -> None:
     parts = [Reasoning("Hm."), Content("It "), Content("is"), ToolCallStart(0, "look"), ToolCallArguments(0, "{}")]
-    kinds = [event["type"].removeprefix("response.") for event in write(ResponseWriter(HEAD), parts, a_result("eos"))]
+    kinds = [
+        event["type"].removeprefix("response.")
+        for event in write(ResponseWriter(HEAD, Functions([])), parts, a_result("eos"))
+    ]
     assert kinds == [
         *("created", "in_progress"),
         *("output_item.added", "content_part.added", "reasoning_text.delta", "reasoning_text.done"),
@@ -120,7 +124,7 @@ def test_the_order_of_events() -> None:
 
 @pytest.mark.parametrize(("status", "code"), [(500, "server_error"), (400, "invalid_prompt")])
 def test_an_error_in_the_middle(status: int, code: str) -> None:
-    writer = ResponseWriter(HEAD)
+    writer = ResponseWriter(HEAD, Functions([]))
     before = [*writer.begin(), *writer.push(Content("It"))]
     event = writer.fail(ApiError(status, "it broke"))
     EVENT.validate_python(event)
