@@ -1,4 +1,4 @@
-"""The PyTorch reference with its memory. (importers/test_huggingface.py has the backbone, against transformers.)"""
+"""The PyTorch reference with its memory. (checkpoints/test_huggingface.py has the backbone, against transformers.)"""
 
 from __future__ import annotations
 

@@ -58,6 +58,16 @@ def change_package(package: Path, tmp_path: Path) -> Callable[..., Path]:
     return lambda edit, source=package: copy_package(source, tmp_path / "changed", edit)
 
 
+def without_end(manifest: dict[str, Any]) -> None:
+    manifest["tokenizer"]["eos_token_ids"] = []
+
+
+@pytest.fixture
+def endless(change_package: Callable[..., Path]) -> Engine:
+    """The model of `package`, but no token ends a text."""
+    return Engine(change_package(without_end), threads=1)
+
+
 @pytest.fixture
 def stdin(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """stdin(data): what a command reads, from a terminal or not."""

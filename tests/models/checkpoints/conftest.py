@@ -1,4 +1,4 @@
-"""Writes Megatron-LM checkpoints in the layout of the published training code, naively."""
+"""Writes Megatron-LM checkpoints in the layout of the published training code, naively; and a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from meki.models.architectures.llama import Decoder, LlamaConfig
+from meki.models.checkpoints.huggingface import save_pretrained
 
 State = dict[str, Any]
 
@@ -169,3 +170,10 @@ def write_megatron(tmp_path: Path, megatron_classes: dict[str, Any]) -> Callable
         return path
 
     return write
+
+
+@pytest.fixture
+def saved(make_model: Callable[..., Decoder], tmp_path: Path) -> Path:
+    """A Hugging Face folder of a random model with a memory."""
+    save_pretrained(tmp_path / "saved", make_model(), provenance={})
+    return tmp_path / "saved"

@@ -22,17 +22,11 @@ from meki.models.tokenizer import TokenizerSpec
 from meki.models.train.base_model import open_base
 
 from .gemma_models import GEMMA4, IDS, TYPES4, export, logits_of, random_gemma, save_gemma
+from .huggingface_folders import edit_config
 
 # Eight layers of 64 in float32, summed in another order: some 1e-6 of logits that reach about 10.
 TOLERANCE = 1e-4
 LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 500_000.0}
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    """Sets keys of config.json; None removes one."""
-    config = json.loads((folder / "config.json").read_text()) | changes
-    kept = {key: value for key, value in config.items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(kept))
 
 
 def assert_same(folder: Path, model: torch.nn.Module, **overrides: Any) -> None:
