@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Self, Unpack
 
 from .engine import Engine
@@ -27,6 +29,7 @@ class AsyncEngine:
         self._scheduler = Scheduler(
             lambda: engine.session(context=context), engine.prefix_cache, parallel=parallel, waiting=waiting
         )
+        self._mail: _Mail | None = None
 
     async def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> GenerationResult:
         """Continues `prompt`."""
@@ -34,13 +37,11 @@ class AsyncEngine:
 
     def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> AsyncTextStream:
         """The same, piece by piece."""
-        return AsyncTextStream(
-            self._scheduler, lambda: self.engine.requests.text(prompt, first=True, whole=True, **options)
-        )
+        return self._stream(lambda: self.engine.requests.text(prompt, first=True, whole=True, **options))
 
     def run(self, request: Request) -> AsyncTextStream:
         """What `request`, one of `engine.requests`, asks for, piece by piece."""
-        return AsyncTextStream(self._scheduler, lambda: request)
+        return self._stream(lambda: request)
 
     async def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> GenerationResult:
         """The model's answer to a conversation."""
@@ -48,7 +49,17 @@ class AsyncEngine:
 
     def stream_chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> AsyncTextStream:
         """The same, piece by piece."""
-        return AsyncTextStream(self._scheduler, lambda: self.engine.requests.chat(messages, **options))
+        return self._stream(lambda: self.engine.requests.chat(messages, **options))
+
+    def _stream(self, make_request: Callable[[], Request]) -> AsyncTextStream:
+        return AsyncTextStream(self._scheduler, self._open_mail, make_request)
+
+    def _open_mail(self) -> _Mail:
+        """That of the running loop."""
+        loop = asyncio.get_running_loop()
+        if self._mail is None or self._mail.loop is not loop:
+            self._mail = _Mail(loop)
+        return self._mail
 
     @property
     def waiting(self) -> int:
@@ -71,12 +82,40 @@ class AsyncEngine:
         await asyncio.to_thread(self._scheduler.close)
 
 
+class _Mail:
+    """Takes events from the scheduler's thread to their queues on an event loop, which is woken once for all that come
+    together."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._waiting: deque[tuple[asyncio.Queue[Event], Event]] = deque()
+        self._woken = False
+
+    def send(self, queue: asyncio.Queue[Event], event: Event) -> None:
+        """From any thread."""
+        self._waiting.append((queue, event))
+        if self._woken:
+            return
+        self._woken = True
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._woken = False  # before the queue is found to be empty, so that nothing stays in it
+        while self._waiting:
+            queue, event = self._waiting.popleft()
+            queue.put_nowait(event)
+
+
 class AsyncTextStream(AsyncIterator[str]):
     """The text of one generation, piece by piece. It begins with the first piece that is asked for; `aclose` ends it
     early. Errors are those of `Session.stream`, and QueueFullError."""
 
-    def __init__(self, scheduler: Scheduler, make_request: Callable[[], Request]) -> None:
+    def __init__(
+        self, scheduler: Scheduler, open_mail: Callable[[], _Mail], make_request: Callable[[], Request]
+    ) -> None:
         self._scheduler = scheduler
+        self._open_mail = open_mail
         self._make_request = make_request
         self.request: Request | None = None
         """What is generated; None before it is asked for. `AnswerParser(request.answer)` tells the parts of an answer
@@ -113,13 +152,7 @@ class AsyncTextStream(AsyncIterator[str]):
     async def start(self) -> None:
         """Puts the generation into the queue. Raises what refuses it."""
         self.request = await asyncio.to_thread(self._make_request)  # a grammar may take seconds
-        loop = asyncio.get_running_loop()
-
-        def deliver(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-        self._job = self._scheduler.submit(self.request, deliver)
+        self._job = self._scheduler.submit(self.request, partial(self._open_mail().send, self._events))
 
     async def finish(self) -> GenerationResult:
         """Generates what is left."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncGenerator, Callable
@@ -11,7 +12,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .errors import ApiError, as_api_error
-from .iterators import with_pauses
 
 
 def event(data: Any, name: str | None = None) -> str:
@@ -49,13 +49,26 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with (
-            contextlib.aclosing(self._with_error()) as events,
-            contextlib.aclosing(with_pauses(events, self._ping_s)) as paused,
-        ):
-            async for text in paused:
-                body = (self._ping if text is None else text).encode()
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+        clock = asyncio.get_running_loop().time
+        last = clock()
+
+        async def ping() -> None:
+            nonlocal last
+            while True:
+                await asyncio.sleep(last + self._ping_s - clock())
+                if clock() >= last + self._ping_s:
+                    last = clock()
+                    await _send_part(send, self._ping)
+
+        pinging = asyncio.create_task(ping())
+        try:
+            async with contextlib.aclosing(self._with_error()) as events:
+                async for text in events:
+                    last = clock()
+                    await _send_part(send, text)
+        finally:
+            pinging.cancel()
+            await asyncio.gather(pinging, return_exceptions=True)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _with_error(self) -> AsyncGenerator[str, None]:
@@ -65,3 +78,7 @@ class EventStream(Response):
                     yield text
             except Exception as error:
                 yield self._on_error(as_api_error(error))
+
+
+async def _send_part(send: Send, text: str) -> None:
+    await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
