@@ -107,6 +107,26 @@ export function requestBody(conversation, last) {
 }
 
 /**
+ * Takes over what another tab has made of a conversation.
+ * @param {Conversation} mine
+ * @param {Conversation} theirs
+ * @param {ReadonlySet<string>} writing the messages that this tab writes itself
+ */
+export function merge(mine, theirs, writing) {
+  const known = new Map(mine.messages.map((message) => [message.id, message]));
+  for (const message of theirs.messages) {
+    const its = known.get(message.id);
+    if (its && !writing.has(its.id)) Object.assign(its, message);
+    if (its) continue;
+    mine.messages.push(message);
+    if (message.parent === mine.head) mine.head = message.id; // who looks at the end sees it grow
+  }
+  mine.title = theirs.title;
+  mine.settings = theirs.settings;
+  mine.changed = Math.max(mine.changed, theirs.changed);
+}
+
+/**
  * @param {string} text
  * @returns {string} its beginning, for a list
  */

@@ -1,7 +1,7 @@
 /** The page: its state, and what each control does. */
 
 import { answer } from "./answer.js";
-import { add, branch, newConversation, show, titleOf } from "./conversation.js";
+import { add, branch, merge, newConversation, show, titleOf } from "./conversation.js";
 import { fit, part } from "./dom.js";
 import { count } from "./numbers.js";
 import { models as askForModels } from "./server.js";
@@ -28,6 +28,8 @@ const store = await Store.open();
 const conversations = new Map((await store.all()).map((conversation) => [conversation.id, conversation]));
 /** @type {Map<string, AbortController>} what is being answered, by conversation */
 const running = new Map();
+/** @type {Set<string>} the messages that these answers are */
+const writing = new Set();
 /** @type {import("./server.js").Model[]} */
 let models = [];
 /** @type {Conversation} the one that is shown; not in `conversations` before its first message */
@@ -161,7 +163,7 @@ function rename(conversation, title) {
 function remove(conversation) {
   running.get(conversation.id)?.abort();
   conversations.delete(conversation.id);
-  store.delete(conversation.id);
+  store.delete(conversation.id).catch(() => toast("This browser could not delete the conversation: it will be back."));
   if (conversation === open) newChat();
   else draw();
   toast("Conversation deleted.", () => {
@@ -170,6 +172,16 @@ function remove(conversation) {
     location.hash = conversation.id;
   });
 }
+
+/** Follows what another tab does. */
+store.watch((id, theirs) => {
+  const mine = conversations.get(id);
+  if (theirs && mine) merge(mine, theirs, writing);
+  else if (theirs) conversations.set(id, theirs);
+  else if (mine && !running.has(id)) conversations.delete(id);
+  if (mine && mine === open && !conversations.has(id)) newChat();
+  else draw();
+});
 
 function exportAll() {
   const link = document.createElement("a");
@@ -244,6 +256,7 @@ async function answerTo(conversation, question) {
   const controller = new AbortController();
   running.set(conversation.id, controller);
   const message = add(conversation, question.id, { role: "assistant", content: "", model: conversation.settings.model });
+  writing.add(message.id);
   draw();
   thread.toEnd();
   byId("announce").textContent = "Answering";
@@ -258,6 +271,7 @@ async function answerTo(conversation, question) {
   });
   if (running.get(conversation.id) === controller) running.delete(conversation.id);
   await save(conversation);
+  writing.delete(message.id);
   draw();
   byId("announce").textContent = message.problem ?? "Answer complete";
 }

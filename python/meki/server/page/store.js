@@ -1,4 +1,4 @@
-/** Conversations, kept in this browser's IndexedDB. */
+/** Conversations, kept in this browser's IndexedDB, which the page's tabs share. */
 
 const STORE = "conversations";
 
@@ -8,14 +8,17 @@ export class Store {
   /** @param {IDBDatabase | null} database null: nothing is kept */
   constructor(database) {
     this.database = database;
+    this.tabs = new BroadcastChannel("meki");
   }
 
-  /** @returns {Promise<Store>} one that keeps nothing where the browser does not let it */
+  /** @returns {Promise<Store>} one that keeps nothing where the browser does not let it, or cannot read what is there */
   static async open() {
     try {
       const request = indexedDB.open("meki", 1);
       request.onupgradeneeded = () => request.result.createObjectStore(STORE, { keyPath: "id" });
-      return new Store(await done(request));
+      const store = new Store(await done(request));
+      await store.all();
+      return store;
     } catch {
       return new Store(null);
     }
@@ -31,14 +34,23 @@ export class Store {
     return this.database ? done(this.#objects("readonly").getAll()) : [];
   }
 
-  /** @param {Conversation} conversation */
-  async put(conversation) {
-    if (this.database) await written(this.#objects("readwrite").put(conversation));
+  /** @param {(id: string, conversation?: Conversation) => void} changed is told what another tab keeps or deletes */
+  watch(changed) {
+    this.tabs.onmessage = ({ data }) => changed(data.id, data.conversation);
   }
 
-  /** @param {string} id */
+  /** @param {Conversation} conversation */
+  async put(conversation) {
+    if (!this.database) return;
+    this.tabs.postMessage({ id: conversation.id, conversation });
+    await written(this.#objects("readwrite").put(conversation));
+  }
+
+  /** @param {string} id of a conversation */
   async delete(id) {
-    if (this.database) await written(this.#objects("readwrite").delete(id));
+    if (!this.database) return;
+    this.tabs.postMessage({ id });
+    await written(this.#objects("readwrite").delete(id));
   }
 
   /** @param {IDBTransactionMode} mode */

@@ -57,6 +57,66 @@ def test_an_answer_goes_on_while_another_conversation_is_open(page: Browser, sta
 
 
 @needs_chromium
+def test_tabs_follow_each_other(page: Browser, standin: StandIn) -> None:
+    page.ask("From the first")
+    address, first = page.driver.current_url, page.driver.current_window_handle
+    page.driver.switch_to.new_window("tab")
+    second = page.driver.current_window_handle
+    other = Browser(page.driver, address)
+    try:
+        kept = ["From the first", "An answer."]
+        other.until(lambda: other.messages() == kept)
+        standin.answer = lambda body: ["It takes", 1.0, " a while."]
+        other.say("From the second")
+        page.driver.switch_to.window(first)
+        kept += ["From the second", "It takes a while."]
+        page.until(lambda: page.messages() == kept)
+        page.driver.refresh()  # a tab that has kept nothing of its own since has not lost it either
+        page.until(lambda: page.messages() == kept)
+        # Both at once, in one conversation: neither loses what the other has.
+        page.say("One")
+        page.driver.switch_to.window(second)
+        other.until(lambda: other.messages()[-2:-1] == ["One"])
+        other.say("Two")
+        kept += ["One", "It takes a while.", "Two", "It takes a while."]
+        other.until(lambda: other.messages() == kept and not other.all("[aria-busy=true]"))
+        other.driver.refresh()
+        other.until(lambda: other.messages() == kept)
+        other.click(".delete")
+        page.driver.switch_to.window(first)
+        page.until(lambda: page.messages() == [] and not page.all("#conversations a"))
+        page.driver.switch_to.window(second)
+        assert other.complaints() == []
+    finally:
+        page.driver.switch_to.window(second)
+        page.driver.close()
+        page.driver.switch_to.window(first)
+
+
+@needs_chromium
+def test_a_conversation_that_cannot_be_deleted_is_told_of(page: Browser) -> None:
+    page.ask("Hello")
+    page.js("""
+        IDBObjectStore.prototype.delete = function () {
+          this.transaction.abort();
+          throw new DOMException("gone", "UnknownError");
+        };
+    """)
+    page.click(".delete")
+    page.until(lambda: page.one("#toast span").text.startswith("This browser could not delete the conversation"))
+
+
+@needs_chromium
+def test_a_database_that_cannot_be_read(page: Browser) -> None:
+    script = "IDBObjectStore.prototype.getAll = () => { throw new DOMException('damaged', 'UnknownError'); };"
+    told = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script})
+    page.driver.refresh()
+    page.until(lambda: page.one("#notice span").text.startswith("This browser does not let the page keep"))
+    assert page.ask("Hello") == "An answer."
+    page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", told)
+
+
+@needs_chromium
 def test_rename_and_delete(page: Browser) -> None:
     page.ask("A name that will not do")
     page.click(".rename")
