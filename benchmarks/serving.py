@@ -1,12 +1,13 @@
 """What callers of a server see: time to first token, time from token to token, tokens/s, by how many call at once.
 
-    python -m benchmarks.serving NAME=URL [NAME=URL ...] [--concurrency 1 4 8 16] [--requests 4] [--tokens 64]
+    python -m benchmarks.serving NAME=URL [NAME=URL ...] [--concurrency 1 4 8 16] [--requests 4] [--words 150]
+        [--tokens 64]
 
 Each URL is one of an OpenAI-compatible server, up to and with /v1. As many callers as --concurrency says ask at once
-for greedy completions of --tokens tokens at most, each for --requests, one after the other; the prompts are some 150
-words, drawn anew for every request, so that no server has seen one before. Servers take turns, in the reverse order
-every other round; each cell is of all requests of all rounds. A chunk with text counts as a token. The callers run in
-this process and take their share of the machine.
+for greedy completions of --tokens tokens at most, each for --requests, one after the other; the prompts are --words
+words, drawn anew for every request, so that no server has seen one of many words before. Servers take turns, in the
+reverse order every other round; each cell is of all requests of all rounds. A chunk with text counts as a token. The
+callers run in this process and take their share of the machine.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ async def ask(client: httpx.AsyncClient, url: str, model: str, prompt: str, toke
     return times
 
 
-async def one_round(url: str, callers: int, requests: int, tokens: int, chance: random.Random, seen: Seen) -> None:
+async def one_round(
+    url: str, callers: int, requests: int, words: int, tokens: int, chance: random.Random, seen: Seen
+) -> None:
     begun: list[float] = []
     times: list[list[float]] = []
     # A connection each: some servers close one behind an answer without saying so.
@@ -83,7 +86,7 @@ async def one_round(url: str, callers: int, requests: int, tokens: int, chance: 
 
         async def call() -> None:
             for _ in range(requests):
-                prompt = " ".join(chance.choices(WORDS, k=150))
+                prompt = " ".join(chance.choices(WORDS, k=words))
                 sent = time.perf_counter()
                 came = await ask(client, url, model, prompt, tokens)
                 begun.append(sent)
@@ -109,7 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
         for number in range(1 + arguments.rounds):
             for name, callers in reversed(seen) if number % 2 else seen:
                 its = seen[name, callers] if number > 0 else Seen()  # the first warms up
-                settings = (callers, arguments.requests, arguments.tokens)
+                settings = (callers, arguments.requests, arguments.words, arguments.tokens)
                 try:
                     asyncio.run(one_round(servers[name], *settings, chance, its))
                 except httpx.HTTPError as error:
@@ -125,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("servers", type=server, metavar="NAME=URL", nargs="+")
     add("--concurrency", type=integer(1), nargs="+", default=[1, 4, 8, 16], metavar="N", help="(default: 1 4 8 16)")
     add("--requests", type=integer(1), default=4, metavar="N", help="of each caller, a round (default: %(default)s)")
+    add("--words", type=integer(1), default=150, metavar="N", help="of a prompt (default: %(default)s)")
     add("--tokens", type=integer(2), default=64, metavar="N", help="of an answer at most (default: %(default)s)")
     add("--rounds", type=integer(1), default=3, metavar="N", help="(default: %(default)s)")
     return run_command(parser.prog, lambda: run(parser.parse_args(argv)))

@@ -1,4 +1,4 @@
-"""meki-serve under load: python tests/server_soak.py --minutes 30. Nothing may grow, and no word may change.
+"""meki-serve under load: python tests/server_soak.py --minutes 30 [--model PACKAGE]. Nothing may grow, no word change.
 
 Clients ask, leave in the middle of an answer, read slowly, send what is no request. Every complete answer is compared
 with that of the same request when nobody else asked; memory, descriptors and threads of the server are noted every
@@ -32,21 +32,22 @@ ALLOWED_BYTES = 16 << 20
 TEMPLATE = """\
 {% for message in messages %}{{ message.role + ": " + message.content + "\\n" }}{% endfor %}assistant: """
 TEXTS = ["Once upon a time", "The cat sat on the mat and", "x", "Tom and Lily went to the park. " * 20, "ünï 🦙"]
-PROMPT = {"model": "meki-tiny", "temperature": 0, "max_tokens": 40}
+PROMPT = {"temperature": 0, "max_tokens": 40}
 REQUESTS: list[tuple[str, dict[str, Any]]] = [
     *(("/v1/completions", {**PROMPT, "prompt": text}) for text in TEXTS),
     *(("/v1/chat/completions", {**PROMPT, "messages": [{"role": "user", "content": text}]}) for text in TEXTS),
     ("/v1/completions", {**PROMPT, "prompt": TEXTS[:2], "n": 2}),
     ("/v1/chat/completions", {**PROMPT, "messages": [{"role": "user", "content": "x"}], "stop": ["."], "n": 2}),
 ]
-WRONG = [b"", b"{", b"[" * 5000, b"\xff", b'{"model": "meki-tiny"}', b'{"model": "meki-tiny", "prompt": "\\ud800"}']
+WRONG = [b"", b"{", b"[" * 5000, b"\xff", b'{"model": "NAME"}', b'{"model": "NAME", "prompt": "\\ud800"}']
 
 
 class Load:
     """What the clients share."""
 
-    def __init__(self, http: httpx.AsyncClient, port: int) -> None:
+    def __init__(self, http: httpx.AsyncClient, port: int, model: str) -> None:
         self.http = http
+        self.model = model
         self.port = port
         self.done: Counter[str] = Counter()
         self.failures: list[str] = []
@@ -64,9 +65,13 @@ class Load:
                 self.failures.append(f"{turn.__name__}: {error!r}")
             self.done[turn.__name__] += 1
 
+    def request(self, index: int) -> tuple[str, dict[str, Any]]:
+        path, body = REQUESTS[index]
+        return path, {"model": self.model, **body}
+
     async def ask(self, chance: random.Random) -> None:
         index = chance.randrange(len(REQUESTS))
-        path, body = REQUESTS[index]
+        path, body = self.request(index)
         answer = await self.http.post(path, json=body)
         if self._answered(answer):
             choices = answer.json()["choices"]
@@ -74,7 +79,7 @@ class Load:
 
     async def ask_for_pieces(self, chance: random.Random) -> None:
         index = chance.randrange(len(REQUESTS))
-        path, body = REQUESTS[index]
+        path, body = self.request(index)
         texts: dict[int, str] = {}
         async with self.http.stream("POST", path, json={**body, "stream": True}) as answer:
             if not self._answered(answer):
@@ -88,7 +93,7 @@ class Load:
                     texts[choice["index"]] = texts.get(choice["index"], "") + piece
 
     async def leave(self, chance: random.Random) -> None:
-        path, body = chance.choice(REQUESTS)
+        path, body = self.request(chance.randrange(len(REQUESTS)))
         stream = chance.random() < 0.5
         with contextlib.suppress(TimeoutError, httpx.ReadError):
             async with asyncio.timeout(chance.random() / 20):
@@ -98,7 +103,7 @@ class Load:
                             break
 
     async def dawdle(self, chance: random.Random) -> None:
-        path, body = REQUESTS[0]
+        path, body = self.request(0)
         data = json.dumps({**body, "stream": True, "max_tokens": 200}).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode()
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=64)
@@ -111,7 +116,7 @@ class Load:
 
     async def babble(self, chance: random.Random) -> None:
         path, _ = chance.choice(REQUESTS)
-        answer = await self.http.post(path, content=chance.choice(WRONG))
+        answer = await self.http.post(path, content=chance.choice(WRONG).replace(b"NAME", self.model.encode()))
         if answer.status_code != 400:
             self.failures.append(f"a wrong request: {answer.status_code} {answer.text}")
 
@@ -138,8 +143,10 @@ def sample(pid: int) -> tuple[int, int, int]:
 async def run(minutes: float, url: str, pid: int) -> int:
     limits = httpx.Limits(max_connections=4 * CLIENTS)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits, trust_env=False) as http:
-        load = Load(http, int(url.rpartition(":")[2]))
-        for index, (path, body) in enumerate(REQUESTS):  # alone
+        name = (await http.get("/v1/models")).json()["data"][0]["id"]
+        load = Load(http, int(url.rpartition(":")[2]), name)
+        for index in range(len(REQUESTS)):  # alone
+            path, body = load.request(index)
             choices = (await http.post(path, json=body)).json()["choices"]
             load._compare(index, [choice.get("text") or choice["message"]["content"] for choice in choices])
         clients = [asyncio.create_task(load.work(seed)) for seed in range(CLIENTS)]
@@ -174,11 +181,12 @@ def report(load: Load, samples: np.ndarray) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--model", default="meki-tiny", metavar="PACKAGE")
     arguments = parser.parse_args()
     with tempfile.NamedTemporaryFile("w", suffix=".jinja") as template:
         template.write(TEMPLATE)
         template.flush()
-        command = [sys.executable, "-m", "meki.cli.serve", "meki-tiny", "--chat-template", template.name]
+        command = [sys.executable, "-m", "meki.cli.serve", arguments.model, "--chat-template", template.name]
         command += ["--port", "0", "--threads", "1", "--parallel", "6", "--queue", "20"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             try:

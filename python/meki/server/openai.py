@@ -12,7 +12,7 @@ from pydantic import Field
 from ..generation import GenerationResult
 from ..options import GenerationOptions
 from .body import Body
-from .iterators import merged
+from .merge import merged
 from .sse import event
 from .state import Model
 
