@@ -101,9 +101,11 @@ class Session:
         token_ids, shared = request.token_ids, 0
         if request.whole:
             if len(token_ids) > self.context:
+                chat = request.answer is not None
+                what, less = ("conversation", "leave out early messages") if chat else ("prompt", "shorten it")
                 raise ValueError(
-                    f"the conversation has {len(token_ids)} tokens, the context holds {self.context}; "
-                    "leave out early messages or choose a larger context"
+                    f"the {what} has {len(token_ids)} tokens, the context holds {self.context}; "
+                    f"{less} or choose a larger context"
                 )
             # The last token is computed in any case: the answer begins with its logits.
             shared = common_prefix(self._core.tokens, token_ids[:-1])

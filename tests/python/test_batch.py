@@ -138,7 +138,7 @@ def test_a_batch(tiny: Engine) -> None:
     results = tiny.generate_batch(PROMPTS, parallel=3, max_new_tokens=12, seed=4)
     assert [its.text for its in results] == [tiny.generate(p, max_new_tokens=12, seed=4).text for p in PROMPTS]
     assert tiny.generate_batch([]) == []
-    with pytest.raises(ValueError, match="context holds"):
+    with pytest.raises(ValueError, match="the prompt has 513 tokens, the context holds 512; shorten it or choose"):
         tiny.generate_batch([*PROMPTS, [1] * 513], max_new_tokens=12)
     with pytest.raises(ValueError, match="parallel"):
         tiny.generate_batch(PROMPTS, parallel=0)
