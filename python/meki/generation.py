@@ -125,7 +125,7 @@ class TextStream(Iterator[str]):
         self._stop_token_ids = frozenset(options.stop_token_ids)
         self._constraint = constraint
         self._answer = answer
-        self._reader = AnswerParser(answer) if answer and answer.one_call else None
+        self._reader = AnswerParser(answer) if answer and answer.calls and answer.one_call else None
         special = answer.special_tokens(vocabulary.special_tokens) if answer else {}
         self._marks = {id: text for text, id in special.items()}
         self._seed = options.sampling.seed

@@ -12,20 +12,16 @@ from ..answers import AnswerEvent, Content, ToolCallArguments, ToolCallStart
 from ..generation import GenerationResult
 from .errors import ApiError, anthropic_error
 from .openai import new_id
-from .sse import event
 from .writer import AnswerWriter, Event
 
 SIGNATURE = "unsigned"
 """Of thoughts. Clients do not send back those without one; here nothing depends on it."""
-PING: Event = {"type": "ping"}
 _STOP_REASONS = {"length": "max_tokens", "context": "model_context_window_exceeded"}
 _DELTAS = {"text": "text_delta", "thinking": "thinking_delta"}
 
 
 class MessageWriter(AnswerWriter):
     """Each run of content, each of thoughts and each call is a block of the message's content."""
-
-    ping = event(PING, PING["type"])
 
     def __init__(self, model: str, prompt_tokens: int) -> None:
         self.answer = {
@@ -43,7 +39,7 @@ class MessageWriter(AnswerWriter):
         self._input = ""  # of a call
 
     def begin(self) -> list[Event]:
-        return [{"type": "message_start", "message": copy.deepcopy(self.answer)}, PING]
+        return [{"type": "message_start", "message": copy.deepcopy(self.answer)}, self.ping()]
 
     def push(self, part: AnswerEvent) -> list[Event]:
         if isinstance(part, ToolCallStart):
@@ -71,6 +67,9 @@ class MessageWriter(AnswerWriter):
         usage["output_tokens_details"] = {"thinking_tokens": thinking_tokens}
         self.answer.update(**why, usage=usage)
         return [*events, {"type": "message_delta", "delta": why, "usage": usage}, {"type": "message_stop"}]
+
+    def ping(self) -> Event:
+        return {"type": "ping"}
 
     def fail(self, error: ApiError) -> Event:
         return anthropic_error(error)

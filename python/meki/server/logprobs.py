@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..answers import Content, Reasoning, ToolCallArguments
 from ..generation import TokenLogprobs, TopLogprob
 
 IMPOSSIBLE = -9999.0
@@ -23,19 +24,23 @@ def text_logprobs(tokens: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
 
 
 class PartTokens:
-    """Which tokens the parts of an answer were written with: markers, and spaces beside them, are of no part."""
+    """Which tokens the texts of an answer were written with: markers, and spaces beside them, are of none."""
 
     def __init__(self, take: Callable[[], Sequence[TokenLogprobs]]) -> None:
         """take: the tokens since the last call, those of the next part among them."""
         self._take = take
         self._tokens: list[TokenLogprobs] = []
+        self._last: type[Content] | type[Reasoning] | type[ToolCallArguments] | None = None
 
-    def of(self, text: str) -> list[TokenLogprobs]:
-        """Of the next part's next text: all that have a byte of it. One that two texts share is the first one's."""
+    def of(self, part: Content | Reasoning | ToolCallArguments) -> list[TokenLogprobs]:
+        """Of the answer's next text: all that have a byte of it. One that two texts share is the first one's."""
         self._tokens += self._take()
         written = b"".join(token.text for token in self._tokens)
-        its = text.encode()
-        begin = max(written.find(its), 0)  # not there: bytes that are no characters were written in its place
+        its = part.text.encode()
+        # A marker before the text may have it, too; what comes behind is held back, and hardly ever anything.
+        found = written.rfind(its) if type(part) is not self._last else written.find(its)
+        begin = max(found, 0)  # not there: bytes that are no characters were written in its place
+        self._last = type(part)
         end = begin + len(its) if its in written else len(written)
         tokens, left, at = [], [], 0
         for token in self._tokens:

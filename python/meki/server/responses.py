@@ -17,7 +17,7 @@ from .endpoint import Call, Endpoint
 from .errors import ApiError
 from .openai import StreamOptions, sampling
 from .responses_stream import ResponseWriter
-from .responses_tools import Functions, Tool, full_name
+from .responses_tools import Functions, Tool
 from .state import Model
 from .writer import written
 
@@ -204,7 +204,7 @@ class ResponsesBody(Body):
 
     def messages(self) -> list[dict[str, Any]]:
         """As chat templates know them."""
-        conversation = Conversation()
+        conversation, functions = Conversation(), self.functions
         if self.instructions:
             conversation.say("system", self.instructions)
         if isinstance(self.input, str):
@@ -215,7 +215,7 @@ class ResponsesBody(Body):
                 role = "system" if item.role == "developer" else item.role
                 conversation.say(role, _text_of(item.content))
             elif isinstance(item, FunctionCallItem):
-                conversation.call(item.call_id, full_name(item.name, item.namespace), item.arguments)
+                conversation.call(item.call_id, functions.full_name(item.name, item.namespace), item.arguments)
             elif isinstance(item, FunctionCallOutputItem):
                 conversation.result(item.call_id, _text_of(item.output))
             else:
@@ -238,7 +238,10 @@ class ResponsesBody(Body):
         if functions := self.functions.described():
             options["tools"] = functions
         if isinstance(self.tool_choice, NamedFunction):
-            options["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
+            options["tool_choice"] = {
+                "type": "function",
+                "function": {"name": self.functions.full_name(self.tool_choice.name)},
+            }
         elif self.tool_choice is not None:
             options["tool_choice"] = self.tool_choice
         if self.parallel_tool_calls is False:

@@ -49,7 +49,7 @@ class ResponseWriter(AnswerWriter):
     def push(self, part: AnswerEvent) -> list[Event]:
         if isinstance(part, ToolCallStart):
             return [*self._close("completed"), *self._open_call(part.name)]
-        logprobs = text_logprobs(self._tokens.of(part.text))
+        tokens = self._tokens.of(part)
         if isinstance(part, ToolCallArguments):
             assert self._item is not None
             self._item["arguments"] += part.text
@@ -61,7 +61,8 @@ class ResponseWriter(AnswerWriter):
         assert self._item is not None
         written = self._item["content"][0]
         written["text"] += part.text
-        if kind == "message":
+        logprobs = text_logprobs(tokens) if kind == "message" else []
+        if logprobs:
             written["logprobs"] += logprobs
         return [*events, self._of_text(f"{_TEXTS[kind]}.delta", logprobs, delta=part.text)]
 
@@ -86,6 +87,10 @@ class ResponseWriter(AnswerWriter):
             self.answer["incomplete_details"] = {"reason": "max_output_tokens"}
         self.answer["status"] = status
         return [*events, self._lifecycle(status)]
+
+    def ping(self) -> Event:
+        """Again, as some clients (Codex) wait for events and pass over comments."""
+        return self._lifecycle("in_progress")
 
     def fail(self, error: ApiError) -> Event:
         code = "server_error" if error.status >= 500 else "invalid_prompt"

@@ -61,36 +61,38 @@ class Functions:
     """The functions that a model is told of: those of a namespace by both names, with a dot between them."""
 
     def __init__(self, tools: Sequence[FunctionTool | NamespaceTool | WebSearchTool]) -> None:
-        self._usable = [tool for tool in tools if not isinstance(tool, WebSearchTool)]
-        self._own = {
-            full_name(function.name, tool.name): {"name": function.name, "namespace": tool.name}
-            for tool in self._usable
+        self.usable = [tool for tool in tools if not isinstance(tool, WebSearchTool)]
+        self._alone = {tool.name: tool for tool in self.usable if isinstance(tool, FunctionTool)}
+        self._within = {
+            f"{tool.name}.{function.name}": (tool, function)
+            for tool in self.usable
             if isinstance(tool, NamespaceTool)
             for function in tool.tools
         }
 
     def described(self) -> list[dict[str, Any]]:
         """As chat templates know them."""
-        named: list[tuple[str, FunctionTool]] = []
-        for tool in self._usable:
-            if isinstance(tool, NamespaceTool):
-                named += [(full_name(function.name, tool.name), function) for function in tool.tools]
-            else:
-                named.append((tool.name, tool))
-        return [
-            {"type": "function", "function": {**it.model_dump(include=_DESCRIBED, exclude_none=True), "name": name}}
-            for name, it in named
-        ]
+        functions = [tool.model_dump(include=_DESCRIBED, exclude_none=True) for tool in self._alone.values()]
+        for name, (namespace, its) in self._within.items():
+            described = its.model_dump(include=_DESCRIBED, exclude_none=True)
+            about = "\n".join(text for text in (namespace.description, its.description) if text)
+            functions.append({**described, "name": name, **({"description": about} if about else {})})
+        return [{"type": "function", "function": function} for function in functions]
 
     def echo(self) -> list[dict[str, Any]]:
         """What a response says of its tools: those that there are."""
-        return [tool.echo() for tool in self._usable]
+        return [tool.echo() for tool in self.usable]
+
+    def full_name(self, name: str, namespace: str | None = None) -> str:
+        """Of a function, as the model knows it. Without its namespace, it is the only one of this name."""
+        if namespace is not None:
+            return f"{namespace}.{name}"
+        short = [] if name in self._alone else [full for full, (_, its) in self._within.items() if its.name == name]
+        return short[0] if len(short) == 1 else name
 
     def called(self, name: str) -> dict[str, str]:
         """What an item says of the function that the model has called by this name."""
-        return self._own.get(name, {"name": name})
-
-
-def full_name(name: str, namespace: str | None) -> str:
-    """Of a function, as the model knows it."""
-    return name if namespace is None else f"{namespace}.{name}"
+        if name in self._alone or (full := self.full_name(name)) not in self._within:
+            return {"name": name}
+        namespace, its = self._within[full]
+        return {"name": its.name, "namespace": namespace.name}

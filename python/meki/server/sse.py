@@ -36,10 +36,10 @@ class EventStream(Response):
         on_error: Callable[[ApiError], str],
         *,
         ping_s: float,
-        ping: str = COMMENT,
+        ping: Callable[[], str] = lambda: COMMENT,
     ) -> None:
-        """on_error: the event that tells of an error. ping_s: seconds without an event after which `ping` is sent, and
-        again, so that nobody on the way takes the connection for dead."""
+        """on_error: the event that tells of an error. ping_s: seconds without an event after which what `ping` gives is
+        sent, and again, so that nobody takes the connection for dead."""
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
@@ -58,7 +58,7 @@ class EventStream(Response):
                 await asyncio.sleep(last + self._ping_s - clock())
                 if clock() >= last + self._ping_s:
                     last = clock()
-                    await _send_part(send, self._ping)
+                    await _send_part(send, self._ping())
 
         pinging = asyncio.create_task(ping())
         try:
@@ -66,6 +66,7 @@ class EventStream(Response):
                 async for text in events:
                     last = clock()
                     await _send_part(send, text)
+                    await asyncio.sleep(0)  # for whoever tells that the client has gone
         finally:
             pinging.cancel()
             await asyncio.gather(pinging, return_exceptions=True)

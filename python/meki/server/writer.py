@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
-from typing import Any, ClassVar
+from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
@@ -15,7 +15,7 @@ from ..generation import GenerationResult
 from .endpoint import Call
 from .errors import ApiError
 from .generation import Generation
-from .sse import COMMENT, EventStream, event
+from .sse import EventStream, event
 from .state import Model
 
 Event = dict[str, Any]
@@ -26,8 +26,6 @@ class AnswerWriter(ABC):
     """Writes down one answer: `answer` is what there is so far, and every step returns the events that tell of it."""
 
     answer: dict[str, Any]
-    ping: ClassVar[str] = COMMENT
-    """What a stream has where nothing else comes."""
 
     @abstractmethod
     def begin(self) -> list[Event]:
@@ -42,6 +40,10 @@ class AnswerWriter(ABC):
         """Behind the last part. thinking_tokens: those of the result's that were thoughts."""
 
     @abstractmethod
+    def ping(self) -> Event:
+        """What a stream has while nothing else comes."""
+
+    @abstractmethod
     def fail(self, error: ApiError) -> Event:
         """In place of the end."""
 
@@ -51,7 +53,9 @@ async def written(call: Call, writer: AnswerWriter, model: Model, generation: Ge
     events = _events(writer, model, generation)
     if stream:
         ping_s = call.server.settings.ping_s
-        return EventStream(_sent(events), lambda error: _text(writer.fail(error)), ping_s=ping_s, ping=writer.ping)
+        return EventStream(
+            _sent(events), lambda error: _text(writer.fail(error)), ping_s=ping_s, ping=lambda: _text(writer.ping())
+        )
     async for _ in events:
         pass
     return JSONResponse(writer.answer)

@@ -193,12 +193,14 @@ def test_a_client_that_leaves_the_queue(serve: Serve) -> None:
             b'event: ping\ndata: {"type":"ping"}\n\n',
             b"event: message_stop",
         ),
+        ("/v1/responses", {"input": "x"}, b"event: response.in_progress\n", b"event: response.incomplete"),
     ],
 )
 def test_a_client_that_waits_is_told_so(serve: Serve, path: str, body: dict[str, Any], ping: bytes, end: bytes) -> None:
     with serve(parallel=1, ping_s=0.005) as served, served.raw(request(LONG)):  # another, that it waits for
         wait_for(lambda: served.runner.running)
-        asked = {"model": "meki-tiny", "max_tokens": 3, "stream": True, **body}
+        most = "max_output_tokens" if "input" in body else "max_tokens"
+        asked = {"model": "meki-tiny", most: 3, "stream": True, **body}
         answer = answer_of(served.raw(request(asked, path)))
     assert answer.startswith(b"HTTP/1.1 200 OK") and answer.count(ping) >= 2 and end in answer
 

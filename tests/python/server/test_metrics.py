@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import socket
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from meki.answers import Content, Reasoning
 from meki.generation import TokenLogprobs, TopLogprob
 from meki.server.logprobs import IMPOSSIBLE, CompletionLogprobs, PartTokens, chat_logprobs
 from meki.server.run import listen
@@ -95,13 +97,21 @@ def test_tokens_of_an_answers_parts() -> None:
     """Those of markers, and of spaces beside them, are of no part."""
     tokens = [tokens_of(b"<think>", b"\n", b"Hm", b".", b"\n</", b"think>", b"\n\nIt", b" is", b"<tool_call>")]
     its = PartTokens(lambda: tokens.pop() if tokens else [])
-    taken = [[token.token_id for token in its.of(text)] for text in ("Hm", ".", "It", " is")]
-    assert taken == [[2], [3], [6], [7]]
+    parts = [Reasoning("Hm"), Reasoning("."), Content("It"), Content(" is")]
+    assert [[token.token_id for token in its.of(part)] for part in parts] == [[2], [3], [6], [7]]
+
+
+@pytest.mark.parametrize("text", [">", "think", "i", "k>"])
+def test_a_marker_may_have_the_text_that_follows_it(text: str) -> None:
+    tokens = [tokens_of(b"Hm"), tokens_of(b"</think>", b"\n\n", text.encode()), tokens_of(text.encode())]
+    its = PartTokens(lambda: tokens.pop(0))
+    parts = [Reasoning("Hm"), Content(text), Content(text)]
+    assert [[token.token_id for token in its.of(part)] for part in parts] == [[0], [2], [0]]
 
 
 def test_tokens_that_are_no_characters_or_two_texts() -> None:
     tokens = [tokens_of(b"a<", b"b"), tokens_of(b"\xe2", b"\x98"), []]
     its = PartTokens(lambda: tokens.pop(0))
-    assert [token.text for token in its.of("a")] == [b"a<"]  # the marker that it may be is held back
-    assert [token.text for token in its.of("<b")] == [b"b", b"\xe2", b"\x98"]
-    assert its.of("\ufffd") == []
+    assert [token.text for token in its.of(Content("a"))] == [b"a<"]  # the marker that it may be is held back
+    assert [token.text for token in its.of(Content("<b"))] == [b"b", b"\xe2", b"\x98"]
+    assert its.of(Content("\ufffd")) == []

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from meki import AsyncEngine, Engine
 from meki.server.responses import ResponsesBody
+from meki.server.responses_tools import Functions, FunctionTool
 from meki.server.settings import Settings
 from meki.server.state import Model, Server
 
@@ -214,9 +215,18 @@ def test_functions_of_a_namespace(served: Running) -> None:
             ],
         }
     )
-    assert [tool["function"]["name"] for tool in body.functions.described()] == ["sky.weather"]
+    (described,) = body.functions.described()
+    assert described["function"]["name"] == "sky.weather"
+    assert described["function"]["description"] == f"Of the sky.\n{FUNCTIONS[0]['description']}"
     _, called, result = body.messages()
     assert called["tool_calls"][0]["function"]["name"] == result["name"] == "sky.weather"
+    # As the only one of its name it needs no other.
+    named = served.openai.responses.create(**{**asked, "tool_choice": CALLED["tool_choice"]}).output[0]
+    assert named.type == "function_call" and (named.namespace, named.name) == ("sky", "weather")
+    both = Functions([*body.functions.usable, FunctionTool(type="function", name="weather")])
+    assert both.called("weather") == {"name": "weather"} and both.called("sky.weather") == body.functions.called(
+        "weather"
+    )
     refused = served.post("/v1/responses", {**asked, "tools": tools[1:]})
     assert refused.status_code == 400 and "needs a tool" in refused.json()["error"]["message"]
 

@@ -24,7 +24,7 @@
  * @typedef {object} Conversation
  * @property {string} id
  * @property {string} title
- * @property {number} changed milliseconds since 1970
+ * @property {number} changed milliseconds since 1970: when it got its last message, name or settings
  * @property {Settings} settings
  * @property {Message[]} messages in the order of their making: a parent before its children
  * @property {string | null} head the last message of the branch that is shown
@@ -59,6 +59,18 @@ export function add(conversation, parent, message) {
   conversation.head = added.id;
   conversation.changed = Date.now();
   return added;
+}
+
+/**
+ * Empties an answer, to be written again.
+ * @param {Conversation} conversation
+ * @param {Message} message
+ * @param {string} [model]
+ */
+export function restart(conversation, message, model) {
+  const nothing = { thought: undefined, finish: undefined, problem: undefined, stats: undefined };
+  Object.assign(message, { content: "", reasoning: "", calls: [], model, ...nothing });
+  conversation.changed = Date.now();
 }
 
 /**
@@ -116,14 +128,17 @@ export function merge(mine, theirs, writing) {
   const known = new Map(mine.messages.map((message) => [message.id, message]));
   for (const message of theirs.messages) {
     const its = known.get(message.id);
-    if (its && !writing.has(its.id)) Object.assign(its, message);
+    const older = its?.finish && !message.finish; // a copy from before it was complete
+    if (its && !older && !writing.has(its.id)) Object.assign(its, message);
     if (its) continue;
     mine.messages.push(message);
     if (message.parent === mine.head) mine.head = message.id; // who looks at the end sees it grow
   }
+  if (theirs.changed < mine.changed) return;
+  const { settings } = mine; // the same object: a dialog may be changing it
   mine.title = theirs.title;
-  mine.settings = theirs.settings;
-  mine.changed = Math.max(mine.changed, theirs.changed);
+  mine.changed = theirs.changed;
+  Object.assign(settings, { model: undefined, system: undefined }, theirs.settings);
 }
 
 /**

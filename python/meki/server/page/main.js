@@ -1,7 +1,7 @@
 /** The page: its state, and what each control does. */
 
 import { answer } from "./answer.js";
-import { add, branch, merge, newConversation, show, titleOf } from "./conversation.js";
+import { add, branch, merge, newConversation, restart, show, titleOf } from "./conversation.js";
 import { fit, part } from "./dom.js";
 import { count } from "./numbers.js";
 import { models as askForModels } from "./server.js";
@@ -25,7 +25,7 @@ const select = /** @type {HTMLSelectElement} */ (byId("model"));
 
 const store = await Store.open();
 /** @type {Map<string, Conversation>} */
-const conversations = new Map((await store.all()).map((conversation) => [conversation.id, conversation]));
+const conversations = new Map(store.kept.map((conversation) => [conversation.id, conversation]));
 /** @type {Map<string, AbortController>} what is being answered, by conversation */
 const running = new Map();
 /** @type {Set<string>} the messages that these answers are */
@@ -155,6 +155,7 @@ function newChat() {
  */
 function rename(conversation, title) {
   conversation.title = title;
+  conversation.changed = Date.now();
   save(conversation);
   draw();
 }
@@ -178,8 +179,11 @@ store.watch((id, theirs) => {
   const mine = conversations.get(id);
   if (theirs && mine) merge(mine, theirs, writing);
   else if (theirs) conversations.set(id, theirs);
-  else if (mine && !running.has(id)) conversations.delete(id);
-  if (mine && mine === open && !conversations.has(id)) newChat();
+  else {
+    running.get(id)?.abort();
+    conversations.delete(id);
+  }
+  if (mine && mine === open && !theirs) newChat();
   else draw();
 });
 
@@ -235,8 +239,8 @@ function again(message) {
   const question = open.messages.find(({ id }) => id === message.parent);
   if (!question) return;
   const isLast = !open.messages.some(({ parent }) => parent === message.id);
-  if (message.problem && !message.content && isLast) open.messages.splice(open.messages.indexOf(message), 1);
-  answerTo(open, question);
+  // One that failed before it began becomes the answer. Another tab would bring it back if it were taken out.
+  answerTo(open, question, message.problem && !message.content && isLast ? message : undefined);
 }
 
 /** @param {Message} message */
@@ -250,12 +254,15 @@ function choose(message) {
 /**
  * @param {Conversation} conversation
  * @param {Message} question
+ * @param {Message} [message] that becomes the answer; none: a new one
  */
-async function answerTo(conversation, question) {
+async function answerTo(conversation, question, message) {
   conversation.settings.model = modelOf(conversation)?.id ?? conversation.settings.model;
   const controller = new AbortController();
   running.set(conversation.id, controller);
-  const message = add(conversation, question.id, { role: "assistant", content: "", model: conversation.settings.model });
+  const { model } = conversation.settings;
+  if (message) restart(conversation, message, model);
+  else message = add(conversation, question.id, { role: "assistant", content: "", model });
   writing.add(message.id);
   draw();
   thread.toEnd();
@@ -337,6 +344,7 @@ select.addEventListener("change", () => {
 });
 
 function settingsChanged() {
+  open.changed = Date.now();
   keepSettings(open.settings);
   save(open);
   draw();

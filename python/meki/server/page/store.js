@@ -2,13 +2,25 @@
 
 const STORE = "conversations";
 
-/** @typedef {import("./conversation.js").Conversation} Conversation */
+/**
+ * @typedef {import("./conversation.js").Conversation} Conversation
+ * @typedef {(id: string, conversation?: Conversation) => void} Changed is told what another tab keeps, or deletes
+ */
 
 export class Store {
   /** @param {IDBDatabase | null} database null: nothing is kept */
   constructor(database) {
     this.database = database;
-    this.tabs = new BroadcastChannel("meki");
+    /** @type {Conversation[]} what was kept when the page was opened */
+    this.kept = [];
+    /** @type {[string, Conversation | undefined][]} what other tabs tell before somebody watches */
+    this.early = [];
+    /** @type {Changed} */
+    this.changed = (id, conversation) => {
+      this.early.push([id, conversation]);
+    };
+    this.tabs = database && new BroadcastChannel("meki");
+    if (this.tabs) this.tabs.onmessage = ({ data }) => this.changed(data.id, data.conversation);
   }
 
   /** @returns {Promise<Store>} one that keeps nothing where the browser does not let it, or cannot read what is there */
@@ -17,7 +29,7 @@ export class Store {
       const request = indexedDB.open("meki", 1);
       request.onupgradeneeded = () => request.result.createObjectStore(STORE, { keyPath: "id" });
       const store = new Store(await done(request));
-      await store.all();
+      store.kept = await done(store.#objects("readonly").getAll());
       return store;
     } catch {
       return new Store(null);
@@ -29,28 +41,25 @@ export class Store {
     return this.database !== null;
   }
 
-  /** @returns {Promise<Conversation[]>} */
-  async all() {
-    return this.database ? done(this.#objects("readonly").getAll()) : [];
-  }
-
-  /** @param {(id: string, conversation?: Conversation) => void} changed is told what another tab keeps or deletes */
+  /** @param {Changed} changed */
   watch(changed) {
-    this.tabs.onmessage = ({ data }) => changed(data.id, data.conversation);
+    this.changed = changed;
+    for (const [id, conversation] of this.early.splice(0)) changed(id, conversation);
   }
 
   /** @param {Conversation} conversation */
   async put(conversation) {
     if (!this.database) return;
-    this.tabs.postMessage({ id: conversation.id, conversation });
-    await written(this.#objects("readwrite").put(conversation));
+    const kept = structuredClone(conversation); // it may be more when it is written
+    await written(this.#objects("readwrite").put(kept));
+    this.tabs?.postMessage({ id: kept.id, conversation: kept });
   }
 
   /** @param {string} id of a conversation */
   async delete(id) {
     if (!this.database) return;
-    this.tabs.postMessage({ id });
     await written(this.#objects("readwrite").delete(id));
+    this.tabs?.postMessage({ id });
   }
 
   /** @param {IDBTransactionMode} mode */

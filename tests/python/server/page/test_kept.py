@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.responses import JSONResponse
 
 from .browser import Browser, Keys, needs_chromium
 from .standin import StandIn
@@ -82,10 +83,39 @@ def test_tabs_follow_each_other(page: Browser, standin: StandIn) -> None:
         other.until(lambda: other.messages() == kept and not other.all("[aria-busy=true]"))
         other.driver.refresh()
         other.until(lambda: other.messages() == kept)
-        other.click(".delete")
+        # What fails and is tried again stays one answer.
+        standin.refusal = JSONResponse({"error": {"message": "tired"}}, status_code=500)
+        other.say("Three")
+        other.one(".retry")
         page.driver.switch_to.window(first)
-        page.until(lambda: page.messages() == [] and not page.all("#conversations a"))
+        page.until(lambda: page.messages()[-2:] == ["Three", ""])
         page.driver.switch_to.window(second)
+        standin.refusal = None
+        other.click(".retry")
+        page.driver.switch_to.window(first)
+        page.until(lambda: page.messages()[-2:] == ["Three", "It takes a while."])
+        assert not page.all(".versions:not([hidden])")
+        # Settings that are being changed are not lost when the other tab keeps the conversation.
+        page.click("#settings")
+        page.driver.switch_to.window(second)
+        other.ask("Four")
+        page.driver.switch_to.window(first)
+        page.one("[name=system]").send_keys("Be brief")
+        page.press(Keys.ESCAPE)
+        page.driver.switch_to.window(second)
+        other.until(lambda: other.texts("#system p") == ["Be brief"])
+        # Deleted in one while the other writes, it is gone.
+        other.say("Five")
+        page.driver.switch_to.window(first)
+        page.until(lambda: page.messages()[-2:-1] == ["Five"])
+        page.click(".delete")
+        page.until(lambda: page.messages() == [])
+        assert standin.left.wait(60)
+        page.driver.refresh()
+        page.until(lambda: page.texts("#model option"))
+        assert not page.all("#conversations a")
+        page.driver.switch_to.window(second)
+        other.until(lambda: other.messages() == [] and not other.all("#conversations a"))
         assert other.complaints() == []
     finally:
         page.driver.switch_to.window(second)
@@ -107,8 +137,14 @@ def test_a_conversation_that_cannot_be_deleted_is_told_of(page: Browser) -> None
 
 
 @needs_chromium
-def test_a_database_that_cannot_be_read(page: Browser) -> None:
-    script = "IDBObjectStore.prototype.getAll = () => { throw new DOMException('damaged', 'UnknownError'); };"
+@pytest.mark.parametrize(
+    "script",
+    [
+        "IDBObjectStore.prototype.getAll = () => { throw new DOMException('damaged', 'UnknownError'); };",
+        "BroadcastChannel = class { constructor() { throw new DOMException('blocked', 'SecurityError'); } };",
+    ],
+)
+def test_a_database_that_cannot_be_used(page: Browser, script: str) -> None:
     told = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script})
     page.driver.refresh()
     page.until(lambda: page.one("#notice span").text.startswith("This browser does not let the page keep"))
