@@ -26,11 +26,12 @@ _DISTRIBUTED = (".metadata", "common.pt", "*.distcp")
 
 _CLASSES = {
     "_io": "BytesIO",  # extra states of Transformer Engine
+    "builtins": "getattr",  # as Python 3.11.0 to 3.11.3 pickle members of enumerations
     "numpy": "dtype ndarray",  # random number generators
     "numpy.core.multiarray": "_reconstruct scalar",
     "numpy._core.multiarray": "_reconstruct scalar",
     "pathlib": "PosixPath",
-    "signal": "Signals",
+    "signal": "Signals SIGINT SIGTERM SIGUSR1 SIGUSR2",  # the latter as the same Pythons do
     "torch._C": "Generator",
     "types": "SimpleNamespace",
     "megatron.core.enums": "ModelType Fp4Recipe Fp8Recipe",

@@ -324,6 +324,21 @@ def test_arguments_that_are_no_plain_values(refused: Callable[..., str], megatro
     )
 
 
+class OldMember:
+    """A member of an enumeration, as Python 3.11.0 to 3.11.3 pickle it."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        self.kind, self.name = kind, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.kind, self.name)
+
+
+def test_members_as_older_pythons_pickle_them(refused: Callable[..., str], megatron_classes: dict[str, Any]) -> None:
+    kind = OldMember(megatron_classes["RerunMode"], "first")
+    assert refused(num_layers=kind).startswith("layers must be an integer from 1 to 65535, got 'Inert'")
+
+
 class Plugin:
     """Something of the user's own in the arguments."""
 

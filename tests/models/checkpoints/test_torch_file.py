@@ -22,7 +22,8 @@ from meki.models.checkpoints import CheckpointError, open_checkpoint
 from meki.models.checkpoints.torch_file import Inert, TorchFile, is_torch_zip, load_torch_file
 
 NUMPY = {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")}
-STAND_INS = frozenset({*NUMPY, "numpy.dtype", "numpy.ndarray", "_io.BytesIO", "signal.Signals", "torch._C.Generator"})
+SIGNALS = {"signal.Signals", "signal.SIGTERM"}  # Python 3.11.0 to 3.11.3 write the latter
+STAND_INS = frozenset({*NUMPY, *SIGNALS, "numpy.dtype", "numpy.ndarray", "_io.BytesIO", "torch._C.Generator"})
 
 
 def save(path: Path, value: object, **options: Any) -> Path:
@@ -166,8 +167,9 @@ def test_stand_ins_do_nothing(tmp_path: Path) -> None:
     loaded = load_torch_file(save(tmp_path / "x.pt", saved), STAND_INS)
     assert isinstance(loaded, dict)
     assert loaded["args"] == saved["args"] and loaded["python"] == saved["python"]
-    for value in (loaded["numpy"][1], loaded["scalar"], loaded["array"], loaded["signal"], loaded["bytes"]):
+    for value in (loaded["numpy"][1], loaded["scalar"], loaded["array"], loaded["bytes"]):
         assert type(value) is Inert and vars(value) == {}
+    assert loaded["signal"] is Inert or type(loaded["signal"]) is Inert
 
 
 def test_the_process_trusts_nothing_more_afterwards(tmp_path: Path) -> None:
