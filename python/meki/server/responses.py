@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -197,7 +197,7 @@ class ResponsesBody(Body):
         """Whether they are wanted."""
         return "message.output_text.logprobs" in (self.include or ())
 
-    @property
+    @cached_property
     def functions(self) -> Functions:
         """Those of its tools."""
         return Functions(self.tools or ())

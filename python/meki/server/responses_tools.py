@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from .body import Body, of_type
 
 _WHY = 'the server runs no tools of its own; give functions, as {"type": "function", "name": ...}'
-_SEARCHES = ("web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11")
+_Search = Literal["web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11"]
 _DESCRIBED = {"name", "description", "parameters"}
 _ECHOED = {"type", "strict", *_DESCRIBED}
 
@@ -48,12 +48,12 @@ class WebSearchTool(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    type: Literal["web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11"]
+    type: _Search
 
 
 Tool = Annotated[
     Annotated[FunctionTool | NamespaceTool | WebSearchTool, Field(discriminator="type")],
-    of_type("function", "namespace", *_SEARCHES, why=_WHY),
+    of_type("function", "namespace", *get_args(_Search), why=_WHY),
 ]
 
 
